@@ -1,0 +1,173 @@
+"""The grading server: forks workers, gives each one item at a time, kills the late ones.
+
+Started by `pool.Pool` as `python -m igpo_jax.rewards.worker`, in a process of its
+own that has never seen jax: it imports the parser once, then forks workers from
+the warm image, so a killed worker costs milliseconds. Every message is one JSON
+object, so nothing that a model wrote is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gc
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import socket
+import time
+from multiprocessing import connection
+
+RECYCLE_AFTER = 5000  # items; bounds what caches inside the parser may hold
+GRACE = 2.0  # seconds after the limit at which a worker nobody supervises ends itself
+
+
+@dataclasses.dataclass
+class _Worker:
+  pid: int
+  link: connection.Connection
+  item: int | None = None
+  deadline: float = math.inf
+  served: int = 0
+
+
+def _serve_items(link: connection.Connection, timeout: float) -> None:
+  """The body of a worker: one item in, one verdict out, until the link closes."""
+  from igpo_jax.rewards import equivalence
+
+  while True:
+    try:
+      message = json.loads(link.recv_bytes())
+    except EOFError:
+      return
+    # The server kills a late worker; the alarm's default action ends one whose
+    # server is gone, even inside C code that never returns to the interpreter.
+    signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
+    try:
+      parsed, equal = equivalence.compare(message["gold"], message["answer"])
+      reply = {"status": "ok" if parsed else "unparseable", "equal": equal}
+    except MemoryError:
+      reply = {"status": "timeout", "equal": False}
+    except Exception as error:  # noqa: BLE001
+      # The parser is other people's code fed with hostile text and may raise
+      # anything. What it cannot read is not an answer; the reason travels back.
+      reply = {"status": "unparseable", "equal": False, "reason": repr(error)[:200]}
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    link.send_bytes(json.dumps({"id": message["id"], **reply}).encode())
+
+
+class Server:
+  """Owns the workers; speaks to one client over `client`."""
+
+  def __init__(self, client: connection.Connection, workers: int, timeout: float, memory: int):
+    self._client = client
+    self._timeout = timeout
+    self._memory = memory
+    self._queue: collections.deque[dict] = collections.deque()
+    self._workers = [self._fork() for _ in range(workers)]
+
+  def _fork(self, others: tuple[_Worker, ...] = ()) -> _Worker:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+      try:
+        ours.close()
+        # A worker that held these ends would keep its siblings from seeing EOF.
+        os.close(self._client.fileno())
+        for worker in others or getattr(self, "_workers", ()):
+          if not worker.link.closed:
+            os.close(worker.link.fileno())
+        if self._memory:
+          resource.setrlimit(resource.RLIMIT_AS, (self._memory, self._memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _serve_items(connection.Connection(theirs.detach()), self._timeout)
+      finally:
+        os._exit(0)
+    theirs.close()
+    return _Worker(pid, connection.Connection(ours.detach()))
+
+  def _replace(self, worker: _Worker) -> None:
+    """Kills a worker, if it still lives, and puts a fresh one in its place."""
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.link.close()
+    os.waitpid(worker.pid, 0)
+    self._workers[self._workers.index(worker)] = self._fork()
+
+  def _answer(self, reply: dict) -> None:
+    self._client.send_bytes(json.dumps(reply).encode())
+
+  def _give_up(self, worker: _Worker) -> None:
+    item, worker.item = worker.item, None
+    self._replace(worker)
+    if item is not None:
+      self._answer({"id": item, "status": "timeout", "equal": False})
+
+  def _dispatch(self) -> None:
+    for worker in self._workers:
+      if not self._queue:
+        return
+      if worker.item is None:
+        message = self._queue.popleft()
+        worker.item, worker.deadline = message["id"], time.monotonic() + self._timeout
+        try:
+          worker.link.send_bytes(json.dumps(message).encode())
+        except OSError:
+          pass  # it died idle; its closed link wakes the loop, which replaces it
+
+  def _collect(self, worker: _Worker) -> None:
+    try:
+      reply = json.loads(worker.link.recv_bytes())
+    except (EOFError, OSError):  # killed by the memory limit, the kernel or the parser
+      self._give_up(worker)
+      return
+    worker.item, worker.deadline, worker.served = None, math.inf, worker.served + 1
+    self._answer(reply)
+    if worker.served >= RECYCLE_AFTER or reply["status"] == "timeout":
+      self._replace(worker)
+
+  def run(self) -> None:
+    """Serves until the client closes its end; then every worker is killed."""
+    try:
+      while True:
+        self._dispatch()
+        deadline = min(worker.deadline for worker in self._workers)
+        wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        links = {worker.link: worker for worker in self._workers}
+        for ready in connection.wait([self._client, *links], wait):
+          if ready is self._client:
+            self._queue.append(json.loads(self._client.recv_bytes()))
+          else:
+            self._collect(links[ready])
+        now = time.monotonic()
+        for worker in list(self._workers):
+          if worker.item is not None and worker.deadline <= now:
+            self._give_up(worker)
+    except (EOFError, OSError):  # the client has gone
+      return
+    finally:
+      for worker in self._workers:
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--fd", type=int, required=True, help="inherited socket to the client")
+  parser.add_argument("--workers", type=int, required=True)
+  parser.add_argument("--timeout", type=float, required=True, help="seconds per item")
+  parser.add_argument("--memory", type=int, default=0, help="bytes per worker; 0: no limit")
+  args = parser.parse_args()
+  logging.disable(logging.WARNING)  # the parser warns that its own timeouts are off
+
+  from igpo_jax.rewards import equivalence
+
+  equivalence.warm_up()
+  gc.freeze()  # keeps the workers' collector off the pages they share
+  Server(connection.Connection(args.fd), args.workers, args.timeout, args.memory).run()
+
+
+if __name__ == "__main__":
+  main()
