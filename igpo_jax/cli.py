@@ -15,7 +15,7 @@ from typing import NoReturn
 USER_ERROR_EXIT_CODE = 2
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """A mistake that the user can mend; its text is the one line they will read."""
 
 

@@ -1,0 +1,92 @@
+"""The parts of a LLaDA block: RMSNorm, linear layers, rotary embedding, attention.
+
+The conventions are those of the released weights (METHOD 1): half-rotation RoPE
+on absolute positions, grouped key-value heads repeated in place, no biases, and
+softmax, norms and RoPE in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.types import Array
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale over the last axis; statistics in float32."""
+
+  eps: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    # Back to the compute dtype before the weight: what the released code does in bf16.
+    return x32.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Linear(nn.Module):
+  """y = x W without bias; W is [in, out] with logical axes `axes`."""
+
+  features: int
+  axes: tuple[str, str]
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(init, self.axes),
+      (x.shape[-1], self.features),
+      self.param_dtype,
+    )
+    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+def rope_tables(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:
+  """Sines and cosines f32[T,E] for positions i32[T]; the two halves are equal."""
+  exponent = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+  angles = positions.astype(jnp.float32)[:, None] * (1.0 / theta**exponent)[None, :]
+  angles = jnp.concatenate([angles, angles], axis=-1)
+  return jnp.sin(angles), jnp.cos(angles)
+
+
+def apply_rope(x: Array, sin: Array, cos: Array) -> Array:
+  """Rotates the halves of each head of x [B,T,H,E] by tables f32[T,E], in float32."""
+  x32 = x.astype(jnp.float32)
+  first, second = jnp.split(x32, 2, axis=-1)
+  rotated = jnp.concatenate([-second, first], axis=-1)
+  out = x32 * cos[None, :, None, :] + rotated * sin[None, :, None, :]
+  return out.astype(x.dtype)
+
+
+def attend(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+  """Bidirectional attention; every query sees every valid key.
+
+  Args:
+    q: [B,t,H,E] queries.
+    k: [B,T,K,E] keys; key-value head j serves query heads j*H/K .. (j+1)*H/K - 1.
+    v: [B,T,K,E] values.
+    valid: bool[B,T], False on keys nobody may see; None where all are valid.
+
+  Returns:
+    [B,t,H,E]. A row without any valid key gets the mean of its values, not NaN.
+  """
+  b, t, h, e = q.shape
+  kv_heads = k.shape[2]
+  q = q.reshape(b, t, kv_heads, h // kv_heads, e) * (e**-0.5)
+  scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
+  if valid is not None:
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(valid[:, None, None, None, :], scores, lowest)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgts,bske->btkge", weights, v).reshape(b, t, h, e)

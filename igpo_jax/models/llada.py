@@ -1,0 +1,159 @@
+"""LLaDA: a bidirectional Llama stack as Flax Linen, handed out as pure functions.
+
+Linen stays in this room. The layers are one scanned block, so compile time does
+not grow with depth; parameters carry a leading `layers` axis:
+
+    wte/embedding [V,D]            blocks/attn_norm/scale [N,D]
+    blocks/{q,k,v}_proj/kernel [N,D,H*E or K*E]   blocks/attn_out/kernel [N,H*E,D]
+    blocks/ff_norm/scale [N,D]     blocks/{ff,up}_proj/kernel [N,D,F]
+    blocks/ff_out/kernel [N,F,D]   ln_f/scale [D]   head/kernel [D,V] (untied)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import ModelConfig
+from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, attend, rope_tables
+from igpo_jax.parallel.sharding import constrain
+from igpo_jax.types import LM, Params
+
+# What the backward pass may keep of a block's forward pass, by name.
+REMAT_POLICIES = {
+  "full": None,  # keep the block's input only, recompute the rest
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)): one step of the scan over layers."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, cache, valid, start):
+    c = self.config
+    kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+    linear = functools.partial(Linear, **kw)
+    # The two branches that write to the residual stream start small, so that its
+    # size does not grow with depth.
+    linear_out = functools.partial(linear, init_scale=1.0 / (2 * c.n_layers))
+    b, t, d = x.shape
+    query_heads, kv_heads = (b, t, c.n_heads, c.head_size), (b, t, c.kv_heads, c.head_size)
+
+    h = RMSNorm(c.rms_norm_eps, name="attn_norm", **kw)(x)
+    q = linear(c.n_heads * c.head_size, ("embed", "heads"), name="q_proj")(h)
+    k = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="k_proj")(h)
+    v = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="v_proj")(h)
+    q = constrain(q.reshape(query_heads), "act_batch", "act_length", "act_heads", None)
+    k = constrain(k.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
+    v = constrain(v.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
+    sin, cos = rope_tables(start + jnp.arange(t), c.head_size, c.rope_theta)
+    q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+    if cache is not None:
+      # Positions are absolute, so rotated keys may be stored as they are.
+      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=1)
+      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=1)
+      cache = (k, v)
+    h = attend(q, k, v, valid).reshape(b, t, c.n_heads * c.head_size)
+    h = linear_out(d, ("heads", "embed"), name="attn_out")(h)
+    x = constrain(x + h, "act_batch", "act_length", "act_embed")
+
+    h = RMSNorm(c.rms_norm_eps, name="ff_norm", **kw)(x)
+    gate = linear(c.mlp_hidden, ("embed", "mlp"), name="ff_proj")(h)
+    up = linear(c.mlp_hidden, ("embed", "mlp"), name="up_proj")(h)
+    h = constrain(jax.nn.silu(gate) * up, "act_batch", "act_length", "act_mlp")
+    h = linear_out(d, ("mlp", "embed"), name="ff_out")(h)
+    return constrain(x + h, "act_batch", "act_length", "act_embed"), cache
+
+
+class Transformer(nn.Module):
+  """Embedding, N scanned blocks and the final norm; the head is applied outside."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens, valid, start, cache):
+    c = self.config
+    kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+    embedding_init = nn.with_logical_partitioning(
+      nn.initializers.normal(stddev=c.d_model**-0.5), ("vocab", "embed")
+    )
+    x = nn.Embed(c.vocab_size, c.d_model, embedding_init=embedding_init, name="wte", **kw)(tokens)
+    x = constrain(x, "act_batch", "act_length", "act_embed")
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=c.n_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x, cache = blocks(c, name="blocks")(x, cache, valid, start)
+    x = RMSNorm(c.rms_norm_eps, name="ln_f", **kw)(x)
+    if self.is_initializing() and not c.tie_embeddings:
+      Linear(c.vocab_size, ("embed", "vocab"), name="head", **kw)(x)
+    return x, cache
+
+
+@functools.lru_cache(maxsize=32)
+def make_lm(config: ModelConfig) -> LM:
+  """The model's pure functions.
+
+  The same config gives the same object, so jitted programs that take an `LM`
+  as a static argument are shared between callers.
+  """
+  model = Transformer(config)
+  dummy = jnp.zeros((1, 2), jnp.int32)
+
+  def init_boxed(key) -> Any:
+    return dict(model.init(key, dummy, None, 0, None)["params"])
+
+  def init(key) -> Params:
+    return nn.meta.unbox(init_boxed(key))
+
+  def logical_axes():
+    boxed = jax.eval_shape(init_boxed, jax.random.key(0))
+    names = lambda x: tuple(x.names) if isinstance(x, nn.meta.AxisMetadata) else (None,) * x.ndim
+    return jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+  def hidden(params, tokens, valid=None, *, start=0, cache=None):
+    return model.apply({"params": params}, tokens, valid, start, cache)
+
+  def head(params, h):
+    if config.tie_embeddings:
+      kernel = params["wte"]["embedding"].T
+    else:
+      kernel = params["head"]["kernel"]
+    dtype = jnp.dtype(config.dtype)
+    return jnp.dot(h.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+  def logits(params, tokens, valid=None):
+    h, _ = hidden(params, tokens, valid)
+    return head(params, h)
+
+  def init_cache(batch, length):
+    shape = (config.n_layers, batch, length, config.kv_heads, config.head_size)
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return zeros, zeros
+
+  return LM(
+    init=init,
+    hidden=hidden,
+    head=head,
+    logits=logits,
+    init_cache=init_cache,
+    logical_axes=logical_axes,
+    mask_id=config.mask_id,
+    eos_id=config.eos_id,
+    stop_ids=config.stop_ids or (config.eos_id,),
+    vocab_size=config.vocab_size,
+  )

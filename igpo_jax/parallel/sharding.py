@@ -1,0 +1,89 @@
+"""Logical axis names, the one table that maps them to the mesh, and constraints.
+
+Parameters and activations have names of their own, so that a dimension of the
+same size can be laid out differently in the two: parameters are split over
+`fsdp` and `tensor`, activations over the batch and `tensor`. An unknown name
+raises: silence would mean "replicated", and the first sign of it would be an
+out-of-memory error on a pod.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from igpo_jax.types import Array
+
+LogicalAxes = tuple[str | None, ...]
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # parameters
+  "layers": None,  # the scanned axis: one program for every layer
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "norm": None,
+  # activations
+  "act_batch": ("data", "fsdp"),
+  "act_length": None,
+  "act_embed": None,
+  "act_heads": "tensor",
+  "act_kv_heads": "tensor",
+  "act_mlp": "tensor",
+  "act_vocab": "tensor",
+}
+
+
+def partition_spec(axes: LogicalAxes) -> PartitionSpec:
+  """The mesh axes of an array whose dimensions carry these logical names.
+
+  Raises:
+    KeyError: a name is not in the table.
+  """
+  for name in axes:
+    if name is not None and name not in RULES:
+      raise KeyError(f"no sharding rule for the logical axis {name!r}")
+  return PartitionSpec(*(None if name is None else RULES[name] for name in axes))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+  """Pins the layout of an activation inside a jitted program.
+
+  Without a mesh in context (`jax.set_mesh`) it returns `x` unchanged, after
+  checking the names, so that a misspelt one fails on a laptop too.
+  """
+  spec = partition_spec(axes)
+  if x.ndim != len(axes):
+    raise ValueError(f"{len(axes)} axis names {axes} for an array of shape {x.shape}")
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_axes(leaf: Any) -> bool:
+  """True for a leaf of a tree of logical axes: a tuple of names and Nones."""
+  return isinstance(leaf, tuple) and all(n is None or isinstance(n, str) for n in leaf)
+
+
+def tree_shardings(logical_axes: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A tree of NamedShardings from a tree of logical axes."""
+  return jax.tree.map(
+    lambda axes: NamedSharding(mesh, partition_spec(axes)), logical_axes, is_leaf=is_axes
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The layout of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, rows: int) -> NamedSharding:
+  """Rows over `data` and `fsdp`; whole on every device where they do not divide."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % ways:
+    return replicated(mesh)
+  return NamedSharding(mesh, partition_spec(("act_batch",)))

@@ -1,0 +1,44 @@
+"""Installs igpo_jax; extras: test, tpu, cuda."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+  name="igpo_jax",
+  version="0.1.0",
+  description="Inpainting-Guided Policy Optimization for masked diffusion language models, in JAX",
+  long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=find_packages(include=["igpo_jax", "igpo_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.1",
+    "etils[epath]>=1.9",
+    "flax>=0.12",
+    "grain>=0.2.10",
+    "jax>=0.10",
+    "latex2sympy2_extended>=1.10",
+    "math-verify>=0.8",
+    "matplotlib>=3.8",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "pyarrow>=15",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.7",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+  ],
+  extras_require={
+    "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.8"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+  },
+)
