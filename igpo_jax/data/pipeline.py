@@ -1,0 +1,290 @@
+"""Records to batches of fixed shapes: deterministic, resumable, a share for every host.
+
+The batch of a step is a pure function of (records, seed, step). Every host tokenises
+all records and computes the whole batch's order and padded length, then builds its own
+rows only; so hosts agree on shapes without talking, and a run resumes at any step.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from igpo_jax.cli import UserError
+from igpo_jax.data.records import Record
+from igpo_jax.data.tokenizer import Offsets, Tokenizer
+
+PROMPT_TOO_LONG = "prompt longer than the longest bucket"
+RESPONSE_TOO_LONG = "response too long"
+EMPTY_TRACE = "empty trace"
+NO_SPAN = "answer span unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+  """Prompts of one step, this host's share: P rows.
+
+  Attributes:
+    tokens: i32[P,Lp], left-padded with `pad_id`.
+    valid: bool[P,Lp], False on padding.
+    records: the P records.
+    traces: P arrays i32[n], token ids of the traces (empty where there is none).
+    answer_spans: P token ranges [start, end) of the final answer in `traces`, end being
+      the trace's; None where not known.
+    row_id: u32[P], identity of the record and its epoch, for per-row randomness.
+    real: bool[P], False on rows that only fill up the last batch of an evaluation.
+  """
+
+  tokens: np.ndarray
+  valid: np.ndarray
+  records: list[Record]
+  traces: list[np.ndarray]
+  answer_spans: list[tuple[int, int] | None]
+  row_id: np.ndarray
+  real: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTBatch:
+  """Prompts with responses, this host's share: B rows, T = prompt + response length.
+
+  Attributes:
+    tokens: i32[B,T], prompt left-padded with `pad_id`, then the trace, the token that
+      ends a turn, and end-of-text up to the response length.
+    valid: bool[B,T], False on the prompt's padding only.
+    response: bool[B,T], True on the response, its end-of-text padding included; its sum
+      is the response length of the SFT loss (METHOD 6).
+    length: i32[B], tokens of trace and end of turn, before the padding.
+    row_id: u32[B], as in `PromptBatch`.
+  """
+
+  tokens: np.ndarray
+  valid: np.ndarray
+  response: np.ndarray
+  length: np.ndarray
+  row_id: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+  record: Record
+  prompt: np.ndarray
+  trace: np.ndarray
+  answer_span: tuple[int, int] | None
+
+
+def token_span(offsets: Offsets, span: tuple[int, int]) -> tuple[int, int]:
+  """Tokens of an answer: all that overlap its characters, and everything after.
+
+  A token that straddles the answer's start belongs to the answer: hinting it would give
+  a piece of the answer away. Worked example: offsets [(0, 3), (3, 5), (5, 6)] and the
+  characters [4, 6) give the tokens (1, 3).
+
+  Args:
+    offsets: characters [start, end) of each token.
+    span: characters [start, end) of the answer.
+  """
+  start = next((k for k, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
+  return start, len(offsets)
+
+
+def row_identity(record_id: str, epoch: int) -> int:
+  """An u32 that names a record and epoch, the same on every machine and run."""
+  text = record_id if epoch == 0 else f"{record_id}#epoch{epoch}"
+  return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little")
+
+
+class _Stream:
+  """What prompt and SFT streams share: tokenised items, their order, the hosts' shares."""
+
+  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
+               buckets: Sequence[int], seed: int, process_index: int, process_count: int):
+    if not buckets or any(b <= 0 for b in buckets) or list(buckets) != sorted(set(buckets)):
+      raise UserError(f"prompt buckets {tuple(buckets)} should be growing lengths above 0")
+    if batch_size <= 0 or batch_size % process_count:
+      raise UserError(f"a batch of {batch_size} rows cannot be shared by {process_count}"
+                      f" processes: it should be a multiple of their number")
+    self.tokenizer, self.batch_size, self.buckets = tokenizer, batch_size, tuple(buckets)
+    self.seed, self.process_index, self.process_count = seed, process_index, process_count
+    self._dropped: collections.Counter[str] = collections.Counter()
+    self._notes: collections.Counter[str] = collections.Counter()
+    self._items = [item for item in self._tokenize(records) if self._keep(item)]
+    if not self._items:
+      counts = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
+      raise UserError(f"none of {len(records)} records can be used: {counts or 'there are none'}")
+    self._order = None
+
+  @property
+  def dropped(self) -> dict[str, int]:
+    """How many records were left out, by reason."""
+    return dict(self._dropped)
+
+  @property
+  def notes(self) -> dict[str, int]:
+    """How many records are used though something is missing, by what it is."""
+    return dict(self._notes)
+
+  def __len__(self) -> int:
+    """Number of records in use."""
+    return len(self._items)
+
+  @property
+  def local_batch_size(self) -> int:
+    return self.batch_size // self.process_count
+
+  def _tokenize(self, records: Sequence[Record], chunk: int = 1024) -> Iterator[_Item]:
+    ids: set[str] = set()
+    for first in range(0, len(records), chunk):
+      part = records[first:first + chunk]
+      traces = self.tokenizer.encode_batch_with_offsets([r.trace for r in part])
+      for record, (trace, offsets) in zip(part, traces, strict=True):
+        if record.id in ids:
+          raise UserError(f"two records have the id {record.id!r}: ids should be unique")
+        ids.add(record.id)
+        span = record.answer_span
+        yield _Item(record, np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32),
+                    np.asarray(trace, np.int32), span and token_span(offsets, span))
+
+  def _keep(self, item: _Item) -> bool:
+    """Whether the item is used; counts it under its reason if not."""
+    if len(item.prompt) > self.buckets[-1]:
+      self._dropped[PROMPT_TOO_LONG] += 1
+      return False
+    return True
+
+  def _global_rows(self, step: int) -> list[tuple[int, int]]:
+    """(item, epoch) of every row of the whole batch of a step, epochs reshuffled."""
+    if self._order is None:
+      import grain  # it imports jax, which reading this module must not
+
+      indices = grain.MapDataset.range(len(self._items)).seed(self.seed)
+      self._order = indices.shuffle().repeat()
+    first = step * self.batch_size
+    return [(int(self._order[k]), k // len(self._items))
+            for k in range(first, first + self.batch_size)]
+
+  def _share(self, rows: list) -> list:
+    size = self.local_batch_size
+    return rows[self.process_index * size:(self.process_index + 1) * size]
+
+  def _bucket(self, rows: Sequence[tuple[int, int]]) -> int:
+    """The smallest bucket that holds the longest prompt of the whole batch."""
+    longest = max(len(self._items[i].prompt) for i, _ in rows)
+    return next(b for b in self.buckets if b >= longest)
+
+  def _pad_prompts(self, items: Sequence[_Item], length: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(items), length), self.tokenizer.pad_id, np.int32)
+    valid = np.zeros((len(items), length), bool)
+    for row, item in enumerate(items):
+      tokens[row, length - len(item.prompt):] = item.prompt
+      valid[row, length - len(item.prompt):] = True
+    return tokens, valid
+
+
+def _row_ids(items: Sequence[_Item], rows: Sequence[tuple[int, int]]) -> np.ndarray:
+  return np.array([row_identity(item.record.id, epoch)
+                   for item, (_, epoch) in zip(items, rows, strict=True)], np.uint32)
+
+
+class PromptStream(_Stream):
+  """Prompts with their traces, for RL and evaluation.
+
+  Args:
+    records: with ids of their own.
+    tokenizer: encodes prompts by its chat format.
+    batch_size: rows of the batch over all processes.
+    buckets: allowed prompt lengths, growing; a batch takes the smallest that fits.
+    seed: of the order; each epoch is shuffled anew.
+    process_index, process_count: which share of each batch is built here.
+
+  Raises:
+    UserError: no usable record, ids that repeat, sizes that do not go together.
+  """
+
+  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
+               buckets: Sequence[int], seed: int, process_index: int = 0,
+               process_count: int = 1):
+    super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
+
+  def _keep(self, item: _Item) -> bool:
+    keep = super()._keep(item)
+    if keep and not len(item.trace):
+      self._notes[EMPTY_TRACE] += 1
+    elif keep and item.answer_span is None:
+      self._notes[NO_SPAN] += 1
+    return keep
+
+  def batch(self, step: int) -> PromptBatch:
+    """This process's rows of the batch of `step`."""
+    return self._build(self._global_rows(step), self.batch_size)
+
+  def num_ordered_batches(self) -> int:
+    """How many batches `ordered_batches` gives."""
+    return -(-len(self) // self.batch_size)
+
+  def ordered_batches(self, start: int = 0) -> Iterator[PromptBatch]:
+    """Every record once, in order, from batch `start`; the last batch is filled up.
+
+    Rows that fill up repeat the first records and have `real` False.
+    """
+    for index in range(start, self.num_ordered_batches()):
+      first = index * self.batch_size
+      rows = [((first + k) % len(self), 0) for k in range(self.batch_size)]
+      yield self._build(rows, min(self.batch_size, len(self) - first))
+
+  def _build(self, rows: list[tuple[int, int]], num_real: int) -> PromptBatch:
+    bucket = self._bucket(rows)
+    real = self._share([k < num_real for k in range(self.batch_size)])
+    rows = self._share(rows)
+    items = [self._items[i] for i, _ in rows]
+    tokens, valid = self._pad_prompts(items, bucket)
+    return PromptBatch(
+        tokens=tokens, valid=valid, records=[i.record for i in items],
+        traces=[i.trace for i in items], answer_spans=[i.answer_span for i in items],
+        row_id=_row_ids(items, rows), real=np.array(real, bool))
+
+
+class SFTStream(_Stream):
+  """Prompts with their traces as responses of one length, for fine-tuning.
+
+  Args: as `PromptStream`, and
+    response_length: room for the trace and the token that ends it. A record whose trace
+      is empty or does not fit is left out and counted.
+  """
+
+  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
+               buckets: Sequence[int], seed: int, response_length: int,
+               process_index: int = 0, process_count: int = 1):
+    self.response_length = response_length
+    super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
+
+  def _keep(self, item: _Item) -> bool:
+    if not super()._keep(item):
+      return False
+    reason = (EMPTY_TRACE if not len(item.trace) else
+              RESPONSE_TOO_LONG if len(item.trace) + 1 > self.response_length else None)
+    if reason:
+      self._dropped[reason] += 1
+    return reason is None
+
+  def batch(self, step: int) -> SFTBatch:
+    """This process's rows of the batch of `step`."""
+    rows = self._global_rows(step)
+    bucket = self._bucket(rows)
+    rows = self._share(rows)
+    items = [self._items[i] for i, _ in rows]
+    prompts, valid = self._pad_prompts(items, bucket)
+    responses = np.full((len(items), self.response_length), self.tokenizer.eos_id, np.int32)
+    length = np.array([len(item.trace) + 1 for item in items], np.int32)
+    for row, item in enumerate(items):
+      responses[row, :length[row]] = [*item.trace, self.tokenizer.turn_id]
+    on_response = np.zeros((len(items), bucket + self.response_length), bool)
+    on_response[:, bucket:] = True
+    return SFTBatch(
+        tokens=np.concatenate([prompts, responses], axis=1),
+        valid=np.concatenate([valid, np.ones_like(responses, bool)], axis=1),
+        response=on_response, length=length, row_id=_row_ids(items, rows))

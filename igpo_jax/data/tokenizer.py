@@ -1,0 +1,337 @@
+"""Text to token ids and back: characters and SentencePiece here, Hugging Face next door.
+
+Every tokenizer of this room offers the same few things (`Tokenizer`), so that the
+rest of the program never asks which one it has. No jax in here.
+"""
+
+from __future__ import annotations
+
+import abc
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+
+# Our own description file: all there is of a character tokenizer, and beside the
+# others the special ids, which their own files do not always tell.
+DESCRIPTION_FILE = "igpo_tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+HF_FILE = "tokenizer.json"
+
+Offsets = list[tuple[int, int]]
+
+
+class Tokenizer(abc.ABC):
+  """What the program knows of a tokenizer.
+
+  Attributes:
+    vocab_size: ids are in [0, vocab_size); the model's table may be larger.
+    mask_id: the absorbing token of masked diffusion.
+    pad_id: fills prompts on the left; often the same as `eos_id`.
+    eos_id: end of text; fills responses on the right.
+    stop_ids: tokens that end an answer, `eos_id` first.
+    turn_id: the token a chat model writes after its answer; `eos_id` if it has none.
+    special_ids: ids that stand for no text; `decode` drops them.
+  """
+
+  vocab_size: int
+  mask_id: int
+  pad_id: int
+  eos_id: int
+  stop_ids: tuple[int, ...]
+  turn_id: int
+  special_ids: frozenset[int]
+
+  @abc.abstractmethod
+  def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    """Token ids of `text` and the characters [start, end) that each one covers.
+
+    Text that looks like a special token is encoded as the characters it is made of.
+    Tokens that share a character (the bytes of one letter) all cover it.
+    """
+
+  @abc.abstractmethod
+  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Chat messages in the model's format, up to where the assistant's turn begins.
+
+    A last message with the role "assistant" is the beginning of that turn: it is
+    written after the header as it stands, and left open.
+    """
+
+  @abc.abstractmethod
+  def save(self, directory: epath.PathLike) -> None:
+    """Writes what `load_tokenizer(directory)` needs."""
+
+  @abc.abstractmethod
+  def _decode_text(self, ids: list[int]) -> str:
+    """Text of ids that hold no special token."""
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of `text`; see `encode_with_offsets`."""
+    return self.encode_with_offsets(text)[0]
+
+  def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+    """`encode_with_offsets` of many texts; faster where the library has threads."""
+    return [self.encode_with_offsets(text) for text in texts]
+
+  def decode(self, ids: Iterable[int], *, stop: bool = True) -> str:
+    """Text of `ids`, without special tokens.
+
+    Args:
+      ids: any integers; those outside the vocabulary stand for nothing.
+      stop: cut at the first of `stop_ids`.
+    """
+    ids = [int(i) for i in ids]
+    if stop:
+      end = next((k for k, i in enumerate(ids) if i in self.stop_ids), len(ids))
+      ids = ids[:end]
+    return self._decode_text(
+        [i for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids])
+
+
+class CharTokenizer(Tokenizer):
+  """One token per character, for tasks that are generated rather than read.
+
+  Ids: 0 end of text (and padding), 1 mask, 2 end of a turn, then the alphabet.
+
+  Worked example, alphabet "ab=": encode("ab=") is [3, 4, 5]; the prompt of the one
+  message "a=" is [3, 5, 2].
+  """
+
+  EOS, MASK, TURN = 0, 1, 2
+
+  def __init__(self, alphabet: str):
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+      raise UserError(f"the alphabet {alphabet!r} is empty or has a character twice")
+    self.alphabet = alphabet
+    self._ids = {character: 3 + k for k, character in enumerate(alphabet)}
+    self.vocab_size = 3 + len(alphabet)
+    self.mask_id, self.eos_id, self.pad_id = self.MASK, self.EOS, self.EOS
+    self.stop_ids = (self.EOS,)
+    self.turn_id = self.EOS
+    self.special_ids = frozenset((self.EOS, self.MASK, self.TURN))
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    try:
+      ids = [self._ids[character] for character in text]
+    except KeyError as error:
+      raise UserError(f"the character {error.args[0]!r} of {text[:40]!r} is not in this"
+                      f" tokenizer's alphabet {self.alphabet!r}") from None
+    return ids, [(k, k + 1) for k in range(len(text))]
+
+  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    ids, prefill = [], split_prefill(messages)
+    for message in prefill.messages:
+      ids += [*self.encode(message["content"]), self.TURN]
+    return ids + self.encode(prefill.text)
+
+  def save(self, directory: epath.PathLike) -> None:
+    write_description(directory, {"type": "char", "alphabet": self.alphabet})
+
+  def _decode_text(self, ids: list[int]) -> str:
+    return "".join(self.alphabet[i - 3] for i in ids)
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model, trained here (`train_sentencepiece`) or brought along.
+
+  Special tokens come from the model's pieces. Where it has none for the mask or for
+  the end of text, an id past its last piece is used, so `vocab_size` may be up to two
+  more than the model's. Chat: each message follows the piece of its role
+  (`<|user|>`, ...), and `<|assistant|>` asks for the answer; a model without such
+  pieces gets the lines "User: ..." and "Assistant: ".
+
+  Args:
+    model: serialised model (the bytes of a .model file).
+  """
+
+  MASK_PIECES = ("<mask>", "<|mask|>", "[MASK]", "<|mdm_mask|>")
+  ROLES = ("system", "user", "assistant")
+
+  def __init__(self, model: bytes):
+    import sentencepiece
+
+    try:
+      self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+      raise UserError(f"not a SentencePiece model: {error}") from error
+    self._model = model
+    size = self._sp.vocab_size()
+    mask = next((self._sp.piece_to_id(p) for p in self.MASK_PIECES if self._has(p)), None)
+    if mask is None:
+      mask, size = size, size + 1
+    eos = self._sp.eos_id()
+    if eos < 0:
+      eos, size = size, size + 1
+    pad = self._sp.pad_id()
+    self.vocab_size, self.mask_id, self.eos_id = size, mask, eos
+    self.pad_id = pad if pad >= 0 else eos
+    self.stop_ids, self.turn_id = (eos,), eos
+    self._roles = {role: self._sp.piece_to_id(f"<|{role}|>")
+                   for role in self.ROLES if self._has(f"<|{role}|>")}
+    control = [i for i in range(self._sp.vocab_size()) if self._sp.is_control(i)]
+    self.special_ids = frozenset(
+        (mask, eos, self.pad_id, *control, *self._roles.values(), self._sp.unk_id()))
+
+  def _has(self, piece: str) -> bool:
+    return self._sp.id_to_piece(self._sp.piece_to_id(piece)) == piece
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    encoded = self._sp.encode(text, return_type="offset_mapping")
+    offsets = [(int(start), int(end)) for start, end in encoded["offsets"]]
+    # Of the bytes of one letter only the last is given its width; all belong to it.
+    for k in range(len(offsets) - 2, -1, -1):
+      if offsets[k][0] == offsets[k][1]:
+        offsets[k] = (offsets[k][0], offsets[k + 1][1])
+    return list(encoded["ids"]), offsets
+
+  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    ids, prefill = [], split_prefill(messages)
+    if len(self._roles) < len(self.ROLES):
+      lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in prefill.messages]
+      return self.encode("".join(lines) + "Assistant: " + prefill.text)
+    for message in prefill.messages:
+      ids += [self._roles[message["role"]], *self.encode(message["content"])]
+    return [*ids, self._roles["assistant"], *self.encode(prefill.text)]
+
+  def save(self, directory: epath.PathLike) -> None:
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.joinpath(SENTENCEPIECE_FILE).write_bytes(self._model)
+
+  def _decode_text(self, ids: list[int]) -> str:
+    return self._sp.decode(ids)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int,
+                        path: epath.PathLike | None = None) -> SentencePieceTokenizer:
+  """Trains a unigram model on `texts`, reversible and the same on every run.
+
+  Nothing is normalised, unknown characters become bytes, a digit is a token, and
+  `decode(encode(text)) == text` for every text.
+
+  Args:
+    texts: any strings; long ones are cut at line ends for training.
+    vocab_size: number of ids, the 256 bytes and the special ones included.
+    path: also write the model there (a .model file).
+
+  Raises:
+    UserError: `texts` are too few or too plain for so large a vocabulary.
+  """
+  import sentencepiece
+
+  lines = [line for text in texts for line in text.split("\n") if line]
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
+        model_type="unigram", character_coverage=1.0, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, split_digits=True, max_sentence_length=1 << 20,
+        unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
+        control_symbols=["<mask>", *(f"<|{role}|>" for role in SentencePieceTokenizer.ROLES)],
+        user_defined_symbols=["\n"],
+        num_threads=1, shuffle_input_sentence=False, minloglevel=2)
+  except RuntimeError as error:
+    raise UserError(f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
+                    f" {str(error).splitlines()[-1]}") from error
+  if path is not None:
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(path).write_bytes(model.getvalue())
+  return SentencePieceTokenizer(model.getvalue())
+
+
+class Prefill:
+  """Messages that are complete, and the text that the assistant's turn begins with."""
+
+  def __init__(self, messages: Sequence[dict[str, str]], text: str):
+    self.messages, self.text = messages, text
+
+
+def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
+  """Takes a last message of the assistant off; checks the roles.
+
+  Raises:
+    UserError: no message, or a role that no chat format knows.
+  """
+  if not messages:
+    raise UserError("a prompt needs at least one message")
+  for message in messages:
+    if message["role"] not in SentencePieceTokenizer.ROLES:
+      raise UserError(f"unknown role {message['role']!r} in a prompt: expected one of"
+                      f" {', '.join(SentencePieceTokenizer.ROLES)}")
+  if messages[-1]["role"] == "assistant":
+    return Prefill(messages[:-1], messages[-1]["content"])
+  return Prefill(messages, "")
+
+
+def write_description(directory: epath.PathLike, description: dict[str, Any]) -> None:
+  """Writes `DESCRIPTION_FILE` into `directory`, which is made if need be."""
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+  directory.joinpath(DESCRIPTION_FILE).write_text(text)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """A JSON object from a file, {} if there is no such file.
+
+  Raises:
+    UserError: it is not JSON, or not an object.
+  """
+  if not path.exists():
+    return {}
+  try:
+    value = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+  return value
+
+
+def _find_sentencepiece(directory: epath.Path) -> epath.Path | None:
+  models = sorted(directory.glob("*.model"), key=lambda p: (p.name != SENTENCEPIECE_FILE, p.name))
+  return models[0] if models else None
+
+
+def has_tokenizer(directory: epath.PathLike) -> bool:
+  """True if `load_tokenizer(directory)` would find something to read."""
+  directory = epath.Path(directory)
+  return directory.is_dir() and (directory.joinpath(DESCRIPTION_FILE).exists()
+                                 or directory.joinpath(HF_FILE).exists()
+                                 or _find_sentencepiece(directory) is not None)
+
+
+def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
+  """Reads a tokenizer from a directory, or from one of its files.
+
+  In this order: a character tokenizer of ours, `tokenizer.json` (Hugging Face), a
+  SentencePiece `.model`.
+
+  Raises:
+    UserError: no such path, none of these files in it, or one that cannot be read.
+  """
+  path = epath.Path(spec)
+  if not path.exists():
+    raise UserError(f"no tokenizer at {path}: no such file or directory")
+  if not path.is_dir():
+    if path.name.endswith(".model"):
+      return SentencePieceTokenizer(path.read_bytes())
+    path = path.parent
+  description = read_json(path / DESCRIPTION_FILE)
+  if description.get("type") == "char":
+    return CharTokenizer(description.get("alphabet", ""))
+  if (path / HF_FILE).exists():
+    from igpo_jax.data import hf_tokenizer
+
+    return hf_tokenizer.HFTokenizer(path)
+  model = _find_sentencepiece(path)
+  if model is None:
+    raise UserError(f"no tokenizer in {path}: expected {HF_FILE}, a SentencePiece *.model or"
+                    f" {DESCRIPTION_FILE}")
+  return SentencePieceTokenizer(model.read_bytes())
