@@ -19,7 +19,6 @@ from ml_collections import config_dict
 
 from igpo_jax.cli import UserError
 
-
 STAGES = ("sft", "rl", "eval")
 
 
@@ -168,8 +167,7 @@ class HintConfig:
     )
     require(
       1 <= self.chunk_min <= self.chunk_max,
-      f"hints.chunk_min={self.chunk_min}, hints.chunk_max={self.chunk_max}: "
-      "need 1 <= min <= max",
+      f"hints.chunk_min={self.chunk_min}, hints.chunk_max={self.chunk_max}: need 1 <= min <= max",
     )
     require(0 < self.replace_fraction <= 1, "hints.replace_fraction must be in (0, 1]")
 
