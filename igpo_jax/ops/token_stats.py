@@ -1,0 +1,63 @@
+"""Log-probabilities and entropies per token, without ever holding all logits.
+
+[.., L, V] at V = 126,464 and L = 256 is 130 MB a row in float32. Both statistics
+are reductions over V, so the head is applied to a few positions at a time, and the
+backward pass recomputes those logits instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.types import Array
+
+LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32
+
+
+def token_stats(
+  head: Callable[[Array], Array], h: Array, targets: Array, chunk: int = 0
+) -> tuple[Array, Array]:
+  """Log-probabilities of targets, and the entropy, at every position.
+
+  Args:
+    head: h [..., D] -> logits f32[..., V].
+    h: [X, L, D] hidden states.
+    targets: i32[X, G, L]: G sequences read from the same distributions.
+    chunk: positions per application of the head; 0 picks a chunk whose logits
+      are at most `LOGITS_AT_ONCE` elements.
+
+  Returns:
+    (log p f32[X, G, L], entropy in nats f32[X, L]). The entropy carries no gradient.
+  """
+  x, length, _ = h.shape
+  if chunk == 0:
+    vocab = jax.eval_shape(head, h[:1, :1]).shape[-1]
+    chunk = max(1, LOGITS_AT_ONCE // (x * vocab))
+  chunk = min(chunk, length)
+  chunks = -(-length // chunk)
+  padding = chunks * chunk - length
+  h = jnp.pad(h, ((0, 0), (0, padding), (0, 0)))
+  targets = jnp.pad(targets, ((0, 0), (0, 0), (0, padding)))
+
+  @jax.checkpoint
+  def stats(h, targets):  # [X,c,D], [X,G,c]
+    logits = head(h)
+    log_z = jax.nn.logsumexp(logits, axis=-1)  # [X,c]
+    picked = jnp.take_along_axis(logits, jnp.swapaxes(targets, 1, 2), axis=-1)  # [X,c,G]
+    log_p = jnp.swapaxes(picked - log_z[..., None], 1, 2)
+    frozen = jax.lax.stop_gradient(logits)
+    p = jax.nn.softmax(frozen, axis=-1)
+    entropy = jax.lax.stop_gradient(log_z) - jnp.sum(p * frozen, axis=-1)
+    return log_p, entropy
+
+  if chunks == 1:
+    return stats(h, targets)
+  h = jnp.moveaxis(h.reshape(x, chunks, chunk, -1), 1, 0)
+  targets = jnp.moveaxis(targets.reshape(x, -1, chunks, chunk), 2, 0)
+  log_p, entropy = jax.lax.map(lambda args: stats(*args), (h, targets))
+  log_p = jnp.moveaxis(log_p, 0, 2).reshape(x, -1, chunks * chunk)
+  entropy = jnp.moveaxis(entropy, 0, 1).reshape(x, chunks * chunk)
+  return log_p[..., :length], entropy[..., :length]

@@ -1,0 +1,42 @@
+"""Group baselines: how much better a completion is than its group (METHOD 5)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from igpo_jax.cli import UserError
+from igpo_jax.types import Array
+
+
+def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Array:
+  """A_i = r_i - mean of its group.
+
+  With K of G rewards 1 and the rest 0, rho = K/G, the advantages are exactly
+  1 - rho and -rho. A group whose rewards are all equal gets zeros.
+
+  Args:
+    rewards: f32[B], groups contiguous.
+    group_size: G, divides B; at least 2.
+    kind: "mean"; "std" also divides by the group's standard deviation (+1e-4);
+      "leave_one_out" subtracts the mean of the others.
+
+  Returns:
+    f32[B].
+
+  Raises:
+    UserError: a group size that does not divide B or is below 2, or an unknown kind.
+  """
+  rewards = jnp.asarray(rewards, jnp.float32)
+  if group_size < 2:
+    raise UserError(f"group_size={group_size}: a group of one has no advantage; use at least 2")
+  if rewards.shape[0] % group_size:
+    raise UserError(f"{rewards.shape[0]} rewards are not a multiple of group_size={group_size}")
+  groups = rewards.reshape(-1, group_size)
+  centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+  if kind == "std":
+    centred = centred / (jnp.std(groups, axis=1, keepdims=True) + 1e-4)
+  elif kind == "leave_one_out":
+    centred = centred * (group_size / (group_size - 1))
+  elif kind != "mean":
+    raise UserError(f"advantage {kind!r} is not one of mean, std, leave_one_out")
+  return centred.reshape(-1)

@@ -1,0 +1,174 @@
+"""The clipped policy loss with the entropy filter on hints (METHOD 5).
+
+    mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta k3_ik ]
+
+`kept` is the loss region less the hint tokens that the entropy filter drops. The
+loss is a numerator over a denominator, and the denominator can be computed before
+any forward pass (how many hints are kept does not depend on which), so gradients
+of micro-batches add up to the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import ObjectiveConfig
+from igpo_jax.ops.masked import masked_mean, masked_sum, topk_mask
+from igpo_jax.types import Array
+
+
+def hints_to_keep(num_hints: Array, keep: float, length: int) -> Array:
+  """max(1, floor(tau * n)) of n hint positions, and 0 of none: i32, shape of `num_hints`.
+
+  Tabulated in double precision: floor(tau * n) in float32 is off by one for some tau.
+  """
+  table = [0] + [max(1, int(keep * n + 1e-9)) for n in range(1, length + 1)]
+  return jnp.asarray(table, jnp.int32)[num_hints]
+
+
+def entropy_filter(entropy: Array, loss_mask: Array, hinted: Array, keep: float) -> Array:
+  """Of a row's hint positions in the loss, keeps the share of highest entropy.
+
+  Args:
+    entropy: f32[B,L], of the policy at each position.
+    loss_mask: bool[B,L], the loss region.
+    hinted: bool[B,L].
+    keep: tau; max(1, floor(tau * n)) of a row's n hint positions are kept.
+
+  Returns:
+    bool[B,L]: `loss_mask` less the hint positions that were dropped. Self-generated
+    positions are all kept.
+  """
+  hints = loss_mask & hinted
+  count = hints_to_keep(jnp.sum(hints, axis=1), keep, entropy.shape[1])
+  return (loss_mask & ~hinted) | topk_mask(entropy, hints, count)
+
+
+def loss_denominator(loss_mask: Array, hinted: Array, cfg: ObjectiveConfig) -> Array:
+  """What the summed loss is divided by: rows, or kept tokens; at least 1. f32[]."""
+  if cfg.normalize == "row":
+    return jnp.float32(max(loss_mask.shape[0], 1))
+  hints = jnp.sum(loss_mask & hinted, axis=1)
+  kept = jnp.sum(loss_mask & ~hinted, axis=1)
+  kept += hints_to_keep(hints, cfg.entropy_keep, loss_mask.shape[1])
+  return jnp.maximum(jnp.sum(kept), 1).astype(jnp.float32)
+
+
+def policy_ratio(logps: Array, old_logps: Array, loss_mask: Array, kind: str) -> Array:
+  """rho f32[B,L], the importance ratio that multiplies a token's advantage.
+
+  token: exp(logp - old). sequence: the value of every token is the row's
+  exp(mean(logp - old)) over the loss region, its gradient is that of the token's own
+  log-probability (GSPO-token). sequence_official: exp(mean over the whole canvas),
+  differentiated through every token of it.
+  """
+  log_ratio = logps - old_logps
+  if kind == "token":
+    return jnp.exp(log_ratio)
+  if kind == "sequence_official":
+    row = jnp.exp(jnp.mean(log_ratio, axis=1, keepdims=True))
+    return jnp.broadcast_to(row, logps.shape)
+  row = jax.lax.stop_gradient(jnp.exp(masked_mean(log_ratio, loss_mask, axis=1)))
+  return row[:, None] * jnp.exp(logps - jax.lax.stop_gradient(logps))
+
+
+def policy_loss_sums(
+  logps: Array,
+  entropy: Array,
+  old_logps: Array,
+  ref_logps: Array | None,
+  advantages: Array,
+  loss_mask: Array,
+  hinted: Array,
+  cfg: ObjectiveConfig,
+) -> tuple[Array, dict[str, Array]]:
+  """The loss's numerator, and sums for metrics. Arguments as `policy_loss`.
+
+  Returns:
+    (numerator f32[], sums): divide the numerator by `loss_denominator` of the whole
+    batch; `metrics_from_sums` turns added-up sums into means.
+  """
+  loss_mask, hinted = loss_mask.astype(bool), hinted.astype(bool)
+  entropy = jax.lax.stop_gradient(entropy)
+  kept = entropy_filter(entropy, loss_mask, hinted, cfg.entropy_keep)
+  # Outside the region log-probabilities may be anything; inside exp they could overflow
+  # and turn the zero gradient of a masked token into a NaN.
+  region = jnp.ones_like(loss_mask) if cfg.ratio == "sequence_official" else loss_mask
+  logps = jnp.where(region, logps, 0.0)
+  old_logps = jnp.where(region, old_logps, 0.0)
+
+  ratio = policy_ratio(logps, old_logps, loss_mask, cfg.ratio)
+  advantage = advantages[:, None]
+  plain = ratio * advantage
+  clipped = jnp.clip(ratio, 1 - cfg.eps_low, 1 + cfg.eps_high) * advantage
+  per_token = -jnp.minimum(plain, clipped)
+  kl = jnp.zeros_like(logps)
+  if ref_logps is not None:
+    log_ref = jnp.where(region, ref_logps, 0.0) - logps
+    kl = jnp.exp(log_ref) - log_ref - 1
+    per_token = per_token + cfg.beta * kl
+
+  if cfg.normalize == "row":
+    length = jnp.maximum(jnp.sum(loss_mask, axis=1), 1).astype(jnp.float32)
+    numerator = jnp.sum(masked_sum(per_token, kept, axis=1) / length)
+  else:
+    numerator = masked_sum(per_token, kept)
+  hints = loss_mask & hinted
+  sums = {
+    "kept": jnp.sum(kept),
+    "clipped": masked_sum(plain > clipped, kept),
+    "kl": masked_sum(kl, kept),
+    "ratio": masked_sum(ratio, kept),
+    "hints": jnp.sum(hints),
+    "hints_kept": jnp.sum(hints & kept),
+    "region": jnp.sum(loss_mask),
+    "entropy": masked_sum(entropy, loss_mask),
+    "hint_entropy": masked_sum(entropy, hints),
+  }
+  return numerator, {k: v.astype(jnp.float32) for k, v in sums.items()}
+
+
+def metrics_from_sums(sums: dict[str, Array]) -> dict[str, Array]:
+  """Means over the batch from `policy_loss_sums`'s sums, added over micro-batches."""
+  share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
+  return {
+    "clip_fraction": share("clipped", "kept"),
+    "kl": share("kl", "kept"),
+    "ratio": share("ratio", "kept"),
+    "hints_kept": share("hints_kept", "hints"),
+    "entropy": share("entropy", "region"),
+    "hint_entropy": share("hint_entropy", "hints"),
+  }
+
+
+def policy_loss(
+  logps: Array,
+  entropy: Array,
+  old_logps: Array,
+  ref_logps: Array | None,
+  advantages: Array,
+  loss_mask: Array,
+  hinted: Array,
+  cfg: ObjectiveConfig,
+) -> tuple[Array, dict[str, Array]]:
+  """The loss of one batch.
+
+  Args:
+    logps, entropy: f32[B,L], of the policy; gradients flow through `logps` only.
+    old_logps: f32[B,L], of the policy that sampled.
+    ref_logps: f32[B,L], of the reference; None leaves the KL out.
+    advantages: f32[B].
+    loss_mask: bool[B,L], the loss region |o_i|, before the entropy filter.
+    hinted: bool[B,L].
+    cfg: see `ObjectiveConfig`.
+
+  Returns:
+    (loss f32[], metrics): clip_fraction, kl and ratio over kept tokens, hints_kept
+    the share of hint tokens in the loss that the filter left, and entropies in nats.
+  """
+  numerator, sums = policy_loss_sums(
+    logps, entropy, old_logps, ref_logps, advantages, loss_mask, hinted, cfg
+  )
+  denominator = loss_denominator(loss_mask.astype(bool), hinted.astype(bool), cfg)
+  return numerator / denominator, metrics_from_sums(sums)
