@@ -1,0 +1,152 @@
+"""The model against the released PyTorch code, on two tiny models with random weights.
+
+`tests/goldens/<name>/golden.npz` was made by that code: logits in float64 (its own
+float32 is 3.7e-5 away), the residual stream in float32. `padded_*` is a second batch
+with an attention mask. The weights are beside it as a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from igpo_jax.convert.load import load_pretrained
+from igpo_jax.models import llada
+from tests.fakes import REPO
+
+GOLDENS = REPO / "tests" / "goldens"
+MODELS = ("llada_tiny", "llada_tiny_gqa")
+ATOL = 2e-4
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def golden(name):
+  return dict(np.load(GOLDENS / name / "golden.npz"))
+
+
+@pytest.fixture(scope="module")
+def pre(name):
+  return load_pretrained(GOLDENS / name, dtype="float32")
+
+
+def write_shards(source, target):
+  """The same weights in two shards, keys scattered over both, with an index."""
+  tensors = safetensors.numpy.load_file(source / "model.safetensors")
+  weight_map = {}
+  for n in range(2):
+    shard = f"model-0000{n + 1}-of-00002.safetensors"
+    part = {key: value for key, value in tensors.items() if sum(key.encode()) % 2 == n}
+    safetensors.numpy.save_file(part, target / shard)
+    weight_map |= dict.fromkeys(part, shard)
+  (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  (target / "config.json").write_text((source / "config.json").read_text())
+
+
+def error(lm, params, golden):
+  return np.abs(np.asarray(lm.logits(params, golden["input_ids"])) - golden["logits"]).max()
+
+
+def residual_after(pre, num_blocks, tokens):
+  """The residual stream after the first blocks: what ln_f of a shorter model is given."""
+  seen = []
+
+  def record(next_method, args, kwargs, context):
+    if context.module.name == "ln_f":
+      seen.append(args[0])
+    return next_method(*args, **kwargs)
+
+  shorter = jax.tree.map(lambda x: x[:num_blocks], pre.params["blocks"])
+  model = llada.Transformer(dataclasses.replace(pre.config, n_layers=num_blocks))
+  with nn.intercept_methods(record):
+    model.apply({"params": {**pre.params, "blocks": shorter}}, tokens, None, 0, None)
+  return seen[0]
+
+
+def test_logits_equal_the_released_code(pre, golden):
+  assert error(pre.lm, pre.params, golden) < ATOL
+
+
+def test_shards_give_the_same_parameters_as_one_file(pre, name, tmp_path):
+  write_shards(GOLDENS / name, tmp_path)
+  sharded = load_pretrained(tmp_path, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, sharded.params, pre.params)
+  assert sharded.config == pre.config
+
+
+def test_hidden_states_equal_the_released_code(pre, golden):
+  tokens = golden["input_ids"]
+  embedded = jnp.take(pre.params["wte"]["embedding"], tokens, axis=0)
+  np.testing.assert_array_equal(embedded, golden["hidden_embed"])
+  for n in range(pre.config.n_layers):
+    expected = golden[f"hidden_after_block{n}"]
+    np.testing.assert_allclose(residual_after(pre, n + 1, tokens), expected, atol=ATOL, rtol=0)
+  hidden, _ = pre.lm.hidden(pre.params, tokens)
+  np.testing.assert_allclose(hidden, golden["hidden_after_ln_f"], atol=ATOL, rtol=0)
+
+
+def test_padding_is_invisible_to_the_rest(pre, golden):
+  valid = golden["padded_attention_mask"] == 1
+  logits = np.asarray(pre.lm.logits(pre.params, golden["padded_input_ids"], jnp.asarray(valid)))
+  np.testing.assert_allclose(logits[valid], golden["padded_logits"][valid], atol=ATOL, rtol=0)
+  seen = np.asarray(pre.lm.logits(pre.params, golden["padded_input_ids"]))
+  assert np.abs(seen - golden["padded_logits"])[valid].max() > 100 * ATOL
+
+
+def test_bfloat16_stays_as_near_as_the_released_code_does(name, golden):
+  pre = load_pretrained(GOLDENS / name, dtype="bfloat16")
+  assert {x.dtype for x in jax.tree.leaves(pre.params)} == {jnp.dtype("bfloat16")}
+  assert error(pre.lm, pre.params, golden) < 1.5  # the PyTorch code in bf16: 0.87 and 0.61
+
+
+def interleaved_rope(x, sin, cos):
+  pairs = x.reshape(*x.shape[:-1], -1, 2)
+  half = x.shape[-1] // 2
+  sin, cos = sin[None, :, None, :half], cos[None, :, None, :half]
+  even, odd = pairs[..., 0], pairs[..., 1]
+  return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("wrong", ["rope", "theta", "swap", "eps"])
+def test_a_wrong_convention_would_be_noticed(pre, golden, wrong, monkeypatch):
+  config, params, floor = pre.config, pre.params, 1.0
+  if wrong == "rope":
+    monkeypatch.setattr(llada, "apply_rope", interleaved_rope)
+  elif wrong == "theta":
+    config = dataclasses.replace(config, rope_theta=1e4)
+  elif wrong == "swap":
+    blocks = params["blocks"]
+    blocks = {**blocks, "ff_proj": blocks["up_proj"], "up_proj": blocks["ff_proj"]}
+    params = {**params, "blocks": blocks}
+  else:
+    config, floor = dataclasses.replace(config, rms_norm_eps=1e-6), 1.5 * ATOL
+  assert error(llada.make_lm(config), params, golden) > floor
+
+
+def test_grouped_heads_in_the_wrong_order_would_be_noticed(monkeypatch):
+  attend = llada.attend
+
+  def tiled(q, k, v, valid):
+    repeats = (1, 1, q.shape[2] // k.shape[2], 1)
+    return attend(q, jnp.tile(k, repeats), jnp.tile(v, repeats), valid)
+
+  pre = load_pretrained(GOLDENS / "llada_tiny_gqa", dtype="float32")
+  monkeypatch.setattr(llada, "attend", tiled)
+  assert error(pre.lm, pre.params, np.load(GOLDENS / "llada_tiny_gqa" / "golden.npz")) > 1.0
