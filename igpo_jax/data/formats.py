@@ -7,6 +7,7 @@ with the reason for which the row is counted instead of used.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,28 +64,38 @@ class Options:
 
 
 def text_of(row: Row, *names: str) -> str:
-  """The first of the named fields that the row has, as stripped text, else ""."""
+  """The first of the named fields that the row has, as stripped text, else "".
+
+  A whole number is written without ".0"; lists and objects as JSON.
+  """
   for name in names:
     value = row.get(name)
     if value is None:
       continue
-    if isinstance(value, bytes):
-      value = value.decode("utf-8")
     if isinstance(value, float) and value.is_integer():
       value = int(value)
+    if isinstance(value, dict | list):
+      value = json.dumps(value)
     return str(value).strip()
   return ""
 
 
 def plain(row: Row, options: Options) -> Fields:
-  """Rows with a question, an answer and perhaps a trace, under any names."""
+  """Rows with a question, an answer and perhaps a trace, under any names.
+
+  A field `answer_span`, [start, end) characters of the trace, says where its answer is;
+  else it is looked for (`spans.find_answer_span`).
+  """
   trace = text_of(row, options.trace or "trace")
   answer = text_of(row, options.answer or "answer")
   span = row.get("answer_span")
-  if span is not None and len(span) == 2 and 0 <= span[0] < span[1] <= len(trace):
-    span = (int(span[0]), int(span[1]))
-  else:
+  if span is None:
     span = spans.find_answer_span(trace, answer)
+  else:
+    trace = str(row.get(options.trace or "trace"))  # not stripped: the span counts from its start
+    span = tuple(span)
+    if len(span) != 2 or not 0 <= span[0] < span[1] <= len(trace):
+      raise Drop("answer_span outside the trace")
   return Fields(question=text_of(row, options.question or "question"), trace=trace,
                 answer=answer, answer_span=span,
                 key=text_of(row, options.id or "id") or None)
@@ -116,9 +127,11 @@ def metamath(row: Row, options: Options) -> Fields:
   start = trace.rfind("The answer is:")
   if start < 0:
     raise Drop('no "The answer is:"')
-  return Fields(question=text_of(row, options.question or "query"), trace=trace,
-                answer=trace[start + len("The answer is:"):].strip(),
-                answer_span=(start, len(trace)))
+  answer = trace[start + len("The answer is:"):].strip()
+  # The solution before that line often has the answer in a box: that is the answer too.
+  span = spans.find_answer_span(trace, answer) or (start, len(trace))
+  return Fields(question=text_of(row, options.question or "query"), trace=trace, answer=answer,
+                answer_span=(min(start, span[0]), len(trace)))
 
 
 def openr1(row: Row, options: Options) -> Fields:
@@ -160,26 +173,51 @@ def amc(row: Row, options: Options) -> Fields:
 def minerva(row: Row, options: Options) -> Fields:
   """The 272 physics and chemistry problems of Minerva: the answer is the last \\boxed{}."""
   trace = text_of(row, options.trace or "solution")
-  boxed = spans.last_boxed(trace)
-  if boxed is None:
+  boxes = spans.boxes(trace)
+  if not boxes:
     raise Drop("no boxed answer")
+  answer = boxes[-1][2].strip()
   return Fields(question=text_of(row, options.question or "problem"), trace=trace,
-                answer=boxed[2].strip(), answer_span=(boxed[0], len(trace)),
+                answer=answer, answer_span=spans.find_answer_span(trace, answer),
                 key=text_of(row, "idx") or None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A reader of rows and whether only the first row of each question is used."""
+  """How one dataset is read.
+
+  Attributes:
+    read: a row to its fields.
+    unique_questions: use only the first row of each question.
+    origin: which file people download from where; told when it is missing.
+  """
 
   read: Callable[[Row, Options], Fields]
   unique_questions: bool = False
+  origin: str = ""
 
 
 FORMATS: dict[str, Format] = {
-    "plain": Format(plain), "gsm8k": Format(gsm8k),
-    "metamath": Format(metamath, unique_questions=True), "openr1": Format(openr1),
-    "math": Format(math), "amc": Format(amc), "minerva": Format(minerva)}
+    "plain": Format(plain),
+    "gsm8k": Format(gsm8k, origin="train.jsonl and test.jsonl of the GitHub repository"
+                                  " openai/grade-school-math, folder grade_school_math/data"),
+    "metamath": Format(metamath, unique_questions=True,
+                       origin="MetaMathQA-395K.json of the Hugging Face dataset"
+                              " meta-math/MetaMathQA"),
+    "openr1": Format(openr1, origin="data/train-*.parquet of the Hugging Face dataset"
+                                    " open-r1/OpenR1-Math-220k"),
+    "math": Format(math, origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500"),
+    "amc": Format(amc, origin="evaluation/data/amc23/test.jsonl of the GitHub repository"
+                              " QwenLM/Qwen2.5-Math"),
+    "minerva": Format(minerva, origin="evaluation/data/minerva_math/test.jsonl of the GitHub"
+                                      " repository QwenLM/Qwen2.5-Math")}
+
+
+def unread_columns(options: Mapping[str, Any]) -> tuple[str, ...]:
+  """Columns that a format does not read, of those that are gigabytes."""
+  if options.get("format") != "openr1":
+    return ()
+  return ("messages",) if options.get("solution") == "generation" else ("messages", "generations")
 
 
 def with_final(fields: Fields, final: str) -> Fields:

@@ -18,7 +18,7 @@ from igpo_jax.data import tokenizer as base
 
 _FILES = (base.HF_FILE, "tokenizer_config.json", "special_tokens_map.json",
           "chat_template.jinja")
-_MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "<mask>")
+_MASK_NAMES = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>", "[MASK]", "<mask>")
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 _EOT_NAMES = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
@@ -95,7 +95,7 @@ class HFTokenizer(base.Tokenizer):
 
     def find(what: str, well_known: Sequence[str]) -> int | None:
       for source in sources:
-        value = source.get(f"{what}_token_id")
+        value = source.get(f"{what}_token_id", source.get(f"{what}_id"))
         if isinstance(value, list):  # several ends of text: the first one pads
           value = value[0] if value else None
         if value is not None:

@@ -20,6 +20,7 @@ from igpo_jax.data.tokenizer import Offsets, Tokenizer
 
 PROMPT_TOO_LONG = "prompt longer than the longest bucket"
 RESPONSE_TOO_LONG = "response too long"
+TRACE_TOO_LONG = "trace too long"
 EMPTY_TRACE = "empty trace"
 NO_SPAN = "answer span unknown"
 
@@ -161,7 +162,7 @@ class _Stream:
     if self._order is None:
       import grain  # it imports jax, which reading this module must not
 
-      indices = grain.MapDataset.range(len(self._items)).seed(self.seed)
+      indices = grain.MapDataset.range(len(self._items)).seed(self.seed % 2**32)
       self._order = indices.shuffle().repeat()
     first = step * self.batch_size
     return [(int(self._order[k]), k // len(self._items))
@@ -200,6 +201,8 @@ class PromptStream(_Stream):
     buckets: allowed prompt lengths, growing; a batch takes the smallest that fits.
     seed: of the order; each epoch is shuffled anew.
     process_index, process_count: which share of each batch is built here.
+    max_trace: leave out records whose trace has more tokens; None keeps all of them
+      (exploration cuts a trace to the canvas).
 
   Raises:
     UserError: no usable record, ids that repeat, sizes that do not go together.
@@ -207,11 +210,15 @@ class PromptStream(_Stream):
 
   def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
                buckets: Sequence[int], seed: int, process_index: int = 0,
-               process_count: int = 1):
+               process_count: int = 1, *, max_trace: int | None = None):
+    self.max_trace = max_trace
     super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
 
   def _keep(self, item: _Item) -> bool:
     keep = super()._keep(item)
+    if keep and self.max_trace is not None and len(item.trace) > self.max_trace:
+      self._dropped[TRACE_TOO_LONG] += 1
+      return False
     if keep and not len(item.trace):
       self._notes[EMPTY_TRACE] += 1
     elif keep and item.answer_span is None:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import glob as globbing
-import json
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from igpo_jax.cli import UserError
-from igpo_jax.data import formats
+from igpo_jax.data import formats, tables
 from igpo_jax.data.records import Record
 
 
@@ -188,77 +186,39 @@ def _boolean(name: str, value: bool | str) -> bool:
   return text in ("true", "1")
 
 
-def find_files(pattern: str) -> list[epath.Path]:
-  """The files of a path or glob pattern, sorted.
-
-  Raises:
-    UserError: there is none.
-  """
-  path = epath.Path(pattern)
-  if not globbing.has_magic(pattern):
-    found = [path] if path.exists() and not path.is_dir() else []
-  else:
-    base = next(p for p in path.parents if not globbing.has_magic(str(p)))
-    found = sorted(base.glob(str(path.relative_to(base)))) if base.exists() else []
-  if not found:
-    what = "is a directory, not a file" if path.is_dir() else "no such file"
-    raise UserError(f"{pattern or '(empty path)'}: {what}; give the path of a data file"
-                    f" (* may stand for several)")
-  return found
-
-
-def read_jsonl(paths: Iterable[epath.Path]) -> Iterator[formats.Row]:
-  """Objects of JSON Lines files, blank lines left out.
-
-  Raises:
-    UserError: a line that is not a JSON object; says which.
-  """
-  for path in paths:
-    with path.open("r", encoding="utf-8") as file:
-      for number, line in enumerate(file, start=1):
-        if not line.strip():
-          continue
-        try:
-          row = json.loads(line)
-        except ValueError as error:
-          raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-          raise UserError(f"{path}, line {number}: a JSON object was expected, not"
-                          f" {type(row).__name__}")
-        yield row
-
-
-def read_parquet(paths: Iterable[epath.Path]) -> Iterator[formats.Row]:
-  """Rows of Parquet files, read batch by batch.
-
-  Raises:
-    UserError: a file that is not Parquet.
-  """
-  import pyarrow
-  import pyarrow.parquet
-
-  for path in paths:
-    with path.open("rb") as file:
-      try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-          yield from batch.to_pylist()
-      except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
-
-
 def _name_of(pattern: str) -> str:
   path = epath.Path(pattern)
   return f"{path.parent.name}/{path.stem}".lstrip("/")
 
 
+def _origin(options: dict[str, Any]) -> str:
+  known = formats.FORMATS.get(options.get("format", "plain"))
+  return known.origin if known else ""
+
+
 @register_source("jsonl")
 def _load_jsonl(path: str, **options: Any) -> Loaded:
-  return read_rows(read_jsonl(find_files(path)), _name_of(path), **options)
+  files = tables.find_files(path, _origin(options))
+  return read_rows(tables.read_json(files), _name_of(path), **options)
 
 
 @register_source("parquet")
 def _load_parquet(path: str, **options: Any) -> Loaded:
-  return read_rows(read_parquet(find_files(path)), _name_of(path), **options)
+  files = tables.find_files(path, _origin(options))
+  without = formats.unread_columns(options)
+  return read_rows(tables.read_parquet(files, without), _name_of(path), **options)
+
+
+@register_source("tfds")
+def _load_tfds(path: str, data_dir: str | None = None, manual_dir: str | None = None,
+               **options: Any) -> Loaded:
+  from igpo_jax.data import builders
+
+  name, _, split = path.partition("/")
+  if not split:
+    raise UserError(f"tfds:{path}: expected tfds:NAME/SPLIT, for example tfds:gsm8k/train")
+  rows = builders.read(name, split, data_dir, manual_dir)
+  return read_rows(rows, path, **({"format": builders.format_of(name)} | options))
 
 
 @register_source("synthetic")
@@ -266,5 +226,18 @@ def _load_synthetic(name: str, split: str = "train", n: int | str = 1000, seed: 
                     **options: Any) -> Loaded:
   from igpo_jax.data import synthetic
 
-  records = synthetic.make_records(split, _integer("n", n), _integer("seed", seed), **options)
+  if name:
+    options = {"name": name} | options
+  records = synthetic.make_records(split, _integer("n", n), _integer("seed", seed),
+                                   **{key: _number_if(value) for key, value in options.items()})
   return Loaded(list(records), {})
+
+
+def _number_if(value: Any) -> Any:
+  """Text of a URI that reads as a number, as that number."""
+  for kind in (int, float):
+    try:
+      return kind(value) if isinstance(value, str) else value
+    except ValueError:
+      continue
+  return value

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import re
 
-_BOXED = re.compile(r"\\f?boxed\s*\{")
-_MARKERS = (re.compile(r"####"), re.compile(r"(?i)\bthe (?:final )?answer is\b"),
-            re.compile(r"(?i)<answer>"))
+# A box opens, an escaped character, or a brace.
+_BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+_EXPLICIT = (re.compile(r"####"), re.compile(r"(?i)<answer>"))
+_SAID = re.compile(r"(?i)\b(?:final )?answer is\b")
 
 
-def last_boxed(text: str) -> tuple[int, int, str] | None:
-  """The last \\boxed{...} whose braces close: (start, end, what is in the box).
+def boxes(text: str) -> list[tuple[int, int, str]]:
+  r"""Every \boxed{...} whose braces close, by its start: (start, end, content).
 
-  Worked example: "so \\boxed{\\frac{1}{2}}." gives (3, 23, "\\frac{1}{2}").
+  Worked example: r"so \boxed{\frac{1}{2}}." gives [(3, 22, r"\frac{1}{2}")].
   """
-  for match in reversed(list(_BOXED.finditer(text))):
-    depth = 1
-    for k in range(match.end(), len(text)):
-      if text[k] in "{}" and text[k - 1] != "\\":
-        depth += 1 if text[k] == "{" else -1
-        if depth == 0:
-          return match.start(), k + 1, text[match.end():k]
-  return None
+  found, stack = [], []
+  for match in _BRACES.finditer(text):
+    piece = match.group()
+    if piece.endswith("{") and piece != r"\{":
+      stack.append(match if len(piece) > 1 else None)
+    elif piece == "}" and stack:
+      opened = stack.pop()
+      if opened is not None:
+        found.append((opened.start(), match.end(), text[opened.end():match.start()]))
+  return sorted(found)
 
 
 def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
-  """Characters [start, end) from where a trace states its final answer to its end.
+  r"""Characters [start, end) from where a trace states its final answer to its end.
 
-  The first of these that the trace has: "####", "the answer is", "<answer>" or a
-  closed \\boxed{}, the earliest of their *last* occurrences; else the last place where
-  `answer` stands as a word of its own. None if there is none.
+  The start is the earliest of: the last "####", the last "<answer>", the last \boxed{}
+  and every other box with the same content or with `answer` in it (a hinted box would be
+  graded as if the model had written it). The last "the answer is" is the start where
+  there is none of these, or where it opens the line that has the start. Without any,
+  the last place where `answer` stands as a word of its own. None if there is none.
   """
-  starts = [matches[-1].start() for marker in _MARKERS
-            if (matches := list(marker.finditer(trace)))]
-  boxed = last_boxed(trace)
-  if boxed is not None:
-    starts.append(boxed[0])
+  def squeeze(text: str) -> str:
+    return re.sub(r"[\s$]", "", text)
+
+  starts = [matches[-1].start() for pattern in _EXPLICIT
+            if (matches := list(pattern.finditer(trace)))]
+  found = boxes(trace)
+  if found:
+    same = {squeeze(found[-1][2]), squeeze(answer)}
+    starts += [start for start, _, content in found if squeeze(content) in same]
+  said = [match.start() for match in _SAID.finditer(trace)]
+  first = min(starts, default=len(trace))
+  if said and (not starts or (said[-1] < first and "\n" not in trace[said[-1]:first])):
+    starts = said[-1:]
   if not starts and answer:
     pattern = rf"(?<![\w.]){re.escape(answer)}(?!\w)"
-    starts = [m.start() for m in re.finditer(pattern, trace)][-1:]
+    starts = [match.start() for match in re.finditer(pattern, trace)][-1:]
   return (min(starts), len(trace)) if starts else None

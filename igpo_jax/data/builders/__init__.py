@@ -1,0 +1,96 @@
+"""TFDS datasets by name: prepares them if need be, reads rows back. TensorFlow is not needed.
+
+Ours (`BUILDERS`) read files that people download; any other name is TFDS's own, which
+downloads for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.data.builders import math_files
+from igpo_jax.data.tables import Row
+
+BUILDERS = {builder.name: builder for builder in (
+    math_files.Metamathqa, math_files.Openr1Math, math_files.Math500, math_files.Amc23,
+    math_files.MinervaMath)}
+
+
+def format_of(name: str) -> str:
+  """The format (`formats.FORMATS`) of a dataset's rows."""
+  if name in BUILDERS:
+    return BUILDERS[name].FORMAT
+  return "gsm8k" if name == "gsm8k" else "plain"
+
+
+def read(name: str, split: str, data_dir: str | None = None,
+         manual_dir: str | None = None) -> Iterator[Row]:
+  """Rows of a dataset, prepared at the first call.
+
+  Args:
+    name: one of `BUILDERS` or a TFDS name.
+    split: as TFDS takes it, slices included ("train[:100]").
+    data_dir: where prepared datasets are kept; TFDS's own default if None.
+    manual_dir: where the downloaded files are; `data_dir`/downloads/manual if None.
+
+  Raises:
+    UserError: unknown name or split, a file that is missing, no network.
+  """
+  builder = _prepared(name, data_dir, manual_dir)
+  try:
+    source = builder.as_data_source(split=split)
+  except ValueError as error:
+    raise UserError(f"tfds:{name} has no split {split!r}: it has"
+                    f" {', '.join(sorted(builder.info.splits))}") from error
+  return (_plain(source[k]) for k in range(len(source)))
+
+
+def _prepared(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
+  import tensorflow_datasets as tfds
+
+  if name in BUILDERS:
+    builder = BUILDERS[name](data_dir=data_dir, file_format="array_record")
+  else:
+    builder = _library_builder(name, data_dir)
+  if (builder.data_path / "dataset_info.json").exists():
+    return builder
+  config = tfds.download.DownloadConfig()
+  if name in BUILDERS:
+    directory = manual_dir or epath.Path(builder.data_dir_root) / "downloads" / "manual"
+    config.manual_dir = epath.Path(directory)
+    builder.check_files(config.manual_dir)
+  try:
+    builder.download_and_prepare(download_config=config)
+  except OSError as error:
+    raise UserError(f"tfds:{name} cannot be prepared in {builder.data_dir}: {error}") from error
+  return builder
+
+
+def _library_builder(name: str, data_dir: str | None) -> Any:
+  import tensorflow_datasets as tfds
+
+  # Importing its module is what makes the library know a dataset.
+  with contextlib.suppress(ImportError):
+    importlib.import_module(f"tensorflow_datasets.text.{name}")
+  try:
+    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    raise UserError(f"no TFDS dataset {name!r}: of this package there are"
+                    f" {', '.join(sorted(BUILDERS))}, of TFDS for example gsm8k") from error
+
+
+def _plain(value: Any) -> Any:
+  """Bytes to text and arrays to lists, all the way down."""
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  return _plain(value.tolist()) if hasattr(value, "tolist") else value
