@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Any, Literal
 
@@ -39,6 +40,33 @@ def check_choices(section: Any, name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank adapters: y = x W + (x A) B alpha / rank (see models/lora.py).
+
+  Attributes:
+    rank: 0 trains every parameter instead.
+    alpha: the scale's numerator.
+    targets: a regular expression that the whole path of a linear layer has to
+      match, such as "blocks/(q|k|v)_proj" or "blocks/.*|head".
+    dropout: of the adapters' input, where a caller passes `dropout_key`.
+  """
+
+  rank: int = 0
+  alpha: float = 64.0
+  targets: str = "blocks/.*"
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    require(self.rank >= 0, f"model.lora.rank={self.rank} must not be negative")
+    require(self.alpha > 0, f"model.lora.alpha={self.alpha} must be positive")
+    require(0 <= self.dropout < 1, f"model.lora.dropout={self.dropout} must be in [0, 1)")
+    try:
+      re.compile(self.targets)
+    except re.error as error:
+      require(False, f"model.lora.targets={self.targets!r} is no regular expression: {error}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The transformer (METHOD 1). `vocab_size`, `mask_id`, `eos_id` and `stop_ids`
   come from the tokenizer when a model is made from scratch, and from config.json
@@ -59,6 +87,7 @@ class ModelConfig:
   dtype: str = "float32"  # compute
   param_dtype: str = "float32"
   remat: Literal["none", "full", "dots"] = "none"
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     require(self.d_model % self.n_heads == 0, "model.d_model must be a multiple of model.n_heads")

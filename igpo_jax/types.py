@@ -39,6 +39,7 @@ class LM(NamedTuple):
       cache=None) -> (h [B,t,D], cache)`, normalised, ready for the head. Without
       a cache t == T. With one, `tokens` sit at positions start..start+t of a
       canvas whose other keys and values come from the cache.
+      `dropout_key=` turns the adapters' dropout on, if there is any.
     head: `head(params, h [...,D]) -> f32[...,V]`.
     logits: `logits(params, tokens i32[B,T], valid bool[B,T] = None) -> f32[B,T,V]`.
     init_cache: `init_cache(batch, length) -> cache`, zeros.

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from igpo_jax.config import LoRAConfig
 from igpo_jax.types import Array
 
 
@@ -31,14 +32,25 @@ class RMSNorm(nn.Module):
     return x32.astype(self.dtype) * scale.astype(self.dtype)
 
 
+def low_rank(x: Array, a: Array, b: Array, alpha: float, **dot_kwargs) -> Array:
+  """(x A) B alpha / r in the dtype of x, for A [in,r] and B [r,out]."""
+  h = jnp.dot(x, a.astype(x.dtype)) * (alpha / a.shape[-1])
+  return jnp.dot(h, b.astype(x.dtype), **dot_kwargs)
+
+
 class Linear(nn.Module):
-  """y = x W without bias; W is [in, out] with logical axes `axes`."""
+  """y = x W without bias; W is [in, out] with logical axes `axes`.
+
+  Where the parameters hold `lora_a` and `lora_b` beside the kernel, their product is
+  added (models/lora.py puts them there); without them this is the base model.
+  """
 
   features: int
   axes: tuple[str, str]
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   init_scale: float = 1.0
+  lora: LoRAConfig = LoRAConfig()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -49,7 +61,14 @@ class Linear(nn.Module):
       (x.shape[-1], self.features),
       self.param_dtype,
     )
-    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    x = x.astype(self.dtype)
+    y = jnp.dot(x, kernel.astype(self.dtype))
+    if self.has_variable("params", "lora_a"):
+      if self.lora.dropout and self.has_rng("dropout"):
+        x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
+      a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+      y = y + low_rank(x, a, b, self.lora.alpha)
+    return y
 
 
 def rope_tables(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:

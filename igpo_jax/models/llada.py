@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from igpo_jax.config import ModelConfig
-from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, attend, rope_tables
+from igpo_jax.models import lora
+from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, attend, low_rank, rope_tables
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Params
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
   def __call__(self, x, cache, valid, start):
     c = self.config
     kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-    linear = functools.partial(Linear, **kw)
+    linear = functools.partial(Linear, lora=c.lora, **kw)
     # The two branches that write to the residual stream start small, so that its
     # size does not grow with depth.
     linear_out = functools.partial(linear, init_scale=1.0 / (2 * c.n_layers))
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
     blocks = nn.scan(
       block,
       variable_axes={"params": 0},
-      split_rngs={"params": True},
+      split_rngs={"params": True, "dropout": True},
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.n_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
@@ -118,23 +119,29 @@ def make_lm(config: ModelConfig) -> LM:
     return dict(model.init(key, dummy, None, 0, None)["params"])
 
   def init(key) -> Params:
-    return nn.meta.unbox(init_boxed(key))
+    return lora.add(nn.meta.unbox(init_boxed(key)), key, config.lora)
 
   def logical_axes():
     boxed = jax.eval_shape(init_boxed, jax.random.key(0))
     names = lambda x: tuple(x.names) if isinstance(x, nn.meta.AxisMetadata) else (None,) * x.ndim
-    return jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    axes = jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    return lora.add_axes(axes, config.lora)
 
-  def hidden(params, tokens, valid=None, *, start=0, cache=None):
-    return model.apply({"params": params}, tokens, valid, start, cache)
+  def hidden(params, tokens, valid=None, *, start=0, cache=None, dropout_key=None):
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply({"params": params}, tokens, valid, start, cache, rngs=rngs)
 
   def head(params, h):
     if config.tie_embeddings:
-      kernel = params["wte"]["embedding"].T
+      weights = {"kernel": params["wte"]["embedding"].T}
     else:
-      kernel = params["head"]["kernel"]
-    dtype = jnp.dtype(config.dtype)
-    return jnp.dot(h.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+      weights = params["head"]
+    dtype, kw = jnp.dtype(config.dtype), {"preferred_element_type": jnp.float32}
+    h = h.astype(dtype)
+    y = jnp.dot(h, weights["kernel"].astype(dtype), **kw)
+    if "lora_a" in weights:
+      y = y + low_rank(h, weights["lora_a"], weights["lora_b"], config.lora.alpha, **kw)
+    return y
 
   def logits(params, tokens, valid=None):
     h, _ = hidden(params, tokens, valid)

@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "norm": None,
+  "lora_rank": None,
   # activations
   "act_batch": ("data", "fsdp"),
   "act_length": None,

@@ -1,0 +1,151 @@
+"""Low-rank adapters beside the kernels they adapt: add, split, combine, merge.
+
+An adapter is two more leaves in the parameter tree,
+
+    blocks/q_proj/{kernel [N,in,out], lora_a [N,in,r], lora_b [N,r,out]}
+
+so the same `LM` computes the adapted model with them and the base model without:
+the KL reference is `split(params)[1]`, no second copy. Training differentiates
+the first half of `split` only; for the other half there is no gradient and no
+optimizer state, not even zeros. B starts at zero, so a fresh adapter changes
+nothing. Adapters are float32 whatever the base is: they are what the optimizer
+updates, by steps that bfloat16 would round away.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import LoRAConfig
+from igpo_jax.types import Array, Params
+
+ADAPTER_LEAVES = ("lora_a", "lora_b")
+
+
+def linear_layers(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+  """The paths of all linear layers of a parameter tree, such as ("blocks", "q_proj")."""
+  if "kernel" in params:
+    yield path
+    return
+  for name in sorted(params):
+    if isinstance(params[name], dict):
+      yield from linear_layers(params[name], (*path, name))
+
+
+def find_targets(params: Params, cfg: LoRAConfig) -> list[tuple[str, ...]]:
+  """The linear layers whose path matches `cfg.targets`.
+
+  Raises:
+    UserError: none does.
+  """
+  layers = list(linear_layers(params))
+  found = [path for path in layers if re.fullmatch(cfg.targets, "/".join(path))]
+  if not found:
+    names = ", ".join("/".join(path) for path in layers)
+    raise UserError(f"model.lora.targets={cfg.targets!r} matches none of {names}")
+  return found
+
+
+def init(params: Params, key: Array, cfg: LoRAConfig) -> Params:
+  """Fresh adapters for `params` (arrays or ShapeDtypeStructs): adapter leaves only.
+
+  A ~ U(-1/sqrt(in), 1/sqrt(in)), as PEFT draws it; B = 0. Float32.
+  """
+  adapters: Params = {}
+  for path in find_targets(params, cfg):
+    *stack, fan_in, fan_out = _get(params, path)["kernel"].shape
+    # Keyed by name: which other layers are adapted does not change this one.
+    layer_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()) >> 1)
+    bound = fan_in**-0.5
+    a = jax.random.uniform(layer_key, (*stack, fan_in, cfg.rank), minval=-bound, maxval=bound)
+    b = jnp.zeros((*stack, cfg.rank, fan_out), jnp.float32)
+    adapters = combine(adapters, _nest(path, {"lora_a": a, "lora_b": b}))
+  return adapters
+
+
+def add(params: Params, key: Array, cfg: LoRAConfig) -> Params:
+  """`params` with fresh adapters; `params` itself if the rank is 0."""
+  return combine(params, init(params, key, cfg)) if cfg.rank else params
+
+
+def add_axes(axes: Any, cfg: LoRAConfig) -> Any:
+  """The logical axes of `add(params)` from those of `params`."""
+  if not cfg.rank:
+    return axes
+  out = axes
+  for path in find_targets(axes, cfg):
+    *stack, fan_in, fan_out = _get(axes, path)["kernel"]
+    pair = {"lora_a": (*stack, fan_in, "lora_rank"), "lora_b": (*stack, "lora_rank", fan_out)}
+    out = combine(out, _nest(path, pair))
+  return out
+
+
+def split(params: Params) -> tuple[Params, Params]:
+  """(trainable, frozen): the adapters, and everything else.
+
+  Without adapters everything is trainable and nothing is frozen. Any tree with the
+  structure of the parameters can be split (logical axes, shardings).
+  """
+  trainable, frozen = _split(params)
+  return (trainable, frozen) if trainable else (frozen, {})
+
+
+def combine(frozen: Params, trainable: Params) -> Params:
+  """The union of two trees without common leaves: the inverse of `split`."""
+  out = dict(frozen)
+  for name, value in trainable.items():
+    out[name] = combine(out[name], value) if name in out else value
+  return out
+
+
+def merge(params: Params, cfg: LoRAConfig) -> Params:
+  """The base tree with W + A B alpha / r in place of W, in the dtype of W.
+
+  The sum is made in float32 and rounded once.
+  """
+  if "lora_a" in params:
+    kernel = merge_kernel(params["kernel"], params["lora_a"], params["lora_b"], cfg.alpha)
+    return {**{k: v for k, v in params.items() if k not in ADAPTER_LEAVES}, "kernel": kernel}
+  return {k: merge(v, cfg) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def merge_kernel(kernel: Array, a: Array, b: Array, alpha: float) -> Array:
+  """W + A B alpha / r for one layer or a stack of them."""
+  delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+  merged = kernel.astype(jnp.float32) + delta * (alpha / a.shape[-1])
+  return merged.astype(kernel.dtype)
+
+
+def _split(tree: Params) -> tuple[Params, Params]:
+  adapters, rest = {}, {}
+  for name, value in tree.items():
+    if name in ADAPTER_LEAVES:
+      adapters[name] = value
+    elif isinstance(value, dict):
+      inner_adapters, inner_rest = _split(value)
+      if inner_adapters:
+        adapters[name] = inner_adapters
+      if inner_rest:
+        rest[name] = inner_rest
+    else:
+      rest[name] = value
+  return adapters, rest
+
+
+def _get(tree: Params, path: tuple[str, ...]) -> Params:
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+def _nest(path: tuple[str, ...], leaf: Params) -> Params:
+  for name in reversed(path):
+    leaf = {name: leaf}
+  return leaf

@@ -1,0 +1,172 @@
+"""Low-rank adapters: nothing at the start, the same merged, and no trace in the base."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.models import lora
+from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.parallel.sharding import tree_shardings
+
+LORA = LoRAConfig(rank=4, alpha=8.0, targets="blocks/.*|head")
+CONFIG = ModelConfig(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, mlp_hidden=48,
+                     vocab_size=40, mask_id=39, eos_id=38, lora=LORA)  # fmt: skip
+TOKENS = jax.random.randint(jax.random.key(7), (2, 11), 0, 40)
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def lm():
+  return make_lm(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(lm):
+  return lm.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def trained(params):
+  """The parameters with adapters that do something."""
+  adapters, frozen = lora.split(params)
+  leaves, tree = jax.tree.flatten(adapters)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  return lora.combine(frozen, jax.tree.unflatten(tree, leaves))
+
+
+def paths(tree):
+  return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_a_fresh_adapter_changes_nothing(lm, params):
+  _, frozen = lora.split(params)
+  np.testing.assert_array_equal(lm.logits(params, TOKENS), lm.logits(frozen, TOKENS))
+
+
+def test_the_base_is_the_reference_without_a_copy(lm, params, trained):
+  _, frozen = lora.split(trained)
+  plain = make_lm(dataclasses.replace(CONFIG, lora=LoRAConfig()))
+  np.testing.assert_array_equal(lm.logits(frozen, TOKENS), plain.logits(frozen, TOKENS))
+  assert np.abs(lm.logits(trained, TOKENS) - lm.logits(frozen, TOKENS)).max() > 0.01
+  assert frozen["blocks"]["q_proj"]["kernel"] is trained["blocks"]["q_proj"]["kernel"]
+
+
+def test_merged_logits_equal_adapter_logits(lm, trained):
+  merged = lora.merge(trained, LORA)
+  assert paths(merged) == paths(lora.split(trained)[1])
+  np.testing.assert_allclose(
+    lm.logits(merged, TOKENS), lm.logits(trained, TOKENS), atol=1e-5, rtol=0
+  )
+
+
+def test_merging_keeps_the_dtype_of_the_kernel_and_rounds_once(trained):
+  adapters, frozen = lora.split(trained)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+  merged = lora.merge(lora.combine(half, adapters), LORA)["blocks"]["q_proj"]["kernel"]
+  kernel, pair = half["blocks"]["q_proj"]["kernel"], adapters["blocks"]["q_proj"]
+  delta = np.einsum("nir,nro->nio", pair["lora_a"], pair["lora_b"]) * (8.0 / 4)
+  assert merged.dtype == jnp.bfloat16
+  exact = np.asarray(kernel, np.float32) + delta
+  near = np.abs(np.asarray(merged, np.float32) - exact) <= np.abs(exact) * 2**-8
+  assert near.all()
+
+
+def test_split_and_combine_are_inverse(params):
+  trainable, frozen = lora.split(params)
+  assert not paths(trainable) & paths(frozen)
+  jax.tree.map(np.testing.assert_array_equal, lora.combine(frozen, trainable), params)
+  everything, nothing = lora.split(frozen)
+  assert paths(everything) == paths(frozen) and nothing == {}
+
+
+def test_the_base_has_no_gradient_and_no_optimizer_state(lm, trained):
+  trainable, frozen = lora.split(trained)
+
+  def loss(trainable):
+    return lm.logits(lora.combine(frozen, trainable), TOKENS).var()
+
+  gradient = jax.grad(loss)(trainable)
+  assert paths(gradient) == {p for p in paths(trained) if "lora_" in p}
+  assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(gradient))
+  moments = optax.adamw(1e-3).init(trainable)[0].mu
+  assert paths(moments) == paths(trainable)
+
+
+def test_the_first_gradient_reaches_b_only(lm, params):
+  trainable, frozen = lora.split(params)
+  grads = jax.grad(lambda t: lm.logits(lora.combine(frozen, t), TOKENS).var())(trainable)
+  # B is zero, so at the first step the gradient reaches B only.
+  assert float(jnp.abs(grads["blocks"]["v_proj"]["lora_a"]).max()) == 0
+  assert float(jnp.abs(grads["blocks"]["v_proj"]["lora_b"]).max()) > 0
+
+
+@pytest.mark.parametrize("targets, expected", [
+  ("blocks/(q|v)_proj", {"blocks/q_proj", "blocks/v_proj"}),
+  ("head", {"head"}),
+  (".*ff_out", {"blocks/ff_out"}),
+])  # fmt: skip
+def test_targets_are_chosen_by_their_whole_path(params, targets, expected):
+  _, frozen = lora.split(params)
+  found = lora.find_targets(frozen, dataclasses.replace(LORA, targets=targets))
+  assert {"/".join(path) for path in found} == expected
+
+
+def test_targets_that_match_nothing_are_refused(params):
+  with pytest.raises(UserError, match=r"o_proj.* matches none of .*blocks/attn_out"):
+    lora.init(params, jax.random.key(0), dataclasses.replace(LORA, targets="blocks/o_proj"))
+
+
+def test_a_layers_adapter_does_not_depend_on_the_other_targets(params):
+  _, frozen = lora.split(params)
+  only = lora.add(frozen, jax.random.key(0), dataclasses.replace(LORA, targets="blocks/q_proj"))
+  np.testing.assert_array_equal(
+    only["blocks"]["q_proj"]["lora_a"], params["blocks"]["q_proj"]["lora_a"]
+  )
+  assert "lora_a" not in only["blocks"]["k_proj"]
+
+
+def test_logical_axes_mirror_the_parameters(lm, params):
+  axes = lm.logical_axes()
+  shardings = tree_shardings(axes, make_mesh(devices=jax.devices()[:1]))
+  assert paths(shardings) == paths(params)
+  assert axes["blocks"]["q_proj"]["lora_a"] == ("layers", "embed", "lora_rank")
+  assert axes["blocks"]["attn_out"]["lora_b"] == ("layers", "lora_rank", "embed")
+  assert axes["head"]["lora_b"] == ("lora_rank", "vocab")
+
+
+def test_dropout_acts_only_where_a_key_is_given(trained):
+  lm = make_lm(dataclasses.replace(CONFIG, lora=dataclasses.replace(LORA, dropout=0.5)))
+  plain, _ = lm.hidden(trained, TOKENS)
+  again, _ = lm.hidden(trained, TOKENS)
+  first, _ = lm.hidden(trained, TOKENS, dropout_key=jax.random.key(0))
+  second, _ = lm.hidden(trained, TOKENS, dropout_key=jax.random.key(1))
+  np.testing.assert_array_equal(plain, again)
+  assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-3
+  base, _ = lm.hidden(lora.split(trained)[1], TOKENS)
+  dropped, _ = lm.hidden(lora.split(trained)[1], TOKENS, dropout_key=jax.random.key(0))
+  np.testing.assert_array_equal(base, dropped)
+
+
+def test_remat_and_bfloat16_take_adapters_too(trained):
+  config = dataclasses.replace(CONFIG, remat="full", dtype="bfloat16")
+  trainable, frozen = lora.split(trained)
+  lm = make_lm(config)
+  loss = lambda t: lm.logits(lora.combine(frozen, t), TOKENS).var()
+  gradient = jax.jit(jax.grad(loss))(trainable)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
