@@ -211,8 +211,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
                         path: epath.PathLike | None = None) -> SentencePieceTokenizer:
   """Trains a unigram model on `texts`, reversible and the same on every run.
 
-  Nothing is normalised, unknown characters become bytes, a digit is a token, and
-  `decode(encode(text)) == text` for every text.
+  Nothing is normalised, rare and unknown characters become bytes, a digit is a token, and
+  `decode(encode(text)) == text` for every text without NUL and U+2581, which SentencePiece
+  keeps for itself.
 
   Args:
     texts: any strings; long ones are cut at line ends for training.
@@ -229,7 +230,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
   try:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
-        model_type="unigram", character_coverage=1.0, byte_fallback=True,
+        model_type="unigram", character_coverage=0.9995, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, split_digits=True, max_sentence_length=1 << 20,
         unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
@@ -238,7 +239,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
         num_threads=1, shuffle_input_sentence=False, minloglevel=2)
   except RuntimeError as error:
     raise UserError(f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
-                    f" {str(error).splitlines()[-1]}") from error
+                    f" {str(error).split('] ')[-1]}") from error
   if path is not None:
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(path).write_bytes(model.getvalue())
