@@ -41,9 +41,10 @@ def register_source(name: str) -> Callable[[Loader], Loader]:
   The function returns a list of `Record`s or a `Loaded`. Options arrive as the text of
   the URI or as the caller's keyword arguments. A name may be registered again.
   """
+  if not name.isidentifier():
+    raise UserError(f"a source's name is letters, digits and _: {name!r}")
+
   def register(function: Loader) -> Loader:
-    if not name.isidentifier():
-      raise UserError(f"a source's name is letters, digits and _: {name!r}")
     _SOURCES[name] = function
     return function
 

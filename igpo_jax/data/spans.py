@@ -7,15 +7,15 @@ import re
 # A box opens, an escaped character, or a brace.
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 _EXPLICIT = (re.compile(r"####"), re.compile(r"(?i)<answer>"))
-_SAID = re.compile(r"(?i)\b(?:final )?answer is\b")
+_SAID = re.compile(r"(?i)\b(?:the )?(?:final )?answer is\b")
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-  r"""Every \boxed{...} whose braces close, by its start: (start, end, content).
+  r"""Every \boxed{...} whose braces close, outermost only: (start, end, content).
 
   Worked example: r"so \boxed{\frac{1}{2}}." gives [(3, 22, r"\frac{1}{2}")].
   """
-  found, stack = [], []
+  closed, stack = [], []
   for match in _BRACES.finditer(text):
     piece = match.group()
     if piece.endswith("{") and piece != r"\{":
@@ -23,8 +23,13 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     elif piece == "}" and stack:
       opened = stack.pop()
       if opened is not None:
-        found.append((opened.start(), match.end(), text[opened.end():match.start()]))
-  return sorted(found)
+        closed.append((opened.start(), match.end(), opened.end()))
+  found, last = [], 0
+  for start, end, inner in sorted(closed):
+    if start >= last:
+      found.append((start, end, text[inner:end - 1]))
+      last = end
+  return found
 
 
 def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:

@@ -25,8 +25,10 @@ def find_files(pattern: str, origin: str = "") -> list[epath.Path]:
     UserError: there is none.
   """
   path = epath.Path(pattern)
-  if not globbing.has_magic(pattern):
-    found = [path] if path.exists() and not path.is_dir() else []
+  if pattern and path.exists():
+    found = [] if path.is_dir() else [path]
+  elif not globbing.has_magic(pattern):
+    found = []
   else:
     base = next(p for p in path.parents if not globbing.has_magic(str(p)))
     found = sorted(base.glob(str(path.relative_to(base)))) if base.exists() else []
