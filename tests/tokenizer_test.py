@@ -116,6 +116,24 @@ def test_a_saved_tokenizer_loads_as_the_same(every, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_save_that_was_cut_short_is_not_taken_for_a_tokenizer(every, kind, tmp_path, monkeypatch):
+  files, whole = [], tokenizer.write_file
+
+  def write(directory, name, data):
+    files.append(name)
+    if len(files) <= kept:
+      whole(directory, name, data)
+
+  monkeypatch.setattr(tokenizer, "write_file", write)
+  kept = 99
+  every[kind].save(tmp_path / "whole")
+  for kept in range(len(files)):
+    files.clear()
+    every[kind].save(tmp_path / str(kept))
+    assert not tokenizer.has_tokenizer(tmp_path / str(kept))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_prefilled_answer_continues_the_prompt(every, kind):
   t = every[kind]
   prompt = t.encode_prompt(USER)
@@ -313,13 +331,14 @@ def test_chatml_is_recognised_by_its_tokens(tmp_path):
 @pytest.mark.parametrize("name, text, line", [
     ("nothing.txt", "x", "no tokenizer in"),
     ("tokenizer.json", "{", "cannot read"),
+    ("tokenizer.json", "\udcff", "cannot read"),
     ("tokenizer.json", '{"model": {"type": "nope"}}', "cannot read"),
     ("x.model", "not a model", "SentencePiece"),
     ("igpo_tokenizer.json", "{", "not JSON"),
     ("igpo_tokenizer.json", "[]", "JSON object"),
     ("igpo_tokenizer.json", '{"type": "char"}', "alphabet")])
 def test_a_broken_tokenizer_file_is_one_clear_line(tmp_path, name, text, line):
-  (tmp_path / name).write_text(text)
+  (tmp_path / name).write_text(text, errors="surrogateescape")
   with pytest.raises(UserError, match=line):
     tokenizer.load_tokenizer(tmp_path)
 

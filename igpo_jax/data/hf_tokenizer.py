@@ -71,9 +71,9 @@ class HFTokenizer(base.Tokenizer):
 
     directory = epath.Path(directory)
     self._directory = directory
-    self._files = {name: (directory / name).read_text()
-                   for name in _FILES if (directory / name).exists()}
     try:
+      self._files = {name: (directory / name).read_bytes().decode()
+                     for name in _FILES if (directory / name).exists()}
       self._text = tokenizers.Tokenizer.from_str(_untrimmed(self._files[base.HF_FILE]))
       self._special = tokenizers.Tokenizer.from_str(self._files[base.HF_FILE])
     except Exception as error:  # the library raises nothing narrower
@@ -167,13 +167,12 @@ class HFTokenizer(base.Tokenizer):
     return ids
 
   def save(self, directory: epath.PathLike) -> None:
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in self._files.items():
-      directory.joinpath(name).write_text(text)
     base.write_description(directory, {
         "type": "hf", "mask_token_id": self.mask_id, "eos_token_id": self.eos_id,
         "pad_token_id": self.pad_id, "eot_token_id": self.turn_id})
+    for name in reversed(_FILES):  # tokenizer.json last: with it, the directory counts as whole
+      if name in self._files:
+        base.write_file(directory, name, self._files[name].encode())
 
   def _decode_text(self, ids: list[int]) -> str:
     return self._special.decode(ids, skip_special_tokens=True)

@@ -10,7 +10,7 @@ import abc
 import io
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -199,9 +199,7 @@ class SentencePieceTokenizer(Tokenizer):
     return [*ids, self._roles["assistant"], *self.encode(prefill.text)]
 
   def save(self, directory: epath.PathLike) -> None:
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    directory.joinpath(SENTENCEPIECE_FILE).write_bytes(self._model)
+    write_file(directory, SENTENCEPIECE_FILE, self._model)
 
   def _decode_text(self, ids: list[int]) -> str:
     return self._sp.decode(ids)
@@ -241,16 +239,15 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
     raise UserError(f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
                     f" {str(error).split('] ')[-1]}") from error
   if path is not None:
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(path).write_bytes(model.getvalue())
+    write_file(epath.Path(path).parent, epath.Path(path).name, model.getvalue())
   return SentencePieceTokenizer(model.getvalue())
 
 
-class Prefill:
+class Prefill(NamedTuple):
   """Messages that are complete, and the text that the assistant's turn begins with."""
 
-  def __init__(self, messages: Sequence[dict[str, str]], text: str):
-    self.messages, self.text = messages, text
+  messages: Sequence[dict[str, str]]
+  text: str
 
 
 def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
@@ -270,12 +267,19 @@ def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
   return Prefill(messages, "")
 
 
-def write_description(directory: epath.PathLike, description: dict[str, Any]) -> None:
-  """Writes `DESCRIPTION_FILE` into `directory`, which is made if need be."""
+def write_file(directory: epath.PathLike, name: str, data: bytes) -> None:
+  """Writes a file under a temporary name and renames it: there whole or not at all."""
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
+  partial = directory / f".{name}.partial"
+  partial.write_bytes(data)
+  partial.replace(directory / name)
+
+
+def write_description(directory: epath.PathLike, description: dict[str, Any]) -> None:
+  """Writes `DESCRIPTION_FILE` into `directory`, which is made if need be."""
   text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-  directory.joinpath(DESCRIPTION_FILE).write_text(text)
+  write_file(directory, DESCRIPTION_FILE, text.encode())
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_bytes())
   except ValueError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(value, dict):
@@ -303,9 +307,10 @@ def _find_sentencepiece(directory: epath.Path) -> epath.Path | None:
 def has_tokenizer(directory: epath.PathLike) -> bool:
   """True if `load_tokenizer(directory)` would find something to read."""
   directory = epath.Path(directory)
-  return directory.is_dir() and (directory.joinpath(DESCRIPTION_FILE).exists()
-                                 or directory.joinpath(HF_FILE).exists()
-                                 or _find_sentencepiece(directory) is not None)
+  return directory.is_dir() and (
+      read_json(directory / DESCRIPTION_FILE).get("type") == "char"
+      or directory.joinpath(HF_FILE).exists()
+      or _find_sentencepiece(directory) is not None)
 
 
 def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
