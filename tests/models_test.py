@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from igpo_jax.convert.load import load_pretrained
+from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.models import llada
 from tests.fakes import REPO
 

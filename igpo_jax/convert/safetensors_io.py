@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -74,6 +76,19 @@ def read_header(file: epath.Path) -> tuple[dict[str, TensorInfo], list[str]]:
   if size < promised:
     problems.append(f"{file.name} is truncated: {size} of {promised} bytes")
   return tensors, problems
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+  """The first bytes of a file that holds these tensors one after the other."""
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for key, (dtype, shape) in tensors.items():
+    begin, end = end, end + math.prod(shape) * dtype.itemsize
+    fields[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+  text = json.dumps(fields, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+  return len(text).to_bytes(8, "little") + text
 
 
 class Reader:
