@@ -210,7 +210,8 @@ def tree_metadata(entries: Sequence[Entry], dtypes: Mapping[str, np.dtype]) -> d
     leaves[str(entry.path)] = {
       "key_metadata": [{"key": name, "key_type": 2} for name in entry.path],
       "value_metadata": {
-        "value_type": "jax.Array",
+        # So that a restore without any arguments works on every machine: as numpy.
+        "value_type": "np.ndarray",
         "skip_deserialize": False,
         "write_shape": chunk_shapes(entry, dtypes[entry.name])[0],
       },

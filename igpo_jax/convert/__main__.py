@@ -1,0 +1,84 @@
+"""The command: `python -m igpo_jax.convert --source=DIR --target=DIR`.
+
+From a Hugging Face directory to an Orbax checkpoint, and from an Orbax checkpoint
+or a step of a training run back to Hugging Face; --to says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import jax
+import tqdm
+
+from igpo_jax import cli
+from igpo_jax.convert import sources, transfer, writers
+from igpo_jax.convert.pretrained import DTYPES
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+  """Bytes from "5GB", "500MB", "2GiB" or a plain number.
+
+  Raises:
+    UserError: it is none of these, or zero.
+  """
+  match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+  unit = match and UNITS.get(match[2].upper().removesuffix("B") + ("B" if match[2] else ""))
+  size = int(float(match[1]) * unit) if unit else 0
+  if size < 1:
+    raise cli.UserError(f"--max_shard_size={text!r} is no size; write for example 5GB or 500MB")
+  return size
+
+
+def make_parser() -> cli.ArgumentParser:
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.convert", description=__doc__)
+  parser.add_argument("--source", required=True, help="Hugging Face directory, Orbax directory, "
+                      "or WORKDIR/checkpoints/STAGE/STEP; local or gs://")  # fmt: skip
+  parser.add_argument("--target", required=True, help="directory to make")
+  parser.add_argument("--to", choices=transfer.FORMATS,
+                      help="format; default: orbax from Hugging Face, else hf")  # fmt: skip
+  parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+  parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file (5GB)")
+  parser.add_argument("--adapter", help="PEFT directory to put on top of the source")
+  parser.add_argument("--base", help="model that a checkpoint of adapters belongs to; "
+                      "default: the run's init_from")  # fmt: skip
+  parser.add_argument("--merge_lora", action="store_true", help="add adapters into their kernels")
+  parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
+  parser.add_argument("--dry-run", "--dry_run", dest="dry_run", action="store_true",
+                      help="list what would be written; reads no tensor data")  # fmt: skip
+  parser.add_argument("--threads", type=int, default=writers.THREADS,
+                      help=f"blocks in flight ({writers.THREADS})")  # fmt: skip
+  return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = make_parser().parse_args(argv)
+  if args.threads < 1:
+    raise cli.UserError(f"--threads={args.threads} must be at least 1")
+  jax.config.update("jax_platforms", "cpu")  # nothing here computes on an accelerator
+  plan = transfer.make_plan(
+    sources.open_source(args.source, adapter=args.adapter, base=args.base),
+    args.target,
+    to=args.to,
+    dtype=DTYPES[args.dtype] if args.dtype else None,
+    merge_lora=args.merge_lora,
+    max_shard_bytes=parse_size(args.max_shard_size),
+    overwrite=args.overwrite,
+  )
+  if args.dry_run:
+    print("\n".join(plan.lines()))
+    return
+  began = time.monotonic()
+  bar = tqdm.tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+  with bar:
+    transfer.execute(plan, bar.update, args.threads)
+  seconds = time.monotonic() - began
+  print(f"{plan.lines()[-1]} in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+  cli.run(main)
