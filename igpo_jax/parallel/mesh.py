@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igpo_jax.cli import UserError
 
@@ -41,3 +45,46 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(data, fsdp, tensor, len(devices))
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Host arrays, each holding this process's rows, as arrays sharded over the mesh's rows.
+
+  Raises:
+    UserError: the rows of all processes do not divide over data x fsdp.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+  def place(x):
+    rows = x.shape[0] * jax.process_count()
+    if rows % ways:
+      raise UserError(
+        f"a batch of {rows} rows does not divide over {ways} devices (mesh data x fsdp): "
+        "make the batch a multiple of them, or lower config.mesh.data or config.mesh.fsdp"
+      )
+    if jax.process_count() == 1:
+      return jax.device_put(x, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+  return jax.tree.map(place, tree)
+
+
+def local_rows(tree: Any) -> Any:
+  """The rows of this process, as numpy arrays: the inverse of `shard_rows`."""
+
+  def fetch(x):
+    if x.is_fully_addressable:
+      return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+  return jax.tree.map(fetch, tree)
+
+
+def over_processes(values: np.ndarray, reduce: Callable) -> np.ndarray:
+  """`reduce(stacked, axis=0)` of one small array per process; the same on each."""
+  values = np.asarray(values)
+  if jax.process_count() == 1:
+    return reduce(values[None], axis=0)
+  return reduce(np.asarray(multihost_utils.process_allgather(values)), axis=0)

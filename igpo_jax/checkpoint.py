@@ -1,0 +1,77 @@
+"""Orbax checkpoints of a stage: the last few, and the best by a metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from igpo_jax.cli import UserError
+
+
+class Checkpoints:
+  """The checkpoints of one stage, in `directory`/<step>.
+
+  Saving is synchronous: when `save` returns, the checkpoint is complete under its
+  final name, and what was reported as saved survives any kill.
+
+  Args:
+    directory: made if need be; local or gs://.
+    keep: how many of the latest to keep.
+    best_metric: name of the metric whose best checkpoint is kept besides; "" for none.
+  """
+
+  def __init__(self, directory: epath.PathLike, keep: int = 2, best_metric: str = ""):
+    self.best_metric = best_metric
+    rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
+    if best_metric:
+      rules.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics[best_metric],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(rules),
+      enable_async_checkpointing=False,
+      step_prefix=None,
+    )
+    self._manager = ocp.CheckpointManager(epath.Path(directory).absolute(), options=options)
+
+  def latest(self) -> int | None:
+    """The step of the newest complete checkpoint; None where there is none."""
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """Steps of all checkpoints kept, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+    """Writes a pytree of arrays; `metrics` ranks it if it has the best metric."""
+    ranked = {k: v for k, v in (metrics or {}).items() if k == self.best_metric}
+    self._manager.save(
+      step, args=ocp.args.StandardSave(state), metrics=ranked or None, force=True
+    )
+    self._manager.wait_until_finished()
+
+  def restore(self, step: int, like: Any) -> Any:
+    """The pytree saved at `step`, with the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      UserError: there is no such checkpoint, or its arrays do not fit `like`.
+    """
+    if step not in self._manager.all_steps():
+      raise UserError(f"no checkpoint of step {step} in {self._manager.directory}")
+    try:
+      return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    except (ValueError, KeyError) as error:
+      raise UserError(
+        f"the checkpoint {self._manager.directory}/{step} does not fit this config: {error}"
+      ) from error
+
+  def close(self) -> None:
+    """Releases the manager's threads."""
+    self._manager.close()

@@ -1,0 +1,148 @@
+"""Generated problems with a reasoning trace and a verifiable answer, at any difficulty.
+
+One family so far, `chains`: a number of a few digits and a list of steps, each of
+which changes one digit. The trace restates the number after every step, then the
+answer:
+
+    prompt   352|b+4|a^6|c-5          trace   392 692 690 =>690
+    b+4      add, held at 9           a^6     the larger of the two
+    c-5      subtract, held at 0      a_6     the smaller of the two
+
+Why this one (the study is in docs/LOG.md):
+  * Three digits have 1,000 values, so no answer is right by luck and a group of
+    eight whose policy cannot do the problem is all wrong.
+  * Every step hangs on the one before: an error anywhere loses the answer, and the
+    chance of a correct trace falls with its length. A hint in the middle repairs what
+    came before it, which is what inpainting is for.
+  * Steps are monotone in their digit, which small transformers learn in minutes;
+    modular arithmetic they do not.
+  * The last number of the trace is the answer, so a hint could show it. That is what
+    `hints.hide_answer_value` is for, and here it is checked.
+
+Train and test problems are disjoint by construction: which split a problem belongs
+to is a hash of its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from igpo_jax.cli import UserError
+from igpo_jax.data.records import Record
+
+ALPHABET = "0123456789abcdef+-^_|=> "
+TEST_SHARE = 10  # one problem in ten belongs to the test split
+
+
+def apply_step(state: list[int], step: str) -> list[int]:
+  """The digits after one step. Example: apply_step([3, 5, 2], "b+4") == [3, 9, 2]."""
+  position, kind, operand = ord(step[0]) - ord("a"), step[1], int(step[2])
+  digit = state[position]
+  new = {
+    "+": min(digit + operand, 9),
+    "-": max(digit - operand, 0),
+    "^": max(digit, operand),
+    "_": min(digit, operand),
+  }[kind]
+  return [*state[:position], new, *state[position + 1 :]]
+
+
+def solve(problem: str) -> tuple[str, str]:
+  """The trace and the answer of a problem. Example: "352|b+4" gives ("392 =>392", "392")."""
+  first, *steps = problem.split("|")
+  state = [int(digit) for digit in first]
+  numbers = []
+  for step in steps:
+    state = apply_step(state, step)
+    numbers.append("".join(map(str, state)))
+  return " ".join(numbers) + f" =>{numbers[-1]}", numbers[-1]
+
+
+def split_of(problem: str) -> str:
+  """ "test" for one problem in ten, by a hash of its text, else "train"."""
+  digest = hashlib.blake2s(problem.encode(), digest_size=4).digest()
+  return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
+
+
+SIGNS = {"add": "+", "sub": "-", "max": "^", "min": "_"}
+
+
+def _signs(option: str, names: str) -> str:
+  """The signs of a comma-separated list of kinds of steps."""
+  kinds = [kind.strip() for kind in names.split(",")]
+  for kind in kinds:
+    if kind not in SIGNS:
+      raise UserError(f"synthetic: {option}={names!r}: {kind!r} is not one of {', '.join(SIGNS)}")
+  return "".join(SIGNS[kind] for kind in kinds)
+
+
+def make_records(
+  split: str,
+  n: int,
+  seed: int = 0,
+  name: str = "chains",
+  min_steps: int | str = 2,
+  max_steps: int | str = 8,
+  digits: int | str = 3,
+  ops: str = "add,sub,max,min",
+  hard_share: float | str = 1.0,
+  easy_ops: str = "add,sub",
+) -> list[Record]:
+  """Distinct problems of one split, the same on every machine.
+
+  Args:
+    split: "train" or "test".
+    n: how many.
+    seed: of the generator.
+    name: "chains".
+    min_steps, max_steps: the number of steps is uniform in this range.
+    digits: digits of the number, 1 to 6.
+    ops: kinds of steps of a hard problem, out of add, sub, max, min.
+    hard_share: share of hard problems; the others use `easy_ops` only.
+    easy_ops: kinds of steps of an easy problem.
+
+  Raises:
+    UserError: an unknown split or task, or options out of range.
+  """
+  if name != "chains":
+    raise UserError(f"synthetic: no task {name!r}; known: chains")
+  if split not in ("train", "test"):
+    raise UserError(f"synthetic: split {split!r} is not one of train, test")
+  try:
+    low, high, digits, share = int(min_steps), int(max_steps), int(digits), float(hard_share)
+  except ValueError as error:
+    raise UserError(f"synthetic: {error}") from None
+  if not 1 <= low <= high:
+    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need 1 <= min <= max")
+  if not 1 <= digits <= 6:
+    raise UserError(f"synthetic: digits={digits} is not in 1..6")
+  hard, easy = _signs("ops", ops), _signs("easy_ops", easy_ops)
+
+  rng = np.random.default_rng([seed, low, high, digits, len(hard), len(easy)])
+  records: dict[str, Record] = {}
+  tries = 0
+  while len(records) < n:
+    tries += 1
+    if tries > 100 * n + 1000:
+      raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
+    kinds = hard if rng.random() < share else easy
+    first = "".join(str(d) for d in rng.integers(0, 10, digits))
+    steps = [
+      f"{chr(ord('a') + rng.integers(digits))}{kinds[rng.integers(len(kinds))]}"
+      f"{rng.integers(1, 10)}"
+      for _ in range(rng.integers(low, high + 1))
+    ]
+    problem = "|".join([first, *steps])
+    if problem in records or split_of(problem) != split:
+      continue
+    trace, answer = solve(problem)
+    records[problem] = Record(
+      id=problem,
+      prompt=({"role": "user", "content": problem},),
+      trace=trace,
+      answer=answer,
+      answer_span=(trace.index("=>"), len(trace)),
+    )
+  return list(records.values())

@@ -1,0 +1,52 @@
+"""Does a hint give the answer away? Where the answer's value stands in a trace (METHOD 3).
+
+Real traces state the answer's value before the answer itself (99.8% of GSM8K's do),
+so never hinting the answer span is not enough to be sure. These functions find the
+value; `hints.hide_answer_value` drops the chunks that overlap it, and the share of
+hinted canvases that show it is logged either way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+Span = tuple[int, int]
+
+
+def value_spans(text: str, answer: str) -> list[Span]:
+  """Characters [start, end) where `answer` stands as a whole word or number.
+
+  Example: in "72 of 172 is 72.5, 72." the answer "72" stands at (0, 2) and (19, 21).
+  """
+  if not answer.strip():
+    return []
+  pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?!\w|\.\d)"
+  return [match.span() for match in re.finditer(pattern, text)]
+
+
+def value_tokens(text: str, answer: str, offsets: Sequence[Span]) -> list[Span]:
+  """Token ranges [start, end) that overlap the answer's value.
+
+  Args:
+    text: the trace.
+    answer: the gold answer.
+    offsets: characters [start, end) of each token of the trace.
+  """
+  ranges = []
+  for start, end in value_spans(text, answer):
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
+    if inside:
+      ranges.append((inside[0], inside[-1] + 1))
+  return ranges
+
+
+def segments(hinted: np.ndarray) -> list[Span]:
+  """The maximal runs [start, end) of True in bool[L].
+
+  Example: [F, T, T, F, T] has the runs (1, 3) and (4, 5).
+  """
+  edges = np.flatnonzero(np.diff(np.concatenate([[0], hinted.astype(np.int8), [0]])))
+  return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

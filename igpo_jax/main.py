@@ -1,0 +1,203 @@
+"""python -m igpo_jax.main --config=configs/X.py [--workdir=DIR] [--config.a.b=value]
+
+Flags, config, then one stage after the other. Kept short: everything it calls can be
+imported and called from a notebook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from igpo_jax import cli
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, freeze
+from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.eval.evaluate import eval_sampler, evaluate
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewards.score import Scorer
+from igpo_jax.train.loop import Run
+from igpo_jax.train.report import table, write_report
+from igpo_jax.train.rl import train_rl
+from igpo_jax.train.runlog import RunLog, say
+from igpo_jax.train.setup import (
+  Model,
+  load_source,
+  make_model,
+  make_optimizer,
+  make_state,
+  make_tokenizer,
+  purpose_key,
+)
+from igpo_jax.train.sft import train_sft
+
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS)
+
+# What may differ between the run that a workdir holds and the one that continues it:
+# nothing that decides the numbers.
+MAY_CHANGE = ("stages", "log", "mesh", "checkpoint")
+
+
+def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
+  """The frozen config and the workdir of a command line.
+
+  Raises:
+    UserError: an unknown flag, option or file, or a value of the wrong type.
+  """
+  if "--help" in argv or "-h" in argv:
+    print(__doc__)
+    raise SystemExit(0)
+  try:
+    rest = FLAGS(argv)
+  except FileNotFoundError as error:
+    raise UserError(f"--config: no such file: {error.filename or error}") from None
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f"command line: {error}") from None
+  if len(rest) > 1:
+    raise UserError(f"command line: unexpected argument {rest[1]!r}")
+  if FLAGS.config is None:
+    raise UserError("command line: --config=configs/X.py is missing")
+  name = epath.Path(next(a.partition("=")[2] for a in argv if a.startswith("--config="))).stem
+  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{name}")
+
+
+def open_workdir(workdir: epath.Path, config: Config) -> None:
+  """Makes the workdir, or checks that the run in it is this one; writes config.json.
+
+  Raises:
+    UserError: the workdir holds a run with other settings.
+  """
+  path = workdir / "config.json"
+  current = json.loads(json.dumps(dataclasses.asdict(config)))
+  if path.exists():
+    previous = json.loads(path.read_text())
+    for name in current:
+      if name not in MAY_CHANGE and current[name] != previous.get(name):
+        old, new = _difference(previous.get(name), current[name])
+        raise UserError(
+          f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
+          "choose another --workdir, or the same settings"
+        )
+  workdir.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(current, indent=2) + "\n")
+
+
+def _difference(old, new):
+  """The parts of two settings that differ."""
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return old, new
+  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
+  return {n: old.get(n) for n in names}, {n: new.get(n) for n in names}
+
+
+def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh):
+  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
+  streams = {}
+  for item in config.data.eval:
+    name, _, uri = item.partition("=")
+    records = load_source(uri, say)
+    streams[name] = PromptStream(
+      records[: config.eval.limit or None],
+      model.tokenizer,
+      config.eval.batch_size,
+      config.data.prompt_buckets,
+      config.seed,
+      jax.process_index(),
+      jax.process_count(),
+    )
+  key = purpose_key(config.seed, 0, "evaluate")
+
+  def evaluate_all(params, label: str) -> dict[str, float]:
+    row = {}
+    for name, stream in streams.items():
+      bar = functools.partial(_bar, description=f"{name} ({label})")
+      cfg = eval_sampler(config)
+      began = time.perf_counter()
+      result = evaluate(model.lm, params, model.tokenizer, scorer, stream, cfg, mesh, key, bar)
+      row |= {f"eval/{name}/{k}": v for k, v in dataclasses.asdict(result).items()}
+      row[f"time/eval_{name}_seconds"] = time.perf_counter() - began
+      say(f"{name} ({label}): accuracy {result.accuracy:.3f} ± {result.stderr:.3f}, n={result.n}")
+    return row
+
+  return evaluate_all
+
+
+def _bar(batches, total, description):
+  return tqdm(
+    batches, total=total, desc=description, unit="batch", file=sys.stderr, leave=False,
+    disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
+  )  # fmt: skip
+
+
+def newest_params(run: Run, model: Model):
+  """Parameters of the newest checkpoint of the run, or the model's own if there is none."""
+  for stage in ("rl", "sft"):
+    checkpoints = run.checkpoints(stage)
+    step = checkpoints.latest()
+    if step is not None:
+      optimizer = make_optimizer(getattr(run.config, f"{stage}_optimizer"), 1)
+      like = make_state(optimizer, model.params, model.shardings, run.mesh)
+      say(f"eval: the checkpoint of {stage} step {step}")
+      return checkpoints.restore(step, like).params
+  return model.params
+
+
+def train(config: Config, workdir: epath.Path) -> dict:
+  """Runs every stage of a config; returns the summary that summary.json holds."""
+  open_workdir(workdir, config)
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  with (
+    jax.set_mesh(mesh),
+    Scorer(
+      config.reward.verifier,
+      dict(config.reward.parts),
+      config.reward.workers,
+      config.reward.timeout,
+    ) as scorer,
+  ):
+    tokenizer = make_tokenizer(config, workdir)
+    model = make_model(config, tokenizer, mesh)
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
+    log = RunLog(workdir, config.log)
+    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh))
+
+    training = "sft" in config.stages or "rl" in config.stages
+    if training and config.eval.initial and not any(r["stage"] == "init" for r in log.rows):
+      log.metrics("init", 0, run.evaluate(model.params, "before training"))
+    if "sft" in config.stages:
+      model = dataclasses.replace(model, params=train_sft(run, model))
+    if "rl" in config.stages:
+      model = dataclasses.replace(model, params=train_rl(run, model, scorer))
+    if "eval" in config.stages:
+      params = model.params if training else newest_params(run, model)
+      log.rewind("rl", 10**12)
+      log.metrics("eval", 0, run.evaluate(params, "eval"))
+    log.close()
+  summary = {}
+  if jax.process_index() == 0:
+    summary = write_report(log.rows, workdir)
+    print(table(summary))
+    say(f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl")
+  return summary
+
+
+def main() -> None:
+  config, workdir = parse_flags(sys.argv)
+  train(config, workdir)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,150 @@
+"""What a finished run shows: summary.json, a table, and the curves as a PNG."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+from igpo_jax.train.runlog import Row
+
+RL_MEANS = (
+  "all_wrong_before",
+  "all_wrong_after",
+  "reward",
+  "reward_after",
+  "accuracy",
+  "extra_correct",
+  "answer_shown",
+  "replaced",
+  "kl",
+  "hints_kept",
+)
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+  """The numbers of a run from its metric rows.
+
+  Returns:
+    {"eval": {"<stage>/<benchmark>": {"accuracy", "stderr", "n", ...}} from each
+    stage's last evaluation, "rl": {name: mean over all steps}, "steps": {stage: last}}.
+  """
+  evals: dict[str, dict[str, Any]] = {}
+  steps: dict[str, int] = {}
+  for row in rows:
+    steps[row["stage"]] = max(steps.get(row["stage"], 0), row["step"])
+    for name, value in row.items():
+      if name.startswith("eval/"):
+        _, bench, field = name.split("/", 2)
+        evals.setdefault(f"{row['stage']}/{bench}", {})[field] = value
+  rl_rows = [row for row in rows if row["stage"] == "rl"]
+  means = {}
+  for name in RL_MEANS:
+    values = [row[f"rl/{name}"] for row in rl_rows if row.get(f"rl/{name}") is not None]
+    if values:
+      means[name] = sum(values) / len(values)
+  return {"eval": evals, "rl": means, "steps": steps}
+
+
+STAGE_LABELS = {
+  "init": "before training",
+  "sft": "after SFT",
+  "rl": "after RL",
+  "eval": "evaluated",
+}
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The summary as a small Markdown table."""
+  lines = ["| held-out accuracy | value | standard error | problems |", "|---|---|---|---|"]
+  for name, result in summary["eval"].items():
+    stage, bench = name.split("/", 1)
+    lines.append(
+      f"| {bench}, {STAGE_LABELS.get(stage, stage)} | {result['accuracy']:.3f} "
+      f"| {result['stderr']:.3f} | {result['n']} |"
+    )
+  rl = summary["rl"]
+  if rl:
+    lines += [
+      "",
+      "| RL, mean over all steps | value |",
+      "|---|---|",
+      f"| groups all wrong, before inpainting | {rl['all_wrong_before']:.3f} |",
+      f"| groups all wrong, after inpainting | {rl['all_wrong_after']:.3f} |",
+      f"| extra samples that were correct | {rl['extra_correct']:.3f} |",
+      f"| hinted canvases that showed the answer's value | {rl['answer_shown']:.3f} |",
+      f"| reward of the policy's own samples | {rl['reward']:.3f} |",
+    ]
+  return "\n".join(lines)
+
+
+def draw_curves(rows: list[Row], path: epath.Path) -> None:
+  """Loss, reward, all-wrong groups and held-out accuracy over steps, as a PNG."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  fig, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+  _lines(axes[0, 0], rows, "sft", {"sft/loss": "NELBO"}, "SFT loss (nats per token)")
+  _lines(axes[0, 1], rows, "rl", {"rl/reward": "reward"}, "Reward of the policy's own samples")
+  _lines(
+    axes[1, 0],
+    rows,
+    "rl",
+    {"rl/all_wrong_before": "before inpainting", "rl/all_wrong_after": "after inpainting"},
+    "All-wrong groups (share)",
+  )
+  _accuracies(axes[1, 1], rows)
+  with path.open("wb") as file:
+    fig.savefig(file, format="png", dpi=120)
+  plt.close(fig)
+
+
+def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
+  """Faint raw values and their running mean."""
+  for name, label in names.items():
+    points = [(r["step"], r[name]) for r in rows if r["stage"] == stage and r.get(name) is not None]
+    if not points:
+      continue
+    steps, values = zip(*points, strict=True)
+    means = [
+      sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+      for i in range(len(values))
+    ]
+    (line,) = ax.plot(steps, means, label=label)
+    ax.plot(steps, values, alpha=0.25, color=line.get_color(), linewidth=0.8)
+  ax.set(title=title, xlabel=f"{stage} step")
+  if len(names) > 1:
+    ax.legend()
+
+
+def _accuracies(ax, rows) -> None:
+  """Held-out accuracy with its standard error, over the steps of all stages in a row."""
+  offsets, total = {}, 0
+  for stage in ("init", "sft", "rl", "eval"):
+    offsets[stage] = total
+    total += max((r["step"] for r in rows if r["stage"] == stage), default=0)
+  names = sorted({k.split("/")[1] for r in rows for k in r if k.startswith("eval/")})
+  for bench in names:
+    points = [
+      (offsets[r["stage"]] + r["step"], r[f"eval/{bench}/accuracy"], r[f"eval/{bench}/stderr"])
+      for r in rows
+      if f"eval/{bench}/accuracy" in r
+    ]
+    steps, values, errors = zip(*points, strict=True)
+    ax.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=bench)
+  ax.axvline(offsets["rl"], color="grey", linestyle=":", linewidth=1)
+  ax.set(title="Held-out accuracy (± standard error)", xlabel="step (SFT, then RL)", ylim=(0, 1))
+  if names:
+    ax.legend()
+
+
+def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
+  """Writes summary.json, table.md and curves.png; returns the summary."""
+  summary = summarize(rows)
+  workdir.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  workdir.joinpath("table.md").write_text(table(summary) + "\n")
+  draw_curves(rows, workdir / "curves.png")
+  return summary

@@ -1,0 +1,58 @@
+"""Policy optimization: explore with inpainting, estimate, update (METHOD 3 to 5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.data.sources import describe
+from igpo_jax.parallel.mesh import shard_rows
+from igpo_jax.rewards.score import Scorer
+from igpo_jax.rl.rollout import Explorer, prompt_keys
+from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.runlog import say
+from igpo_jax.train.setup import Model, load_source, make_optimizer, make_state, purpose_key
+from igpo_jax.train.update import make_policy_programs
+from igpo_jax.types import Params
+
+
+def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
+  """Trains the policy from `model.params`, which stay as the KL reference."""
+  config = run.config
+
+  # data: prompts with their traces
+  stream = PromptStream(
+    load_source(config.data.rl, say),
+    model.tokenizer,
+    config.rl.prompts_per_step,
+    config.data.prompt_buckets,
+    config.seed,
+    jax.process_index(),
+    jax.process_count(),
+  )
+  say(f"rl: {len(stream)} records, left out: {describe(stream.dropped)}")
+  if stream.notes:
+    say(f"rl: used all the same: {describe(stream.notes)}")
+
+  # policy, reference, optimizer
+  optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
+  state = make_state(optimizer, model.params, model.shardings, run.mesh)
+  reference = model.params if config.objective.beta > 0 else None
+  programs = make_policy_programs(model.lm, optimizer, config)
+  explorer = Explorer(model.lm, model.tokenizer, scorer, config, run.mesh)
+
+  # step
+  def step(state, n):
+    key = lambda purpose: purpose_key(config.seed, n, purpose)
+    batch = stream.batch(n)
+    explored = explorer(state.params, batch, n, {p: key(p) for p in ("sample", "resample")})
+    keys = prompt_keys(key("estimate"), shard_rows(run.mesh, batch.row_id))
+    scores = programs.score(state.params, reference, explored.rollout, keys)
+    for u in range(config.rl.inner_updates):
+      state, metrics = programs.update(state, explored.rollout, scores, keys, jnp.int32(u))
+    return state, {**metrics, **explored.metrics}, explored.rows
+
+  shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
+  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, shown)
+  return run_stage(run, stage, state).params

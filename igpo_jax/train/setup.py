@@ -1,0 +1,180 @@
+"""From a config to what a loop needs: tokenizer, model, optimizer, sharded state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, OptimizerConfig
+from igpo_jax.data.records import Record
+from igpo_jax.data.sources import describe, load_records
+from igpo_jax.data.synthetic import ALPHABET
+from igpo_jax.data.tokenizer import (
+  CharTokenizer,
+  Tokenizer,
+  has_tokenizer,
+  load_tokenizer,
+  train_sentencepiece,
+)
+from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.sharding import replicated, tree_shardings
+from igpo_jax.types import LM, Array, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A language model with its tokenizer and first parameters.
+
+  Attributes:
+    lm: pure functions.
+    params: sharded over the mesh.
+    shardings: NamedShardings, mirroring `params`.
+    tokenizer: as saved in the workdir.
+  """
+
+  lm: LM
+  params: Params
+  shardings: Any
+  tokenizer: Tokenizer
+
+
+def load_source(uri: str, log: Any = None) -> list[Record]:
+  """Records of a source; what could not be used is reported, never dropped in silence."""
+  records, dropped = load_records(uri)
+  if dropped and log is not None:
+    log(f"{uri}: {len(records)} records, left out: {describe(dropped)}")
+  return records
+
+
+def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
+  """The run's tokenizer: the one in the workdir if there is one, else as configured.
+
+  "char" is the alphabet of the synthetic tasks; "sentencepiece:N" trains N pieces on
+  the sft (else rl) source; anything else is a directory to load. The result is saved
+  in the workdir, so a run keeps its tokenizer.
+  """
+  kept = workdir / "tokenizer"
+  if has_tokenizer(kept):
+    return load_tokenizer(kept)
+  spec = config.data.tokenizer
+  if config.init_from and has_tokenizer(config.init_from) and spec == "char":
+    spec = config.init_from  # the weights' own tokenizer
+  if spec == "char":
+    tokenizer = CharTokenizer(ALPHABET)
+  elif spec.startswith("sentencepiece:"):
+    size = spec.partition(":")[2]
+    if not size.isdigit():
+      raise UserError(f"config: data.tokenizer={spec!r}: give a number of pieces after the colon")
+    source = config.data.sft or config.data.rl
+    records = load_records(source).records
+    texts = [text for record in records for text in (record.question, record.trace)]
+    tokenizer = train_sentencepiece(texts, int(size))
+  else:
+    tokenizer = load_tokenizer(spec)
+  if jax.process_index() == 0:
+    tokenizer.save(kept)
+  return tokenizer
+
+
+def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Model:
+  """The model to start from: `init_from`'s weights, or random ones from the seed."""
+  if config.init_from:
+    from igpo_jax.convert.pretrained import load_pretrained
+
+    pre = load_pretrained(config.init_from, dtype=config.model.param_dtype, mesh=mesh)
+    shardings = tree_shardings(pre.lm.logical_axes(), mesh)
+    return Model(pre.lm, pre.params, shardings, tokenizer)
+  model_config = dataclasses.replace(
+    config.model,
+    vocab_size=config.model.vocab_size or tokenizer.vocab_size,
+    mask_id=tokenizer.mask_id,
+    eos_id=tokenizer.eos_id,
+    stop_ids=tuple(tokenizer.stop_ids),
+  )
+  lm = make_lm(model_config)
+  shardings = tree_shardings(lm.logical_axes(), mesh)
+  params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(config.seed))
+  return Model(lm, params, shardings, tokenizer)
+
+
+def learning_rate(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:
+  """Linear warm-up from 0, then constant, cosine or linear decay to 0."""
+  decay = max(total_updates - cfg.warmup_steps, 1)
+  after = {
+    "constant": optax.constant_schedule(cfg.learning_rate),
+    "cosine": optax.cosine_decay_schedule(cfg.learning_rate, decay),
+    "linear": optax.linear_schedule(cfg.learning_rate, 0.0, decay),
+  }[cfg.schedule]
+  if cfg.warmup_steps == 0:
+    return after
+  # Starts at the first step's share rather than at 0: no update is without effect.
+  warmup = optax.linear_schedule(
+    cfg.learning_rate / cfg.warmup_steps, cfg.learning_rate, cfg.warmup_steps - 1
+  )
+  return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+
+
+def make_optimizer(cfg: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW with decoupled decay on every parameter.
+
+  Decay covers norms and embeddings too, as torch's AdamW does over all parameters.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(cfg.clip_norm),
+    optax.adamw(
+      learning_rate(cfg, total_updates),
+      b1=cfg.b1,
+      b2=cfg.b2,
+      eps=cfg.eps,
+      weight_decay=cfg.weight_decay,
+    ),
+  )
+
+
+def state_shardings(
+  optimizer: optax.GradientTransformation, params: Params, shardings: Any, mesh
+) -> TrainState:
+  """Where every array of a TrainState lives: optimizer moments beside their parameters."""
+  opt_state = jax.eval_shape(optimizer.init, params)
+  whole = replicated(mesh)
+  opt_shardings = optax.tree_map_params(
+    optimizer, lambda _, s: s, opt_state, shardings, transform_non_params=lambda _: whole
+  )
+  return TrainState(whole, shardings, opt_shardings, whole, whole)
+
+
+def make_state(
+  optimizer: optax.GradientTransformation, params: Params, shardings: Any, mesh
+) -> TrainState:
+  """A fresh TrainState around a copy of `params`, so that donating it leaves them alone."""
+
+  def create(params) -> TrainState:
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(
+      step=zero(),
+      params=jax.tree.map(jnp.copy, params),
+      opt_state=optimizer.init(params),
+      skipped=zero(),
+      skipped_in_a_row=zero(),
+    )
+
+  out = state_shardings(optimizer, params, shardings, mesh)
+  return jax.jit(create, out_shardings=out)(params)
+
+
+def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
+  """The PRNG key of one use of randomness: (seed, step, purpose), nothing else.
+
+  No key is ever carried from step to step, so a resumed run repeats the same numbers.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+  return jax.random.fold_in(key, step)
+
+
+PURPOSES = ("sft_mask", "sample", "resample", "estimate", "evaluate")

@@ -1,0 +1,223 @@
+"""The jitted updates: gradients over micro-batches, one optimizer step, state donated.
+
+A batch is cut into M micro-batches along its first axis and scanned; the gradient
+of the sum is the sum of the gradients because every loss is a numerator over a
+denominator that is known beforehand. An update whose loss or gradient is not finite
+changes nothing but the count of skipped updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igpo_jax.config import Config, SFTConfig
+from igpo_jax.diffusion.corrupt import mask_rows
+from igpo_jax.ops.masked import masked_sum
+from igpo_jax.ops.token_stats import token_stats
+from igpo_jax.parallel.sharding import constrain
+from igpo_jax.rl.estimator import corruption, estimate, loss_region
+from igpo_jax.rl.objective import loss_denominator, metrics_from_sums, policy_loss_sums
+from igpo_jax.types import LM, Array, Params, Rollout, TrainState
+
+
+def split_micro_batches(tree: Any, count: int) -> Any:
+  """[X, ...] -> [M, X/M, ...] for every array, the parts interleaved over devices.
+
+  Taking every M-th row keeps each micro-batch spread over all devices, where
+  contiguous slices would sit on a few of them.
+  """
+
+  def split(x):
+    x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else constrain(
+      x, None, "act_batch", *(None,) * (x.ndim - 2)
+    )
+
+  return jax.tree.map(split, tree)
+
+
+def accumulate(loss_sums: Callable[[Params, Any], tuple[Array, Any]], params, slices):
+  """Sums of (numerator, sums) and of the numerator's gradient over M slices.
+
+  Args:
+    loss_sums: (params, slice) -> (numerator f32[], dict of f32[] sums).
+    params: differentiated.
+    slices: tree of [M, ...].
+
+  Returns:
+    (numerator, sums, gradient).
+  """
+  value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+  first = jax.tree.map(lambda x: x[0], slices)
+  if jax.tree.leaves(slices)[0].shape[0] == 1:
+    (numerator, sums), grads = value_and_grad(params, first)
+    return numerator, sums, grads
+
+  def step(total, part):
+    (numerator, sums), grads = value_and_grad(params, part)
+    return jax.tree.map(jnp.add, total, (numerator, sums, grads)), None
+
+  shapes = jax.eval_shape(value_and_grad, params, first)
+  (numerator, sums), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, _ = jax.lax.scan(step, (numerator, sums, grads), slices)
+  return total
+
+
+def apply_gradient(
+  state: TrainState, optimizer: optax.GradientTransformation, loss: Array, grads: Params
+) -> tuple[TrainState, dict[str, Array]]:
+  """One optimizer step, or none if the loss or the gradient's norm is not finite."""
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+  skipped = 1 - finite.astype(jnp.int32)
+  state = TrainState(
+    step=state.step + 1,
+    params=keep(params, state.params),
+    opt_state=keep(opt_state, state.opt_state),
+    skipped=state.skipped + skipped,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+  )
+  metrics = {
+    "loss": loss,
+    "grad_norm": norm,
+    "skipped": state.skipped,
+    "skipped_in_a_row": state.skipped_in_a_row,
+  }
+  return state, metrics
+
+
+# --- supervised fine-tuning ----------------------------------------------------------
+
+
+def nelbo_sum(lm: LM, params: Params, noisy, masked, p, tokens, valid, response) -> Array:
+  """Sum over rows of sum(masked cross-entropy / p) / response length (METHOD 6).
+
+  Args:
+    noisy, tokens: i32[B,T], the corrupted and the clean rows.
+    masked, valid, response: bool[B,T].
+    p: f32[B], the probability each row was masked with.
+  """
+  h, _ = lm.hidden(params, noisy, valid)
+  logp, _ = token_stats(lambda x: lm.head(params, x), h, tokens[:, None])
+  per_row = masked_sum(-logp[:, 0], masked, axis=1) / p
+  return jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
+
+
+def make_sft_update(lm: LM, optimizer: optax.GradientTransformation, cfg: SFTConfig):
+  """update(state, tokens, valid, response, key) -> (state, metrics), jitted, state donated."""
+
+  def update(state: TrainState, tokens, valid, response, key):
+    rows = tokens.shape[0]
+    # Drawn for the whole batch, so that the masks do not depend on the micro-batches.
+    noisy, masked, p = mask_rows(key, tokens, response, lm.mask_id, cfg.eps)
+    batch = (noisy, masked, p, tokens, valid, response)
+
+    def loss_sums(params, part):
+      return nelbo_sum(lm, params, *part) / rows, {}
+
+    slices = split_micro_batches(batch, cfg.micro_batches)
+    loss, _, grads = accumulate(loss_sums, state.params, slices)
+    state, metrics = apply_gradient(state, optimizer, loss, grads)
+    return state, metrics | {"masked": jnp.sum(masked) / jnp.sum(response)}
+
+  return jax.jit(update, donate_argnums=0)
+
+
+# --- policy optimization --------------------------------------------------------------
+
+
+class RolloutScores(NamedTuple):
+  """What is computed once per rollout: U = 1 if it is the same for all inner updates.
+
+  Attributes:
+    old: f32[U,P,G,L], log-probabilities of the policy that sampled.
+    ref: f32[U,P,G,L], of the reference; None where beta is 0.
+    entropy: f32[U,P,G,L], of the policy that sampled.
+  """
+
+  old: Array
+  ref: Array | None
+  entropy: Array
+
+
+class PolicyPrograms(NamedTuple):
+  """The two jitted programs of a step's learning.
+
+  Attributes:
+    score: (params, ref_params or None, rollout, keys) -> RolloutScores.
+    update: (state, rollout, scores, keys, u i32[]) -> (state, metrics); donates state.
+  """
+
+  score: Callable
+  update: Callable
+
+
+def make_policy_programs(
+  lm: LM, optimizer: optax.GradientTransformation, config: Config
+) -> PolicyPrograms:
+  """Compiles the estimator and the objective of a config into its two programs."""
+  rl, objective = config.rl, config.objective
+  corruptions = 1 if rl.estimator == "mean_field" else rl.inner_updates
+
+  def estimate_of(params, rollout: Rollout, keys, u):
+    return estimate(
+      lm, params, rl.estimator,
+      rollout.prompt, rollout.prompt_valid, rollout.completion, keys, u,
+    )  # fmt: skip
+
+  def in_slices(fn, rollout, keys):
+    """Maps fn over micro-batches of prompts, to bound the memory of the forward pass."""
+    if rl.micro_batches == 1:
+      return fn((rollout, keys))
+    out = jax.lax.map(fn, split_micro_batches((rollout, keys), rl.micro_batches))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), out)
+
+  def score(params, ref_params, rollout: Rollout, keys) -> RolloutScores:
+    def of_update(u):
+      old = in_slices(lambda part: estimate_of(params, *part, u), rollout, keys)
+      if ref_params is None:
+        return old.logp, None, old.entropy
+      ref = in_slices(lambda part: estimate_of(ref_params, *part, u), rollout, keys)
+      return old.logp, ref.logp, old.entropy
+
+    return RolloutScores(*jax.lax.map(of_update, jnp.arange(corruptions)))
+
+  def update(state: TrainState, rollout: Rollout, scores: RolloutScores, keys, u):
+    now = jax.tree.map(lambda x: x[jnp.minimum(u, corruptions - 1)], scores)
+    region = loss_region(rollout.completion, lm.stop_ids, rl.region)
+    if rl.estimator == "random_ratio":
+      # Only masked positions have a log-probability; they are the loss region.
+      region &= corruption(rl.estimator, keys, u, region.shape)[0]
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    denominator = loss_denominator(flat(region), flat(rollout.hinted), objective)
+
+    def loss_sums(params, part):
+      rollout, now, keys, region = part
+      policy = estimate_of(params, rollout, keys, u)
+      entropy = policy.entropy if rl.entropy == "current" else now.entropy
+      numerator, sums = policy_loss_sums(
+        flat(policy.logp),
+        flat(entropy),
+        flat(now.old),
+        None if now.ref is None else flat(now.ref),
+        rollout.advantages.reshape(-1),
+        flat(region),
+        flat(rollout.hinted),
+        objective,
+      )
+      return numerator / denominator, sums
+
+    slices = split_micro_batches((rollout, now, keys, region), rl.micro_batches)
+    loss, sums, grads = accumulate(loss_sums, state.params, slices)
+    state, metrics = apply_gradient(state, optimizer, loss, grads)
+    return state, metrics | metrics_from_sums(sums)
+
+  return PolicyPrograms(jax.jit(score), jax.jit(update, donate_argnums=0))
