@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -76,7 +77,7 @@ class Pool:
       try:
         self._link.send_bytes(message.encode())
       except OSError as error:
-        raise RuntimeError("the grading server has ended") from error
+        raise RuntimeError("the grading server has ended; its own message is on stderr") from error
     return future
 
   def _read(self) -> None:
@@ -89,7 +90,7 @@ class Pool:
         future = self._pending.pop(reply["id"])
       future.set_result((reply["status"], reply["equal"]))
     with self._lock:
-      self._broken = self._broken or "the grading server has ended"
+      self._broken = self._broken or "the grading server has ended; its own message is on stderr"
       left, self._pending = list(self._pending.values()), {}
     for future in left:
       future.set_exception(RuntimeError(self._broken))
@@ -99,12 +100,11 @@ class Pool:
     with self._lock:
       self._broken = "the grading pool is closed"
     if self._process.poll() is None:
-      try:
-        # Closing a descriptor does not wake a reader; half-closing the socket does.
-        with socket.socket(fileno=os.dup(self._link.fileno())) as half:
-          half.shutdown(socket.SHUT_RDWR)
-      except OSError:
-        pass  # the server went first
+      # Closing a descriptor does not wake a reader; shutting the socket down does. It
+      # fails where the server went first.
+      with (contextlib.suppress(OSError),
+            socket.socket(fileno=os.dup(self._link.fileno())) as half):
+        half.shutdown(socket.SHUT_RDWR)
     self._process.wait()
     self._reader.join()
     self._link.close()

@@ -11,27 +11,16 @@ import numpy as np
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
-from igpo_jax.rewards import answers, equivalence
+from igpo_jax.rewards import answers, equivalence, registry
+from igpo_jax.rewards import countdown as _countdown  # noqa: F401  registers its verifier
+from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its verifier
 from igpo_jax.rewards.pool import Pool
+from igpo_jax.rewards.registry import Verdict, register_reward, register_verifier
+
+__all__ = ["PendingScores", "Scorer", "Scores", "Verdict", "register_reward",
+           "register_verifier"]
 
 CACHE_SIZE = 65536  # verdicts of distinct (gold, answer) pairs that are remembered
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-  """What a verifier says of one completion.
-
-  Attributes:
-    correct: the completion's answer equals the gold answer.
-    extracted: the answer as found in the completion; None where there is none.
-    status: "ok", "unparseable" (no answer, or one that cannot be read) or "timeout"
-      (reading or comparing it ran over the limit of time or memory). Only "ok" can
-      be correct.
-  """
-
-  correct: bool
-  extracted: str | None
-  status: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +40,6 @@ class Scores:
   status: list[str]
   extracted: list[str | None]
   parts: dict[str, np.ndarray]
-
-
-Verifier = Callable[[str, Record], Verdict]
-RewardFn = Callable[[str, Record, Verdict], float]
-
-_VERIFIERS: dict[str, Verifier] = {}
-_REWARDS: dict[str, RewardFn] = {}
-
-
-def register_verifier(name: str) -> Callable[[Verifier], Verifier]:
-  """Registers `fn(completion, record) -> Verdict` under `name`, as a decorator."""
-
-  def decorate(fn: Verifier) -> Verifier:
-    if name == "math" or name in _VERIFIERS:
-      raise ValueError(f"verifier {name!r} is already registered")
-    _VERIFIERS[name] = fn
-    return fn
-
-  return decorate
-
-
-def register_reward(name: str) -> Callable[[RewardFn], RewardFn]:
-  """Registers `fn(completion, record, verdict) -> float` under `name`, as a decorator."""
-
-  def decorate(fn: RewardFn) -> RewardFn:
-    if name in _REWARDS:
-      raise ValueError(f"reward part {name!r} is already registered")
-    _REWARDS[name] = fn
-    return fn
-
-  return decorate
 
 
 class PendingScores:
@@ -107,22 +65,27 @@ class Scorer:
     parts: part name -> weight. "correct" is 1.0 for a correct completion.
     workers: worker processes of the "math" verifier; None: one per core.
     timeout: seconds that one item may take in a worker.
+    rules: how "math" finds the answer, in order of preference (`answers.RULES`).
 
   Raises:
-    UserError: an unknown verifier or part.
+    UserError: an unknown verifier, part or rule.
+
+  Attributes:
+    pool: the worker processes; None for a verifier that runs in this process.
   """
 
   def __init__(self, verifier: str = "math", parts: Mapping[str, float] | None = None,
-               workers: int | None = None, timeout: float = 5.0):
-    if verifier != "math" and verifier not in _VERIFIERS:
-      known = ", ".join(sorted([*_VERIFIERS, "math"]))
-      raise UserError(f"rewards: no verifier {verifier!r}; known: {known}")
-    self._parts = dict(parts or {"correct": 1.0})
-    for name in self._parts:
-      if name not in _REWARDS:
-        raise UserError(f"rewards: no part {name!r}; known: {', '.join(sorted(_REWARDS))}")
-    self._verifier = verifier
-    self._pool = Pool(workers, timeout) if verifier == "math" else None
+               workers: int | None = None, timeout: float = 5.0,
+               rules: tuple[str, ...] = answers.DEFAULT_RULES):
+    self._verify = None if verifier == registry.POOLED else registry.verifier(verifier)
+    weights = dict(parts) if parts is not None else {"correct": 1.0}
+    self._parts = {name: (registry.reward(name), weight) for name, weight in weights.items()}
+    unknown = [rule for rule in rules if rule not in answers.RULES]
+    if unknown:
+      raise UserError(f"rewards: no extraction rule {unknown[0]!r}; known: "
+                      f"{', '.join(answers.RULES)}")
+    self._rules = tuple(rules)
+    self.pool = None if self._verify else Pool(workers, timeout)
     self._cache: collections.OrderedDict[tuple[str, str], tuple[str, bool]] = (
         collections.OrderedDict())
 
@@ -135,23 +98,22 @@ class Scorer:
     if len(completions) != len(records):
       raise ValueError(f"{len(completions)} completions for {len(records)} records")
     completions, records = list(completions), list(records)
-    if self._pool is None:
-      verify = _VERIFIERS[self._verifier]
-      return PendingScores(lambda: self._score(
-          completions, records, [verify(c, r) for c, r in zip(completions, records)]))
+    if self._verify:
+      verdicts = [self._verify(*row) for row in zip(completions, records, strict=True)]
+      return PendingScores(lambda: self._score(completions, records, verdicts))
     waiting: dict[tuple[str, str], concurrent.futures.Future] = {}
     rows = []
-    for completion, record in zip(completions, records):
-      extracted = answers.extract_boxed(answers.truncate(completion))
+    for completion, record in zip(completions, records, strict=True):
+      extracted = answers.find_answer(completion, self._rules)
       key = (record.answer, extracted or "")
       rows.append((extracted, key))
       if not extracted or key in self._cache or key in waiting:
         continue
       quick = equivalence.quick(*key)
       if quick is None:
-        waiting[key] = self._pool.submit(*key)
+        waiting[key] = self.pool.submit(*key)
       else:
-        self._remember(key, ("ok", quick))
+        self._remember(key, quick)
 
     def finish() -> Scores:
       late = {key: future.result() for key, future in waiting.items()}
@@ -173,20 +135,19 @@ class Scorer:
 
   def _score(self, completions: list[str], records: list[Record],
              verdicts: list[Verdict]) -> Scores:
-    parts = {
-        name: np.array([_REWARDS[name](*row) for row in zip(completions, records, verdicts)],
-                       np.float32)
-        for name in self._parts}
-    reward = np.zeros(len(verdicts), np.float32)
-    for name, weight in self._parts.items():
+    rows = list(zip(completions, records, verdicts, strict=True))
+    parts = {name: np.array([fn(*row) for row in rows], np.float32)
+             for name, (fn, _) in self._parts.items()}
+    reward = np.zeros(len(rows), np.float32)
+    for name, (_, weight) in self._parts.items():
       reward += np.float32(weight) * parts[name]
     return Scores(reward, np.array([v.correct for v in verdicts], bool),
                   [v.status for v in verdicts], [v.extracted for v in verdicts], parts)
 
   def close(self) -> None:
     """Ends the worker processes; the scorer is of no use afterwards."""
-    if self._pool is not None:
-      self._pool.close()
+    if self.pool is not None:
+      self.pool.close()
 
   def __enter__(self) -> Scorer:
     return self
@@ -197,7 +158,10 @@ class Scorer:
 
 @register_verifier("exact")
 def _exact(completion: str, record: Record) -> Verdict:
+  """The text after the last "=>", or else after the last "#### ", is the gold answer."""
   extracted = answers.extract_marked(completion)
+  if extracted is None:
+    extracted = answers.extract_marked(completion, "#### ")
   status = "ok" if extracted else "unparseable"
   return Verdict(bool(extracted) and extracted == record.answer.strip(), extracted, status)
 
@@ -208,7 +172,14 @@ def _correct(completion: str, record: Record, verdict: Verdict) -> float:
   return float(verdict.correct)
 
 
+@register_reward("answer_tag")
+def _answer_tag(completion: str, record: Record, verdict: Verdict) -> float:
+  del record, verdict
+  text = answers.truncate(completion)
+  return float(text.count("<answer>") == 1 and text.rstrip().endswith("</answer>"))
+
+
 @register_reward("boxed")
 def _boxed(completion: str, record: Record, verdict: Verdict) -> float:
   del record, verdict
-  return float(answers.extract_boxed(answers.truncate(completion)) is not None)
+  return float(bool(answers.extract_boxed(answers.truncate(completion))))

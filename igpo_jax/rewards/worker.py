@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import json
@@ -35,6 +36,12 @@ class _Worker:
   served: int = 0
 
 
+def _limit(what: int, amount: int) -> None:
+  # A system without that limit (macOS), or one that already set a lower one, goes on.
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(what, (amount, amount))
+
+
 def _serve_items(link: connection.Connection, timeout: float) -> None:
   """The body of a worker: one item in, one verdict out, until the link closes."""
   from igpo_jax.rewards import equivalence
@@ -48,11 +55,11 @@ def _serve_items(link: connection.Connection, timeout: float) -> None:
     # server is gone, even inside C code that never returns to the interpreter.
     signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
     try:
-      parsed, equal = equivalence.compare(message["gold"], message["answer"])
-      reply = {"status": "ok" if parsed else "unparseable", "equal": equal}
+      status, equal = equivalence.compare(message["gold"], message["answer"])
+      reply = {"status": status, "equal": equal}
     except MemoryError:
       reply = {"status": "timeout", "equal": False}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
       # The parser is other people's code fed with hostile text and may raise
       # anything. What it cannot read is not an answer; the reason travels back.
       reply = {"status": "unparseable", "equal": False, "reason": repr(error)[:200]}
@@ -68,9 +75,11 @@ class Server:
     self._timeout = timeout
     self._memory = memory
     self._queue: collections.deque[dict] = collections.deque()
-    self._workers = [self._fork() for _ in range(workers)]
+    self._workers: list[_Worker] = []
+    for _ in range(workers):
+      self._workers.append(self._fork())
 
-  def _fork(self, others: tuple[_Worker, ...] = ()) -> _Worker:
+  def _fork(self) -> _Worker:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -78,12 +87,12 @@ class Server:
         ours.close()
         # A worker that held these ends would keep its siblings from seeing EOF.
         os.close(self._client.fileno())
-        for worker in others or getattr(self, "_workers", ()):
+        for worker in self._workers:
           if not worker.link.closed:
             os.close(worker.link.fileno())
+        _limit(resource.RLIMIT_CORE, 0)
         if self._memory:
-          resource.setrlimit(resource.RLIMIT_AS, (self._memory, self._memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+          _limit(resource.RLIMIT_AS, self._memory)
         _serve_items(connection.Connection(theirs.detach()), self._timeout)
       finally:
         os._exit(0)
@@ -113,10 +122,9 @@ class Server:
       if worker.item is None:
         message = self._queue.popleft()
         worker.item, worker.deadline = message["id"], time.monotonic() + self._timeout
-        try:
+        # Where it died idle, its closed link wakes the loop, which replaces it.
+        with contextlib.suppress(OSError):
           worker.link.send_bytes(json.dumps(message).encode())
-        except OSError:
-          pass  # it died idle; its closed link wakes the loop, which replaces it
 
   def _collect(self, worker: _Worker) -> None:
     try:

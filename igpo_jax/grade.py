@@ -1,0 +1,126 @@
+"""Grades generations that exist already: one verdict per line, and the accuracy.
+
+    python -m igpo_jax.grade --benchmark=math500 --generations=IN.jsonl --output=OUT.jsonl
+
+IN has "question", "completion" and "answer" on each line; OUT has the same rows in the
+same order with "correct", "extracted" and "status" (ok, unparseable, timeout) added.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from igpo_jax import cli
+from igpo_jax.data.records import Record
+from igpo_jax.rewards import answers
+from igpo_jax.rewards.score import Scorer
+
+BENCHMARKS = ("gsm8k", "math500", "amc", "minerva")
+BATCH = 1024  # rows on their way through the workers at a time
+
+
+def read_generations(path: pathlib.Path) -> Iterator[tuple[dict, Record]]:
+  """Yields each row of a generations file, and its record with the gold answer.
+
+  Raises:
+    UserError: no such file, or a line that is not such a row.
+  """
+  try:
+    with open(path, encoding="utf-8") as lines:
+      for number, line in enumerate(lines, 1):
+        if line.strip():
+          yield _row(line, f"{path}, line {number}")
+  except OSError as error:
+    raise cli.UserError(f"--generations: cannot read {path}: {error.strerror}") from error
+  except UnicodeDecodeError as error:
+    raise cli.UserError(f"--generations: {path} is not UTF-8 text: {error}") from error
+
+
+def _row(line: str, where: str) -> tuple[dict, Record]:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise cli.UserError(f"{where}: not JSON ({error}); expected one object per line") from error
+  missing = [key for key in ("question", "completion", "answer")
+             if not isinstance(row, dict) or key not in row]
+  if missing:
+    raise cli.UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
+  for key in ("question", "completion"):
+    if not isinstance(row[key], str):
+      raise cli.UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
+  try:
+    gold = answers.gold_answer(row["answer"])
+  except ValueError as error:
+    raise cli.UserError(f"{where}: {error}") from error
+  if not gold:
+    raise cli.UserError(f"{where}: 'answer' is empty, there is nothing to grade against")
+  return row, Record(where, ({"role": "user", "content": row["question"]},), "", gold)
+
+
+def grade(generations: pathlib.Path, output: pathlib.Path, scorer: Scorer) -> dict[str, int]:
+  """Grades a file of generations and writes the verdicts.
+
+  Returns:
+    Counts: "rows", "correct", each status, and, where every row came with a boolean
+    "correct" of its own, "agree".
+  """
+  counts = dict.fromkeys(("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0)
+  labelled = True
+  partial = output.with_name(output.name + ".partial")
+  rows = list(read_generations(generations))
+  try:
+    partial.touch()
+  except OSError as error:
+    raise cli.UserError(f"--output: cannot write {output}: {error.strerror}") from error
+  with open(partial, "w", encoding="utf-8") as file:
+    for start in range(0, len(rows), BATCH):
+      batch = rows[start : start + BATCH]
+      scores = scorer([row["completion"] for row, _ in batch], [record for _, record in batch])
+      for at, (row, _) in enumerate(batch):
+        correct, status = bool(scores.correct[at]), scores.status[at]
+        labelled = labelled and isinstance(row.get("correct"), bool)
+        counts["rows"] += 1
+        counts["correct"] += correct
+        counts["agree"] += row.get("correct") is correct
+        counts[status] += 1
+        graded = {**row, "correct": correct, "extracted": scores.extracted[at], "status": status}
+        file.write(json.dumps(graded) + "\n")
+  os.replace(partial, output)
+  if not labelled:
+    del counts["agree"]
+  return counts
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.grade", description=__doc__.splitlines()[0])
+  parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
+  parser.add_argument("--generations", required=True, type=pathlib.Path, help="JSONL to read")
+  parser.add_argument("--output", required=True, type=pathlib.Path, help="JSONL to write")
+  parser.add_argument("--workers", type=int, help="worker processes (default: one per core)")
+  parser.add_argument("--timeout", type=float, default=5.0,
+                      help="seconds per answer, then it counts as timeout (default: %(default)s)")
+  parser.add_argument("--extraction", default=",".join(answers.DEFAULT_RULES),
+                      help="how the answer is found, in order of preference, out of "
+                      f"{','.join(answers.RULES)} (default: %(default)s)")
+  args = parser.parse_args()
+  if args.timeout <= 0:
+    raise cli.UserError(f"--timeout: {args.timeout} seconds; give a positive number")
+  if args.workers is not None and args.workers < 1:
+    raise cli.UserError(f"--workers: {args.workers}; give at least 1")
+  with Scorer("math", workers=args.workers, timeout=args.timeout,
+              rules=tuple(args.extraction.split(","))) as scorer:
+    counts = grade(args.generations, args.output, scorer)
+  rows = counts["rows"]
+  print(f"{args.benchmark}: accuracy {counts['correct'] / rows if rows else 0.0:.4f} "
+        f"({counts['correct']} of {rows}); ok {counts['ok']}, unparseable "
+        f"{counts['unparseable']}, timeout {counts['timeout']}")
+  if rows and "agree" in counts:
+    print(f"agrees with the verdicts in {args.generations.name}: {counts['agree']} of {rows} "
+          f"({counts['agree'] / rows:.4f})")
+
+
+if __name__ == "__main__":
+  cli.run(main)

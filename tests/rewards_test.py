@@ -1,0 +1,480 @@
+"""Graders: what is the same answer, what is none, and what must never stop a run."""
+
+from __future__ import annotations
+
+import collections
+import decimal
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import fakes
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from igpo_jax.cli import UserError
+from igpo_jax.data.records import Record
+from igpo_jax.rewards import answers, countdown, equivalence, latex, numbers, registry
+from igpo_jax.rewards.pool import Pool
+from igpo_jax.rewards.score import Scorer, Verdict, register_reward, register_verifier
+
+
+def record(answer: str, name: str = "r") -> Record:
+  return Record(name, ({"role": "user", "content": "?"},), "", answer)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+  with Scorer("math", workers=2, timeout=3.0) as one:
+    one(["\\boxed{2x}"], [record("x+x")])  # the workers are up before anything is timed
+    yield one
+
+
+@pytest.fixture(scope="module")
+def hasty():
+  with Scorer("math", workers=2, timeout=1.0) as one:
+    one(["\\boxed{2x}"], [record("x+x")])
+    yield one
+
+
+# --- the same answer ---------------------------------------------------------------
+
+SAME = (
+    # numbers
+    ("72", "72.00"), ("72", r"\$72"), ("18.90", r"\$18.90"), ("1375", "$1,375"),
+    ("0.5", r"\frac12"),
+    ("-3./2", "-1.5"), ("10080", r"10,\!080"), ("10080", r"10\,080"), ("10080", r"7! \times 2!"),
+    (r"137 \frac{1}{2}", "137.5"), (r"1\frac{4}{5}", "1 4/5"),
+    (r"\frac{270}7\text{ degrees}", "270/7"),
+    (r"0.1\overline{6}", "1/6"), ("1/3", "0.333333"), ("204_5", "204_{5}"), ("11", "+11"),
+    ("4.5e33", r"4.5 \times 10^{33}"), ("4.5e33", "4.5 \u00d7 10³³"), ("5.3e-9", "0.0000000053"),
+    ("5000000", "5 million"), ("1,000,000", "10^6"), ("27", "27.0"),
+    # percent signs, units, degrees, money
+    ("60", r"60\%"), (r"60\%", "60"), ("0.6", r"60\%"), (r"\frac{3}{4}", "75 percent"),
+    ("5", "5 changes/day"), (r"15\mbox{ cm}^2", "15 cm^2"), (r"90^\circ", "90 degrees"),
+    ("4.5e33", r"4.5 \cdot 10^{33} \text{ erg/s}"), ("300", r"300 \mathrm{~km} / \mathrm{s}"),
+    (r"5.4 \text{ cents}", "5.4"), ("928", r"928 ^{\circ} \mathrm{C}"),
+    ("2", "Juice box C is 2 dollars more than juice box B."),
+    # expressions
+    (r"2 \sqrt{5}", r"\sqrt{20}"), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}"), ("p - q", "-q+p"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"), (r"\cot x", r"\frac{\cos x}{\sin x}"), ("-2 + 7i", "7i - 2"),
+    (r"\frac{e^{2 i t}}{(2+2 i)}", r"\frac{1-i}{4}e^{2it}"), (r"\pi", "pi"),
+    (r"\sqrt{51}", "sqrt(51)"),
+    (r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})", r"\frac{e^{at}-e^{-at}}{2a}"),
+    ("np.arcsin(10/13)", r"\sin^{-1}(10/13)"),
+    (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", "(E_1+2E_2)/3"),
+    (r"I(0) e^{-\frac{t}{R C}}", "I(0)e^{-t/(RC)}"), ("8", "2^3"), ("0", r"\sin(\pi)"),
+    # equations
+    ("5", "x = 5"), ("x=5", "5"), ("5", "2 + 3 = 5"), ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("5x - 7y + 11z + 4 = 0", "10x-14y+22z+8=0"), (r"\frac{1}{3}", r"\frac13 \approx 0.33"),
+    (r"y^{\prime}+r y-r x(t)=0", "y' + ry = rx(t)"),
+    # sets in any order, tuples in theirs, intervals, matrices
+    ("3, 5, 7", "7, 3, 5"), ("3, 5, 7", r"\{7, 5, 3\}"), ("3,5", r"5 \text{ and } 3"),
+    ("3,5", "x=3 or x=5"),
+    (r"3 \pm 2 \sqrt{2}", r"3-\sqrt{8}, 3+\sqrt{8}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1-\sqrt5, 1+\sqrt{5}\}"),
+    ("(8,-2)", r"\left( 8, -2 \right)"), ("(8,-2)", "8,-2"), ("(1/2, 3)", "(0.5, 3)"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty) \cup (-\infty,2)"),
+    (r"x \in [-2,7]", "[-2,7]"), (r"x \in [-2,7]", r"-2 \le x \le 7"), ("(3,4]", "3 < x ≤ 4"),
+    (r"(2,\infty)", "x > 2"),
+    (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{bmatrix} 0.2 \\ -3.6 \end{bmatrix}"),
+    # text
+    (r"\text{Evelyn}", "evelyn"), (r"\text{(E)}", "E"), (r"\text{(E)}", r"\textbf{(E)}\ 25"),
+    (r"\text{C}", "(C)"), (r"\text{east}", r"\text{East}."),
+)
+DIFFERENT = (
+    ("60", "0.6"), ("5", "50"), ("5.3e-9", "1e-8"), ("5.3e-9", "0"), (".0000672", ".0000671"),
+    ("1/3", "0.333"), (r"\pi", "3.14"), ("204_5", "204_6"), ("11", "1 1"),
+    (r"\frac{11}{2}", "1 1/2"),
+    ("10", r"10.3\%"), ("2", "2k"), ("5", "-5"), ("5", "5x"), ("5", "5 or 6"), ("5", "x > 5"),
+    ("5", "5!"), ("120", "5"), ("10", "2x = 10"), ("10", "20 = 10"),
+    ("2", "1 + 1 = 3"), ("1", "1 = 2"),
+    ("x", "|x|"), ("3R^2", "3r^2"), ("6 - 5i", "6+5i"), ("I(0)", "I(1)"), ("5", r"\frac{5}{0}"),
+    (r"\infty", r"-\infty"), ("0", r"\frac{0}{0}"), (r"\frac{1}{3}", "10:30"),
+    ("(8,-2)", "(-2,8)"), ("(2,4)", "[2,4]"), ("(2,4)", "4,2"), (r"\{1,2\}", "(1,2)"), ("3,5", "3"),
+    ("3,5", "3,5,7"), ("3,5", "3,3"), (r"(-\infty,0]", r"(-\infty,0)"), ("(3,4]", r"3 \le x \le 4"),
+    ("x=5", "y=5"), ("y=2x+3", "y=2x-3"), ("MR=SRMC", "SRAC=LRAC"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
+    (r"\text{east}", "seat"), (r"\text{(C)}", "D"), ("2", "it is minus 2 in all"),
+)
+
+
+@pytest.mark.parametrize(("gold", "answer"), SAME)
+def test_equal_answers_are_equal(gold, answer):
+  assert equivalence.compare(gold, answer) == ("ok", True)
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_answers_are_different(gold, answer):
+  assert not equivalence.compare(gold, answer)[1]
+
+
+@pytest.mark.parametrize(("gold", "answer"), (*SAME, *DIFFERENT))
+def test_the_fast_path_never_contradicts_the_parser(gold, answer):
+  quick = equivalence.quick(gold, answer)
+  assert quick is None or quick == equivalence.compare(gold, answer)
+
+
+@hypothesis.given(st.decimals(-10**9, 10**9, places=3), st.decimals(-10**9, 10**9, places=3))
+def test_decimals_are_equal_exactly_when_their_values_are(one, other):
+  assert equivalence.quick(str(one), f"{one:,}") == ("ok", True)
+  assert equivalence.quick(str(one), str(other)) == ("ok", one == other)
+
+
+@hypothesis.given(st.integers(-999, 999), st.integers(1, 999), st.integers(1, 9))
+def test_a_fraction_equals_its_multiples_and_not_its_neighbours(top, bottom, times):
+  gold = rf"\frac{{{top}}}{{{bottom}}}"
+  assert equivalence.quick(gold, f"{top * times}/{bottom * times}") == ("ok", True)
+  assert equivalence.quick(gold, rf"\dfrac{{{top + 1}}}{{{bottom}}}") == ("ok", False)
+
+
+@hypothesis.given(st.lists(st.integers(-50, 50), min_size=2, max_size=6, unique=True), st.data())
+@hypothesis.settings(max_examples=30)
+def test_order_matters_in_tuples_and_not_in_sets(values, data):
+  shuffled = data.draw(st.permutations(values))
+  inside, mixed = ", ".join(map(str, values)), ", ".join(map(str, shuffled))
+  assert equivalence.compare(rf"\{{{inside}\}}", rf"\{{{mixed}\}}") == ("ok", True)
+  assert equivalence.compare(f"({inside})", f"({mixed})") == ("ok", values == shuffled)
+
+
+# --- finding the answer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("completion", "answer"), (
+    (r"\boxed{1} so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{5}<|eot_id|>\boxed{6}", "5"),
+    (r"\boxed{5}</s> \boxed{6}<|endoftext|>", "5"),
+    (r"\boxed{\{1, 2\}} as asked", r"\{1, 2\}"),
+    ("<answer>\n\\boxed{78\n</answer>", "78"),
+    (r"so \boxed 7.", "7"),
+    (r"so \fbox{7}", "7"),
+    ("the answer is 9 \\boxed{}", ""),
+    ("<answer>\nboxed{27}\n</answer>", "27"),
+    ("<answer>5 changes/day", "5 changes/day"),
+    ("she has 12.\n#### 1,200", "1,200"),
+    ("Therefore the answer is: 42.", "42"),
+    ("it is 17, I think", None),
+    ("<answer></answer>", None),
+    ("", None),
+))
+def test_the_final_answer_is_found_by_the_stated_rules(completion, answer):
+  assert answers.find_answer(completion) == answer
+
+
+def test_the_last_number_is_an_answer_only_by_name():
+  text = "first 3, then 1,250.5 in all"
+  assert answers.find_answer(text) is None
+  assert answers.find_answer(text, (*answers.DEFAULT_RULES, "last_number")) == "1,250.5"
+
+
+@pytest.mark.parametrize(("field", "gold"), (
+    ("2 + 2 = <<2+2=4>>4\n#### 4", "4"), (27.0, "27"), (2.5, "2.5"), (3, "3"),
+    (r"\frac{1}{2}", r"\frac{1}{2}"), (r"so $s=\boxed{1.6} \mathrm{~cm}$", "1.6"),
+))
+def test_gold_answers_are_read_from_every_benchmarks_field(field, gold):
+  assert answers.gold_answer(field) == gold
+
+
+# --- hostile input -----------------------------------------------------------------
+
+DEEP = 10_000
+NASTY = {
+    "braces": "{" * DEEP + "5" + "}" * DEEP,
+    "open braces": "{" * DEEP + "5",
+    "parentheses": "(" * 900 + "5" + ")" * 900,
+    "tower": "9**9**9**9",
+    "latex tower": "9^{9^{9^{9}}}",
+    "power": "2^{10^{10}}",
+    "exponent": "1e999999999",
+    "factorial": "(10^{9})!",
+    "sum": r"\sum_{i=1}^{10^{12}} \frac{1}{i}",
+    "integral": r"\int_0^{\infty} e^{-x^{x^x}} dx",
+    "modulus": r"10^{10^{10}} \mod 7",
+    "expansion": "(a+b+c+d+e)^{400}",
+    "functions": r"\sin(" * 38 + "x" + ")" * 38,
+    "fractions": r"\frac{1}{" * 38 + "2" + "}" * 38,
+    "definition": r"\def\a{\a\a}\a",
+    "megabyte of digits": "5" * 10**6,
+    "megabyte of spaces": "5 " * 500_000,
+    "commands": r"\left" * 300,
+    "texts": r"\text{" * 300,
+    "backslashes": "\\" * 1999,
+    "dollars": "$" * 1999,
+    "spaces": "5" + " " * 1900 + "6",
+    "units": "5" + r"\text{m}" * 280 + "!",
+    "words": "5 " + "a " * 950 + "!",
+    "letters": "E" * 1500,
+    "list": "1," * 900 + "1",
+    "matrix": r"\begin{pmatrix}" + "&".join("1" * 900) + r"\end{pmatrix}",
+    "chain": "=".join("5" * 900),
+    "code": '__import__("os").system("false")',
+    "NUL": "5\0",
+    "bell": "5\a",
+    "zero width": "5\u200b",
+    "right to left": "\u202e5",
+    "surrogate": "5\ud800",
+    "combining": "5\u0301",
+    "fullwidth": "\uff15",
+    "Arabic": "\u0665",
+    "circled": "⑤",
+    "emoji": "5🙂",
+    "not a number": r"\frac{0}{0}",
+}
+
+
+@pytest.mark.parametrize("gold", ("5", "x^2+1"))
+def test_hostile_answers_are_never_correct_and_never_hang(hasty, gold):
+  start = time.monotonic()
+  scores = hasty([rf"\boxed{{{nasty}}}" for nasty in NASTY.values()], [record(gold)] * len(NASTY))
+  elapsed = time.monotonic() - start
+  assert not any(scores.correct), [k for k, c in zip(NASTY, scores.correct, strict=True) if c]
+  assert len(scores.status) == len(NASTY)
+  late = scores.status.count("timeout")
+  assert elapsed < 1.0 * late / 2 + 15, (elapsed, late)  # two workers, one second an item
+
+
+def test_a_killed_worker_is_replaced_and_its_item_is_a_timeout(hasty):
+  completions = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{x+x}"] * 2 + [r"\boxed{2x+0}"]
+  scores = hasty(completions, [record("2x")] * 5)
+  assert scores.status == ["timeout", "ok"] * 2 + ["ok"]
+  assert list(scores.correct) == [False, True, False, True, True]
+
+
+@hypothesis.given(st.text(max_size=60) | st.lists(st.sampled_from([
+    *r"\{}()[]^_=,.;+-*/%$ 0123456789abxiE<>&", r"\frac", r"\sqrt", r"\pm", r"\cup", r"\text{",
+    r"\begin{pmatrix}", r"\infty", r"\boxed{"]), max_size=30).map("".join))
+@hypothesis.settings(max_examples=300, deadline=1000)
+def test_no_text_crashes_extraction_or_the_fast_path(text):
+  answers.find_answer(text)
+  outcome = equivalence.quick("31415.9265", text)
+  assert outcome is None or not outcome[1] or re.search("31[,.]?415", text)
+  assert equivalence.quick(text, "31415.9265") in (None, ("ok", False), ("unparseable", False)) or (
+      re.search("31[,.]?415", text))
+
+
+@hypothesis.given(st.lists(st.lists(st.sampled_from([
+    *r"{}()[]^_=,+-*/%!0123456789xyi", r"\frac{1}", r"\sqrt", r"\pm ", r"\cup ", r"\text{a}",
+    r"\sin ", r"\infty ", r"\ln "]), min_size=1, max_size=14).map("".join),
+    min_size=8, max_size=8))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_no_expression_crashes_the_workers(scorer, texts):
+  gold = "31415.9265 x"
+  scores = scorer([rf"\boxed{{{text}}}" for text in texts], [record(gold)] * len(texts))
+  assert not any(scores.correct)
+
+
+# --- the pool ----------------------------------------------------------------------
+
+
+def test_workers_die_with_the_process_that_started_them():
+  code = ("from igpo_jax.rewards.pool import Pool; import os, time\n"
+          "p = Pool(2, 60.0); p.submit('x', '9^{9^{9^{9}}}'); p.submit('2x', 'x+x').result()\n"
+          "print(p._process.pid, flush=True); os.kill(os.getpid(), 9)")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                        cwd=fakes.REPO, check=False)
+  assert done.returncode == -signal.SIGKILL
+  group = int(done.stdout)  # the server leads a session of its own, its workers are in it
+  deadline = time.monotonic() + 10
+  while time.monotonic() < deadline:
+    try:
+      os.killpg(group, 0)
+    except ProcessLookupError:
+      return
+    time.sleep(0.05)
+  os.killpg(group, signal.SIGKILL)
+  pytest.fail("workers outlived their program")
+
+
+def test_a_closed_pool_refuses_work_and_a_memory_bomb_is_a_timeout():
+  with Pool(1, 5.0, memory=600 << 20) as pool:
+    bomb = pool.submit("2x", "x+10^{300000000}+x^{10^{8}}-3^{900000000}")
+    assert bomb.result() == ("timeout", False)
+    assert pool.submit("2x", "x+x").result() == ("ok", True)
+  with pytest.raises(RuntimeError, match="closed"):
+    pool.submit("1", "1")
+
+
+def test_neither_grader_nor_worker_imports_jax():
+  code = ("import sys, igpo_jax.rewards.score, igpo_jax.grade, igpo_jax.rewards.worker\n"
+          "igpo_jax.rewards.equivalence.warm_up(); print('jax' in sys.modules)")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                        cwd=fakes.REPO, check=True)
+  assert done.stdout.strip() == "False"
+
+
+# --- scores ------------------------------------------------------------------------
+
+
+def test_rows_keep_their_order_and_the_verdict_ignores_the_shaped_reward(scorer):
+  del scorer
+  with Scorer("exact", parts={"correct": 1.0, "boxed": 0.25}) as exact:
+    scores = exact(["=> 7", r"\boxed{8} => 8", "nothing", "1\n#### 7"], [record("7")] * 4)
+  assert list(scores.correct) == [True, False, False, True]
+  assert scores.status == ["ok", "ok", "unparseable", "ok"]
+  assert scores.extracted == ["7", "8", None, "7"]
+  np.testing.assert_array_equal(scores.reward, np.float32([1, 0.25, 0, 1]))
+  np.testing.assert_array_equal(scores.parts["boxed"], np.float32([0, 1, 0, 0]))
+  assert scores.reward.dtype == np.float32 and scores.correct.dtype == bool
+
+
+def test_an_empty_or_missing_box_is_unparseable_and_wrong(scorer):
+  scores = scorer([r"it is 5 \boxed{}", "no box", ""], [record("5")] * 3)
+  assert scores.status == ["unparseable"] * 3
+  assert scores.extracted == ["", None, None] and not any(scores.correct)
+
+
+def test_submitted_scores_are_those_of_a_call_and_may_overlap(scorer):
+  rows = [r"\boxed{x+x}", r"\boxed{\frac{4x}{2}}", r"\boxed{3x}"] * 3
+  pending = [scorer.submit(rows, [record("2x")] * 9) for _ in range(3)]
+  for scores in (p.result() for p in pending):
+    assert list(scores.correct) == [True, True, False] * 3
+
+
+def test_a_registered_verifier_and_part_plug_in_by_name():
+  @register_verifier("test-length")
+  def length(completion, gold):
+    return Verdict(len(completion) == int(gold.answer), str(len(completion)), "ok")
+
+  @register_reward("test-short")
+  def short(completion, gold, verdict):
+    del gold, verdict
+    return 1.0 / len(completion)
+
+  with Scorer("test-length", parts={"correct": 2.0, "test-short": 1.0}) as mine:
+    scores = mine(["ab", "abcd"], [record("2"), record("2")])
+  np.testing.assert_allclose(scores.reward, [2.5, 0.25])
+  with pytest.raises(ValueError, match="already registered"):
+    register_verifier("test-length")(length)
+
+
+@pytest.mark.parametrize("wrong", ({"verifier": "maths"}, {"parts": {"corect": 1.0}},
+                                   {"rules": ("box",)}))
+def test_an_unknown_name_is_a_users_mistake_that_names_the_known(wrong):
+  with pytest.raises(UserError, match=r"known: .*(math|correct|boxed)"):
+    Scorer(**wrong)
+
+
+# --- Countdown and Sudoku ----------------------------------------------------------
+
+COUNTDOWN = record(json.dumps({"numbers": [3, 7, 2], "target": 23}))
+
+
+@pytest.mark.parametrize(("completion", "correct", "status"), (
+    ("<answer>3 * 7 + 2</answer>", True, "ok"),
+    ("<answer>2 + (7 * 3) = 23</answer>", True, "ok"),
+    (r"\boxed{3 \times 7 + 2}", True, "ok"),
+    (r"<answer>\boxed{7 \cdot 3 + 2}</answer>", True, "ok"),
+    ("<answer>23</answer>", False, "ok"),
+    ("<answer>3 * 7 + 1 + 1</answer>", False, "ok"),
+    ("<answer>7 * 3 + 2 + 2 - 2</answer>", False, "ok"),
+    ("<answer>3 * 7 - 2</answer>", False, "ok"),
+    ("<answer>3 / (7 - 7) + 2</answer>", False, "unparseable"),
+    ("<answer>3 ** 7</answer>", False, "unparseable"),
+    ("<answer>__import__('os').abort()</answer>", False, "unparseable"),
+    ("<answer>" + "(" * 10**5 + "</answer>", False, "unparseable"),
+    ("3 * 7 + 2", False, "unparseable"),
+))
+def test_countdown_uses_each_number_once_and_hits_the_target(completion, correct, status):
+  verdict = countdown.verify(completion, COUNTDOWN)
+  assert (verdict.correct, verdict.status) == (correct, status)
+
+
+@hypothesis.given(st.recursive(
+    st.integers(0, 99).map(str),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(
+        lambda t: f"({t[0]}{t[1]}{t[2]})"), max_leaves=8))
+def test_countdown_arithmetic_is_pythons(expression):
+  hypothesis.assume(not re.search(r"\b0[0-9]", expression))
+  value, used = countdown.evaluate(expression)
+  assert value == eval(expression)  # the expression is the test's own
+  assert used == [int(n) for n in re.findall("[0-9]+", expression)]
+
+
+def test_sudoku_counts_empty_cells_and_is_correct_only_when_whole():
+  gold = record(json.dumps({"puzzle": "1034341221434300", "solution": "1234341221434321"}))
+  with Scorer("sudoku", parts={"sudoku_cells": 1.0}) as sudoku:
+    scores = sudoku(["<answer>1234 3412\n2143 4321</answer>", "<answer>1234341221434312</answer>",
+                     "<answer>12343412214343211</answer>", "2143"], [gold] * 4)
+  assert list(scores.correct) == [True, False, False, False]
+  np.testing.assert_allclose(scores.reward, [1, 1 / 3, 1, 0], rtol=1e-6)
+  assert scores.status == ["ok", "ok", "ok", "unparseable"]
+
+
+def test_a_countdown_gold_that_is_no_json_is_a_users_mistake():
+  with pytest.raises(UserError, match="must be JSON"):
+    countdown.verify("<answer>1</answer>", record("23"))
+
+
+# --- real answers ------------------------------------------------------------------
+
+SETS = ("gsm8k/train", "gsm8k/test", "math500/test", "amc23/test", "minerva_math/test")
+
+
+def real_golds(name: str) -> list[str]:
+  lines = fakes.shared_path("data", f"{name}.jsonl").read_text("utf-8").splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [answers.gold_answer(row.get("answer", row.get("solution"))) for row in rows]
+
+
+def independent_value(text: str) -> object:
+  """What the test holds two real answers to be equal by: a decimal, or the bare characters."""
+  bare = re.sub(r"\\[!,$]|[\s$,{}]|\\left|\\right|\\mbox.*|\\text\{ .*|\^\\circ", "", text)
+  bare = bare.replace("dfrac", "frac")
+  try:
+    return decimal.Decimal(bare)
+  except decimal.InvalidOperation:
+    return bare
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_real_answer_equals_itself_and_only_equal_neighbours(scorer, name):
+  golds = real_golds(name)
+  records = [record(gold) for gold in golds]
+  own = scorer([rf"so \boxed{{{gold}}}" for gold in golds], records)
+  assert all(own.correct) and set(own.status) == {"ok"}
+  following = golds[1:] + golds[:1]
+  scores = scorer([rf"so \boxed{{{gold}}}" for gold in following], records)
+  expected = [independent_value(a) == independent_value(b)
+              for a, b in zip(golds, following, strict=True)]
+  wrong = [row for row in zip(golds, following, scores.correct, expected, strict=True)
+           if row[2] != row[3]]
+  assert not wrong
+  assert "timeout" not in scores.status
+
+
+@pytest.mark.parametrize("name", ("math500/test", "minerva_math/test"))
+def test_the_parser_reads_every_real_expression(name):
+  """The identity of the test above needs no parser; here every scalar goes through it."""
+  unread = collections.Counter()
+  for gold in real_golds(name):
+    text = latex.without_units(latex.clean(gold))
+    if (latex.words(text) or latex.letter(text) or r"\in" in text or "matrix" in text
+        or r"\cup" in text or equivalence._collection(text) or numbers.read(text)):
+      continue
+    left, equals, right = text.partition("=")
+    other = f"{left} = 0 + {right}" if equals else f"0 + {text}"
+    if not equivalence._same_expression(text, other):
+      unread[text] += 1
+  assert not unread
+
+
+def test_registry_names_every_built_in_verifier():
+  for name in ("exact", "countdown", "sudoku"):
+    assert callable(registry.verifier(name))
+
+
+def test_the_page_on_grading_has_an_example_that_runs():
+  page = (fakes.REPO / "docs" / "grading.md").read_text("utf-8")
+  scope: dict = {}
+  exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+  with scope["scorer"] as own:
+    scores = own(["it is 7", "8", "none"], [record("3")] * 3)
+  assert list(scores.correct) == [True, False, False]
+  assert scores.status == ["ok", "ok", "unparseable"]
+  np.testing.assert_allclose(scores.reward[0], 1 + 0.1 / 1.007, rtol=1e-6)
