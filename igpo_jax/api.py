@@ -11,6 +11,7 @@ from igpo_jax.config import (
   default_config,
   freeze,
 )
+from igpo_jax.convert.pretrained import Pretrained, load_pretrained
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.hints.inject import hint_canvas
 from igpo_jax.models.llada import make_lm
@@ -25,12 +26,14 @@ __all__ = [
   "HintConfig",
   "ModelConfig",
   "ObjectiveConfig",
+  "Pretrained",
   "SamplerConfig",
   "default_config",
   "denoise",
   "freeze",
   "group_advantages",
   "hint_canvas",
+  "load_pretrained",
   "make_lm",
   "policy_loss",
 ]
