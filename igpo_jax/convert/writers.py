@@ -52,10 +52,11 @@ class Block:
 
 
 def block_rows(entry: Entry, dtype: np.dtype) -> int:
-  """Rows of a block: all, or as equal parts as fit into BLOCK_BYTES."""
+  """Rows of a block: all, or equal parts that fit into BLOCK_BYTES; at least one."""
   rows = entry.hf_shape[0]
-  nbytes = math.prod(entry.hf_shape) * dtype.itemsize
-  return math.ceil(rows / math.ceil(nbytes / BLOCK_BYTES)) if nbytes else rows
+  row_bytes = math.prod(entry.hf_shape[1:]) * dtype.itemsize
+  parts = math.ceil(rows / max(BLOCK_BYTES // row_bytes, 1))
+  return math.ceil(rows / parts)
 
 
 def blocks(entry: Entry, dtype: np.dtype, layers: Iterable[int]) -> Iterator[Block]:

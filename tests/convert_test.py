@@ -1,0 +1,334 @@
+"""Conversions lose no bit, hold little in memory, and know what they can convert."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import ModelConfig, freeze
+from igpo_jax.convert import families, sources, writers
+from igpo_jax.convert.__main__ import parse_size
+from igpo_jax.convert.arrays import OrbaxArrays
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.convert.safetensors_io import Reader
+from tests.convert_helpers import (
+  GOLDENS,
+  MODELS,
+  assert_same_bits,
+  convert,
+  copy_tiny,
+  edit_config,
+  load,
+)
+from tests.fakes import REPO
+from tests.tiny_tokenizer import make_directory
+
+
+@pytest.fixture
+def hf(tmp_path):
+  return copy_tiny(tmp_path / "hf")
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_keeps_every_bit(name, dtype, tmp_path):
+  source = tmp_path / "hf"
+  source.mkdir()
+  shutil.copy(GOLDENS / name / "config.json", source)
+  tensors = safetensors.numpy.load_file(GOLDENS / name / "model.safetensors")
+  if dtype == "bfloat16":
+    tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
+  # Bits that arithmetic would not keep: a signalling NaN, minus zero, a denormal.
+  word = next(iter(tensors.values())).view(f"u{np.dtype(dtype).itemsize}")
+  shift = 16 if dtype == "float32" else 0
+  word.reshape(-1)[:3] = [0x7F81 << shift, 0x8000 << shift, 1]
+  safetensors.numpy.save_file(tensors, source / "model.safetensors")
+  orbax = convert(source, tmp_path / "orbax")
+  back = convert(orbax, tmp_path / "back", "--max_shard_size=200KB")
+  assert_same_bits(load(back), load(source))
+  assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+  index = json.loads((back / "model.safetensors.index.json").read_text())
+  assert index["weight_map"].keys() == tensors.keys()
+  assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+  for file in back.glob("*.safetensors"):
+    size = sum(t.nbytes for t in safetensors.numpy.load_file(file).values())
+    assert size <= 200_000 and f"-of-{len(list(back.glob('*.safetensors'))):05d}." in file.name
+  again = convert(back, tmp_path / "again", "--to=hf")
+  assert_same_bits(load(again), load(source))
+  assert not (again / "model.safetensors.index.json").exists()
+
+
+def test_small_blocks_change_nothing(hf, tmp_path, monkeypatch):
+  monkeypatch.setattr(writers, "BLOCK_BYTES", 3000)
+  orbax = convert(hf, tmp_path / "orbax")
+  back = convert(orbax, tmp_path / "back")
+  assert_same_bits(load(back), load(hf))
+  chunk, inner = writers.chunk_shapes(
+    families.entries("llada", sources.open_source(hf).config)[0], np.dtype(np.float32)
+  )
+  assert chunk == inner == [1, 64]
+
+
+def test_no_part_larger_than_a_block_is_read(hf, tmp_path, monkeypatch):
+  monkeypatch.setattr(writers, "BLOCK_BYTES", 3000)
+  sizes = []
+  for cls in (Reader, OrbaxArrays):
+    read = cls.read
+
+    def record(self, *args, read=read):
+      part = read(self, *args)
+      sizes.append(part.nbytes)
+      return part
+
+    monkeypatch.setattr(cls, "read", record)
+  convert(convert(hf, tmp_path / "orbax"), tmp_path / "back")
+  assert max(sizes) <= 3000 and sum(sizes) == 2 * 4 * 225_728
+
+
+def test_dtype_can_be_changed_on_the_way(hf, tmp_path):
+  edit_config(hf, torch_dtype="float32")
+  half = convert(hf, tmp_path / "half", "--to=hf", "--dtype=bfloat16")
+  tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+  expected = {k: v.astype(ml_dtypes.bfloat16).view(np.uint16) for k, v in tensors.items()}
+  assert_same_bits(load(half), expected)
+  assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_stock_orbax_restores_what_we_write(hf, tmp_path):
+  orbax = convert(hf, tmp_path / "orbax")
+  params = load_pretrained(hf, dtype="float32").params
+  restored = ocp.StandardCheckpointer().restore(orbax / "params")
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
+  restored = ocp.StandardCheckpointer().restore(orbax / "params", like)
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_both_forms_load_the_same(hf, tmp_path):
+  make_directory(hf)
+  orbax = convert(hf, tmp_path / "orbax")
+  one, two = (load_pretrained(d, dtype="bfloat16") for d in (hf, orbax))
+  jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+  assert one.config == two.config and one.lm is two.lm
+  assert one.tokenizer.encode("eggs") == two.tokenizer.encode("eggs")
+  assert one.config.stop_ids == (510, one.tokenizer.turn_id)
+
+
+def test_files_of_the_model_travel_and_weights_do_not(hf, tmp_path):
+  make_directory(hf)
+  (hf / "modeling_llada.py").write_text("# code")
+  (hf / "pytorch_model.bin").write_bytes(b"never read")
+  orbax = convert(hf, tmp_path / "orbax")
+  back = convert(orbax, tmp_path / "back")
+  expected = {f.name for f in hf.iterdir()} - {"pytorch_model.bin"}
+  assert {f.name for f in back.iterdir()} == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 50), columns=st.integers(1, 9), layers=st.integers(1, 3),
+       limit=st.integers(1, 400), transposed=st.booleans())  # fmt: skip
+def test_blocks_cover_every_element_once(rows, columns, layers, limit, transposed):
+  shape = (layers, rows, columns)
+  entry = families.Entry(("blocks", "x"), shape, tuple(map(str, range(layers))), True, transposed)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(writers, "BLOCK_BYTES", limit)
+    seen = np.zeros(shape, int)
+    for block in writers.blocks(entry, np.dtype(np.float32), range(layers)):
+      seen[block.index] += 1
+      row_bytes = 4 * entry.hf_shape[1]
+      assert 4 * seen[block.index].size <= max(limit, row_bytes)
+  assert (seen == 1).all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
+def test_shards_hold_every_tensor_once_and_are_not_too_large(rows, limit):
+  entries = [families.Entry((str(i),), (n,), (str(i),), False, False) for i, n in enumerate(rows)]
+  dtypes = {entry.name: np.dtype(np.float32) for entry in entries}
+  shards = writers.plan_shards(entries, dtypes, 4 * limit)
+  assert sorted(t.key for s in shards.values() for t in s) == sorted(e.name for e in entries)
+  assert all(sum(t.nbytes for t in s) <= 4 * limit or len(s) == 1 for s in shards.values())
+
+
+MESH_SCRIPT = """
+import sys, jax, numpy as np
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.parallel.mesh import make_mesh
+mesh = make_mesh(2, 2, 2)
+reference = load_pretrained(sys.argv[1], dtype="float32")
+for path in sys.argv[1:]:
+  pre = load_pretrained(path, dtype="float32", mesh=mesh)
+  kernel = pre.params["blocks"]["q_proj"]["kernel"]
+  assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+  assert kernel.addressable_shards[0].data.shape == (3, 32, 32)
+  jax.tree.map(np.testing.assert_array_equal, pre.params, reference.params)
+"""
+
+
+def test_parameters_go_straight_into_the_shards_of_a_mesh(hf, tmp_path):
+  orbax = convert(hf, tmp_path / "orbax")
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-c", MESH_SCRIPT, str(hf), str(orbax)]
+  done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+# Families
+
+
+def test_options_that_change_the_mathematics_are_refused_by_name(hf):
+  edit_config(hf, alibi=True, include_bias=True, attention_layer_norm=True, brand_new=3)
+  with pytest.raises(UserError) as error:
+    load_pretrained(hf)
+  for text in ("alibi=True", "include_bias=True", "attention_layer_norm=True", "brand_new=3"):
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("option", sorted(families.LLADA.required))
+def test_no_required_option_is_forgotten(hf, option):
+  edit_config(hf, **{option: "something else"})
+  with pytest.raises(UserError, match=f"{option}='something else' is not supported"):
+    sources.open_source(hf)
+
+
+@pytest.mark.parametrize("option", sorted(families.LLADA.stated))
+def test_an_option_with_another_published_default_must_be_stated(hf, option):
+  config = json.loads((hf / "config.json").read_text())
+  del config[option]
+  (hf / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=f"{option} is missing"):
+    sources.open_source(hf)
+
+
+@pytest.mark.parametrize("change, message", [
+  ({"model_type": "dream"}, "model_type 'dream' is not one of illada, llada"),
+  ({"mask_token_id": None}, "mask_token_id is missing"),
+  ({"n_heads": 5}, "multiple"),
+])  # fmt: skip
+def test_other_models_are_refused(hf, change, message):
+  edit_config(hf, **change)
+  with pytest.raises(UserError, match=message):
+    sources.open_source(hf)
+
+
+def illada_directory(directory, tied, head_copy=False):
+  """llada_tiny_gqa in the clothes of iLLaDA."""
+  directory.mkdir()
+  theirs = json.loads((GOLDENS / "llada_tiny_gqa" / "config.json").read_text())
+  tensors = safetensors.numpy.load_file(GOLDENS / "llada_tiny_gqa" / "model.safetensors")
+  llada, illada = (families.FAMILIES[name] for name in ("llada", "illada"))
+  config = {
+    illada.fields[ours]: theirs[llada.fields[ours]]
+    for ours in illada.fields
+    if ours not in ("tie_embeddings", "mask_id")
+  }
+  config |= {"model_type": "illada", "hidden_act": "silu", "mlp_bias": False}
+  config |= {} if tied else {"tie_word_embeddings": False}
+  names = {llada.top[ours]: illada.top[ours] for ours in llada.top}
+  for n in range(3):
+    names |= {llada.block[k].format(n): illada.block[k].format(n) for k in llada.block}
+  out = {names[key]: value for key, value in tensors.items()}
+  if tied:
+    out["lm_head.weight"] = out["model.embed_tokens.weight"].copy()
+    if not head_copy:
+      del out["lm_head.weight"]
+  safetensors.numpy.save_file(out, directory / "model.safetensors")
+  (directory / "config.json").write_text(json.dumps(config))
+  return directory
+
+
+def test_illada_names_give_the_same_model(tmp_path):
+  pre = load_pretrained(illada_directory(tmp_path / "illada", tied=False), dtype="float32")
+  same = load_pretrained(GOLDENS / "llada_tiny_gqa", dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, pre.params, same.params)
+  assert pre.config.mask_id == 5 and pre.config.kv_heads == 2
+
+
+@pytest.mark.parametrize("head_copy", [False, True])
+def test_tied_embeddings_are_the_head(tmp_path, head_copy):
+  directory = illada_directory(tmp_path / "illada", tied=True, head_copy=head_copy)
+  pre = load_pretrained(directory, dtype="float32")
+  assert "head" not in pre.params and pre.config.tie_embeddings
+  tokens = jnp.arange(8)[None]
+  hidden, _ = pre.lm.hidden(pre.params, tokens)
+  expected = hidden @ pre.params["wte"]["embedding"].T
+  np.testing.assert_allclose(pre.lm.logits(pre.params, tokens), expected, atol=1e-3)
+  orbax = convert(directory, tmp_path / "orbax")
+  back = load(convert(orbax, tmp_path / "back"))
+  expected = load(directory)
+  expected.pop("lm_head.weight", None)
+  assert_same_bits(back, expected)
+
+
+def test_dry_run_lists_everything_and_reads_no_tensor(hf, tmp_path, monkeypatch, capsys):
+  make_directory(hf)
+  orbax = convert(hf, tmp_path / "orbax")
+
+  def refuse(*args):
+    raise AssertionError("a tensor was read")
+
+  capsys.readouterr()
+  monkeypatch.setattr(Reader, "read", refuse)
+  monkeypatch.setattr(OrbaxArrays, "read", refuse)
+  convert(hf, tmp_path / "target", "--dry-run")
+  text = capsys.readouterr().out
+  assert "blocks/ff_out/kernel  float32[3, 192, 64]" in text and "tokenizer.json" in text
+  assert "225,728 parameters, 0.90 MB" in text
+  convert(orbax, tmp_path / "target", "--dry-run", "--max_shard_size=500KB")
+  text = capsys.readouterr().out
+  assert "model-00002-of-00002.safetensors" in text
+  assert "model.transformer.blocks.2.ff_out.weight  float32[64, 192]" in text
+  assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("text, size", [
+  ("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2**31), ("100", 100), ("1.5 KB", 1500),
+])  # fmt: skip
+def test_sizes(text, size):
+  assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 apples", "0", "-1GB"])
+def test_sizes_that_are_none(text):
+  with pytest.raises(UserError, match="max_shard_size"):
+    parse_size(text)
+
+
+# Published sizes
+
+
+@pytest.mark.parametrize("preset, count", [
+  ("llada_8b", 8_015_581_184),  # as published
+  ("illada_8b", 7_615_025_152),  # published as 7.62B
+])  # fmt: skip
+def test_presets_have_the_published_number_of_parameters(preset, count):
+
+  spec = importlib.util.spec_from_file_location(preset, REPO / "configs" / f"{preset}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  preset_config = module.get_config()
+  preset_config.data.rl = "jsonl:train.jsonl"
+  freeze(preset_config)  # its options go together
+  model = preset_config.model
+  config = ModelConfig(**{k: v for k, v in model.items() if k != "lora"})
+  entries = families.entries(preset.removesuffix("_8b"), config)
+  assert sum(entry.size for entry in entries) == count
