@@ -1,0 +1,265 @@
+"""Adapters on disk: PEFT directories both ways, and checkpoints of training runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, LoRAConfig, ModelConfig
+from igpo_jax.convert import families, peft, sources
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.models import lora
+from igpo_jax.models.llada import make_lm
+from igpo_jax.types import TrainState
+from tests.convert_helpers import GOLDENS, assert_same_bits, convert, load
+
+BASE = GOLDENS / "llada_tiny_gqa"
+TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 512)
+# PEFT's names of what is adapted, and the shapes of A [r, in] and B [out, r].
+SHAPES = {
+  "model.transformer.blocks.{}.q_proj": (64, 64),
+  "model.transformer.blocks.{}.v_proj": (64, 32),
+  "model.transformer.blocks.{}.ff_out": (192, 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def write_peft(directory, dtype=np.float32, shapes=SHAPES, **options):
+  """An adapter directory as PEFT writes it, with random numbers small enough for logits."""
+  directory.mkdir()
+  rng, tensors = np.random.default_rng(0), {}
+  for module, (fan_in, fan_out) in shapes.items():
+    for n in range(3 if "{}" in module else 1):
+      name = f"base_model.model.{module.format(n)}"
+      a, b = rng.normal(size=(4, fan_in)), rng.normal(size=(fan_out, 4))
+      tensors[f"{name}.lora_A.weight"] = (0.02 * a).astype(dtype)
+      tensors[f"{name}.lora_B.weight"] = (0.02 * b).astype(dtype)
+  safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+  config = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "target_modules": r"model\.transformer\.blocks\.\d+\.(q_proj|v_proj|ff_out)",
+    "use_rslora": False,
+    "modules_to_save": None,
+    "base_model_name_or_path": "x",
+  }
+  (directory / "adapter_config.json").write_text(json.dumps(config | options))
+  return directory
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_peft_round_trip_keeps_every_bit(tmp_path, dtype):
+  source = write_peft(tmp_path / "peft", dtype)
+  back = convert(BASE, tmp_path / "back", "--to=peft", f"--adapter={source}")
+  assert_same_bits(load(back), load(source))
+  assert sorted(f.name for f in back.iterdir()) == [
+    "adapter_config.json", "adapter_model.safetensors"
+  ]  # fmt: skip
+  theirs, ours = (json.loads((d / "adapter_config.json").read_text()) for d in (source, back))
+  for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora"):
+    assert ours[key] == theirs[key]
+  assert peft.read_config(back, "llada") == peft.read_config(source, "llada")
+
+
+def test_adapters_survive_orbax(tmp_path):
+  source = write_peft(tmp_path / "peft")
+  orbax = convert(BASE, tmp_path / "orbax", f"--adapter={source}")
+  one = load_pretrained(BASE, dtype="float32", adapter=source)
+  two = load_pretrained(orbax, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+  assert one.config == two.config
+  back = convert(orbax, tmp_path / "back", "--to=peft")
+  assert_same_bits(load(back), load(source))
+
+
+def test_merged_and_adapted_models_agree(tmp_path):
+  source = write_peft(tmp_path / "peft")
+  merged = convert(BASE, tmp_path / "merged", "--to=hf", f"--adapter={source}", "--merge_lora")
+  adapted = load_pretrained(BASE, dtype="float32", adapter=source)
+  plain = load_pretrained(merged, dtype="float32")
+  expected = lora.merge(adapted.params, adapted.config.lora)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6, rtol=0), plain.params, expected
+  )
+  logits = adapted.lm.logits(adapted.params, TOKENS)
+  # The logits of this model reach 13, where float32 itself is 4e-5 off.
+  np.testing.assert_allclose(plain.lm.logits(plain.params, TOKENS), logits, atol=1e-4, rtol=0)
+  base = load_pretrained(BASE, dtype="float32")
+  assert np.abs(base.lm.logits(base.params, TOKENS) - logits).max() > 0.05
+
+
+def test_the_delta_is_that_of_peft(tmp_path):
+  source = write_peft(tmp_path / "peft")
+  merged = convert(BASE, tmp_path / "merged", "--to=hf", f"--adapter={source}", "--merge_lora")
+  pair = safetensors.numpy.load_file(source / "adapter_model.safetensors")
+  weights, base = (safetensors.numpy.load_file(d / "model.safetensors") for d in (merged, BASE))
+  for key in weights:
+    name = f"base_model.model.{key.removesuffix('.weight')}"
+    expected = base[key].astype(np.float64)
+    if f"{name}.lora_A.weight" in pair:
+      # y = x W^T + (alpha / r) (x A^T) B^T
+      expected = expected + 8 / 4 * pair[f"{name}.lora_B.weight"] @ pair[f"{name}.lora_A.weight"]
+      np.testing.assert_allclose(weights[key], expected, atol=1e-6, rtol=0)
+    else:
+      np.testing.assert_array_equal(weights[key], base[key])
+
+
+@pytest.mark.parametrize("modules, expected", [
+  (["q_proj", "v_proj"], "blocks/q_proj|blocks/v_proj"),
+  (["ff_out"], "blocks/ff_out|head"),  # as in PEFT: both end so
+  (["blocks.0.ff_out"], "blocks/ff_out"),
+  ("all-linear", "blocks/q_proj|blocks/k_proj|blocks/v_proj|blocks/attn_out|blocks/ff_proj|"
+                 "blocks/up_proj|blocks/ff_out"),
+  (r".*\.ff_out", "blocks/ff_out|head"),
+  (r"model\.transformer\.blocks\.\d+\.ff_out", "blocks/ff_out"),
+])  # fmt: skip
+def test_target_modules_mean_what_peft_means(tmp_path, modules, expected):
+  directory = write_peft(tmp_path / "peft", target_modules=modules)
+  assert peft.read_config(directory, "llada").targets == expected
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("targets", ["blocks/ff_out", "head", "blocks/.*", "blocks/(q|v)_proj"])
+def test_our_targets_survive_the_trip_through_peft(tmp_path, family, targets):
+  cfg = LoRAConfig(rank=4, alpha=8.0, targets=targets)
+  peft.write_config(tmp_path, cfg, family, "base")
+  found = peft.read_config(tmp_path, family)
+  names = peft.linear_layers(families.FAMILIES[family])
+  tree = {"head": {"kernel": 0}, "blocks": {}}
+  tree["blocks"] = {n.removeprefix("blocks/"): {"kernel": 0} for n in names if n != "head"}
+  assert lora.find_targets(tree, found) == lora.find_targets(tree, cfg)
+
+
+@pytest.mark.parametrize("option, value", [
+  ("use_rslora", True), ("use_dora", True), ("bias", "all"), ("modules_to_save", ["wte"]),
+  ("rank_pattern", {"q_proj": 8}), ("layers_to_transform", [0]), ("peft_type", "IA3"),
+  ("fan_in_fan_out", True),
+])  # fmt: skip
+def test_adapters_that_compute_something_else_are_refused(tmp_path, option, value):
+  directory = write_peft(tmp_path / "peft", **{option: value})
+  with pytest.raises(UserError, match=f"{option}="):
+    load_pretrained(BASE, adapter=directory)
+
+
+def test_adapters_that_do_not_fit_are_told_in_full(tmp_path):
+  shapes = {**SHAPES, "model.transformer.ff_out": (64, 512)}
+  shapes["model.transformer.blocks.{}.q_proj"] = (64, 63)
+  directory = write_peft(tmp_path / "peft", shapes=shapes)
+  with pytest.raises(UserError) as error:
+    load_pretrained(BASE, adapter=directory)
+  assert "model.transformer.ff_out.lora_A.weight is not part of this model" in str(error.value)
+  assert "blocks.2.q_proj.lora_B.weight has shape [63, 4]" in str(error.value)
+
+
+def test_the_formats_have_their_places_for_adapters(tmp_path):
+  source = write_peft(tmp_path / "peft")
+  with pytest.raises(UserError, match="--merge_lora adds them in, --to=peft writes them alone"):
+    convert(BASE, tmp_path / "x", "--to=hf", f"--adapter={source}")
+  for options in (["--to=peft"], ["--merge_lora"]):
+    with pytest.raises(UserError, match="has no adapters"):
+      convert(BASE, tmp_path / "x", *options)
+  with pytest.raises(UserError, match="is a PEFT adapter: give its base as the source"):
+    convert(source, tmp_path / "x")
+  assert not (tmp_path / "x").exists()
+
+
+# Training checkpoints
+
+
+def save_run(workdir, config, params, tokenizer=None):
+  """What a run leaves behind: config.json, tokenizer, one checkpoint of a TrainState."""
+  workdir.mkdir()
+  (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+  if tokenizer is not None:
+    tokenizer.save(workdir / "tokenizer")
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(zero, params, optax.adamw(1e-3).init(params), zero, zero)
+  checkpoints = Checkpoints(workdir / "checkpoints" / "rl")
+  checkpoints.save(7, state)
+  checkpoints.close()
+  return workdir / "checkpoints" / "rl" / "7"
+
+
+def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
+  tokenizer = CharTokenizer("0123456789+= ")
+  model = ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, mlp_hidden=48)
+  full = dataclasses.replace(model, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+                             eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids)  # fmt: skip
+  lm = make_lm(full)
+  params = lm.init(jax.random.key(0))
+  step = save_run(tmp_path / "run", Config(model=model), params, tokenizer)
+  direct = load_pretrained(step, dtype="float32")
+  back = load_pretrained(convert(step, tmp_path / "hf"), dtype="float32")
+  for pre in (direct, back):
+    jax.tree.map(np.testing.assert_array_equal, pre.params, params)
+    assert pre.config == full and pre.tokenizer.encode("1+2") == tokenizer.encode("1+2")
+  with pytest.raises(UserError, match=r"is a run, not a model: give one of .*checkpoints/rl/7"):
+    sources.open_source(tmp_path / "run")
+
+
+LORA = LoRAConfig(rank=2, alpha=4.0, targets="blocks/(q|k)_proj")
+
+
+@pytest.mark.parametrize("adapters_only", [True, False])
+def test_a_run_with_adapters_can_be_merged_or_exported(tmp_path, adapters_only):
+  base = load_pretrained(BASE, dtype="float32")
+  adapters = lora.init(base.params, jax.random.key(0), LORA)
+  adapters = jax.tree.map(lambda x: x + 0.01, adapters)
+  params = lora.combine(base.params, adapters)
+  config = Config(init_from=str(BASE), model=ModelConfig(lora=LORA))
+  step = save_run(tmp_path / "run", config, adapters if adapters_only else params)
+  pre = load_pretrained(step, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, pre.params, params)
+  assert pre.config.lora == LORA
+
+  with pytest.raises(UserError, match="--merge_lora"):
+    convert(step, tmp_path / "hf")
+  merged = load_pretrained(convert(step, tmp_path / "hf", "--merge_lora"), dtype="float32")
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6, rtol=0),
+    merged.params, lora.merge(params, LORA),
+  )  # fmt: skip
+  exported = convert(step, tmp_path / "peft", "--to=peft")
+  again = load_pretrained(BASE, dtype="float32", adapter=exported)
+  jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_a_full_checkpoint_of_a_pretrained_model_keeps_its_config(tmp_path):
+  base = load_pretrained(BASE, dtype="float32")
+  params = jax.tree.map(lambda x: x + 1, base.params)
+  step = save_run(tmp_path / "run", Config(init_from=str(BASE)), params)
+  back = convert(step, tmp_path / "hf")
+  assert json.loads((back / "config.json").read_text()) == json.loads(
+    (BASE / "config.json").read_text()
+  )
+  pre = load_pretrained(back, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, pre.params, params)
+
+
+def test_a_checkpoint_of_adapters_needs_its_base(tmp_path):
+  base = load_pretrained(BASE, dtype="float32")
+  adapters = lora.init(base.params, jax.random.key(0), LORA)
+  step = save_run(tmp_path / "run", Config(model=ModelConfig(lora=LORA)), adapters)
+  with pytest.raises(UserError, match=r"adapters only and config.json names no base"):
+    sources.open_source(step)
+  source = sources.open_source(step, base=BASE)
+  assert source.config.lora == LORA and "head/kernel" in source.arrays.shapes
