@@ -1,12 +1,11 @@
 """Generated problems with a reasoning trace and a verifiable answer, at any difficulty.
 
-One family so far, `chains`: a number of a few digits and a list of steps, each of
-which changes one digit. The trace restates the number after every step, then the
-answer:
+One task so far, `chains`: a number and a list of steps that change it digit by digit,
+with no carry. The trace restates the number after every step, then the answer:
 
-    prompt   352|b+4|a^6|c-5          trace   392 692 690 =>690
-    b+4      add, held at 9           a^6     the larger of the two
-    c-5      subtract, held at 0      a_6     the smaller of the two
+    prompt   352+417^250_918          trace   769 769 718 =>718
+    +417     add, each digit held at 9        ^250   the larger of the two digits
+    -417     subtract, held at 0              _918   the smaller of the two digits
 
 Why this one (the study is in docs/LOG.md):
   * Three digits have 1,000 values, so no answer is right by luck and a group of
@@ -26,38 +25,37 @@ to is a hash of its text.
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
 
-ALPHABET = "0123456789abcdef+-^_|=> "
+ALPHABET = "0123456789+-^_=> "
 TEST_SHARE = 10  # one problem in ten belongs to the test split
 
 
-def apply_step(state: list[int], step: str) -> list[int]:
-  """The digits after one step. Example: apply_step([3, 5, 2], "b+4") == [3, 9, 2]."""
-  position, kind, operand = ord(step[0]) - ord("a"), step[1], int(step[2])
-  digit = state[position]
-  new = {
-    "+": min(digit + operand, 9),
-    "-": max(digit - operand, 0),
-    "^": max(digit, operand),
-    "_": min(digit, operand),
-  }[kind]
-  return [*state[:position], new, *state[position + 1 :]]
+def apply_step(number: str, sign: str, operand: str) -> str:
+  """The number after one step. Example: apply_step("352", "+", "417") == "769"."""
+  change = {
+    "+": lambda digit, by: min(digit + by, 9),
+    "-": lambda digit, by: max(digit - by, 0),
+    "^": max,
+    "_": min,
+  }[sign]
+  pairs = zip(number, operand, strict=True)
+  return "".join(str(change(int(digit), int(by))) for digit, by in pairs)
 
 
 def solve(problem: str) -> tuple[str, str]:
-  """The trace and the answer of a problem. Example: "352|b+4" gives ("392 =>392", "392")."""
-  first, *steps = problem.split("|")
-  state = [int(digit) for digit in first]
+  """The trace and the answer of a problem. Example: "352+417" gives ("769 =>769", "769")."""
+  number, *steps = re.split(r"([-+^_])", problem)
   numbers = []
-  for step in steps:
-    state = apply_step(state, step)
-    numbers.append("".join(map(str, state)))
-  return " ".join(numbers) + f" =>{numbers[-1]}", numbers[-1]
+  for sign, operand in zip(steps[::2], steps[1::2], strict=True):
+    number = apply_step(number, sign, operand)
+    numbers.append(number)
+  return " ".join(numbers) + f" =>{number}", number
 
 
 def split_of(problem: str) -> str:
@@ -128,13 +126,9 @@ def make_records(
     if tries > 100 * n + 1000:
       raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
     kinds = hard if rng.random() < share else easy
-    first = "".join(str(d) for d in rng.integers(0, 10, digits))
-    steps = [
-      f"{chr(ord('a') + rng.integers(digits))}{kinds[rng.integers(len(kinds))]}"
-      f"{rng.integers(1, 10)}"
-      for _ in range(rng.integers(low, high + 1))
-    ]
-    problem = "|".join([first, *steps])
+    number = lambda: "".join(str(digit) for digit in rng.integers(0, 10, digits))
+    steps = [kinds[rng.integers(len(kinds))] + number() for _ in range(rng.integers(low, high + 1))]
+    problem = number() + "".join(steps)
     if problem in records or split_of(problem) != split:
       continue
     trace, answer = solve(problem)

@@ -1,0 +1,1 @@
+"""Records, tokenizers and batches. No jax in here."""

@@ -1,0 +1,1 @@
+"""Forward masking and the denoising loop."""

@@ -1,0 +1,1 @@
+"""Chunks of ground-truth traces, placed on a canvas. Host side, numpy."""

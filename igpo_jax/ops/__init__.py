@@ -1,0 +1,1 @@
+"""Small array operations that several rooms share."""

@@ -1,0 +1,1 @@
+"""Answers, verdicts and rewards. No jax in here."""

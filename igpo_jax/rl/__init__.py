@@ -1,0 +1,1 @@
+"""Exploration, likelihood estimates and the policy objective."""

@@ -1,0 +1,1 @@
+"""Set-up, updates and the two training loops."""
