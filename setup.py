@@ -32,7 +32,7 @@ setup(
     "orbax-checkpoint>=0.11.30",
     "pyarrow>=15",
     "safetensors>=0.5",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.3",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.7",
     "tokenizers>=0.20",
