@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -32,6 +33,11 @@ SHAPES = {
   "model.transformer.blocks.{}.v_proj": (64, 32),
   "model.transformer.blocks.{}.ff_out": (192, 64),
 }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(lm, params):
+  return lm.logits(params, TOKENS)
 
 
 @pytest.fixture(autouse=True)
@@ -100,11 +106,11 @@ def test_merged_and_adapted_models_agree(tmp_path):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6, rtol=0), plain.params, expected
   )
-  logits = adapted.lm.logits(adapted.params, TOKENS)
+  logits = logits_of(adapted.lm, adapted.params)
   # The logits of this model reach 13, where float32 itself is 4e-5 off.
-  np.testing.assert_allclose(plain.lm.logits(plain.params, TOKENS), logits, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(logits_of(plain.lm, plain.params), logits, atol=1e-4, rtol=0)
   base = load_pretrained(BASE, dtype="float32")
-  assert np.abs(base.lm.logits(base.params, TOKENS) - logits).max() > 0.05
+  assert np.abs(logits_of(base.lm, base.params) - logits).max() > 0.05
 
 
 def test_the_delta_is_that_of_peft(tmp_path):
@@ -205,7 +211,7 @@ def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
   full = dataclasses.replace(model, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
                              eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids)  # fmt: skip
   lm = make_lm(full)
-  params = lm.init(jax.random.key(0))
+  params = jax.jit(lm.init)(jax.random.key(0))
   step = save_run(tmp_path / "run", Config(model=model), params, tokenizer)
   direct = load_pretrained(step, dtype="float32")
   back = load_pretrained(convert(step, tmp_path / "hf"), dtype="float32")

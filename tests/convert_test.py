@@ -332,3 +332,22 @@ def test_presets_have_the_published_number_of_parameters(preset, count):
   config = ModelConfig(**{k: v for k, v in model.items() if k != "lora"})
   entries = families.entries(preset.removesuffix("_8b"), config)
   assert sum(entry.size for entry in entries) == count
+
+
+def test_a_tokenizer_of_another_model_is_refused(hf):
+  make_directory(hf)
+  (hf / "igpo_tokenizer.json").write_text('{"type": "hf", "mask_token_id": 3}')
+  with pytest.raises(UserError, match="mask token is 3, the model's 511"):
+    load_pretrained(hf)
+
+
+def test_illada_finds_its_mask_token_in_the_tokenizer(tmp_path):
+  directory = illada_directory(tmp_path / "illada", tied=True)
+  special = ("<[UNUSED]>", "<[MASK]>", "<|endoftext|>")
+  make_directory(directory, special=special, template=None)
+  tokens = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+  mask = next(t["id"] for t in tokens if t["content"] == "<[MASK]>")
+  with pytest.raises(UserError, match=f"mask token is {mask}, the model's 5"):
+    load_pretrained(directory)
+  edit_config(directory, mask_token_id=mask)
+  assert load_pretrained(directory).tokenizer.mask_id == mask

@@ -6,6 +6,7 @@ or a step of a training run back to Hugging Face; --to says otherwise.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import time
@@ -35,7 +36,11 @@ def parse_size(text: str) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
-  parser = cli.ArgumentParser(prog="python -m igpo_jax.convert", description=__doc__)
+  parser = cli.ArgumentParser(
+    prog="python -m igpo_jax.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--source", required=True, help="Hugging Face directory, Orbax directory, "
                       "or WORKDIR/checkpoints/STAGE/STEP; local or gs://")  # fmt: skip
   parser.add_argument("--target", required=True, help="directory to make")

@@ -71,6 +71,11 @@ def load_pretrained(
   tokenizer = None
   if source.tokenizer is not None:
     tokenizer = tokenizer_lib.load_tokenizer(source.tokenizer)
+    if tokenizer.mask_id != config.mask_id:
+      raise UserError(
+        f"{source.tokenizer}: the tokenizer's mask token is {tokenizer.mask_id}, "
+        f"the model's {config.mask_id}"
+      )
     stops = dict.fromkeys((*config.stop_ids, *tokenizer.stop_ids))
     config = dataclasses.replace(config, stop_ids=tuple(stops))
   lm = make_lm(config)
