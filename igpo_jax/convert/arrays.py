@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ Index = tuple[slice, ...]
 
 TREE_METADATA = "_METADATA"
 READ_THREADS = 8
+READ_BYTES = 4 * 2**20
+STRIP = 128
 
 
 class Arrays(abc.ABC):
@@ -41,7 +44,15 @@ class Arrays(abc.ABC):
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
   """target[...] = source for arrays of one dtype, NaN payloads included."""
   word = np.dtype(f"u{target.dtype.itemsize}")
-  np.copyto(target.view(word), source.view(word))
+  target, source = target.view(word), source.view(word)
+  if source.ndim == 2 and source.flags.c_contiguous != target.flags.c_contiguous:
+    # A transpose is six times as fast by strips: both sides stay in the cache.
+    if target.flags.c_contiguous:
+      target, source = target.T, source.T
+    for start in range(0, len(source), STRIP):
+      target[start : start + STRIP] = source[start : start + STRIP]
+  else:
+    np.copyto(target, source)
 
 
 class SafetensorsArrays(Arrays):
@@ -87,12 +98,17 @@ class SafetensorsArrays(Arrays):
     # Theirs is [out, in]: our last axis is their rows, which are what can be read apart.
     rows, rest = (inner[-1], inner[:-1]) if entry.transposed else (inner[0], inner[1:])
 
+    step = max(READ_BYTES * entry.hf_shape[0] // self._nbytes(name), 1)
+
     def fill(layer: int) -> None:
-      block = self._reader.read(entry.keys[layer], rows.start, rows.stop)
-      if rest:
-        block = block[:, rest[0].start : rest[0].stop]
       target = out[layer - ranges[0].start] if entry.stacked else out
-      copy_bits(target, block.T if entry.transposed else block)
+      target = target.T if entry.transposed else target
+      for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        block = self._reader.read(entry.keys[layer], part.start, part.stop)
+        if rest:
+          block = block[:, rest[0].start : rest[0].stop]
+        copy_bits(target[start : start + step], block)
 
     layers = ranges[0] if entry.stacked else [0]
     if len(layers) == 1:
@@ -101,6 +117,10 @@ class SafetensorsArrays(Arrays):
       with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
         list(pool.map(fill, layers))
     return out
+
+  def _nbytes(self, name: str) -> int:
+    """Bytes of what one key holds."""
+    return math.prod(self._entries[name].hf_shape) * self.dtypes[name].itemsize
 
 
 class OrbaxArrays(Arrays):

@@ -96,7 +96,8 @@ def read_params(source: sources.Source, dtype: np.dtype, shardings: Any = None) 
     adapter = entry.path[-1].startswith("lora_")
     target = source.arrays.dtypes[entry.name] if adapter else dtype
     read = lambda index, entry=entry, target=target: read_as(source.arrays, entry, index, target)
-    node[entry.path[-1]] = place(entry.shape, sharding, read)
+    # One at a time: the host's copy of an array is gone before the next one is read.
+    node[entry.path[-1]] = jax.block_until_ready(place(entry.shape, sharding, read))
   return params
 
 
