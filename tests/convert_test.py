@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -351,3 +354,27 @@ def test_illada_finds_its_mask_token_in_the_tokenizer(tmp_path):
     load_pretrained(directory)
   edit_config(directory, mask_token_id=mask)
   assert load_pretrained(directory).tokenizer.mask_id == mask
+
+
+def test_files_without_a_descriptor_are_read_too(hf, monkeypatch):
+  expected = load_pretrained(hf, dtype="float32")
+  opened = []
+
+  def remote(path, mode="r"):
+    opened.append(path.name)
+    data = pathlib.Path(path).read_bytes()
+    return io.BytesIO(data) if "b" in mode else io.StringIO(data.decode())
+
+  monkeypatch.setattr(type(epath.Path(hf)), "open", remote)
+  pre = load_pretrained(hf, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, pre.params, expected.params)
+  assert "model.safetensors" in opened
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_noticed(hf):
+  with Reader(hf) as reader:
+    data = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(data[:-1000])
+    last = max(reader.tensors, key=lambda key: reader.tensors[key].start)
+    with pytest.raises(UserError, match="ended early"):
+      reader.read(last)

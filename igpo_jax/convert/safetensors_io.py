@@ -151,22 +151,25 @@ class Reader:
 
   def _read_into(self, file: epath.Path, view: memoryview, offset: int) -> None:
     with self._lock:
-      handle = self._handles.get(file)
-      if handle is None:
-        handle = self._handles[file] = file.open("rb")
+      if file not in self._handles:
+        self._handles[file] = file.open("rb")
+      handle = self._handles[file]
     done = 0
     while done < len(view):
-      if hasattr(handle, "fileno"):
-        count = os.preadv(handle.fileno(), [view[done:]], offset + done)
-      else:  # a remote file: one position, so one reader at a time
-        with self._lock:
-          handle.seek(offset + done)
-          data = handle.read(len(view) - done)
-        count = len(data)
-        view[done : done + count] = data
+      done += (count := self._read_some(handle, view[done:], offset + done))
       if count == 0:
         raise UserError(f"{file} ended early; was it changed while it was read?")
-      done += count
+
+  def _read_some(self, handle: Any, view: memoryview, offset: int) -> int:
+    try:
+      descriptor = handle.fileno()
+    except (AttributeError, OSError):  # a remote file: one position, one reader at a time
+      with self._lock:
+        handle.seek(offset)
+        data = handle.read(len(view))
+      view[: len(data)] = data
+      return len(data)
+    return os.preadv(descriptor, [view], offset)
 
   def close(self) -> None:
     for handle in self._handles.values():

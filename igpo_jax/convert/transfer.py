@@ -183,7 +183,7 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
   if plan.to != "peft":
     # Small files first: a problem with them should not come after the large ones.
     for file in source.files:
-      file.copy(directory / file.name)
+      (directory / file.name).write_bytes(file.read_bytes())  # they may lie in two places
     (directory / CONFIG_FILE).write_text(_config_text(plan))
   if source.config.lora.rank:
     base = str(source.directory)
