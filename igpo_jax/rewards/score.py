@@ -128,6 +128,20 @@ class Scorer:
 
     return PendingScores(finish)
 
+  def same_answer(self, first: str, second: str) -> bool:
+    """Whether two extracted answers are one answer; waits for the workers if need be."""
+    if first.strip() == second.strip():
+      return True
+    if self.pool is None:
+      return False
+    key = (first, second)
+    outcome = self._cache.get(key) or equivalence.quick(*key)
+    if outcome is None:
+      outcome = self.pool.submit(*key).result()
+    if outcome[0] != "timeout":
+      self._remember(key, outcome)
+    return outcome[1]
+
   def _remember(self, key: tuple[str, str], outcome: tuple[str, bool]) -> None:
     self._cache[key] = outcome
     if len(self._cache) > CACHE_SIZE:
