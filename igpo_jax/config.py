@@ -360,21 +360,46 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Evaluation through the same sampler.
+  """Evaluation through the same sampler (docs/evaluation.md).
 
   Attributes:
-    batch_size: rows per call.
+    protocol: "igpo", "d1", "opencompass_block" (eval/protocols.py): prompts, lengths,
+      temperature, samples and grading are the protocol's, and the items of `data.eval`
+      are named after its benchmarks. "": the config's own, as follows.
+    lengths: of the protocol's lengths, run only these; (): all.
+    examples: solved examples for a protocol that shows some, as "name=uri" strings.
+    batch_size: rows per call, rounded up to share them over devices and processes.
     limit: at most this many problems of a benchmark; 0: all.
+    samples: completions of each problem (avg@k, pass@k, majority@k); needs a temperature
+      above 0 to differ.
     steps: denoising steps; 0: as in `sampler`.
     temperature: usually 0; the rollouts' temperature is `sampler.temperature`.
     initial: also evaluate before the first training stage.
   """
 
+  protocol: str = ""
+  lengths: tuple[int, ...] = ()
+  examples: tuple[str, ...] = ()
   batch_size: int = 64
   limit: int = 0
+  samples: int = 1
   steps: int = 0
   temperature: float = 0.0
   initial: bool = True
+
+  def __post_init__(self):
+    require(self.batch_size >= 1, "eval.batch_size must be at least 1")
+    require(self.limit >= 0, "eval.limit must not be negative")
+    require(self.samples >= 1, "eval.samples must be at least 1")
+    require(self.temperature >= 0, "eval.temperature must not be negative")
+    require(
+      not self.protocol or (self.samples, self.steps, self.temperature) == (1, 0, 0.0),
+      f"eval.samples, eval.steps and eval.temperature are the protocol's ({self.protocol!r}):"
+      " leave them alone, or set eval.protocol=''",
+    )
+    require(self.protocol or not self.lengths, "eval.lengths goes with eval.protocol")
+    for item in self.examples:
+      require("=" in item, f"eval.examples item {item!r} is not of the form name=uri")
 
 
 @dataclasses.dataclass(frozen=True)

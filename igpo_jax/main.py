@@ -21,8 +21,10 @@ from tqdm import tqdm
 from igpo_jax import cli
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config, freeze
-from igpo_jax.data.pipeline import PromptStream
-from igpo_jax.eval.evaluate import eval_sampler, evaluate
+from igpo_jax.data.sources import check_files
+from igpo_jax.eval.evaluate import Evaluation
+from igpo_jax.eval.protocols import plan
+from igpo_jax.parallel import distributed
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.loop import Run
@@ -42,11 +44,18 @@ from igpo_jax.train.sft import train_sft
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=FLAGS)
-flags.DEFINE_string("workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS)
+flags.DEFINE_string(
+  "workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+  "distributed", False, "Join the processes of a TPU pod or cluster.", flag_values=FLAGS
+)
 
 # What may differ between the run that a workdir holds and the one that continues it:
 # nothing that decides the numbers.
 MAY_CHANGE = ("stages", "log", "mesh", "checkpoint")
+# What makes the model of a workdir that is only evaluated.
+MODEL = ("model", "init_from")
 
 
 def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
@@ -68,7 +77,9 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
     raise UserError(f"command line: unexpected argument {rest[1]!r}")
   if FLAGS.config is None:
     raise UserError("command line: --config=configs/X.py is missing")
-  name = epath.Path(next(a.partition("=")[2] for a in argv if a.startswith("--config="))).stem
+  # "configs/X.py:ARGUMENT": what follows the colon goes to get_config(ARGUMENT).
+  path = config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
+  name = epath.Path(path).stem
   return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{name}")
 
 
@@ -80,18 +91,23 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
   """
   path = workdir / "config.json"
   current = json.loads(json.dumps(dataclasses.asdict(config)))
+  only_eval = config.stages == ("eval",)
   if path.exists():
     previous = json.loads(path.read_text())
-    for name in current:
+    for name in MODEL if only_eval else current:
       if name not in MAY_CHANGE and current[name] != previous.get(name):
         old, new = _difference(previous.get(name), current[name])
         raise UserError(
           f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
           "choose another --workdir, or the same settings"
         )
+  if only_eval and path.exists():
+    return  # the run's own settings stay, so that it can be continued
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
-    path.write_text(json.dumps(current, indent=2) + "\n")
+    partial = workdir / ".config.json.partial"
+    partial.write_text(json.dumps(current, indent=2) + "\n")
+    partial.replace(path)  # at once: other processes may be reading it
 
 
 def _difference(old, new):
@@ -102,47 +118,41 @@ def _difference(old, new):
   return {n: old.get(n) for n in names}, {n: new.get(n) for n in names}
 
 
-def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh):
+def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
   """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
-  streams = {}
-  for item in config.data.eval:
-    name, _, uri = item.partition("=")
-    records = load_source(uri, say)
-    streams[name] = PromptStream(
-      records[: config.eval.limit or None],
-      model.tokenizer,
-      config.eval.batch_size,
-      config.data.prompt_buckets,
-      config.seed,
-      jax.process_index(),
-      jax.process_count(),
-    )
-  key = purpose_key(config.seed, 0, "evaluate")
+  evaluation = Evaluation(
+    config, plan(config), model.lm, model.tokenizer, scorer, mesh,
+    purpose_key(config.seed, 0, "evaluate"), workdir / "evals",
+    functools.partial(load_source, log=say), _bar,
+  )  # fmt: skip
 
-  def evaluate_all(params, label: str) -> dict[str, float]:
+  def evaluate_all(params, label: str) -> dict[str, float | str]:
     row = {}
-    for name, stream in streams.items():
-      bar = functools.partial(_bar, description=f"{name} ({label})")
-      cfg = eval_sampler(config)
-      began = time.perf_counter()
-      result = evaluate(model.lm, params, model.tokenizer, scorer, stream, cfg, mesh, key, bar)
-      row |= {f"eval/{name}/{k}": v for k, v in dataclasses.asdict(result).items()}
-      row[f"time/eval_{name}_seconds"] = time.perf_counter() - began
-      say(f"{name} ({label}): accuracy {result.accuracy:.3f} ± {result.stderr:.3f}, n={result.n}")
-    return row
+    began = time.perf_counter()
+    for name, result in evaluation(params, label).items():
+      row |= {f"eval/{name}/{k}": v for k, v in result.items()}
+      say(
+        f"{name} ({label}): accuracy {result['accuracy']:.3f}"
+        f" (95%: {result['low']:.3f} to {result['high']:.3f}), n={result['n']}"
+      )
+    return {**row, "time/eval_seconds": time.perf_counter() - began}
 
   return evaluate_all
 
 
-def _bar(batches, total, description):
+def _bar(batches, description):
   return tqdm(
-    batches, total=total, desc=description, unit="batch", file=sys.stderr, leave=False,
+    batches, desc=description, unit="batch", file=sys.stderr, leave=False,
     disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
   )  # fmt: skip
 
 
 def newest_params(run: Run, model: Model):
-  """Parameters of the newest checkpoint of the run, or the model's own if there is none."""
+  """(parameters, label): the run's newest checkpoint, else what `init_from` holds.
+
+  Raises:
+    UserError: there is neither.
+  """
   for stage in ("rl", "sft"):
     checkpoints = run.checkpoints(stage)
     step = checkpoints.latest()
@@ -150,12 +160,34 @@ def newest_params(run: Run, model: Model):
       optimizer = make_optimizer(getattr(run.config, f"{stage}_optimizer"), 1)
       like = make_state(optimizer, model.params, model.shardings, run.mesh)
       say(f"eval: the checkpoint of {stage} step {step}")
-      return checkpoints.restore(step, like).params
-  return model.params
+      return checkpoints.restore(step, like).params, f"{stage} {step}"
+  if not run.config.init_from:
+    raise UserError(
+      f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"
+    )
+  return model.params, "init"
+
+
+def check_inputs(config: Config) -> None:
+  """Plans the evaluations and looks for every file: mistakes show before any work is done.
+
+  Raises:
+    UserError: an evaluation that cannot be, or a missing file; says where to get it.
+  """
+  tasks = plan(config)
+  uris = [getattr(config.data, stage) for stage in config.stages if stage != "eval"]
+  for uri in [*uris, *(u for task in tasks for u in (task.uri, task.examples) if u)]:
+    check_files(uri)
+  if config.init_from and not epath.Path(config.init_from).exists():
+    raise UserError(
+      f"config.init_from={config.init_from}: no such directory; get a model, for example all "
+      "files of GSAI-ML/LLaDA-8B-Instruct from Hugging Face, and put it there"
+    )
 
 
 def train(config: Config, workdir: epath.Path) -> dict:
   """Runs every stage of a config; returns the summary that summary.json holds."""
+  check_inputs(config)
   open_workdir(workdir, config)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with (
@@ -172,19 +204,23 @@ def train(config: Config, workdir: epath.Path) -> dict:
     count = sum(x.size for x in jax.tree.leaves(model.params))
     say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
     log = RunLog(workdir, config.log)
-    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh))
+    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh, workdir))
 
     training = "sft" in config.stages or "rl" in config.stages
     if training and config.eval.initial and not any(r["stage"] == "init" for r in log.rows):
-      log.metrics("init", 0, run.evaluate(model.params, "before training"))
+      log.metrics("init", 0, run.evaluate(model.params, "init"))
     if "sft" in config.stages:
       model = dataclasses.replace(model, params=train_sft(run, model))
     if "rl" in config.stages:
       model = dataclasses.replace(model, params=train_rl(run, model, scorer))
     if "eval" in config.stages:
-      params = model.params if training else newest_params(run, model)
+      if training:
+        stage = config.stages[-2]
+        params, label = model.params, f"{stage} {getattr(config, stage).steps}"
+      else:
+        params, label = newest_params(run, model)
       log.rewind("rl", 10**12)
-      log.metrics("eval", 0, run.evaluate(params, "eval"))
+      log.metrics("eval", 0, run.evaluate(params, label))
     log.close()
   summary = {}
   if jax.process_index() == 0:
@@ -196,6 +232,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
 
 def main() -> None:
   config, workdir = parse_flags(sys.argv)
+  distributed.start(detect=FLAGS.distributed)
   train(config, workdir)
 
 

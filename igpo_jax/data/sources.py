@@ -86,6 +86,20 @@ def load_records(uri: str, **options: Any) -> Loaded:
   return loaded
 
 
+def check_files(uri: str) -> None:
+  """Looks whether the files of a source are there, without reading them.
+
+  Raises:
+    UserError: a source that is unknown, or a missing file; says what to get from where.
+  """
+  name, colon, rest = uri.partition(":")
+  if not colon or name not in _SOURCES:
+    load_records(uri)  # says which sources there are
+  path, _, query = rest.partition("?")
+  if name in ("jsonl", "parquet"):
+    tables.find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
+
+
 def describe(counts: dict[str, int]) -> str:
   """Counts by reason as one line: "3 x no question, 1 x prompt too long"."""
   return ", ".join(f"{n} x {reason}" for reason, n in sorted(counts.items())) or "none left out"

@@ -1,48 +1,142 @@
-"""Evaluation through the same sampler that makes the rollouts."""
+"""Evaluation through the same sampler that makes the rollouts.
+
+A row of a batch is one problem and sample. Batches are always cut in the same places, a
+row's noise follows the problem and sample, and what is on disk already is not made
+again: so an evaluation that was killed and continued ends with the rows of one that was
+not.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
-from igpo_jax.config import Config, SamplerConfig
-from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.config import Config
+from igpo_jax.data.pipeline import PromptBatch, PromptStream
+from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.parallel.mesh import local_rows, over_processes, shard_rows
+from igpo_jax.eval.generations import Generations, Row, params_digest, records_digest
+from igpo_jax.eval.metrics import summarize
+from igpo_jax.eval.protocols import PLAIN, Setting, Task
+from igpo_jax.parallel.distributed import share
+from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import prompt_keys, sample_groups
 from igpo_jax.types import LM, Params
 
+BUCKET_STEP = 64  # a prompt longer than every bucket gets one that is a multiple of this
 
-@dataclasses.dataclass(frozen=True)
-class EvalResult:
-  """Pass@1 of one benchmark.
+Progress = Callable[[Sequence[int], str], Iterable[int]]
 
-  Attributes:
-    accuracy: share of correct completions.
-    stderr: its standard error, sqrt(a (1 - a) / n).
-    n: problems.
-    unparseable, timeout: shares.
+
+class Problem(NamedTuple):
+  """One row: a problem as its source gave it, as it is asked, and which sample this is."""
+
+  record: Record
+  asked: Record
+  sample: int
+
+
+def problems_of(
+  setting: Setting, records: Sequence[Record], examples: Sequence[Record] = ()
+) -> list[Problem]:
+  """Every problem `setting.samples` times, asked as the setting wants it.
+
+  The ids of the rows are distinct, so each has noise of its own; that of the first sample
+  is the problem's, so that pass@1 does not depend on how many samples there are.
   """
+  rows = []
+  for record in records:
+    prompt = record.prompt
+    if setting.template:
+      prompt = setting.messages(record.question, tuple(examples))
+    for sample in range(setting.samples):
+      name = record.id if sample == 0 else f"{record.id}#sample{sample}"
+      rows.append(Problem(record, dataclasses.replace(record, id=name, prompt=prompt), sample))
+  return rows
 
-  accuracy: float
-  stderr: float
-  n: int
-  unparseable: float
-  timeout: float
 
+def make_stream(
+  problems: Sequence[Problem],
+  tokenizer: Tokenizer,
+  batch_size: int,
+  buckets: Sequence[int],
+  mesh: jax.sharding.Mesh,
+) -> PromptStream:
+  """The rows as batches that devices and processes can share; no problem is left out.
 
-def eval_sampler(config: Config) -> SamplerConfig:
-  """The sampler of evaluations: the rollouts', at its own temperature and steps."""
-  return dataclasses.replace(
-    config.sampler,
-    temperature=config.eval.temperature,
-    steps=config.eval.steps or config.sampler.steps,
+  Args:
+    batch_size: rounded up to a multiple of devices (data x fsdp) and processes.
+    buckets: prompt lengths; one is added where the longest prompt needs it.
+  """
+  processes = jax.process_count()
+  ways = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], processes)
+  longest = max(len(tokenizer.encode_prompt(p.asked.prompt)) for p in problems if p.sample == 0)
+  if longest > buckets[-1]:
+    buckets = (*buckets, -(-longest // BUCKET_STEP) * BUCKET_STEP)
+  return PromptStream(
+    [problem.asked for problem in problems],
+    tokenizer,
+    -(-batch_size // ways) * ways,
+    buckets,
+    0,  # of an order that evaluations do not use
+    jax.process_index(),
+    processes,
   )
+
+
+def generate_rows(
+  lm: LM,
+  params: Params,
+  tokenizer: Tokenizer,
+  scorer: Scorer,
+  setting: Setting,
+  batch: PromptBatch,
+  problems: dict[str, Problem],
+  mesh: jax.sharding.Mesh,
+  key: jax.Array,
+) -> list[Row]:
+  """Completes and grades one batch; this process's rows.
+
+  Args:
+    batch: this process's share.
+    problems: by the id of their rows.
+    key: noise at temperature above 0, folded with each row's identity.
+  """
+  p, length = len(batch.records), setting.sampler.gen_length
+  canvas = np.full((p, 1, length), lm.mask_id, np.int32)
+  arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
+  prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
+  completion, _ = sample_groups(
+    lm, params, prompt, valid, canvas, fixed, prompt_keys(key, ids), setting.sampler
+  )
+  completion = local_rows(completion)[:, 0]
+  real = np.flatnonzero(batch.real)
+  texts = [tokenizer.decode(completion[i]) for i in real]
+  made = [problems[batch.records[i].id] for i in real]
+  scores = scorer(texts, [problem.record for problem in made])
+  return [
+    {
+      "id": problem.record.id,
+      "sample": problem.sample,
+      "question": problem.record.question,
+      "completion": text,
+      "answer": problem.record.answer,
+      "correct": bool(correct),
+      "extracted": extracted,
+      "status": status,
+    }
+    for problem, text, correct, extracted, status in zip(
+      made, texts, scores.correct, scores.extracted, scores.status, strict=True
+    )
+  ]
 
 
 def evaluate(
@@ -50,45 +144,134 @@ def evaluate(
   params: Params,
   tokenizer: Tokenizer,
   scorer: Scorer,
+  setting: Setting,
+  problems: Sequence[Problem],
   stream: PromptStream,
-  cfg: SamplerConfig,
   mesh: jax.sharding.Mesh,
   key: jax.Array,
-  progress: Callable = lambda batches, total: batches,
-) -> EvalResult:
-  """Accuracy on every problem of a stream, each exactly once.
+  generations: Generations,
+  progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> dict[str, float]:
+  """All numbers of one benchmark (`metrics.summarize`), each row made exactly once.
 
   Args:
-    stream: problems; its tail is padded with repeats that are not counted.
-    cfg: the sampler's settings (see `eval_sampler`).
-    key: noise at temperature above 0, per problem.
-    progress: wraps the batches to show how far they are.
+    setting: sampler and number of samples.
+    problems: see `problems_of`.
+    stream: the same rows as batches, see `make_stream`.
+    key: noise at temperature above 0.
+    generations: what is known already, and where new rows go.
+    progress: wraps the numbers of the batches that are left.
   """
-  counts = np.zeros(4)
-  length = cfg.gen_length
-  for batch in progress(stream.ordered_batches(), stream.num_ordered_batches()):
-    p = len(batch.records)
-    canvas = np.full((p, 1, length), lm.mask_id, np.int32)
-    arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
-    prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
-    completion, _ = sample_groups(
-      lm, params, prompt, valid, canvas, fixed, prompt_keys(key, ids), cfg
+  by_id = {problem.asked.id: problem for problem in problems}
+  keys = [(problem.record.id, problem.sample) for problem in problems]
+  size = stream.batch_size
+  left = [
+    batch
+    for batch in range(stream.num_ordered_batches())
+    if any(k not in generations.rows for k in keys[batch * size : (batch + 1) * size])
+  ]
+  for number in progress(left):
+    # A batch that is half known is made whole again: the same batch gives the same rows.
+    batch = next(stream.ordered_batches(number))
+    generations.add(generate_rows(lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key))
+  # One process decides: grading may time out on one machine and not on another.
+  summary = []
+  if jax.process_index() == 0:
+    rows = [generations.rows[k] for k in keys]
+    k = setting.samples
+    groups = [rows[i : i + k] for i in range(0, len(rows), k)]
+    summary = [summarize(groups, scorer.same_answer)]
+  return share(summary)[0]
+
+
+class Evaluation:
+  """Every benchmark that a config asks for, on any parameters.
+
+  Args:
+    config: the run's.
+    tasks: `protocols.plan(config)`.
+    lm, tokenizer, mesh: of the run.
+    scorer: the run's; grades where no protocol does.
+    key: noise at temperature above 0.
+    directory: rows go to directory/LABEL/PROTOCOL/NAME.jsonl.
+    load: URI -> records.
+    progress: (numbers of batches, description) -> the same, shown.
+
+  Raises:
+    UserError: problems that cannot be read.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    tasks: Sequence[Task],
+    lm: LM,
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    mesh: jax.sharding.Mesh,
+    key: jax.Array,
+    directory: epath.Path,
+    load: Callable[[str], list[Record]],
+    progress: Progress = lambda batches, description: batches,
+  ):
+    self.config, self.lm, self.tokenizer, self.scorer = config, lm, tokenizer, scorer
+    self.mesh, self.key, self.directory, self.progress = mesh, key, directory, progress
+    self.tasks = list(tasks)
+    self._problems: dict[str, list[Problem]] = {}
+    self._streams: dict[str, PromptStream] = {}
+    for task in self.tasks:
+      records = load(task.uri)[: config.eval.limit or None]
+      examples = load(task.examples) if task.examples else []
+      problems = problems_of(task.setting, records, examples)
+      self._problems[task.name] = problems
+      self._streams[task.name] = make_stream(
+        problems, tokenizer, config.eval.batch_size, config.data.prompt_buckets, mesh
+      )
+
+  def __call__(self, params: Params, label: str) -> dict[str, dict[str, Any]]:
+    """Benchmark -> its numbers, and what to compare them with.
+
+    Args:
+      params: what to evaluate.
+      label: of this evaluation, such as "rl 100"; names the folder of its rows.
+    """
+    weights = params_digest(params)
+    return {task.name: self._run(task, params, weights, label) for task in self.tasks}
+
+  def _run(self, task: Task, params: Params, weights: str, label: str) -> dict[str, Any]:
+    setting, problems = task.setting, self._problems[task.name]
+    generations = Generations(
+      self.directory / label.replace(" ", "-") / task.protocol,
+      task.name,
+      {
+        "protocol": task.protocol,
+        "setting": {
+          name: value
+          for name, value in dataclasses.asdict(setting).items()
+          if name not in ("published", "source", "ours")
+        },
+        "problems": records_digest(problem.asked for problem in problems),
+        "weights": weights,
+        "compute_dtype": self.config.model.dtype,
+        "verifier": "math" if setting.rules else self.config.reward.verifier,
+        "seed": self.config.seed,
+      },
     )
-    texts = [tokenizer.decode(row) for row in local_rows(completion)[:, 0]]
-    real = np.flatnonzero(batch.real)
-    scores = scorer([texts[i] for i in real], [batch.records[i] for i in real])
-    counts += [
-      scores.correct.sum(),
-      len(real),
-      scores.status.count("unparseable"),
-      scores.status.count("timeout"),
-    ]
-  correct, n, unparseable, timeout = over_processes(counts, np.sum)
-  accuracy = float(correct / n)
-  return EvalResult(
-    accuracy=accuracy,
-    stderr=math.sqrt(accuracy * (1 - accuracy) / n),
-    n=int(n),
-    unparseable=float(unparseable / n),
-    timeout=float(timeout / n),
-  )
+    with self._scorer(setting) as scorer:
+      result: dict[str, Any] = evaluate(
+        self.lm, params, self.tokenizer, scorer, setting, problems, self._streams[task.name],
+        self.mesh, self.key, generations, lambda left: self.progress(left, task.name),
+      )  # fmt: skip
+    if task.protocol != PLAIN:
+      result["protocol"] = task.protocol
+      if setting.published is not None:
+        shots = f", {setting.shots}-shot" if setting.shots and not task.examples else ""
+        result |= {"published": setting.published, "published_source": setting.source + shots}
+    return result
+
+  def _scorer(self, setting: Setting) -> contextlib.AbstractContextManager[Scorer]:
+    """The protocol's grader, or the run's."""
+    if not setting.rules:
+      return contextlib.nullcontext(self.scorer)
+    reward = self.config.reward
+    return Scorer("math", None, reward.workers, reward.timeout, setting.rules)

@@ -57,13 +57,12 @@ STAGE_LABELS = {
 
 def table(summary: dict[str, Any]) -> str:
   """The summary as a small Markdown table."""
-  lines = ["| held-out accuracy | value | standard error | problems |", "|---|---|---|---|"]
+  lines = [
+    "| held-out accuracy | value | 95% interval | standard error | problems |",
+    "|---|---|---|---|---|",
+  ]
   for name, result in summary["eval"].items():
-    stage, bench = name.split("/", 1)
-    lines.append(
-      f"| {bench}, {STAGE_LABELS.get(stage, stage)} | {result['accuracy']:.3f} "
-      f"| {result['stderr']:.3f} | {result['n']} |"
-    )
+    lines += _accuracy_lines(name, result)
   rl = summary["rl"]
   if rl:
     lines += [
@@ -77,6 +76,28 @@ def table(summary: dict[str, Any]) -> str:
       f"| reward of the policy's own samples | {rl['reward']:.3f} |",
     ]
   return "\n".join(lines)
+
+
+def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
+  """One benchmark's rows: its accuracy, what several samples add, the published number."""
+  stage, bench = name.split("/", 1)
+  where = f"{bench}, {STAGE_LABELS.get(stage, stage)}"
+  if "protocol" in result:
+    where += f", protocol {result['protocol']}"
+  samples = result["samples"]
+  lines = [
+    f"| {where}{f', avg@{samples}' if samples > 1 else ''} | {result['accuracy']:.3f} "
+    f"| {result['low']:.3f} to {result['high']:.3f} | {result['stderr']:.3f} | {result['n']} |"
+  ]
+  for field, value in result.items():
+    if field.startswith(("pass@", "majority@")):
+      lines.append(f"| {bench}, {field} | {value:.3f} | | | {result['n']} |")
+  if "published" in result:
+    lines.append(
+      f"| {bench}, published for LLaDA-8B-Instruct ({result['published_source']}) "
+      f"| {result['published']:.3f} | | | |"
+    )
+  return lines
 
 
 def draw_curves(rows: list[Row], path: epath.Path) -> None:
@@ -116,7 +137,7 @@ def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
     (line,) = ax.plot(steps, means, label=label)
     ax.plot(steps, values, alpha=0.25, color=line.get_color(), linewidth=0.8)
   ax.set(title=title, xlabel=f"{stage} step")
-  if len(names) > 1:
+  if len(names) > 1 and ax.lines:
     ax.legend()
 
 

@@ -1,0 +1,131 @@
+"""The completions of an evaluation on disk: written as they come, continued after a kill.
+
+    DIR/NAME.jsonl           one row per problem and sample, readable by igpo_jax.grade
+    DIR/NAME.settings.json   what decided them: weights, problems, protocol, seed
+
+Rows are continued only under equal settings; with any other they are begun anew, so a
+file never mixes two evaluations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from igpo_jax.data.records import Record
+from igpo_jax.parallel.distributed import share
+from igpo_jax.types import Params
+
+Row = dict[str, Any]
+Key = tuple[str, int]  # (problem's id, sample)
+
+
+class Generations:
+  """The rows of one benchmark. All processes know them, the first one writes.
+
+  Args:
+    directory: made if need be.
+    name: of the benchmark.
+    settings: JSON object; rows that were made under others are dropped.
+
+  Attributes:
+    rows: (id, sample) -> row, in the order of the file.
+  """
+
+  def __init__(self, directory: epath.Path, name: str, settings: dict[str, Any]):
+    self.path = directory / f"{name}.jsonl"
+    self._writes = jax.process_index() == 0
+    rows = self._open(directory / f"{name}.settings.json", settings) if self._writes else []
+    self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
+
+  def _open(self, settings_path: epath.Path, settings: dict[str, Any]) -> list[Row]:
+    settings = json.loads(json.dumps(settings))
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    if settings_path.exists() and _parse(settings_path.read_text()) == settings:
+      rows = _complete_rows(self.path)
+    else:
+      # In this order, so that a kill in between leaves no rows under wrong settings.
+      self.path.unlink(missing_ok=True)
+      settings_path.write_text(json.dumps(settings, indent=2) + "\n")
+      rows = []
+    # Half a row at the end would run into the next one.
+    partial = self.path.parent / f".{self.path.name}.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(self.path)
+    return rows
+
+  def add(self, rows: Sequence[Row]) -> None:
+    """Appends this process's rows to those of the processes before it; drops known ones.
+
+    A collective: every process calls it once per batch, with its own rows.
+    """
+    new = [row for row in share(rows) if (row["id"], row["sample"]) not in self.rows]
+    self.rows |= {(row["id"], row["sample"]): row for row in new}
+    if self._writes and new:
+      with self.path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in new))
+
+
+def _parse(line: str) -> Any:
+  """JSON, or None where a kill cut it short."""
+  try:
+    return json.loads(line)
+  except ValueError:
+    return None
+
+
+def _complete_rows(path: epath.Path) -> list[Row]:
+  """Rows up to the first line that is not whole."""
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().split("\n"):
+    row = _parse(line)
+    if not isinstance(row, dict):
+      break
+    rows.append(row)
+  return rows
+
+
+def records_digest(records: Iterable[Record]) -> str:
+  """A name for exactly these problems: ids, prompts and answers, in order."""
+  digest = hashlib.blake2s(digest_size=8)
+  for record in records:
+    digest.update(json.dumps([record.id, record.prompt, record.answer]).encode())
+  return digest.hexdigest()
+
+
+def params_digest(params: Params) -> str:
+  """A name for exactly these weights, the same on every mesh: sums of integers mod 2^32.
+
+  Rows must not be continued with other weights, and a step number is no proof.
+  """
+  digest = hashlib.blake2s(digest_size=8)
+  sums = jax.device_get(_bit_sums(params))
+  for path, (total, mixed) in jax.tree_util.tree_leaves_with_path(
+    sums, is_leaf=lambda x: isinstance(x, tuple)
+  ):
+    name = jax.tree_util.keystr(path)
+    digest.update(f"{name} {int(total)} {int(mixed)}\n".encode())
+  return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(params: Params) -> Any:
+  """Of every leaf two sums over its bits, one of them after mixing."""
+
+  def sums(x):
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
+    mixed = mixed ^ (mixed >> 13)
+    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
+
+  return jax.tree.map(sums, params)

@@ -1,0 +1,252 @@
+"""Named evaluation protocols: what a published number means, so that ours can be compared.
+
+Numbers for one model differ by ten points between papers because prompts, lengths and
+graders differ. A protocol fixes all of them for each benchmark and says which parts its
+source does not state (`Setting.ours`). docs/evaluation.md explains each. No jax here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.data.records import Message, Record
+from igpo_jax.rewards import answers
+
+PLAIN = "plain"  # the name of config.eval.protocol = "": prompts and settings of the config
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """How one benchmark is run.
+
+  Attributes:
+    sampler: lengths, steps, block, temperature, suppression of end-of-text.
+    samples: k completions of each problem.
+    template: the user's message with "{question}" in it; "" leaves prompts alone.
+    prefill: how the assistant's turn begins; it counts neither to the length nor as
+      completion.
+    shots: solved examples that the source puts before the question.
+    rules: how the answer is found (`rewards.answers.RULES`), compared by math-verify;
+      () grades with the run's own verifier.
+    published: accuracy of LLaDA-8B-Instruct, None where none is known.
+    source: of that number, and what it was measured on if not on this benchmark.
+    ours: what the source does not state and we chose.
+  """
+
+  sampler: SamplerConfig
+  samples: int = 1
+  template: str = ""
+  prefill: str = ""
+  shots: int = 0
+  rules: tuple[str, ...] = ()
+  published: float | None = None
+  source: str = ""
+  ours: tuple[str, ...] = ()
+
+  def messages(self, question: str, examples: tuple[Record, ...] = ()) -> tuple[Message, ...]:
+    """The prompt of a question after solved examples, each a turn of its own."""
+
+    def ask(text: str) -> Message:
+      return {"role": "user", "content": self.template.replace("{question}", text)}
+
+    turns: list[Message] = []
+    for example in examples:
+      turns += [ask(example.question), {"role": "assistant", "content": example.trace}]
+    turns.append(ask(question))
+    if self.prefill:
+      turns.append({"role": "assistant", "content": self.prefill})
+    return tuple(turns)
+
+
+Protocol = dict[str, tuple[Setting, ...]]  # benchmark -> one setting, or one for each length
+
+
+def _sampler(length: int, steps: int, block: int, temperature: float = 0.0) -> SamplerConfig:
+  return SamplerConfig(gen_length=length, steps=steps, block_length=block, temperature=temperature)
+
+
+IGPO_TEMPLATE = "{question}\n\nReason step by step, then give the final answer in \\boxed{}."
+
+
+def _igpo() -> Protocol:
+  """The IGPO paper's table 1; its code evaluates nothing, so prompt and lengths are ours."""
+
+  def setting(published: float, temperature: float = 0.0, samples: int = 1) -> tuple[Setting]:
+    return (
+      Setting(
+        sampler=_sampler(256, 128, 32, temperature),
+        samples=samples,
+        template=IGPO_TEMPLATE,
+        rules=answers.DEFAULT_RULES,
+        published=published,
+        source="arXiv 2509.10396",
+        ours=("prompt", "length, steps and block", "extraction"),
+      ),
+    )
+
+  return {
+    "gsm8k": setting(0.815),
+    "math500": setting(0.390),
+    "amc": setting(0.145, temperature=0.1, samples=16),
+    "minerva": setting(0.092),
+  }
+
+
+# The wording belongs to the protocol: with another one it would be another protocol.
+_D1_SYSTEM = (
+  "You are a math expert. You will be given a question to solve. Solve it step by step. "
+  "Wrap the final answer in a \\boxed{}. \nRespond in the following format:\n<reasoning>\n"
+  "Your reasoning here\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>"
+)
+
+
+def _d1() -> Protocol:
+  """d1 and SPG: no examples, instructions in the user's turn, reasoning tag prefilled."""
+
+  def setting(length: int, published: float, source: str) -> Setting:
+    return Setting(
+      sampler=_sampler(length, length // 2, 32),
+      template=_D1_SYSTEM + "\n\n{question}",
+      prefill="<reasoning>",
+      rules=("boxed", "tag"),
+      published=published,
+      source=source,
+    )
+
+  gsm8k = "d1's dumps, recomputed on 1,130 questions"
+  math500 = "arXiv 2504.12216"
+  return {
+    "gsm8k": tuple(setting(*x, gsm8k) for x in ((128, 0.693), (256, 0.764), (512, 0.781))),
+    "math500": tuple(setting(*x, math500) for x in ((128, 0.260), (256, 0.324), (512, 0.362))),
+  }
+
+
+def _opencompass_block() -> Protocol:
+  """LLaDA's own OpenCompass runs with blocks: four solved examples, one token per step."""
+  return {
+    "gsm8k": (
+      Setting(
+        sampler=_sampler(256, 256, 8),
+        template="Question: {question}\nLet's think step by step\nAnswer:",
+        shots=4,
+        rules=("last_number",),
+        published=0.786,
+        source="LLaDA's evaluation notes",
+      ),
+    ),
+    "math500": (
+      Setting(
+        sampler=_sampler(512, 512, 64),
+        template="Problem:\n{question}\nSolution:",
+        shots=4,
+        rules=("boxed", "phrase"),
+        published=0.422,
+        source="LLaDA's evaluation notes, on all of MATH",
+        ours=("prompt",),
+      ),
+    ),
+  }
+
+
+PROTOCOLS: dict[str, Protocol] = {
+  "igpo": _igpo(),
+  "d1": _d1(),
+  "opencompass_block": _opencompass_block(),
+}
+
+
+class Task(NamedTuple):
+  """One evaluation to make.
+
+  Attributes:
+    name: in metrics and files: the benchmark's, with "@L" where its protocol has
+      several lengths L.
+    uri: of the problems.
+    examples: URI of the solved examples, "" for none.
+    protocol: its name.
+    setting: see `Setting`.
+  """
+
+  name: str
+  uri: str
+  examples: str
+  protocol: str
+  setting: Setting
+
+
+def plain_setting(config: Config) -> Setting:
+  """The rollouts' sampler at the evaluation's own temperature and steps."""
+  sampler = dataclasses.replace(
+    config.sampler,
+    temperature=config.eval.temperature,
+    steps=config.eval.steps or config.sampler.steps,
+  )
+  return Setting(sampler, config.eval.samples)
+
+
+def plan(config: Config) -> list[Task]:
+  """The evaluations that a config asks for; opens no file.
+
+  Raises:
+    UserError: an unknown protocol, a benchmark or length that it does not define, or an
+      option that goes with none of them.
+  """
+  chosen = config.eval.protocol
+  examples = dict(item.split("=", 1) for item in config.eval.examples)
+  tasks = []
+  for item in config.data.eval:
+    name, _, uri = item.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name):
+      raise UserError(f"config: data.eval: the name {name!r} should be letters, digits, _ . or -")
+    if not chosen:
+      tasks.append(Task(name, uri, "", PLAIN, plain_setting(config)))
+      continue
+    if re.search(r"[?&](system|template)=", uri):
+      raise UserError(
+        f"config: data.eval: {uri}: the prompt is the protocol's (eval.protocol={chosen!r}), so"
+        " the source should have no system or template of its own"
+      )
+    settings = _settings(chosen, name)
+    several = len(settings) > 1
+    for setting in _of_lengths(settings, config.eval.lengths, f"protocol {chosen!r} runs {name}"):
+      label = f"{name}@{setting.sampler.gen_length}" if several else name
+      shown = examples.get(name, "") if setting.shots else ""
+      tasks.append(Task(label, uri, shown, chosen, setting))
+  for name in examples:
+    if not any(task.examples == examples[name] for task in tasks):
+      raise UserError(
+        f"config: eval.examples: {name!r} is no benchmark of data.eval whose protocol shows"
+        " solved examples"
+      )
+  names = [task.name for task in tasks]
+  if len(set(names)) < len(names):
+    raise UserError(f"config: data.eval: a name is there twice: {', '.join(names)}")
+  return tasks
+
+
+def _of_lengths(
+  settings: tuple[Setting, ...], lengths: tuple[int, ...], what: str
+) -> list[Setting]:
+  chosen = [s for s in settings if not lengths or s.sampler.gen_length in lengths]
+  if not chosen:
+    known = ", ".join(str(s.sampler.gen_length) for s in settings)
+    raise UserError(f"config: eval.lengths={lengths}: {what} at length {known}")
+  return chosen
+
+
+def _settings(protocol: str, benchmark: str) -> tuple[Setting, ...]:
+  if protocol not in PROTOCOLS:
+    raise UserError(
+      f"config: eval.protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}, or '' for the"
+      " config's own settings"
+    )
+  if benchmark not in PROTOCOLS[protocol]:
+    raise UserError(
+      f"config: protocol {protocol!r} defines {', '.join(PROTOCOLS[protocol])}, not"
+      f" {benchmark!r}: name the items of data.eval after them"
+    )
+  return PROTOCOLS[protocol][benchmark]
