@@ -1,0 +1,66 @@
+"""Models for tests: a real one of one layer, one that follows a table, and the goldens'."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import ModelConfig
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.models.llada import make_lm
+from igpo_jax.types import LM
+from tests.fakes import REPO
+
+GOLDENS = REPO / "tests" / "goldens"
+EOS, MASK = 0, 1  # as in the character tokenizer
+
+
+@functools.lru_cache
+def golden_model(name):
+  return load_pretrained(GOLDENS / name, dtype="float32")
+
+
+@functools.lru_cache
+def tiny_model(vocab_size=12, sharpness=4.0, seed=0):
+  """(lm, params) of one layer with random weights, whose choices are far from even."""
+  config = ModelConfig(
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    mlp_hidden=32,
+    vocab_size=vocab_size,
+    mask_id=MASK,
+    eos_id=EOS,
+  )
+  lm = make_lm(config)
+  params = lm.init(jax.random.key(seed))
+  head = sharpness * params["head"]["kernel"]
+  # The mask token is near to two others, so that it is chosen where it may be.
+  head = head.at[:, MASK].set(0.9 * head[:, -1] + 0.5 * head[:, -3])
+  params["head"]["kernel"] = head
+  params["blocks"]["attn_out"]["kernel"] = 3 * params["blocks"]["attn_out"]["kernel"]
+  return lm, params
+
+
+@functools.lru_cache
+def table_lm(stop_ids=(EOS,)):
+  """An LM whose parameters are its logits: f32[V] for every position, or f32[T,V]."""
+
+  def hidden(params, tokens, valid=None, *, start=0, cache=None):
+    del valid, start
+    return jnp.broadcast_to(params, (*tokens.shape, params.shape[-1])), cache
+
+  return LM(
+    init=lambda key: jnp.zeros(6),
+    hidden=hidden,
+    head=lambda params, h: h,
+    logits=lambda params, tokens, valid=None: hidden(params, tokens)[0],
+    init_cache=lambda batch, length: None,
+    logical_axes=lambda: (None,),
+    mask_id=MASK,
+    eos_id=EOS,
+    stop_ids=stop_ids,
+    vocab_size=6,
+  )
