@@ -33,6 +33,7 @@ from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
 
 ALPHABET = "0123456789+-^_=> "
+SUMMANDS_BELOW = 5
 TEST_SHARE = 10  # one problem in ten belongs to the test split
 
 
@@ -126,9 +127,12 @@ def make_records(
     if tries > 100 * n + 1000:
       raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
     kinds = hard if rng.random() < share else easy
-    number = lambda: "".join(str(digit) for digit in rng.integers(0, 10, digits))
-    steps = [kinds[rng.integers(len(kinds))] + number() for _ in range(rng.integers(low, high + 1))]
-    problem = number() + "".join(steps)
+    number = lambda below: "".join(str(digit) for digit in rng.integers(0, below, digits))
+    problem = number(10)
+    for _ in range(rng.integers(low, high + 1)):
+      sign = kinds[rng.integers(len(kinds))]
+      # Small summands, or most digits would end at 0 or 9 and luck would count.
+      problem += sign + number(SUMMANDS_BELOW if sign in "+-" else 10)
     if problem in records or split_of(problem) != split:
       continue
     trace, answer = solve(problem)

@@ -1,0 +1,124 @@
+"""GRPO, sample-matched GRPO and IGPO side by side from one SFT checkpoint.
+
+    python -m benchmarks.explorations --workdir=runs/explorations [--seed=0]
+        [--config=configs/quickstart.py] [--explorations=none,resample,inpaint]
+
+The config's SFT stage runs once; each exploration then starts from a copy of it, with
+the same prompts and the same noise for the policy's own samples. Interrupted, it goes on
+where it was. Writes results.json and table.md to the workdir and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import shutil
+
+from igpo_jax import cli
+from igpo_jax.config import freeze
+from igpo_jax.main import train
+
+LABELS = {
+  "none": "none (GRPO)",
+  "resample": "resample (GRPO, as many samples as IGPO)",
+  "inpaint": "inpaint (IGPO)",
+}
+
+
+def load_config(path: pathlib.Path, seed: int, exploration: str, overrides: list[str]):
+  """The config of one arm; an override is "a.b=value" with a JSON value."""
+  if not path.exists():
+    raise cli.UserError(f"--config: no such file: {path}")
+  spec = importlib.util.spec_from_file_location("experiment_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  with config.unlocked():
+    config.seed = seed
+    config.rl.exploration = exploration
+  for item in overrides:
+    name, _, value = item.partition("=")
+    try:
+      config.update_from_flattened_dict({name: json.loads(value)})
+    except (KeyError, TypeError, ValueError) as error:
+      raise cli.UserError(f"--set {item}: {error}") from None
+  return freeze(config)
+
+
+def quarters(rows: list[dict], name: str) -> tuple[float, float]:
+  """Means of a metric over the first and the last quarter of the RL steps."""
+  values = [row[f"rl/{name}"] for row in rows if row["stage"] == "rl"]
+  part = max(len(values) // 4, 1)
+  return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def run_arm(config, workdir: pathlib.Path, sft_workdir: pathlib.Path) -> dict:
+  """RL from a copy of the SFT run; returns its summary with the seconds it took."""
+  if not (workdir / "checkpoints").exists():
+    shutil.copytree(sft_workdir, workdir, dirs_exist_ok=True)
+    (workdir / "config.json").unlink()  # the exploration differs, the SFT stage does not
+  summary = train(config, workdir_path(workdir))
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rl = [row for row in rows if row["stage"] == "rl"]
+  summary["seconds"] = sum(row["time/step_seconds"] for row in rl)
+  summary["all_wrong_quarters"] = quarters(rows, "all_wrong_before")
+  return summary
+
+
+def workdir_path(path: pathlib.Path):
+  from etils import epath
+
+  return epath.Path(path)
+
+
+def table(results: dict[str, dict], benchmark: str) -> str:
+  """One row per exploration."""
+  lines = [
+    "| exploration | accuracy after SFT | after RL | all wrong before → after | "
+    "all wrong, first → last quarter | extra samples correct | RL seconds |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for name, result in results.items():
+    sft, rl = (result["eval"][f"{stage}/{benchmark}"] for stage in ("sft", "rl"))
+    means, (first, last) = result["rl"], result["all_wrong_quarters"]
+    lines.append(
+      f"| {LABELS[name]} | {sft['accuracy']:.3f} ± {sft['stderr']:.3f} "
+      f"| {rl['accuracy']:.3f} ± {rl['stderr']:.3f} "
+      f"| {means['all_wrong_before']:.2f} → {means['all_wrong_after']:.2f} "
+      f"| {first:.2f} → {last:.2f} | {means['extra_correct']:.3f} | {result['seconds']:.0f} |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--config", type=pathlib.Path, default=pathlib.Path("configs/quickstart.py"))
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--explorations", default="none,resample,inpaint")
+  parser.add_argument("--set", action="append", default=[], metavar="a.b=JSON")
+  args = parser.parse_args()
+  names = args.explorations.split(",")
+  for name in names:
+    if name not in LABELS:
+      raise cli.UserError(f"--explorations: {name!r} is not one of {', '.join(LABELS)}")
+
+  configs = {name: load_config(args.config, args.seed, name, args.set) for name in names}
+  sft_workdir = args.workdir / "sft"
+  import dataclasses
+
+  first = dataclasses.replace(configs[names[0]], stages=("sft",))
+  train(dataclasses.replace(first, rl=dataclasses.replace(first.rl, exploration="inpaint")),
+        workdir_path(sft_workdir))  # fmt: skip
+  results = {n: run_arm(c, args.workdir / n, sft_workdir) for n, c in configs.items()}
+  benchmark = configs[names[0]].data.eval[0].partition("=")[0]
+  text = table(results, benchmark)
+  (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+  (args.workdir / "table.md").write_text(text + "\n")
+  print(text)
+
+
+if __name__ == "__main__":
+  cli.run(main)
