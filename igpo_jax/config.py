@@ -10,7 +10,10 @@ where the paper states them (METHOD 7).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+import os
+import pathlib
 import re
 import typing
 from typing import Any, Literal
@@ -493,6 +496,14 @@ def _to_config_dict(section: Any) -> config_dict.ConfigDict:
       value = config_dict.placeholder(kind)
     out[field.name] = value
   return out
+
+
+def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
+  """`get_config(*args)` of another config file: those are found by path, not imported."""
+  spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*args)
 
 
 def freeze(config: ml_collections.ConfigDict) -> Config:

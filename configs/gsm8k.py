@@ -1,0 +1,16 @@
+"""IGPO on LLaDA-8B-Instruct: trained on MetaMathQA, evaluated on GSM8K.
+
+    python -m igpo_jax.main --config=configs/gsm8k.py:DATA --workdir=DIR
+
+What DATA holds: see llada_math.py.
+"""
+
+import pathlib
+
+from igpo_jax.config import load_config_file
+
+
+def get_config(data="data"):
+  config = load_config_file(pathlib.Path(__file__).with_name("llada_math.py"), data)
+  config.data.eval = tuple(e for e in config.data.eval if e.startswith("gsm8k="))
+  return config
