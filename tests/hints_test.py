@@ -86,8 +86,8 @@ def test_chunk_lengths_are_uniform_over_their_range():
 
 @pytest.mark.parametrize(
   ("ratio", "count", "picked"),
-  [(0.0, 10, 0), (0.29, 100, 29), (0.3, 10, 3), (0.6, 5, 3), (0.999, 3, 2), (1.0, 7, 7), (0.5, 0, 0),
-   (0.7, 10, 7), (0.19, 5, 0)],
+  [(0.0, 10, 0), (0.29, 100, 29), (0.3, 10, 3), (0.6, 5, 3), (0.999, 3, 2), (1.0, 7, 7),
+   (0.5, 0, 0), (0.7, 10, 7), (0.19, 5, 0)],
 )  # fmt: skip
 def test_floor_of_the_ratio_is_chosen_in_trace_order(ratio, count, picked):
   chunks = [(k, k + 1) for k in range(count)]
