@@ -1,0 +1,285 @@
+"""Exploration: which groups are hinted, what is replaced, and what stays bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, SamplerConfig
+from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.data.records import Record
+from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewards.score import Scores
+from igpo_jax.rl.rollout import Explorer, group_buckets, prompt_keys
+from igpo_jax.train.setup import make_optimizer, make_state, purpose_key
+from igpo_jax.train.update import make_policy_programs
+from tests.tiny_lm import tiny_model
+
+P, G, LENGTH, SEED, ENOUGH = 6, 4, 16, 4, 9
+TOKENIZER = CharTokenizer("abcdefgh=")
+TRACE = "hhghhhhhgh=hh"  # the answer span is "=hh"
+CONFIG = Config(
+  sampler=SamplerConfig(LENGTH, 8, 8, temperature=1.5),
+  hints=HintConfig(0.4, 0.8, 2, 3),
+  rl=RLConfig(prompts_per_step=P, group_size=G, exploration="inpaint", inner_updates=1),
+  objective=ObjectiveConfig(beta=0.0),
+)
+
+
+def score(texts, records):
+  """Correct: nine h or more. A shaped part of the reward comes on top."""
+  correct = np.array([text.count("h") >= ENOUGH for text in texts])
+  shaped = np.array([record.answer == "shaped" for record in records])
+  return Scores(
+    reward=(correct + 0.25 * shaped * np.array([len(t) % 2 for t in texts])).astype(np.float32),
+    correct=correct,
+    status=["ok" if text else "unparseable" for text in texts],
+    extracted=list(texts),
+    parts={},
+  )
+
+
+def record(k, trace=TRACE, answer="hh"):
+  span = (trace.rindex("="), len(trace)) if "=" in trace else None
+  question = "".join("abcdefgh"[(k * 5 + j * (k + 1)) % 8] for j in range(3 + k % 3))
+  return Record(f"r{k}", ({"role": "user", "content": question},), trace, answer, span)
+
+
+def batch_of(records, bucket=8):
+  """The records in their order, as one batch."""
+  return next(iter(PromptStream(records, TOKENIZER, len(records), (bucket,), 0).ordered_batches()))
+
+
+RECORDS = [record(k) for k in range(P)]
+
+
+@functools.lru_cache
+def explorer(config):
+  lm, _ = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  return Explorer(lm, TOKENIZER, score, config, make_mesh())
+
+
+def explore(batch=None, step=0, config=CONFIG, **rl):
+  config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, **rl))
+  keys = {p: purpose_key(config.seed, step, p) for p in ("sample", "resample")}
+  _, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  return explorer(config)(params, batch or batch_of(RECORDS), step, keys)
+
+
+@pytest.fixture(scope="module")
+def none():
+  return explore(exploration="none")
+
+
+@pytest.fixture(scope="module")
+def inpaint():
+  return explore()
+
+
+@pytest.fixture(scope="module")
+def resample():
+  return explore(exploration="resample")
+
+
+def all_wrong(explored):
+  return np.array([not any(r["correct"] for r in explored.rows[p * G : p * G + G])
+                   for p in range(P)])  # fmt: skip
+
+
+def inserted(explored):
+  return np.array([r["inserted"] for r in explored.rows]).reshape(P, G)
+
+
+def host(rollout):
+  return jax.tree.map(np.asarray, rollout)
+
+
+def test_the_cases_have_both_kinds_of_groups(none, inpaint):
+  assert 2 <= all_wrong(none).sum() <= P - 2
+  assert inserted(inpaint).any()
+
+
+@pytest.mark.parametrize("exploration", ["inpaint", "resample"])
+def test_groups_that_are_not_all_wrong_are_bit_identical_to_plain_sampling(
+  exploration, none, request
+):
+  explored = request.getfixturevalue(exploration)
+  plain, other = host(none.rollout), host(explored.rollout)
+  right = ~all_wrong(none)
+  for name in ("completion", "commit_step", "hinted", "advantages", "prompt", "prompt_valid"):
+    np.testing.assert_array_equal(getattr(other, name)[right], getattr(plain, name)[right])
+  assert not inserted(explored)[right].any()
+  # and in the others, what was not replaced:
+  kept = ~inserted(explored)
+  np.testing.assert_array_equal(other.completion[kept], plain.completion[kept])
+  assert not other.hinted[kept].any()
+
+
+@pytest.mark.parametrize("exploration", ["inpaint", "resample"])
+def test_only_wrong_groups_are_replaced_and_only_by_correct_ones(exploration, none, request):
+  explored = request.getfixturevalue(exploration)
+  replaced = inserted(explored)
+  wrong = all_wrong(none)
+  correct = np.array([r["correct"] for r in explored.rows]).reshape(P, G)
+  assert correct[replaced].all()
+  for p in np.flatnonzero(wrong):
+    k = replaced[p].sum()
+    assert k <= 2 and correct[p].sum() == k  # floor(lambda G) = 2
+    advantages = np.asarray(explored.rollout.advantages)[p]
+    np.testing.assert_array_equal(advantages, np.where(replaced[p], 1 - k / G, -k / G))
+
+
+def test_as_many_are_replaced_as_are_correct_up_to_the_share():
+  """floor(lambda G) of 4: lambda 0.5 allows 2, 0.75 allows 3, 1 all."""
+  seen = {}
+  for share in (0.5, 0.75, 1.0):
+    hints = dataclasses.replace(CONFIG.hints, replace_fraction=share)
+    seen[share] = inserted(explore(config=dataclasses.replace(CONFIG, hints=hints))).sum(axis=1)
+  correct = seen[1.0]  # of the extra samples
+  assert correct.max() > 2
+  for share, most in ((0.5, 2), (0.75, 3)):
+    np.testing.assert_array_equal(seen[share], np.minimum(correct, most))
+
+
+def test_hints_stand_at_their_index_and_never_in_the_answer(inpaint):
+  rollout, replaced = host(inpaint.rollout), inserted(inpaint)
+  trace = np.array(TOKENIZER.encode(TRACE))
+  hinted, completion = rollout.hinted[replaced], rollout.completion[replaced]
+  assert hinted.any()
+  for row_hinted, row in zip(hinted, completion, strict=True):
+    at = np.flatnonzero(row_hinted)
+    assert (at < TRACE.index("=")).all()
+    np.testing.assert_array_equal(row[at], trace[at])
+  np.testing.assert_array_equal(rollout.commit_step == -1, rollout.hinted)
+
+
+def test_resampling_gives_no_hints_and_other_noise(none, resample, inpaint):
+  assert not np.asarray(resample.rollout.hinted).any()
+  assert resample.metrics["answer_shown"] == 0
+  assert inpaint.metrics["extra_correct"] > resample.metrics["extra_correct"] > 0
+  own = np.asarray(none.rollout.completion)
+  replaced = inserted(resample)
+  assert (np.asarray(resample.rollout.completion)[replaced] != own[replaced]).any(axis=1).all()
+
+
+def test_shares_that_are_logged_count_what_happened(none, inpaint):
+  wrong = all_wrong(none).sum()
+  after = inpaint.metrics
+  assert after["all_wrong_before"] == pytest.approx(wrong / P)
+  assert after["all_wrong_after"] == pytest.approx(all_wrong(inpaint).sum() / P)
+  assert after["all_wrong_after"] < after["all_wrong_before"]
+  assert after["replaced"] == pytest.approx(inserted(inpaint).sum() / (P * G))
+  assert after["accuracy"] == none.metrics["accuracy"]
+  assert after["reward_after"] > after["reward"] == none.metrics["reward"]
+  assert none.metrics["extra_correct"] == none.metrics["replaced"] == 0
+
+
+def test_rows_for_the_record_say_what_each_completion_was(inpaint):
+  rollout = host(inpaint.rollout)
+  for k, row in enumerate(inpaint.rows):
+    p, g = divmod(k, G)
+    assert row["id"] == RECORDS[p].id and row["prompt"] == RECORDS[p].question
+    assert row["completion"] == TOKENIZER.decode(rollout.completion[p, g])
+    assert row["commit_step"] == rollout.commit_step[p, g].tolist()
+    hinted = np.zeros(LENGTH, bool)
+    for start, end in row["hints"]:
+      hinted[start:end] = True
+    np.testing.assert_array_equal(hinted, rollout.hinted[p, g])
+    assert row["correct"] == (row["completion"].count("h") >= ENOUGH)
+
+
+def test_results_follow_the_prompt_not_its_place_in_the_batch(inpaint):
+  order = np.array([3, 5, 0, 1, 4, 2])
+  moved = host(explore(batch_of([RECORDS[k] for k in order])).rollout)
+  rollout = host(inpaint.rollout)
+  for name in ("completion", "commit_step", "hinted", "advantages"):
+    np.testing.assert_array_equal(getattr(moved, name), getattr(rollout, name)[order])
+
+
+def test_results_do_not_depend_on_the_prompts_bucket(inpaint):
+  wider = host(explore(batch_of(RECORDS, bucket=13)).rollout)
+  assert wider.prompt.shape[1] == 13
+  for name in ("completion", "commit_step", "hinted", "advantages"):
+    np.testing.assert_array_equal(getattr(wider, name), getattr(host(inpaint.rollout), name))
+
+
+def test_the_same_step_explores_the_same_and_another_does_not(inpaint):
+  again, other = explore(), explore(step=1)
+  np.testing.assert_array_equal(again.rollout.completion, inpaint.rollout.completion)
+  assert (np.asarray(other.rollout.completion) != np.asarray(inpaint.rollout.completion)).any()
+
+
+def test_all_wrong_is_the_verifiers_word_not_the_rewards(none):
+  shaped = [dataclasses.replace(r, answer="shaped") for r in RECORDS]
+  explored = explore(batch_of(shaped))
+  np.testing.assert_array_equal(
+    inserted(explored).any(axis=1) | ~all_wrong(none) | all_wrong(explored), True
+  )
+  assert inserted(explored).any()
+  assert explored.metrics["all_wrong_before"] == none.metrics["all_wrong_before"]
+  plain = explore(batch_of(shaped), exploration="none")
+  assert (np.asarray(plain.rollout.advantages)[all_wrong(none)] != 0).any()
+
+
+def test_an_empty_trace_is_explored_without_hints_and_counted():
+  records = [record(k, trace="" if k % 2 else TRACE) for k in range(P)]
+  explored = explore(batch_of(records))
+  assert explored.metrics["no_trace"] == 0.5
+  assert not np.asarray(explored.rollout.hinted)[1::2].any()
+
+
+def test_a_trace_longer_than_the_canvas_is_cut_to_it():
+  trace = "hhg" * 20 + "=hh"
+  explored = explore(batch_of([record(k, trace=trace) for k in range(P)]))
+  hinted = np.asarray(explored.rollout.hinted)
+  assert hinted.any() and hinted.shape[-1] == LENGTH
+  assert (np.asarray(explored.rollout.completion)[hinted] >= 3).all()
+
+
+@pytest.mark.parametrize("hide", [True, False])
+def test_hints_that_show_the_answers_value_are_counted_and_can_be_hidden(hide):
+  hints = HintConfig(1.0, 1.0, 3, 3, hide_answer_value=hide)
+  records = [record(k, trace="h=h=ab=g=h=ab", answer="ab") for k in range(P)]
+  explored = explore(batch_of(records), config=dataclasses.replace(CONFIG, hints=hints))
+  assert explored.metrics["all_wrong_before"] > 0
+  assert (explored.metrics["answer_shown"] == 0) == hide
+
+
+def test_buckets_are_few_and_hold_every_number_of_groups():
+  assert group_buckets(8, 1) == [1, 2, 4, 8]
+  assert group_buckets(8, 4) == [4, 8]
+  assert group_buckets(6, 1) == [1, 2, 4, 6]
+  assert group_buckets(1, 1) == [1]
+
+
+# --- into the update ------------------------------------------------------------------
+
+
+def gradient_norm(explored, beta=0.0):
+  config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(beta=beta))
+  lm, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  mesh = make_mesh()
+  optimizer = make_optimizer(config.rl_optimizer, 10)
+  shardings = jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, jax.P()), params)
+  state = make_state(optimizer, params, shardings, mesh)
+  programs = make_policy_programs(lm, optimizer, config)
+  rollout = explored.rollout
+  keys = prompt_keys(jax.random.key(0), np.arange(rollout.prompt.shape[0]))
+  scores = programs.score(params, params if beta else None, rollout, keys)
+  _, metrics = programs.update(state, rollout, scores, keys, 0)
+  return float(metrics["grad_norm"])
+
+
+def test_all_wrong_groups_give_no_gradient_at_all_unless_they_are_inpainted(none, inpaint):
+  wrong = np.flatnonzero(all_wrong(none) & inserted(inpaint).any(axis=1))
+  assert len(wrong)
+  only = lambda explored: dataclasses.replace(
+    explored, rollout=jax.tree.map(lambda x: x[wrong], explored.rollout)
+  )
+  assert gradient_norm(only(none)) == 0
+  assert gradient_norm(only(inpaint)) > 1e-3
