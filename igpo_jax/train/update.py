@@ -72,7 +72,7 @@ def apply_gradient(
   state: TrainState, optimizer: optax.GradientTransformation, loss: Array, grads: Params
 ) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step, or none if the loss or the gradient's norm is not finite."""
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
