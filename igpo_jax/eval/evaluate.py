@@ -73,7 +73,8 @@ def make_stream(
   """The rows as batches that devices and processes can share; no problem is left out.
 
   Args:
-    batch_size: rounded up to a multiple of devices (data x fsdp) and processes.
+    batch_size: no more than there are rows, rounded up to a multiple of devices (data x
+      fsdp) and processes.
     buckets: prompt lengths; one is added where the longest prompt needs it.
   """
   processes = jax.process_count()
@@ -84,7 +85,7 @@ def make_stream(
   return PromptStream(
     [problem.asked for problem in problems],
     tokenizer,
-    -(-batch_size // ways) * ways,
+    -(-min(batch_size, len(problems)) // ways) * ways,
     buckets,
     0,  # of an order that evaluations do not use
     jax.process_index(),
