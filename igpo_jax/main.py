@@ -69,18 +69,26 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
     raise SystemExit(0)
   try:
     rest = FLAGS(argv)
-  except FileNotFoundError as error:
-    raise UserError(f"--config: no such file: {error.filename or error}") from None
+  except OSError as error:
+    _config_file()
+    raise UserError(f"--config: {error}") from None
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f"command line: {error}") from None
   if len(rest) > 1:
     raise UserError(f"command line: unexpected argument {rest[1]!r}")
   if FLAGS.config is None:
     raise UserError("command line: --config=configs/X.py is missing")
+  name = _config_file().stem
+  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{name}")
+
+
+def _config_file() -> epath.Path:
+  """The file of the --config flag, which itself would tell by a traceback that it is missing."""
   # "configs/X.py:ARGUMENT": what follows the colon goes to get_config(ARGUMENT).
   path = config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
-  name = epath.Path(path).stem
-  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{name}")
+  if not epath.Path(path).is_file():
+    raise UserError(f"--config={path}: no such file")
+  return epath.Path(path)
 
 
 def open_workdir(workdir: epath.Path, config: Config) -> None:
