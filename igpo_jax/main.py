@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -67,28 +68,32 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
   if "--help" in argv or "-h" in argv:
     print(__doc__)
     raise SystemExit(0)
+  file = _config_file(argv)
   try:
     rest = FLAGS(argv)
-  except OSError as error:
-    _config_file()
-    raise UserError(f"--config: {error}") from None
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError) as error:
+    reason = error
+    while isinstance(reason, Exception):  # one wraps the other
+      reason = reason.args[0]
+    raise UserError(f"command line: the config has no such option: {reason}") from None
+  except (flags.Error, TypeError, ValueError) as error:
     raise UserError(f"command line: {error}") from None
   if len(rest) > 1:
     raise UserError(f"command line: unexpected argument {rest[1]!r}")
-  if FLAGS.config is None:
+  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{file.stem}")
+
+
+def _config_file(argv: list[str]) -> epath.Path:
+  """The file that --config names; the flag would tell by a traceback that it is missing."""
+  values = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+  values += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+  if not values:
     raise UserError("command line: --config=configs/X.py is missing")
-  name = _config_file().stem
-  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{name}")
-
-
-def _config_file() -> epath.Path:
-  """The file of the --config flag, which itself would tell by a traceback that it is missing."""
   # "configs/X.py:ARGUMENT": what follows the colon goes to get_config(ARGUMENT).
-  path = config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
-  if not epath.Path(path).is_file():
+  path = epath.Path(values[-1].partition(":")[0])
+  if not path.is_file():
     raise UserError(f"--config={path}: no such file")
-  return epath.Path(path)
+  return path
 
 
 def open_workdir(workdir: epath.Path, config: Config) -> None:
