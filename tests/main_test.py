@@ -1,0 +1,251 @@
+"""The command: killed and continued, finished and started again, and used wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from igpo_jax import main as program
+from igpo_jax.cli import UserError
+from igpo_jax.config import default_config, freeze
+from tests.fakes import REPO
+
+CONFIG = "tests/tiny_config.py"
+
+
+def command(*options, cache=None, tripwire=""):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "IGPO_TEST_TRIPWIRE": tripwire}
+  if cache is not None:  # only the first run compiles
+    environment |= {
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+  return subprocess.run(
+    [sys.executable, "-m", "igpo_jax.main", *options],
+    text=True, capture_output=True, cwd=REPO, env=environment, check=False,
+  )  # fmt: skip
+
+
+def rows_of(path):
+  """The rows of a JSON-lines file, without timings."""
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def at(rows):
+  return [(row["stage"], row["step"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """One run in peace, and the same run killed three times on its way."""
+  root = tmp_path_factory.mktemp("runs")
+  peace, war, cache = root / "peace", root / "war", root / "cache"
+  options = lambda workdir: (f"--config={CONFIG}", f"--workdir={workdir}")
+  steps = {"peace": command(*options(peace), cache=cache)}
+  for name, stage, step, number in (
+    ("killed in sft", "sft", 3, signal.SIGKILL),
+    ("killed in rl", "rl", 3, signal.SIGKILL),
+    ("asked to stop", "rl", 4, signal.SIGTERM),
+  ):
+    wire = f"{war}/metrics.jsonl {stage} {step} {int(number)}"
+    done = command(*options(war), cache=cache, tripwire=wire)
+    steps[name] = done, {n: rows_of(war / f"{n}.jsonl") if (war / f"{n}.jsonl").exists() else []
+                         for n in ("metrics", "samples")}  # fmt: skip
+    if number == signal.SIGKILL:
+      with (war / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "rl", "st')  # a line that the kill cut
+  steps["continued"] = command(*options(war), cache=cache)
+  return steps, peace, war, cache
+
+
+@pytest.mark.slow
+def test_a_run_in_peace_writes_what_it_says(runs):
+  steps, peace, _, _ = runs
+  assert steps["peace"].returncode == 0, steps["peace"].stderr
+  for name in ("config.json", "summary.json", "table.md", "curves.png", "checkpoints"):
+    assert (peace / name).exists(), name
+  rows = rows_of(peace / "metrics.jsonl")
+  expected = [("init", 0), *(("sft", k) for k in range(1, 5)), *(("rl", k) for k in range(1, 7))]
+  assert at(rows) == expected
+  rl = rows[5:]
+  share = lambda name: sum(row[f"rl/{name}"] for row in rl) / len(rl)
+  assert 0 < share("reward") < 1 and 0 < share("all_wrong_after") < share("all_wrong_before")
+  assert all(row["rl/grad_norm"] > 0 for row in rl)
+  assert [k for k, row in enumerate(rows) if "eval/test/accuracy" in row] == [0, 4, 7, 10]
+  samples = rows_of(peace / "samples.jsonl")
+  assert at(samples) == [("rl", 1 + k // 4) for k in range(24)]
+  assert any(row["inserted"] for row in samples) and any(row["hints"] for row in samples)
+  summary = json.loads((peace / "summary.json").read_text())
+  assert set(summary["eval"]) == {"init/test", "sft/test", "rl/test"}
+  assert summary["eval"]["rl/test"]["n"] == 8
+  for name in ("all_wrong_before", "all_wrong_after", "reward"):
+    assert summary["rl"][name] == pytest.approx(share(name))
+
+
+@pytest.mark.slow
+def test_the_kills_hit_where_they_were_meant_to(runs):
+  steps, _, _, _ = runs
+  for name, code, last in (
+    ("killed in sft", -signal.SIGKILL, ("sft", 3)),
+    ("killed in rl", -signal.SIGKILL, ("rl", 3)),
+    ("asked to stop", 128 + signal.SIGTERM, ("rl", 5)),  # the step under way was finished
+  ):
+    done, rows = steps[name]
+    assert done.returncode == code, done.stderr
+    assert at(rows["metrics"])[-1] == last
+  assert "sft: continues from its checkpoint of step 2" in steps["killed in rl"][0].stderr
+  assert "rl: continues from its checkpoint of step 2" in steps["asked to stop"][0].stderr
+  assert "rl: stopped by a signal; saved at step 5" in steps["asked to stop"][0].stderr
+  assert "rl: continues from its checkpoint of step 5" in steps["continued"].stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["metrics", "samples"])
+def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
+  steps, peace, war, _ = runs
+  assert steps["continued"].returncode == 0, steps["continued"].stderr
+  assert rows_of(war / f"{name}.jsonl") == rows_of(peace / f"{name}.jsonl")
+  assert json.loads((war / "summary.json").read_text()) == json.loads(
+    (peace / "summary.json").read_text()
+  )
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_changes_nothing(runs):
+  _, peace, _, cache = runs
+  names = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.json")
+  contents = lambda: {name: (peace / name).read_bytes() for name in names}
+  before, checkpoints = contents(), sorted(p.name for p in (peace / "checkpoints").rglob("*"))
+  again = command(f"--config={CONFIG}", f"--workdir={peace}", cache=cache)
+  assert again.returncode == 0, again.stderr
+  assert contents() == before
+  assert sorted(p.name for p in (peace / "checkpoints").rglob("*")) == checkpoints
+
+
+# --- mistakes -------------------------------------------------------------------------
+
+
+def one_line(done):
+  """The one line of a user's mistake."""
+  assert done.returncode == 2, done.stderr
+  lines = [line for line in done.stderr.splitlines() if line]
+  assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+  return lines[0]
+
+
+@pytest.mark.slow
+def test_a_command_line_with_a_mistake_is_one_line_and_code_2():
+  done = command("--config=configs/nowhere.py", "--config.rl.steps=3")
+  assert one_line(done) == "error: --config=configs/nowhere.py: no such file"
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "simple.py"
+  path.write_text(
+    "from igpo_jax.config import default_config\n\n\n"
+    "def get_config():\n  config = default_config()\n"
+    '  config.data.sft = config.data.rl = "synthetic:chains"\n  return config\n'
+  )
+  return path
+
+
+def parse(argv, monkeypatch):
+  """`parse_flags` as in a process of its own: absl's flags are parsed once."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  fresh = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
+  flags.DEFINE_string("workdir", "", "", flag_values=fresh)
+  monkeypatch.setattr(program, "FLAGS", fresh)
+  monkeypatch.setattr(sys, "argv", ["main", *argv])  # where config_flags looks for overrides
+  return program.parse_flags(sys.argv)
+
+
+def test_options_reach_the_config(simple, monkeypatch):
+  config, workdir = parse(
+    [f"--config={simple}", "--config.rl.steps=7", "--config.sampler.threshold=0.9"], monkeypatch
+  )
+  assert config.rl.steps == 7 and config.sampler.threshold == 0.9
+  assert str(workdir) == "runs/simple"
+  _, workdir = parse([f"--config={simple}", "--workdir=/tmp/x"], monkeypatch)
+  assert str(workdir) == "/tmp/x"
+
+
+@pytest.mark.parametrize(
+  ("options", "complaint"),
+  [
+    (["--config.rl.group_sise=4"], "no such option: 'group_sise'"),
+    (["--config.rl.steps=many"], "--config.rl.steps=many: invalid literal"),
+    (["--config.nothing.at.all=1"], "no such option: 'nothing'"),
+    (["--werkdir=x"], "werkdir"),
+    (["sft"], "unexpected argument 'sft'"),
+    (["--config.rl.group_size=1"], "a group of one has no advantage"),
+    (["--config.sampler.block_length=48"], "gen_length=256 is not a multiple of"),
+    (["--config.sampler.steps=130"], "sampler.steps=130 is not a multiple of the 8 blocks"),
+    (["--config.rl.micro_batches=3"], "not a multiple of rl.micro_batches=3"),
+    (["--config.rl.exploration=hint"], "'hint' is not one of inpaint, resample, none"),
+    (["--config.data.rl="], "data.rl names no source"),
+  ],
+)
+def test_a_wrong_option_is_told(options, complaint, simple, monkeypatch):
+  with pytest.raises(UserError, match=complaint):
+    parse([f"--config={simple}", *options], monkeypatch)
+
+
+@pytest.mark.parametrize("argument", ["configs/nowhere.py", "configs", "configs/nowhere.py:big"])
+def test_a_config_file_that_is_not_there_is_told(argument, monkeypatch):
+  with pytest.raises(UserError, match=f"--config={argument.partition(':')[0]}: no such file"):
+    parse([f"--config={argument}"], monkeypatch)
+  with pytest.raises(UserError, match=r"--config=a\.py: no such file"):
+    parse(["--config", "a.py"], monkeypatch)
+
+
+def test_a_missing_config_flag_is_told(monkeypatch):
+  with pytest.raises(UserError, match=r"--config=configs/X\.py is missing"):
+    parse([], monkeypatch)
+
+
+@pytest.mark.parametrize(
+  ("uri", "complaint"),
+  [
+    ("jsonl:/no/such/file.jsonl", "/no/such/file.jsonl"),
+    ("nowhere:chains", "no data source for 'nowhere:chains'"),
+  ],
+)
+def test_a_source_that_is_not_there_is_told_before_any_work(uri, complaint, tmp_path):
+  config = default_config()
+  config.stages = ("sft",)
+  config.data.sft = uri
+  with pytest.raises(UserError, match=complaint):
+    program.train(freeze(config), epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_workdir_with_another_config_is_refused(tmp_path):
+  config = default_config()
+  config.data.sft = config.data.rl = "synthetic:chains"
+  workdir = epath.Path(tmp_path)
+  program.open_workdir(workdir, freeze(config))
+  program.open_workdir(workdir, freeze(config))
+  config.log.every = 5  # what does not decide the numbers may change
+  config.stages = ("sft",)
+  program.open_workdir(workdir, freeze(config))
+  for section, name, value in (("rl", "steps", 3), ("sampler", "temperature", 0.5)):
+    changed = config.copy_and_resolve_references()
+    changed[section][name] = value
+    with pytest.raises(UserError, match=rf"another config.{section}: .*{name}"):
+      program.open_workdir(workdir, freeze(changed))
+  changed = config.copy_and_resolve_references()
+  changed.seed = 9
+  with pytest.raises(UserError, match=r"config.seed: 0 there, 9 now"):
+    program.open_workdir(workdir, freeze(changed))
