@@ -194,7 +194,7 @@ class Evaluation:
     lm, tokenizer, mesh: of the run.
     scorer: the run's; grades where no protocol does.
     key: noise at temperature above 0.
-    directory: rows go to directory/LABEL/PROTOCOL/NAME.jsonl.
+    directory: rows go to directory/LABEL/PROTOCOL/NAME-XXXXXXXX.jsonl (`Generations`).
     load: URI -> records.
     progress: (numbers of batches, description) -> the same, shown.
 

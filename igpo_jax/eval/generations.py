@@ -1,10 +1,10 @@
 """The completions of an evaluation on disk: written as they come, continued after a kill.
 
-    DIR/NAME.jsonl           one row per problem and sample, readable by igpo_jax.grade
-    DIR/NAME.settings.json   what decided them: weights, problems, protocol, seed
+    DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads
+    DIR/NAME-XXXXXXXX.settings.json   what decided them: weights, problems, protocol, seed
 
-Rows are continued only under equal settings; with any other they are begun anew, so a
-file never mixes two evaluations.
+XXXXXXXX stands for the settings: under others there is another file, so that no file
+mixes two evaluations and none is lost.
 """
 
 from __future__ import annotations
@@ -33,33 +33,28 @@ class Generations:
   Args:
     directory: made if need be.
     name: of the benchmark.
-    settings: JSON object; rows that were made under others are dropped.
+    settings: JSON object.
 
   Attributes:
+    path: of the rows.
     rows: (id, sample) -> row, in the order of the file.
   """
 
   def __init__(self, directory: epath.Path, name: str, settings: dict[str, Any]):
-    self.path = directory / f"{name}.jsonl"
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    stem = f"{name}-{hashlib.blake2s(text.encode(), digest_size=4).hexdigest()}"
+    self.path = directory / f"{stem}.jsonl"
     self._writes = jax.process_index() == 0
-    rows = self._open(directory / f"{name}.settings.json", settings) if self._writes else []
-    self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
-
-  def _open(self, settings_path: epath.Path, settings: dict[str, Any]) -> list[Row]:
-    settings = json.loads(json.dumps(settings))
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    if settings_path.exists() and _parse(settings_path.read_text()) == settings:
+    rows = []
+    if self._writes:
+      directory.mkdir(parents=True, exist_ok=True)
+      (directory / f"{stem}.settings.json").write_text(text + "\n")
       rows = _complete_rows(self.path)
-    else:
-      # In this order, so that a kill in between leaves no rows under wrong settings.
-      self.path.unlink(missing_ok=True)
-      settings_path.write_text(json.dumps(settings, indent=2) + "\n")
-      rows = []
-    # Half a row at the end would run into the next one.
-    partial = self.path.parent / f".{self.path.name}.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(self.path)
-    return rows
+      # Half a row at the end would run into the next one.
+      partial = directory / f".{stem}.partial"
+      partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+      partial.replace(self.path)
+    self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
 
   def add(self, rows: Sequence[Row]) -> None:
     """Appends this process's rows to those of the processes before it; drops known ones.
@@ -73,22 +68,15 @@ class Generations:
         file.write("".join(json.dumps(row) + "\n" for row in new))
 
 
-def _parse(line: str) -> Any:
-  """JSON, or None where a kill cut it short."""
-  try:
-    return json.loads(line)
-  except ValueError:
-    return None
-
-
 def _complete_rows(path: epath.Path) -> list[Row]:
   """Rows up to the first line that is not whole."""
   if not path.exists():
     return []
   rows = []
   for line in path.read_text().split("\n"):
-    row = _parse(line)
-    if not isinstance(row, dict):
+    try:
+      row = json.loads(line)
+    except ValueError:
       break
     rows.append(row)
   return rows
