@@ -1,139 +1,28 @@
-"""Evaluation: the numbers, the protocols, and rows that are each made exactly once."""
+"""Evaluation: the protocols, and rows that are each made exactly once."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import math
-import os
-import socket
-import statistics
-import subprocess
-import sys
 import types
 
 import jax
 import pytest
 from etils import epath
-from hypothesis import given
-from hypothesis import strategies as st
 
 from igpo_jax import grade, main
 from igpo_jax.cli import UserError
-from igpo_jax.config import default_config, freeze, load_config_file
+from igpo_jax.config import default_config, freeze
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer, train_sentencepiece
-from igpo_jax.eval import metrics
 from igpo_jax.eval.evaluate import Evaluation, make_stream, problems_of
 from igpo_jax.eval.generations import params_digest
 from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.train.report import summarize, table
-from tests.fakes import REPO, shared_path
+from tests.eval_rows import TASK, read, rows_file
+from tests.fakes import shared_path
 from tests.tiny_lm import tiny_model
-
-CONFIG = REPO / "tests" / "eval_config.py"
-TASK = "synthetic:chains?min_steps=1&max_steps=2&split=test&seed=3"
-
-# Numbers.
-
-
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.data())
-def test_pass_at_k_is_the_chance_over_all_choices_of_k(case, data):
-  correct, n = case
-  k = data.draw(st.integers(1, n))
-  drawn = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-  assert metrics.pass_at(k, correct, n) == pytest.approx(sum(map(any, drawn)) / len(drawn))
-
-
-def test_pass_at_more_than_was_sampled_is_an_error():
-  with pytest.raises(ValueError, match="pass@5 of 4"):
-    metrics.pass_at(5, 1, 4)
-
-
-def test_wilson_interval_of_the_textbook():
-  # 8 of 10 and 0 of 20: by hand, from the closed form.
-  assert metrics.wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-  assert metrics.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_interval_holds_the_share_and_stays_in_the_unit_interval(case):
-  correct, n = case
-  low, high = metrics.wilson(correct / n, n)
-  assert 0 <= low <= correct / n + 1e-12 and correct / n - 1e-12 <= high <= 1 and low < high
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=50))
-def test_with_one_sample_the_standard_error_is_the_binomial_one(verdicts):
-  n, share = len(verdicts), sum(verdicts) / len(verdicts)
-  out = metrics.accuracy([int(v) for v in verdicts], 1)
-  assert out["accuracy"] == pytest.approx(share)
-  assert out["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / n))
-  assert (out["low"], out["high"]) == pytest.approx(metrics.wilson(share, n))
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=50), st.integers(2, 16))
-def test_samples_that_all_agree_make_nothing_more_certain(verdicts, k):
-  once = metrics.accuracy([int(v) for v in verdicts], 1)
-  often = metrics.accuracy([int(v) * k for v in verdicts], k)
-  assert often == pytest.approx(once)
-
-
-def test_independent_samples_narrow_the_interval():
-  once = metrics.accuracy([1, 0] * 20, 1)
-  often = metrics.accuracy([8] * 20 + [7] * 10 + [9] * 10, 16)
-  assert often["accuracy"] == once["accuracy"] == 0.5
-  assert often["high"] - often["low"] < 0.5 * (once["high"] - once["low"])
-  # Never narrower than all completions as independent trials would have it.
-  low, high = metrics.wilson(0.5, 40 * 16)
-  assert (often["low"], often["high"]) == pytest.approx((low, high))
-
-
-def test_majority_counts_equal_answers_and_lets_the_first_win_a_tie():
-  same = lambda a, b: float(a) == float(b)
-  assert metrics.majority(["1", "2", "2.0", "3"], same) == 1
-  assert metrics.majority(["5", "7", "7.0", "5.0"], same) == 0
-  assert metrics.majority([None, "", "4"], same) == 2
-  assert metrics.majority([None, ""], same) is None
-
-
-def test_majority_votes_are_equal_when_the_grader_says_so():
-  with Scorer("math", workers=1) as scorer:
-    assert scorer.same_answer("1/2", r"\frac{1}{2}")
-    assert scorer.same_answer(r"\sqrt{8}", r"2\sqrt{2}")
-    assert not scorer.same_answer("3", "4")
-  with Scorer("exact") as scorer:
-    assert scorer.same_answer("12", " 12") and not scorer.same_answer("12", "12.0")
-
-
-def rows_of(*problems):
-  """Rows of problems given as strings of extracted answers; "7" is the right one."""
-  return [
-    [
-      {"correct": a == "7", "extracted": a, "status": "unparseable" if a == "?" else "ok"}
-      for a in answers
-    ]
-    for answers in problems
-  ]
-
-
-def test_summary_by_hand():
-  same = lambda a, b: a == b
-  out = metrics.summarize(rows_of("7777", "7512", "3377", "??7?", "1111"), same)
-  assert out["n"] == 5 and out["samples"] == 4
-  assert out["accuracy"] == pytest.approx(8 / 20)
-  assert out["stderr"] == pytest.approx(statistics.pstdev([1, 0.25, 0.5, 0.25, 0]) / math.sqrt(5))
-  assert out["pass@2"] == pytest.approx((1 + 1 / 2 + 5 / 6 + 1 / 2 + 0) / 5)
-  assert out["pass@4"] == pytest.approx(4 / 5)
-  # 7 alone; 7 named first; 3 named first; unreadable answers abstain; never right.
-  assert out["majority@4"] == pytest.approx(3 / 5)
-  assert out["unparseable"] == pytest.approx(3 / 20) and out["timeout"] == 0
-  assert not any("@" in name for name in metrics.summarize(rows_of("7", "3"), same))
-
 
 # Protocols.
 
@@ -247,16 +136,6 @@ def run_evaluation(directory, setting=None, n=13, batch_size=4, label="init", st
     )  # fmt: skip
     result = evaluation(own if params is None else params, label)["test"]
   return result, rows_file(directory)
-
-
-def rows_file(evals, folder="init/plain", name="test"):
-  """The newest file of rows of a benchmark."""
-  files = (evals / folder).glob(f"{name}-*.jsonl")
-  return max(files, key=lambda file: file.stat().st_mtime_ns)
-
-
-def read(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 WARM = {"temperature": 1.0, "samples": 3}
@@ -373,84 +252,6 @@ def test_rows_are_read_by_grade_with_the_same_verdicts(tmp_path):
   ]
 
 
-# The program.
-
-
-def tiny(workdir, *flags, stages=("sft",)):
-  """Runs the tiny config's program in this process; returns its summary."""
-  config = load_config_file(CONFIG)
-  config.stages = stages
-  config.update_from_flattened_dict(dict(flags))
-  return main.train(freeze(config), epath.Path(workdir))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  """The workdir of a short run; its last evaluation, of 13 problems, is the one to repeat."""
-  workdir = tmp_path_factory.mktemp("trained")
-  tiny(workdir)
-  return workdir
-
-
-def test_metric_keys_and_summary_keep_the_contract(trained):
-  rows = read(trained / "metrics.jsonl")
-  final = next(row for row in rows if row["stage"] == "sft" and row["step"] == 2)
-  for name in ("accuracy", "stderr", "low", "high", "n", "samples", "unparseable", "timeout"):
-    assert f"eval/test/{name}" in final
-  summary = json.loads((trained / "summary.json").read_text())
-  assert set(summary["eval"]) == {"init/test", "sft/test"}
-  assert summary["eval"]["sft/test"]["n"] == 13
-
-
-def test_a_workdir_is_evaluated_by_other_settings_and_can_still_be_continued(trained):
-  before = (trained / "config.json").read_bytes()
-  options = (
-    ("data.eval", (f"test={TASK}&n=5",)), ("eval.samples", 2), ("eval.temperature", 0.5),
-  )  # fmt: skip
-  summary = tiny(trained, *options, stages=("eval",))
-  result = summary["eval"]["eval/test"]
-  assert (result["n"], result["samples"]) == (5, 2) and "pass@2" in result
-  assert len(read(rows_file(trained / "evals", "sft-2/plain"))) == 10
-  assert (trained / "config.json").read_bytes() == before
-  tiny(trained)
-
-
-def test_an_evaluation_without_any_weights_is_a_clear_error(tmp_path):
-  with pytest.raises(UserError, match="nothing to evaluate"):
-    tiny(tmp_path / "new", stages=("eval",))
-
-
-def test_the_table_shows_interval_samples_and_the_published_number():
-  result = {"accuracy": 0.2, "stderr": 0.05, "low": 0.1, "high": 0.3, "n": 40, "samples": 16,
-            "pass@16": 0.6, "majority@16": 0.3, "protocol": "igpo", "published": 0.145,
-            "published_source": "arXiv 2509.10396"}  # fmt: skip
-  row = {"stage": "eval", "step": 0} | {f"eval/amc/{k}": v for k, v in result.items()}
-  text = table(summarize([row]))
-  assert "| amc, evaluated, protocol igpo, avg@16 | 0.200 | 0.100 to 0.300 | 0.050 | 40 |" in text
-  assert "| amc, majority@16 | 0.300 |" in text
-  assert "| amc, published for LLaDA-8B-Instruct (arXiv 2509.10396) | 0.145 |" in text
-
-
-NAMES = ("gsm8k", "math500", "amc", "minerva", "llada_math", "gsm8k_tiny")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_config_on_real_data_says_which_file_is_missing_and_where_to_get_it(name, tmp_path):
-  config = freeze(load_config_file(REPO / "configs" / f"{name}.py", str(tmp_path / "nowhere")))
-  with pytest.raises(UserError, match=r"nowhere/.*: no such file; get .* of the .*, and put it"):
-    main.check_inputs(config)
-
-
-def test_missing_weights_are_told_with_where_to_get_them(tmp_path):
-  data = tmp_path / "data"
-  for file in ("MetaMathQA-395K.json", "gsm8k/test.jsonl"):
-    (data / file).parent.mkdir(parents=True, exist_ok=True)
-    (data / file).write_text("")
-  config = freeze(load_config_file(REPO / "configs" / "gsm8k.py", str(data)))
-  with pytest.raises(UserError, match=r"get a model, for example .*LLaDA-8B-Instruct"):
-    main.check_inputs(config)
-
-
 # Real questions.
 
 FILES = {"gsm8k": ("gsm8k", "gsm8k"), "math500": ("math500", "math"), "amc": ("amc23", "amc"),
@@ -490,71 +291,3 @@ def test_real_questions_go_through_every_protocol(tmp_path, protocol):
     with Scorer("math", workers=1, rules=setting.rules) as judge:
       counts = grade.grade(path, tmp_path / "out.jsonl", judge)
     assert counts["agree"] == counts["rows"] == result["samples"]
-
-
-# Real processes.
-
-KILL_AFTER = """
-import os, signal, sys
-from igpo_jax import main
-from igpo_jax.eval import generations
-add, calls = generations.Generations.add, []
-def dying(self, rows):
-  add(self, rows)
-  calls.append(rows)
-  if len(calls) == 2:
-    os.kill(os.getpid(), signal.SIGKILL)
-generations.Generations.add = dying
-main.main()
-"""
-
-
-def thirteen(trained):
-  """The rows of the uninterrupted evaluation in one process."""
-  files = (trained / "evals" / "sft-2" / "plain").glob("test-*.jsonl")
-  (rows,) = (rows for rows in map(read, files) if len(rows) == 13)
-  return rows
-
-
-def command(workdir, init, *start, **environment):
-  flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.stages=('eval',)",
-           f"--config.init_from={init}"]  # fmt: skip
-  return subprocess.Popen(
-    [sys.executable, *(start or ("-m", "igpo_jax.main")), *flags], cwd=REPO,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-  )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_an_evaluation_killed_by_sigkill_continues_with_the_same_command(tmp_path, trained):
-  step = trained / "checkpoints" / "sft" / "2"
-  killed = command(tmp_path, step, "-c", KILL_AFTER)
-  killed.communicate(timeout=300)
-  path = rows_file(tmp_path / "evals")
-  assert killed.returncode == -9 and len(read(path)) == 8
-  continued = command(tmp_path, step)
-  output, _ = continued.communicate(timeout=300)
-  assert continued.returncode == 0, output
-  assert read(path) == thirteen(trained)
-
-
-@pytest.mark.slow
-def test_two_processes_give_each_problem_once_and_the_rows_of_one(tmp_path, trained):
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
-  step = trained / "checkpoints" / "sft" / "2"
-  join = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-  processes = [command(tmp_path, step, JAX_PROCESS_ID=str(i), **join) for i in range(2)]
-  try:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-  assert "on 2 device(s)" in outputs[0]
-  path = rows_file(tmp_path / "evals")
-  assert read(path) == thirteen(trained)
-  summary = json.loads((tmp_path / "summary.json").read_text())
-  assert summary["eval"]["eval/test"]["n"] == 13
