@@ -480,7 +480,7 @@ class Config:
 
 
 def default_config() -> config_dict.ConfigDict:
-  """All defaults as an editable ConfigDict; unknown names and wrong types raise."""
+  """All defaults as an editable ConfigDict: a wrong type raises, `freeze` tells unknown names."""
   return _to_config_dict(Config())
 
 
