@@ -26,16 +26,14 @@ class Checkpoints:
   def __init__(self, directory: epath.PathLike, keep: int = 2, best_metric: str = ""):
     self.best_metric = best_metric
     rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
-    if best_metric:
+    metric_of = (lambda metrics: metrics[best_metric]) if best_metric else None
+    if metric_of:
       rules.append(
-        policies.BestN(
-          get_metric_fn=lambda metrics: metrics[best_metric],
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        )
+        policies.BestN(get_metric_fn=metric_of, n=1, keep_checkpoints_without_metrics=False)
       )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(rules),
+      best_fn=metric_of,  # else metrics are not written, and a continued run forgets its best
       enable_async_checkpointing=False,
       step_prefix=None,
     )
