@@ -1,0 +1,315 @@
+"""What a stage does around its steps: rows, checkpoints, resume, signals, non-finite updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.cli import UserError
+from igpo_jax.config import CheckpointConfig, Config, LogConfig
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.train.loop import NonFinite, Run, Stage, StopSignal, due, run_stage, should_save
+from igpo_jax.train.report import draw_curves, summarize, table
+from igpo_jax.train.runlog import RunLog, read_rows
+from igpo_jax.types import TrainState
+
+# --- checkpoints ----------------------------------------------------------------------
+
+
+def tree(value):
+  return {"w": jnp.full(3, value, jnp.float32), "n": jnp.int32(value)}
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy")
+  for step, accuracy in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.7)):
+    metrics = {"loss": 1.0} if accuracy is None else {"loss": 1.0, "eval/accuracy": accuracy}
+    checkpoints.save(step, tree(step), metrics)
+    assert checkpoints.latest() == step
+  assert checkpoints.steps() == [2, 5, 6]
+  assert checkpoints.restore(2, tree(0))["n"] == 2
+  checkpoints.close()
+  again = Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy")  # of another process
+  again.save(7, tree(7), {"eval/accuracy": 0.1})
+  assert again.steps() == [2, 6, 7]
+  again.save(8, tree(8), {"eval/accuracy": 0.95})
+  assert again.steps() == [7, 8]
+  again.close()
+
+
+def test_without_a_best_metric_only_the_last_few_are_kept(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  assert checkpoints.latest() is None
+  for step in (1, 2, 3):
+    checkpoints.save(step, tree(step), {"eval/accuracy": 1 / step})
+  assert checkpoints.steps() == [3]
+  checkpoints.close()
+
+
+def test_a_checkpoint_gives_back_every_bit(tmp_path):
+  state = {
+    "f": jax.random.normal(jax.random.key(0), (4, 5)),
+    "h": jnp.arange(6, dtype=jnp.bfloat16) / 7,
+    "i": jnp.int32(-3),
+  }
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, state)
+  restored = checkpoints.restore(1, jax.tree.map(jnp.zeros_like, state))
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
+  checkpoints.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's
+@pytest.mark.parametrize(
+  ("step", "like"),
+  [(9, tree(0)), (1, {"w": jnp.zeros(5), "n": jnp.int32(0)}), (1, {"other": jnp.zeros(3)})],
+)
+def test_a_checkpoint_that_is_not_there_or_does_not_fit_is_told(step, like, tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, tree(1))
+  with pytest.raises(UserError, match="checkpoint"):
+    checkpoints.restore(step, like)
+  checkpoints.close()
+
+
+# --- the record -----------------------------------------------------------------------
+
+
+def run_log(tmp_path):
+  return RunLog(epath.Path(tmp_path), LogConfig(tensorboard=False))
+
+
+def fill(log):
+  for stage, step in (("init", 0), ("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2), ("rl", 3)):
+    log.metrics(stage, step, {"x": step})
+    log.samples(stage, step, [{"y": 1}, {"y": 2}])
+
+
+def positions(path):
+  return [(r["stage"], r["step"]) for r in read_rows(epath.Path(path))]
+
+
+@pytest.mark.parametrize(
+  ("stage", "step", "left"),
+  [("rl", 2, 5), ("rl", 0, 3), ("sft", 1, 2), ("sft", 0, 1), ("rl", 9, 6)],
+)
+def test_rewinding_drops_the_rows_beyond_a_checkpoint_from_both_files(stage, step, left, tmp_path):
+  log = run_log(tmp_path)
+  fill(log)
+  everything = positions(tmp_path / "metrics.jsonl")
+  log.rewind(stage, step)
+  assert positions(tmp_path / "metrics.jsonl") == everything[:left]
+  assert positions(tmp_path / "samples.jsonl") == [p for p in everything[:left] for _ in range(2)]
+  assert len(log.rows) == left
+
+
+def test_a_line_that_a_kill_cut_is_dropped_and_any_other_is_told(tmp_path):
+  fill(run_log(tmp_path))
+  path = tmp_path / "metrics.jsonl"
+  whole = path.read_text()
+  path.write_text(whole + '{"stage": "rl", "st')
+  log = run_log(tmp_path)
+  assert len(log.rows) == 6
+  log.rewind("rl", 3)
+  assert path.read_text() == whole
+  path.write_text("{broken\n" + whole)
+  with pytest.raises(UserError, match=r"metrics.jsonl:1: not a JSON line"):
+    run_log(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+  log = run_log(tmp_path)
+  log.metrics("rl", 1, {"a": np.float32("nan"), "b": jnp.inf, "c": jnp.float32(0.5), "d": 3})
+  assert '"a": null, "b": null, "c": 0.5, "d": 3' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_tensorboard_files_are_written_where_they_are_asked_for(tmp_path):
+  log = RunLog(epath.Path(tmp_path), LogConfig(tensorboard=True))
+  log.metrics("rl", 1, {"a": 1.0})
+  log.close()
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+# --- a stage --------------------------------------------------------------------------
+
+
+def counting_stage(steps=6, fail_at=(), at_step=None, seen=None, eval_every=0):
+  """Adds n + 1 to its parameter at step n; what a resumed run would get wrong shows in it."""
+
+  def step(state, n):
+    if seen is not None:
+      seen.append(n)
+    if at_step:
+      at_step(n)
+    bad = n in fail_at
+    in_a_row = (state.skipped_in_a_row + 1) if bad else jnp.int32(0)
+    state = state.replace(
+      step=state.step + 1, params=state.params + n + 1, skipped_in_a_row=in_a_row
+    )
+    metrics = {"value": state.params, "skipped_in_a_row": in_a_row}
+    return state, metrics, [{"text": f"{n}"}] * 3
+
+  return Stage("rl", steps, eval_every, step, ("value",))
+
+
+def fresh():
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return TrainState(zero(), jnp.float32(0), {"m": jnp.zeros(2)}, zero(), zero())
+
+
+def make_run(path, keep=2, every=2, best="", **log):
+  log = LogConfig(tensorboard=False, samples_every=3, samples_per_step=2, **log)
+  config = dataclasses.replace(Config(), checkpoint=CheckpointConfig(every, keep, best), log=log)
+  evaluate = lambda params, label: {"eval/t/accuracy": 1 / (1 + float(params))}
+  return Run(config, epath.Path(path), RunLog(epath.Path(path), log), make_mesh(), evaluate)
+
+
+def written(path):
+  rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+  for row in rows:
+    row.pop("time/step_seconds")
+  return rows, (path / "samples.jsonl").read_text()
+
+
+def test_a_stage_runs_every_step_once_and_writes_what_is_due(tmp_path):
+  seen = []
+  state = run_stage(make_run(tmp_path), counting_stage(seen=seen, eval_every=4), fresh())
+  assert seen == list(range(6)) and float(state.params) == 21
+  rows, samples = written(tmp_path)
+  assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+  assert [r["rl/value"] for r in rows] == [1, 3, 6, 10, 15, 21]
+  assert [r["step"] for r in rows if "eval/t/accuracy" in r] == [4, 6]
+  assert [json.loads(line)["step"] for line in samples.splitlines()] == [3, 3, 6, 6]
+  assert make_run(tmp_path).checkpoints("rl").steps() == [4, 6]
+
+
+class Killed(BaseException):
+  """Ends a run as a kill would: nothing after it is done."""
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 3, 4, 5])
+def test_a_stage_killed_anywhere_ends_as_if_it_had_not_been(when, tmp_path):
+  peace, war = tmp_path / "peace", tmp_path / "war"
+  run_stage(make_run(peace), counting_stage(), fresh())
+
+  def kill(n):
+    if n == when:
+      raise Killed
+
+  with pytest.raises(Killed):
+    run_stage(make_run(war), counting_stage(at_step=kill), fresh())
+  seen = []
+  state = run_stage(make_run(war), counting_stage(seen=seen), fresh())
+  assert seen == list(range(when // 2 * 2, 6))  # from its last checkpoint
+  assert float(state.params) == 21 and int(state.step) == 6
+  assert written(war) == written(peace)
+
+
+def test_a_finished_stage_makes_no_step_and_keeps_the_rows_after_it(tmp_path):
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  run = make_run(tmp_path)
+  run.log.metrics("eval", 0, {"eval/t/accuracy": 1.0, "time/step_seconds": 0})
+  before = written(tmp_path)
+  seen = []
+  state = run_stage(make_run(tmp_path), counting_stage(seen=seen), fresh())
+  assert not seen and float(state.params) == 21
+  assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_exits(number, tmp_path):
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  send = lambda n: os.kill(os.getpid(), number) if n == 2 else None
+  seen = []
+  with pytest.raises(SystemExit) as info:
+    run_stage(make_run(tmp_path), counting_stage(at_step=send, seen=seen), fresh())
+  assert info.value.code == 143 and seen == [0, 1, 2]
+  assert make_run(tmp_path).checkpoints("rl").latest() == 3
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+  state = run_stage(make_run(tmp_path), counting_stage(), fresh())
+  assert float(state.params) == 21
+
+
+def test_asked_twice_it_stops_at_once():
+  with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.sigtimedwait([], 1)  # let it arrive
+
+
+def test_updates_skipped_in_a_row_stop_the_run_and_single_ones_do_not(tmp_path):
+  run = make_run(tmp_path / "some", max_skipped=3)
+  state = run_stage(run, counting_stage(fail_at=(0, 1, 3, 4)), fresh())
+  assert int(state.step) == 6
+  run = make_run(tmp_path / "many", max_skipped=3)
+  with pytest.raises(NonFinite, match=r"3 updates in a row .*last at step 4"):
+    run_stage(run, counting_stage(fail_at=(1, 2, 3)), fresh())
+  assert make_run(tmp_path / "many").checkpoints("rl").latest() == 2
+
+
+def test_the_best_checkpoint_by_an_evaluation_is_kept(tmp_path):
+  """The accuracy falls as the parameter grows: the first evaluation, at step 1, is best."""
+  run = make_run(tmp_path, keep=1, every=0, best="eval/t/accuracy")
+  run_stage(run, counting_stage(eval_every=1), fresh())
+  assert make_run(tmp_path, keep=1, best="eval/t/accuracy").checkpoints("rl").steps() == [1, 6]
+
+
+@pytest.mark.parametrize(
+  ("every", "expected"), [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (6, [6]), (7, [6])]
+)
+def test_what_is_due_when(every, expected):
+  assert [n for n in range(1, 7) if due(every, n, 6)] == expected
+  cfg = CheckpointConfig(every=every, best_metric="m")
+  assert [n for n in range(1, 7) if should_save(cfg, n, 6, {})] == expected
+  assert should_save(cfg, 3, 6, {"m": 1.0})
+
+
+# --- the report -----------------------------------------------------------------------
+
+
+def evaluation(accuracy):
+  result = {"accuracy": accuracy, "stderr": 0.01, "n": 9, "low": 0.0, "high": 0.6, "samples": 1}
+  return {f"eval/t/{name}": value for name, value in result.items()}
+
+
+def rl_row(step, before, after, reward):
+  named = {"all_wrong_before": before, "all_wrong_after": after, "reward": reward}
+  named |= {"extra_correct": 0.1, "answer_shown": 0.0}
+  return {"stage": "rl", "step": step} | {f"rl/{name}": value for name, value in named.items()}
+
+
+ROWS = [
+  {"stage": "init", "step": 0} | evaluation(0.1),
+  rl_row(1, 1.0, 0.5, 0.2) | evaluation(0.2),
+  rl_row(2, 0.5, 0.0, None) | evaluation(0.3),
+]
+
+
+def test_the_summary_is_of_last_evaluations_and_means_over_steps():
+  summary = summarize(ROWS)
+  assert summary["eval"]["init/t"]["accuracy"] == 0.1
+  assert summary["eval"]["rl/t"]["accuracy"] == 0.3 and summary["eval"]["rl/t"]["n"] == 9
+  assert summary["rl"]["all_wrong_before"] == 0.75
+  assert summary["rl"]["all_wrong_after"] == 0.25
+  assert summary["rl"]["reward"] == 0.2  # a null is left out
+  assert summary["steps"] == {"init": 0, "rl": 2}
+  text = table(summary)
+  assert "| t, after RL | 0.300 |" in text
+  assert "| groups all wrong, after inpainting | 0.250 |" in text
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], []])
+def test_curves_are_drawn_of_whatever_there_is(rows, tmp_path):
+  draw_curves(rows, epath.Path(tmp_path / "curves.png"))
+  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
