@@ -1,0 +1,169 @@
+"""The house rules of the package, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.fakes import REPO
+
+PACKAGE = REPO / "igpo_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 400
+
+# Imports run downwards only, from a floor to the floors below it or along it.
+FLOORS = (
+  ("api", "aot", "generate", "grade", "main", "rewrite", "__main__"),
+  ("train",),
+  ("eval", "convert"),
+  ("rl",),
+  ("diffusion", "models", "data", "hints", "rewards"),
+  ("ops", "parallel", "checkpoint"),
+  ("types", "config", "options", "cli"),
+)
+# Along a floor: commands and definitions among themselves, and graders read records.
+SHARED = (0, len(FLOORS) - 1)
+ALONG = {("rewards", "data")}
+HOST_ROOMS = ("data", "hints", "rewards")
+NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
+
+
+def module_name(path):
+  parts = path.relative_to(REPO).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, *, inside_functions=True):
+  """The full names that a file imports, with a line each."""
+  tree = ast.parse(path.read_text())
+  nodes = ast.walk(tree) if inside_functions else tree.body
+  for node in nodes:
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, node.lineno
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+      for alias in node.names:
+        yield f"{node.module}.{alias.name}", node.lineno
+
+
+def room(name):
+  """The room of a module: the part after the package's name."""
+  parts = name.split(".")
+  return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor_of(name):
+  for number, rooms in enumerate(FLOORS):
+    if name in rooms:
+      return number
+  raise AssertionError(f"{name}: which floor is it on?")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards_only(path):
+  here = room(module_name(path))
+  if here == "__init__":
+    return  # the lazy door: it imports nothing by itself
+  for name, line in imports(path):
+    if not name.startswith("igpo_jax."):
+      continue
+    there = room(name)
+    if there in (here, "__version__") or (here, there) in ALONG:
+      continue
+    below = floor_of(there) - floor_of(here)
+    assert below > 0 or (below == 0 and floor_of(here) in SHARED), (
+      f"{path}:{line}: {here} imports {there}"
+    )
+
+
+@pytest.mark.parametrize(
+  "path", [p for p in FILES if room(module_name(p)) in HOST_ROOMS], ids=lambda p: p.stem
+)
+def test_host_rooms_import_no_jax(path):
+  bad = [f"{n} (line {k})" for n, k in imports(path) if n.split(".")[0] in NO_JAX]
+  assert not bad
+
+
+def test_within_rl_only_rollout_touches_the_host_rooms():
+  for path in (PACKAGE / "rl").glob("*.py"):
+    rooms = {room(name) for name, _ in imports(path) if name.startswith("igpo_jax.")}
+    if path.stem == "rollout":
+      assert set(HOST_ROOMS) <= rooms
+    else:
+      assert not rooms & set(HOST_ROOMS), path
+
+
+def test_linen_stays_in_the_models_room():
+  for path in FILES:
+    if room(module_name(path)) != "models":
+      assert not any(name.startswith("flax.linen") for name, _ in imports(path)), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_have_a_caption_and_a_readable_length(path):
+  text = path.read_text()
+  assert ast.get_docstring(ast.parse(text)), "what is this room for?"
+  assert len(text.splitlines()) <= MOST_LINES
+
+
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_is_evaluated_or_unpickled(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Call):
+      name = getattr(node.func, "id", None)
+      assert name not in UNSAFE_CALLS, f"line {node.lineno}: {name}()"
+      for keyword in node.keywords:
+        true = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        assert not (keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and true)
+  used = {name.split(".")[0] for name, _ in imports(path)}
+  assert not used & UNSAFE_MODULES
+
+
+TEXTS = [
+  p
+  for folder in ("igpo_jax", "configs", "tests", "benchmarks", "launch", ".ci")
+  for p in sorted((REPO / folder).rglob("*"))
+  if p.is_file() and (p.suffix in (".py", ".sh", ".json", ".md", ".toml") or p.name == "run")
+] + [REPO / "pyproject.toml", REPO / "setup.py"]
+# Folders that are one machine's or one person's; written so that this file has none of them.
+ABSOLUTE = re.compile("|".join((r"/" + r"(home|root|Users|work|mnt)/\w", r"[A-Z]:\\\\")))
+
+
+def test_no_path_is_one_machines():
+  for path in filter(pathlib.Path.exists, TEXTS):
+    if "goldens" in path.parts:
+      continue
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+      assert not ABSOLUTE.search(line), f"{path.relative_to(REPO)}:{number}: {line.strip()}"
+
+
+@pytest.mark.parametrize(
+  "module", ["igpo_jax.rewards.score", "igpo_jax.data.sources", "igpo_jax.data.pipeline"]
+)
+def test_host_modules_start_without_jax(module):
+  """A grading worker or a data builder should not pay for jax, nor need it."""
+  code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_are_those_of_the_contract():
+  import igpo_jax
+
+  contract = {"load_pretrained", "Canvas", "SamplerConfig", "denoise", "ObjectiveConfig",
+              "policy_loss", "group_advantages", "hint_canvas"}  # fmt: skip
+  assert contract <= set(dir(igpo_jax))
+  for name in dir(igpo_jax):
+    assert getattr(igpo_jax, name) is not None
+  with pytest.raises(AttributeError):
+    igpo_jax.nothing_of_the_kind  # noqa: B018
