@@ -11,6 +11,7 @@ import sys
 import pytest
 from etils import epath
 
+from igpo_jax import cli
 from igpo_jax import main as program
 from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
@@ -249,3 +250,45 @@ def test_a_workdir_with_another_config_is_refused(tmp_path):
   changed.seed = 9
   with pytest.raises(UserError, match=r"config.seed: 0 there, 9 now"):
     program.open_workdir(workdir, freeze(changed))
+
+
+# --- what every command shares --------------------------------------------------------
+
+
+def raising(error):
+  def main():
+    raise error
+
+  return main
+
+
+@pytest.mark.parametrize(
+  ("main", "code", "said"),
+  [
+    (lambda: None, 0, ""),
+    (lambda: 3, 3, ""),
+    (raising(UserError("no such\n  file: x")), 2, "error: no such file: x\n"),
+    (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+  ],
+)
+def test_exit_codes_and_the_one_line(main, code, said, capsys):
+  with pytest.raises(SystemExit) as info:
+    cli.run(main)
+  assert info.value.code == code
+  assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback():
+  with pytest.raises(ZeroDivisionError):
+    cli.run(lambda: 1 // 0)
+
+
+def test_a_bad_option_of_a_plain_command_is_one_line(capsys):
+  parser = cli.ArgumentParser(prog="x")
+  parser.add_argument("--size", type=int)
+  for argv in (["--size=big"], ["--sise=1"], ["--siz=1"]):
+    with pytest.raises(SystemExit) as info:
+      parser.parse_args(argv)
+    assert info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
