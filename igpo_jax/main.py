@@ -105,7 +105,9 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
   path = workdir / "config.json"
   current = json.loads(json.dumps(dataclasses.asdict(config)))
   only_eval = config.stages == ("eval",)
-  if path.exists():
+  # A mistake that ended the program before it made anything leaves the workdir free.
+  begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
+  if path.exists() and begun:
     previous = json.loads(path.read_text())
     for name in MODEL if only_eval else current:
       if name not in MAY_CHANGE and current[name] != previous.get(name):
@@ -114,7 +116,7 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
           f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
           "choose another --workdir, or the same settings"
         )
-  if only_eval and path.exists():
+  if only_eval and path.exists() and begun:
     return  # the run's own settings stay, so that it can be continued
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:

@@ -237,6 +237,7 @@ def test_a_workdir_with_another_config_is_refused(tmp_path):
   config.data.sft = config.data.rl = "synthetic:chains"
   workdir = epath.Path(tmp_path)
   program.open_workdir(workdir, freeze(config))
+  (workdir / "metrics.jsonl").touch()
   program.open_workdir(workdir, freeze(config))
   config.log.every = 5  # what does not decide the numbers may change
   config.stages = ("sft",)
@@ -250,6 +251,19 @@ def test_a_workdir_with_another_config_is_refused(tmp_path):
   changed.seed = 9
   with pytest.raises(UserError, match=r"config.seed: 0 there, 9 now"):
     program.open_workdir(workdir, freeze(changed))
+
+
+def test_a_mistake_mended_before_the_run_began_does_not_cost_the_workdir(tmp_path):
+  config = default_config()
+  config.stages = ("sft",)
+  config.data.sft = "synthetic:chains?n=8"
+  config.reward.verifier = "mth"
+  workdir = epath.Path(tmp_path / "run")
+  with pytest.raises(UserError, match="no verifier 'mth'"):
+    program.train(freeze(config), workdir)
+  config.reward.verifier = "exact"
+  program.open_workdir(workdir, freeze(config))
+  assert json.loads((workdir / "config.json").read_text())["reward"]["verifier"] == "exact"
 
 
 # --- what every command shares --------------------------------------------------------
