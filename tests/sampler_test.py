@@ -391,6 +391,19 @@ def test_early_stop_is_decided_by_the_row_or_by_the_batch(early_stop):
   assert alone.forwards == (2 if ends else 4)
 
 
+def test_a_block_of_hints_that_are_end_of_text_does_not_stop_its_row():
+  """It was not finished by the model, whether or not a neighbour takes steps there."""
+  table = np.full((8, 6), -9, np.float32)
+  table[:, 3] = 0
+  tokens = np.full((2, 8), MASK, np.int32)
+  tokens[0, :4] = EOS
+  canvas = Canvas(tokens, tokens != MASK, np.ones((2, 8), bool))
+  cfg = SamplerConfig(8, 4, 4)
+  for rows in (slice(0, 1), slice(0, 2)):
+    out = run(cfg, jax.tree.map(lambda x, r=rows: x[r], canvas), model=(table_lm(), table))
+    np.testing.assert_array_equal(out.tokens[0], [0, 0, 0, 0, 3, 3, 3, 3])
+
+
 def test_a_threshold_never_commits_less_than_the_schedule():
   canvas = random_canvas(np.random.default_rng(5))
   plain = run(options(steps=12), canvas)
