@@ -25,6 +25,7 @@ from igpo_jax.config import Config, freeze
 from igpo_jax.data.sources import check_files
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
+from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
@@ -173,9 +174,10 @@ def newest_params(run: Run, model: Model):
     step = checkpoints.latest()
     if step is not None:
       optimizer = make_optimizer(getattr(run.config, f"{stage}_optimizer"), 1)
-      like = make_state(optimizer, model.params, model.shardings, run.mesh)
+      trainable, frozen = lora.split(model.params)
+      like = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
       say(f"eval: the checkpoint of {stage} step {step}")
-      return checkpoints.restore(step, like).params, f"{stage} {step}"
+      return lora.combine(frozen, checkpoints.restore(step, like).params), f"{stage} {step}"
   if not run.config.init_from:
     raise UserError(
       f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"

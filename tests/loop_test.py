@@ -159,7 +159,7 @@ def counting_stage(steps=6, fail_at=(), at_step=None, seen=None, eval_every=0):
     metrics = {"value": state.params, "skipped_in_a_row": in_a_row}
     return state, metrics, [{"text": f"{n}"}] * 3
 
-  return Stage("rl", steps, eval_every, step, ("value",))
+  return Stage("rl", steps, eval_every, step, lambda p: p, ("value",))
 
 
 def fresh():

@@ -271,7 +271,7 @@ def gradient_norm(explored, beta=0.0):
   rollout = explored.rollout
   keys = prompt_keys(jax.random.key(0), np.arange(rollout.prompt.shape[0]))
   scores = programs.score(params, params if beta else None, rollout, keys)
-  _, metrics = programs.update(state, rollout, scores, keys, 0)
+  _, metrics = programs.update(state, {}, rollout, scores, keys, 0)
   return float(metrics["grad_norm"])
 
 

@@ -194,7 +194,7 @@ def learn(updates=1, rollout=None, objective=None, **rl):
   scores = programs.score(params, reference, rollout, KEYS)
   state, history = fresh_state(optimizer, params), []
   for u in range(updates):
-    state, metrics = programs.update(state, rollout, scores, KEYS, jnp.int32(u))
+    state, metrics = programs.update(state, {}, rollout, scores, KEYS, jnp.int32(u))
     history.append(jax.device_get(metrics))
   return state, history
 
@@ -277,7 +277,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted():
   counts = []
   for rollout in (bad, bad, good, bad):
     before = jax.tree.map(np.array, state.params)
-    state, metrics = programs.update(state, rollout, scores, KEYS, jnp.int32(0))
+    state, metrics = programs.update(state, {}, rollout, scores, KEYS, jnp.int32(0))
     same = relative_error(state.params, before, jax.tree.map(lambda x: 2 * x, before)) == 0
     assert same == (rollout is bad)
     counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
@@ -312,7 +312,8 @@ def test_sft_micro_batches_give_the_same_update_as_one_batch():
   for count in (1, 3):
     optimizer = optax.sgd(0.5)
     update = make_sft_update(lm, optimizer, SFTConfig(batch_size=6, micro_batches=count))
-    out.append(update(fresh_state(optimizer, params), tokens, valid, response, jax.random.key(0)))
+    state = fresh_state(optimizer, params)
+    out.append(update(state, {}, tokens, valid, response, jax.random.key(0)))
   (whole, expected), (parts, metrics) = out
   assert relative_error(parts.params, whole.params, params) < 2e-6
   for name, value in expected.items():

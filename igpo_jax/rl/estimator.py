@@ -53,7 +53,7 @@ def corruption(estimator: str, keys: Array, update: Array, shape: tuple[int, int
   Returns:
     bool[R,P,G,L]: R = 1, or 2 complementary views.
   """
-  p, g, length = shape
+  _, g, length = shape
 
   def of_prompt(key):
     key_t, key_mask = jax.random.split(jax.random.fold_in(key, update))

@@ -64,6 +64,7 @@ class Stage:
     eval_every: steps between evaluations; 0: only at the end.
     step: (state, n) -> (state, metrics, sample rows); n counts from 0. Metrics may be
       arrays on the device; they are fetched only when they are written.
+    whole: the state's parameters -> all of the model's: adds what is not trained.
     shown: metrics for the progress bar.
   """
 
@@ -71,6 +72,7 @@ class Stage:
   steps: int
   eval_every: int
   step: Callable[[TrainState, int], tuple[TrainState, dict[str, Any], list[dict]]]
+  whole: Callable[[Params], Params]
   shown: tuple[str, ...]
 
 
@@ -143,7 +145,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
         row = {f"{stage.name}/{k}": v for k, v in metrics.items()}
         row["time/step_seconds"] = time.perf_counter() - began
         if due(stage.eval_every, done, stage.steps):
-          row |= run.evaluate(state.params, f"{stage.name} {done}")
+          row |= run.evaluate(stage.whole(state.params), f"{stage.name} {done}")
         run.log.metrics(stage.name, done, row)
         bar.set_postfix(
           {k: f"{float(metrics[k]):.3g}" for k in stage.shown if k in metrics}, refresh=False

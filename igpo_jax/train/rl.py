@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.sources import describe
+from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import Explorer, prompt_keys
@@ -37,7 +40,10 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
 
   # policy, reference, optimizer
   optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
-  state = make_state(optimizer, model.params, model.shardings, run.mesh)
+  trainable, frozen = lora.split(model.params)
+  whole = functools.partial(lora.combine, frozen)
+  state = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
+  # Under LoRA policy and reference share the base; only the small adapters exist twice.
   reference = model.params if config.objective.beta > 0 else None
   programs = make_policy_programs(model.lm, optimizer, config)
   explorer = Explorer(model.lm, model.tokenizer, scorer, config, run.mesh)
@@ -46,13 +52,15 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
   def step(state, n):
     key = lambda purpose: purpose_key(config.seed, n, purpose)
     batch = stream.batch(n)
-    explored = explorer(state.params, batch, n, {p: key(p) for p in ("sample", "resample")})
+    explored = explorer(whole(state.params), batch, n, {p: key(p) for p in ("sample", "resample")})
     keys = prompt_keys(key("estimate"), shard_rows(run.mesh, batch.row_id))
-    scores = programs.score(state.params, reference, explored.rollout, keys)
+    scores = programs.score(whole(state.params), reference, explored.rollout, keys)
     for u in range(config.rl.inner_updates):
-      state, metrics = programs.update(state, explored.rollout, scores, keys, jnp.int32(u))
+      state, metrics = programs.update(
+        state, frozen, explored.rollout, scores, keys, jnp.int32(u)
+      )
     return state, {**metrics, **explored.metrics}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
-  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, shown)
-  return run_stage(run, stage, state).params
+  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown)
+  return whole(run_stage(run, stage, state).params)

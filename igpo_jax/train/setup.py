@@ -12,6 +12,8 @@ from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config, OptimizerConfig
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.convert.sources import open_source
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
 from igpo_jax.data.synthetic import ALPHABET
@@ -22,6 +24,7 @@ from igpo_jax.data.tokenizer import (
   load_tokenizer,
   train_sentencepiece,
 )
+from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.sharding import replicated, tree_shardings
 from igpo_jax.types import LM, Array, Params, TrainState
@@ -33,7 +36,7 @@ class Model:
 
   Attributes:
     lm: pure functions.
-    params: sharded over the mesh.
+    params: sharded over the mesh; with LoRA, the base and its adapters in one tree.
     shardings: NamedShardings, mirroring `params`.
     tokenizer: as saved in the workdir.
   """
@@ -63,8 +66,8 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
   if has_tokenizer(kept):
     return load_tokenizer(kept)
   spec = config.data.tokenizer
-  if config.init_from and has_tokenizer(config.init_from) and spec == "char":
-    spec = config.init_from  # the weights' own tokenizer
+  if config.init_from and spec == "char":
+    spec = str(open_source(config.init_from).tokenizer or spec)  # the weights' own
   if spec == "char":
     tokenizer = CharTokenizer(ALPHABET)
   elif spec.startswith("sentencepiece:"):
@@ -83,23 +86,41 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
 
 
 def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Model:
-  """The model to start from: `init_from`'s weights, or random ones from the seed."""
-  if config.init_from:
-    from igpo_jax.convert.pretrained import load_pretrained
+  """The model to start from: `init_from`'s weights, or random ones from the seed.
 
+  With `model.lora.rank` above 0 it has fresh adapters, unless the weights bring theirs.
+  """
+  adapter_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  if config.init_from:
     pre = load_pretrained(config.init_from, dtype=config.model.param_dtype, mesh=mesh)
-    shardings = tree_shardings(pre.lm.logical_axes(), mesh)
-    return Model(pre.lm, pre.params, shardings, tokenizer)
-  model_config = dataclasses.replace(
-    config.model,
-    vocab_size=config.model.vocab_size or tokenizer.vocab_size,
-    mask_id=tokenizer.mask_id,
-    eos_id=tokenizer.eos_id,
-    stop_ids=tuple(tokenizer.stop_ids),
-  )
+    has_adapters = pre.config.lora.rank > 0
+    model_config = dataclasses.replace(
+      pre.config,
+      dtype=config.model.dtype,
+      remat=config.model.remat,
+      lora=pre.config.lora if has_adapters else config.model.lora,
+    )
+    params = pre.params
+  else:
+    has_adapters = False
+    model_config = dataclasses.replace(
+      config.model,
+      vocab_size=config.model.vocab_size or tokenizer.vocab_size,
+      mask_id=tokenizer.mask_id,
+      eos_id=tokenizer.eos_id,
+      stop_ids=tuple(tokenizer.stop_ids),
+    )
+    params = None
   lm = make_lm(model_config)
   shardings = tree_shardings(lm.logical_axes(), mesh)
-  params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(config.seed))
+  adapter_shardings, base_shardings = lora.split(shardings)
+  if not model_config.lora.rank:
+    base_shardings = shardings
+  if params is None:
+    params = jax.jit(lm.init, out_shardings=base_shardings)(jax.random.key(config.seed))
+  if model_config.lora.rank and not has_adapters:
+    fresh = jax.jit(lora.init, static_argnums=2, out_shardings=adapter_shardings)
+    params = lora.combine(params, fresh(params, adapter_key, model_config.lora))
   return Model(lm, params, shardings, tokenizer)
 
 

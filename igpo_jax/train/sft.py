@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import describe
+from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
@@ -31,17 +34,20 @@ def train_sft(run: Run, model: Model) -> Params:
   )
   say(f"sft: {len(stream)} records, left out: {describe(stream.dropped)}")
 
-  # optimizer and state
+  # optimizer and state: of the adapters only under LoRA
   optimizer = make_optimizer(config.sft_optimizer, config.sft.steps)
-  state = make_state(optimizer, model.params, model.shardings, run.mesh)
+  trainable, frozen = lora.split(model.params)
+  state = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
   update = make_sft_update(model.lm, optimizer, config.sft)
 
   # step
   def step(state, n):
     batch = stream.batch(n)
     arrays = shard_rows(run.mesh, (batch.tokens, batch.valid, batch.response))
-    state, metrics = update(state, *arrays, purpose_key(config.seed, n, "sft_mask"))
+    state, metrics = update(state, frozen, *arrays, purpose_key(config.seed, n, "sft_mask"))
     return state, metrics, []
 
-  stage = Stage("sft", config.sft.steps, config.sft.eval_every, step, shown=("loss", "grad_norm"))
-  return run_stage(run, stage, state).params
+  whole = functools.partial(lora.combine, frozen)
+  shown = ("loss", "grad_norm")
+  stage = Stage("sft", config.sft.steps, config.sft.eval_every, step, whole, shown)
+  return whole(run_stage(run, stage, state).params)

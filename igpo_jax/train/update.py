@@ -17,6 +17,7 @@ import optax
 
 from igpo_jax.config import Config, SFTConfig
 from igpo_jax.diffusion.corrupt import mask_rows
+from igpo_jax.models import lora
 from igpo_jax.ops.masked import masked_sum
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.parallel.sharding import constrain
@@ -112,16 +113,19 @@ def nelbo_sum(lm: LM, params: Params, noisy, masked, p, tokens, valid, response)
 
 
 def make_sft_update(lm: LM, optimizer: optax.GradientTransformation, cfg: SFTConfig):
-  """update(state, tokens, valid, response, key) -> (state, metrics), jitted, state donated."""
+  """update(state, frozen, tokens, valid, response, key) -> (state, metrics), jitted.
 
-  def update(state: TrainState, tokens, valid, response, key):
+  The state is donated. `frozen` is what is not trained: the base under LoRA, else {}.
+  """
+
+  def update(state: TrainState, frozen: Params, tokens, valid, response, key):
     rows = tokens.shape[0]
     # Drawn for the whole batch, so that the masks do not depend on the micro-batches.
     noisy, masked, p = mask_rows(key, tokens, response, lm.mask_id, cfg.eps)
     batch = (noisy, masked, p, tokens, valid, response)
 
-    def loss_sums(params, part):
-      return nelbo_sum(lm, params, *part) / rows, {}
+    def loss_sums(trainable, part):
+      return nelbo_sum(lm, lora.combine(frozen, trainable), *part) / rows, {}
 
     slices = split_micro_batches(batch, cfg.micro_batches)
     loss, _, grads = accumulate(loss_sums, state.params, slices)
@@ -153,7 +157,8 @@ class PolicyPrograms(NamedTuple):
 
   Attributes:
     score: (params, ref_params or None, rollout, keys) -> RolloutScores.
-    update: (state, rollout, scores, keys, u i32[]) -> (state, metrics); donates state.
+    update: (state, frozen, rollout, scores, keys, u i32[]) -> (state, metrics); donates
+      state. `frozen` is what is not trained: the base under LoRA, else {}.
   """
 
   score: Callable
@@ -190,7 +195,7 @@ def make_policy_programs(
 
     return RolloutScores(*jax.lax.map(of_update, jnp.arange(corruptions)))
 
-  def update(state: TrainState, rollout: Rollout, scores: RolloutScores, keys, u):
+  def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
     now = jax.tree.map(lambda x: x[jnp.minimum(u, corruptions - 1)], scores)
     region = loss_region(rollout.completion, lm.stop_ids, rl.region)
     if rl.estimator == "random_ratio":
@@ -199,9 +204,9 @@ def make_policy_programs(
     flat = lambda x: x.reshape(-1, x.shape[-1])
     denominator = loss_denominator(flat(region), flat(rollout.hinted), objective)
 
-    def loss_sums(params, part):
+    def loss_sums(trainable, part):
       rollout, now, keys, region = part
-      policy = estimate_of(params, rollout, keys, u)
+      policy = estimate_of(lora.combine(frozen, trainable), rollout, keys, u)
       entropy = policy.entropy if rl.entropy == "current" else now.entropy
       numerator, sums = policy_loss_sums(
         flat(policy.logp),
