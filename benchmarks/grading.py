@@ -39,8 +39,11 @@ def measure(path: pathlib.Path, workers: int, repeats: int) -> dict:
     with Scorer("math", workers=workers) as scorer:
       scores = scorer(completions, records)
       cold.append(len(rows) / (time.perf_counter() - start))
-      pairs = [(record.answer, found) for record, found in zip(
-          records, scores.extracted, strict=True) if found]
+      pairs = [
+        (record.answer, found)
+        for record, found in zip(records, scores.extracted, strict=True)
+        if found
+      ]
       start = time.perf_counter()
       for future in [scorer.pool.submit(*pair) for pair in pairs]:
         future.result()
@@ -50,10 +53,15 @@ def measure(path: pathlib.Path, workers: int, repeats: int) -> dict:
       start = time.perf_counter()
       scorer(completions, records)
       warm.append(len(rows) / (time.perf_counter() - start))
-  return {"items": len(rows), "extracted": sum(map(bool, map(answers.find_answer, completions))),
-          "timeouts": scores.status.count("timeout"),
-          "items_per_s": {name: round(statistics.median(values), 1) for name, values in (
-              ("cold", cold), ("warm", warm), ("workers", pooled))}}
+  return {
+    "items": len(rows),
+    "extracted": sum(map(bool, map(answers.find_answer, completions))),
+    "timeouts": scores.status.count("timeout"),
+    "items_per_s": {
+      name: round(statistics.median(values), 1)
+      for name, values in (("cold", cold), ("warm", warm), ("workers", pooled))
+    },
+  }
 
 
 def main() -> None:
@@ -63,9 +71,19 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   files = {path.name: measure(path, args.workers, args.repeats) for path in args.generations}
-  print(json.dumps({"benchmark": "grading", "workers": args.workers, "repeats": args.repeats,
-                    "cores": os.cpu_count(), "machine": platform.processor() or
-                    platform.machine(), "python": platform.python_version(), "files": files}))
+  print(
+    json.dumps(
+      {
+        "benchmark": "grading",
+        "workers": args.workers,
+        "repeats": args.repeats,
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "files": files,
+      }
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -50,9 +50,7 @@ class Checkpoints:
   def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
     """Writes a pytree of arrays; `metrics` ranks it if it has the best metric."""
     ranked = {k: v for k, v in (metrics or {}).items() if k == self.best_metric}
-    self._manager.save(
-      step, args=ocp.args.StandardSave(state), metrics=ranked or None, force=True
-    )
+    self._manager.save(step, args=ocp.args.StandardSave(state), metrics=ranked or None, force=True)
     self._manager.wait_until_finished()
 
   def restore(self, step: int, like: Any) -> Any:

@@ -44,8 +44,11 @@ def _row(line: str, where: str) -> tuple[dict, Record]:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     raise cli.UserError(f"{where}: not JSON ({error}); expected one object per line") from error
-  missing = [key for key in ("question", "completion", "answer")
-             if not isinstance(row, dict) or key not in row]
+  missing = [
+    key
+    for key in ("question", "completion", "answer")
+    if not isinstance(row, dict) or key not in row
+  ]
   if missing:
     raise cli.UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
   for key in ("question", "completion"):
@@ -100,26 +103,38 @@ def main() -> None:
   parser.add_argument("--generations", required=True, type=pathlib.Path, help="JSONL to read")
   parser.add_argument("--output", required=True, type=pathlib.Path, help="JSONL to write")
   parser.add_argument("--workers", type=int, help="worker processes (default: one per core)")
-  parser.add_argument("--timeout", type=float, default=5.0,
-                      help="seconds per answer, then it counts as timeout (default: %(default)s)")
-  parser.add_argument("--extraction", default=",".join(answers.DEFAULT_RULES),
-                      help="how the answer is found, in order of preference, out of "
-                      f"{','.join(answers.RULES)} (default: %(default)s)")
+  parser.add_argument(
+    "--timeout",
+    type=float,
+    default=5.0,
+    help="seconds per answer, then it counts as timeout (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--extraction",
+    default=",".join(answers.DEFAULT_RULES),
+    help="how the answer is found, in order of preference, out of "
+    f"{','.join(answers.RULES)} (default: %(default)s)",
+  )
   args = parser.parse_args()
   if args.timeout <= 0:
     raise cli.UserError(f"--timeout: {args.timeout} seconds; give a positive number")
   if args.workers is not None and args.workers < 1:
     raise cli.UserError(f"--workers: {args.workers}; give at least 1")
-  with Scorer("math", workers=args.workers, timeout=args.timeout,
-              rules=tuple(args.extraction.split(","))) as scorer:
+  with Scorer(
+    "math", workers=args.workers, timeout=args.timeout, rules=tuple(args.extraction.split(","))
+  ) as scorer:
     counts = grade(args.generations, args.output, scorer)
   rows = counts["rows"]
-  print(f"{args.benchmark}: accuracy {counts['correct'] / rows if rows else 0.0:.4f} "
-        f"({counts['correct']} of {rows}); ok {counts['ok']}, unparseable "
-        f"{counts['unparseable']}, timeout {counts['timeout']}")
+  print(
+    f"{args.benchmark}: accuracy {counts['correct'] / rows if rows else 0.0:.4f} "
+    f"({counts['correct']} of {rows}); ok {counts['ok']}, unparseable "
+    f"{counts['unparseable']}, timeout {counts['timeout']}"
+  )
   if rows and "agree" in counts:
-    print(f"agrees with the verdicts in {args.generations.name}: {counts['agree']} of {rows} "
-          f"({counts['agree'] / rows:.4f})")
+    print(
+      f"agrees with the verdicts in {args.generations.name}: {counts['agree']} of {rows} "
+      f"({counts['agree'] / rows:.4f})"
+    )
 
 
 if __name__ == "__main__":

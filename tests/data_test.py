@@ -30,9 +30,15 @@ def make_records(n: int = 13, trace: str = "{k}+1;# {k}") -> list[Record]:
   for k in range(n):
     text = trace.replace("{k}", str(k))
     start = text.find("#")
-    records.append(Record(
-        id=f"r/{k}", prompt=({"role": "user", "content": "+".join([str(k)] * (1 + k % 4))},),
-        trace=text, answer=str(k), answer_span=(start, len(text)) if start >= 0 else None))
+    records.append(
+      Record(
+        id=f"r/{k}",
+        prompt=({"role": "user", "content": "+".join([str(k)] * (1 + k % 4))},),
+        trace=text,
+        answer=str(k),
+        answer_span=(start, len(text)) if start >= 0 else None,
+      )
+    )
   return records
 
 
@@ -45,7 +51,9 @@ def write_jsonl(path: pathlib.Path, rows) -> str:
 # --- where the answer is ---
 
 
-@pytest.mark.parametrize("trace, answer, stated", [
+@pytest.mark.parametrize(
+  "trace, answer, stated",
+  [
     ("2+3=5\n#### 5", "5", "#### 5"),
     ("a #### b\n#### 5", "5", "#### 5"),
     (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}", r"\boxed{\frac{1}{2}}."),
@@ -59,7 +67,9 @@ def write_jsonl(path: pathlib.Path, rows) -> str:
     (r"open \boxed{7", "8", None),
     (r"open \boxed{ and \boxed{7}", "7", r"\boxed{7}"),
     ("nothing at all", "8", None),
-    ("", "8", None)])
+    ("", "8", None),
+  ],
+)
 def test_the_answer_begins_where_it_is_first_stated(trace, answer, stated):
   span = spans.find_answer_span(trace, answer)
   assert (span and trace[slice(*span)]) == stated
@@ -79,13 +89,17 @@ def test_boxes_nested_ten_thousand_deep_take_no_time():
   assert [box[:2] for box in spans.boxes(text)] == [(0, len(text))]
 
 
-@pytest.mark.parametrize("offsets, span, expected", [
+@pytest.mark.parametrize(
+  "offsets, span, expected",
+  [
     ([(0, 3), (3, 5), (5, 6)], (3, 6), (1, 3)),
-    ([(0, 3), (3, 5), (5, 6)], (4, 5), (1, 3)),   # straddles the start: the answer's
+    ([(0, 3), (3, 5), (5, 6)], (4, 5), (1, 3)),  # straddles the start: the answer's
     ([(0, 3), (3, 5), (5, 6)], (2, 3), (0, 3)),
     ([(0, 3), (3, 5), (5, 6)], (9, 12), (3, 3)),
     ([(0, 1), (1, 2), (1, 2), (1, 2)], (1, 2), (1, 4)),
-    ([], (0, 1), (0, 0))])
+    ([], (0, 1), (0, 0)),
+  ],
+)
 def test_every_token_of_the_answer_and_after_is_in_its_span(offsets, span, expected):
   assert pipeline.token_span(offsets, span) == expected
 
@@ -93,9 +107,11 @@ def test_every_token_of_the_answer_and_after_is_in_its_span(offsets, span, expec
 @pytest.mark.parametrize("kind", ("char", "sentencepiece", "hf"))
 def test_no_token_before_the_answer_shows_any_of_it(kind, tmp_path):
   traces = [f"She sells {k} - 4 = {k - 4} eggs.\n#### {k - 4}" for k in range(5, 60)]
-  t = {"char": lambda: tokenizer.CharTokenizer("".join(sorted(set("".join(traces))))),
-       "sentencepiece": lambda: tokenizer.train_sentencepiece(traces, 284),
-       "hf": lambda: tokenizer.load_tokenizer(tiny_tokenizer.make_directory(tmp_path))}[kind]()
+  t = {
+    "char": lambda: tokenizer.CharTokenizer("".join(sorted(set("".join(traces))))),
+    "sentencepiece": lambda: tokenizer.train_sentencepiece(traces, 284),
+    "hf": lambda: tokenizer.load_tokenizer(tiny_tokenizer.make_directory(tmp_path)),
+  }[kind]()
   for trace in traces:
     for start in (trace.index("####"), trace.index("####") - 1, trace.index("eggs") + 2):
       ids, offsets = t.encode_with_offsets(trace)
@@ -103,18 +119,22 @@ def test_no_token_before_the_answer_shows_any_of_it(kind, tmp_path):
       assert end == len(ids)
       assert trace[:start].startswith(t.decode(ids[:first]))
       # and not a token more than that is hidden
-      assert len(t.decode(ids[:first + 1])) > start
+      assert len(t.decode(ids[: first + 1])) > start
 
 
 # --- formats ---
 
 
 def test_gsm8k_rows_are_traces_that_end_in_their_answer(tmp_path):
-  uri = write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [
+  uri = write_jsonl(
+    tmp_path / "gsm8k" / "train.jsonl",
+    [
       {"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,024"},
       {"question": "Why?", "answer": "nobody knows"},
       {"question": "", "answer": "#### 1"},
-      {"question": "Empty?", "answer": "x\n####  "}])
+      {"question": "Empty?", "answer": "x\n####  "},
+    ],
+  )
   loaded = sources.load_records(uri + "?format=gsm8k")
   (record,) = loaded.records
   assert record.id == "gsm8k/train/0"
@@ -130,28 +150,49 @@ def test_metamath_keeps_answer_augmented_rows_and_one_per_question(tmp_path):
   def row(kind, query, response):
     return {"type": kind, "query": query, "original_question": query, "response": response}
 
-  rows = [row("GSM_AnsAug", "Q1", "Sum is 5.\nThe answer is: 5"),
-          row("GSM_Rephrased", "Q2", "The answer is: 6"),
-          row("GSM_AnsAug", "Q1", "Another way.\nThe answer is: 5"),
-          row("MATH_AnsAug", "Q3", "so $\\boxed{7}$.\nThe answer is: 7"),
-          row("MATH_FOBAR", "Q4", "The answer is: 8"),
-          row("GSM_AnsAug", "Q5", "I give up.")]
+  rows = [
+    row("GSM_AnsAug", "Q1", "Sum is 5.\nThe answer is: 5"),
+    row("GSM_Rephrased", "Q2", "The answer is: 6"),
+    row("GSM_AnsAug", "Q1", "Another way.\nThe answer is: 5"),
+    row("MATH_AnsAug", "Q3", "so $\\boxed{7}$.\nThe answer is: 7"),
+    row("MATH_FOBAR", "Q4", "The answer is: 8"),
+    row("GSM_AnsAug", "Q5", "I give up."),
+  ]
   path = tmp_path / "MetaMathQA-395K.json"
   path.write_text(json.dumps(rows))  # one array, as it is downloaded
   loaded = sources.load_records(f"jsonl:{path}?format=metamath")
   assert [(r.question, r.answer) for r in loaded.records] == [("Q1", "5"), ("Q3", "7")]
-  assert loaded.dropped == {"not an AnsAug type": 2, "question seen before": 1,
-                            'no "The answer is:"': 1}
+  assert loaded.dropped == {
+    "not an AnsAug type": 2,
+    "question seen before": 1,
+    'no "The answer is:"': 1,
+  }
   assert [r.trace[slice(*r.answer_span)] for r in loaded.records] == [
-      "The answer is: 5", "\\boxed{7}$.\nThe answer is: 7"]
+    "The answer is: 5",
+    "\\boxed{7}$.\nThe answer is: 7",
+  ]
 
 
 OPENR1 = [
-    {"uuid": "u1", "problem": "P1", "solution": "Short: \\boxed{1}", "answer": "1",
-     "generations": ["<think>no</think> \\boxed{2}", "<think>yes</think> \\boxed{1}"],
-     "correctness_math_verify": [False, True], "messages": [{"role": "user", "content": "P1"}]},
-    {"uuid": "u2", "problem": "P2", "solution": "See figure.", "answer": "2",
-     "generations": ["\\boxed{3}"], "correctness_math_verify": [False], "messages": []}]
+  {
+    "uuid": "u1",
+    "problem": "P1",
+    "solution": "Short: \\boxed{1}",
+    "answer": "1",
+    "generations": ["<think>no</think> \\boxed{2}", "<think>yes</think> \\boxed{1}"],
+    "correctness_math_verify": [False, True],
+    "messages": [{"role": "user", "content": "P1"}],
+  },
+  {
+    "uuid": "u2",
+    "problem": "P2",
+    "solution": "See figure.",
+    "answer": "2",
+    "generations": ["\\boxed{3}"],
+    "correctness_math_verify": [False],
+    "messages": [],
+  },
+]
 
 
 def test_openr1_traces_are_solutions_or_verified_generations(tmp_path):
@@ -167,12 +208,18 @@ def test_openr1_traces_are_solutions_or_verified_generations(tmp_path):
 
 
 def test_benchmarks_are_read_with_their_own_field_names(tmp_path):
-  math = write_jsonl(tmp_path / "m.jsonl", [
-      {"problem": "P", "answer": "16 \\sqrt{3}", "unique_id": "test/algebra/1.json"}])
+  math = write_jsonl(
+    tmp_path / "m.jsonl",
+    [{"problem": "P", "answer": "16 \\sqrt{3}", "unique_id": "test/algebra/1.json"}],
+  )
   amc = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "problem": "P", "answer": 27.0}])
-  minerva = write_jsonl(tmp_path / "v.jsonl", [
+  minerva = write_jsonl(
+    tmp_path / "v.jsonl",
+    [
       {"problem": "P", "solution": "so \\boxed{1.6} \\mathrm{~cm}", "idx": 0},
-      {"problem": "P", "solution": "no box", "idx": 1}])
+      {"problem": "P", "solution": "no box", "idx": 1},
+    ],
+  )
   assert sources.load_records(math, format="math").records[0].answer == "16 \\sqrt{3}"
   assert sources.load_records(amc, format="amc").records[0].answer == "27"
   loaded = sources.load_records(minerva, format="minerva")
@@ -181,10 +228,14 @@ def test_benchmarks_are_read_with_their_own_field_names(tmp_path):
 
 
 def test_plain_rows_take_a_field_map_and_their_own_span(tmp_path):
-  uri = write_jsonl(tmp_path / "x.jsonl", [
+  uri = write_jsonl(
+    tmp_path / "x.jsonl",
+    [
       {"q": "1+1", "a": 2, "cot": " one more: 2", "n": "first"},
       {"q": "2+2", "a": {"b": [4]}, "cot": " four 4", "answer_span": [1, 5], "n": "second"},
-      {"q": "2+2", "a": "4", "cot": "4", "answer_span": [1, 5], "n": "third"}])
+      {"q": "2+2", "a": "4", "cot": "4", "answer_span": [1, 5], "n": "third"},
+    ],
+  )
   loaded = sources.load_records(uri + "?question=q&answer=a&trace=cot&id=n")
   first, second = loaded.records
   assert (first.id, first.answer, first.trace) == (f"{tmp_path.name}/x/first", "2", "one more: 2")
@@ -197,7 +248,8 @@ def test_plain_rows_take_a_field_map_and_their_own_span(tmp_path):
 def test_the_end_of_a_trace_can_be_rewritten(tmp_path):
   uri = write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "two\n#### 2"}])
   (record,) = sources.load_records(
-      uri, format="gsm8k", final="The answer is \\boxed{{answer}}").records
+    uri, format="gsm8k", final="The answer is \\boxed{{answer}}"
+  ).records
   assert record.trace == "two\nThe answer is \\boxed{2}"
   assert record.trace[slice(*record.answer_span)] == "The answer is \\boxed{2}"
 
@@ -205,8 +257,10 @@ def test_the_end_of_a_trace_can_be_rewritten(tmp_path):
 def test_prompts_follow_the_template_and_system_text(tmp_path):
   uri = write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1 {x}", "answer": "2"}])
   (record,) = sources.load_records(uri + "?system=Be%20brief.&template={question} Think.").records
-  assert record.prompt == ({"role": "system", "content": "Be brief."},
-                           {"role": "user", "content": "1+1 {x} Think."})
+  assert record.prompt == (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1 {x} Think."},
+  )
 
 
 def test_ids_are_unique_even_where_the_file_repeats_them(tmp_path):
@@ -229,7 +283,9 @@ def test_limit_counts_usable_records(tmp_path):
 # --- mistakes ---
 
 
-@pytest.mark.parametrize("uri, line", [
+@pytest.mark.parametrize(
+  "uri, line",
+  [
     ("train.jsonl", "no data source"),
     ("nowhere:x", "no data source"),
     ("jsonl:{dir}/no.jsonl", "no such file"),
@@ -257,12 +313,18 @@ def test_limit_counts_usable_records(tmp_path):
     ("tfds:no_such_set/train?data_dir={dir}", "no TFDS dataset"),
     ("tfds:math500/test?data_dir={dir}&manual_dir={dir}", "HuggingFaceH4/MATH-500"),
     ("tfds:metamathqa/train?data_dir={dir}", "downloads/manual/metamathqa"),
-    ("tfds:openr1_math/train?data_dir={dir}", r"train-\*.parquet")])
+    ("tfds:openr1_math/train?data_dir={dir}", r"train-\*.parquet"),
+  ],
+)
 def test_a_mistake_is_one_clear_line(tmp_path, uri, line):
   good = '{"question": "q", "answer": "1"}\n' * 2
-  for name, text in {"good.jsonl": good, "bad.jsonl": '{"question": "q", "answer": "1"}\n{"q',
-                     "list.jsonl": "7\n", "cut.json": '[{"question": "q"', "empty.jsonl": "\n",
-                     }.items():
+  for name, text in {
+    "good.jsonl": good,
+    "bad.jsonl": '{"question": "q", "answer": "1"}\n{"q',
+    "list.jsonl": "7\n",
+    "cut.json": '[{"question": "q"',
+    "empty.jsonl": "\n",
+  }.items():
     (tmp_path / name).write_text(text)
   (tmp_path / "binary.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
   with pytest.raises(UserError, match=line):
@@ -275,16 +337,26 @@ def test_a_mistake_is_one_clear_line(tmp_path, uri, line):
 def test_our_tfds_builders_read_back_what_the_files_say(tmp_path):
   manual = tmp_path / "files"
   (manual / "metamathqa").mkdir(parents=True)
-  rows = [{"type": "GSM_AnsAug", "query": f"Q{k}?", "original_question": f"Q{k}?",
-           "response": f"naïve {k}\nThe answer is: {k}"} for k in range(30)]
+  rows = [
+    {
+      "type": "GSM_AnsAug",
+      "query": f"Q{k}?",
+      "original_question": f"Q{k}?",
+      "response": f"naïve {k}\nThe answer is: {k}",
+    }
+    for k in range(30)
+  ]
   (manual / "metamathqa" / "MetaMathQA-395K.json").write_text(json.dumps(rows))
   (manual / "openr1_math").mkdir()
   for part, name in ((OPENR1[:1], "train-00000-of-00002"), (OPENR1[1:], "train-00001-of-00002")):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part),
-                                manual / "openr1_math" / f"{name}.parquet")
+    pyarrow.parquet.write_table(
+      pyarrow.Table.from_pylist(part), manual / "openr1_math" / f"{name}.parquet"
+    )
   where = f"?data_dir={tmp_path}/tfds&manual_dir={manual}"
-  direct = {"metamathqa": f"jsonl:{manual}/metamathqa/MetaMathQA-395K.json?format=metamath",
-            "openr1_math": f"parquet:{manual}/openr1_math/*.parquet?format=openr1"}
+  direct = {
+    "metamathqa": f"jsonl:{manual}/metamathqa/MetaMathQA-395K.json?format=metamath",
+    "openr1_math": f"parquet:{manual}/openr1_math/*.parquet?format=openr1",
+  }
   for name, uri in direct.items():
     for options in ({},) if name == "metamathqa" else ({}, {"solution": "generation"}):
       prepared = sources.load_records(f"tfds:{name}/train{where}", **options)
@@ -297,13 +369,16 @@ def test_our_tfds_builders_read_back_what_the_files_say(tmp_path):
   assert [r.question for r in again.records] == [f"Q{k}?" for k in range(7)]
 
 
-@pytest.mark.parametrize("name, file_format, n", [
-    ("math500", "math", 500), ("amc23", "amc", 40), ("minerva_math", "minerva", 272)])
+@pytest.mark.parametrize(
+  "name, file_format, n",
+  [("math500", "math", 500), ("amc23", "amc", 40), ("minerva_math", "minerva", 272)],
+)
 def test_real_benchmarks_through_tfds_equal_their_files(tmp_path, name, file_format, n):
   path = shared_path("data", name, "test.jsonl")
   direct = sources.load_records(f"jsonl:{path}?format={file_format}")
   through = sources.load_records(
-      f"tfds:{name}/test?data_dir={tmp_path}&manual_dir={path.parent.parent}")
+    f"tfds:{name}/test?data_dir={tmp_path}&manual_dir={path.parent.parent}"
+  )
   assert len(direct.records) == n and direct.dropped == {}
   assert through == direct
 
@@ -375,8 +450,13 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path):
   blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
   assert blocks
   (tmp_path / "example.py").write_text("\n".join(blocks))
-  done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True,
-                        text=True, env={"PYTHONPATH": str(REPO), "PATH": "", "HOME": str(tmp_path)})
+  done = subprocess.run(
+    [sys.executable, "example.py"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    env={"PYTHONPATH": str(REPO), "PATH": "", "HOME": str(tmp_path)},
+  )
   assert done.returncode == 0, done.stderr
   expected = re.search(r"```text\n(.*?)```", page, re.DOTALL).group(1)
   assert done.stdout == expected
@@ -416,8 +496,9 @@ def test_a_step_is_a_function_of_seed_and_step_alone():
 
 def test_every_epoch_has_each_record_once_and_its_own_order():
   s = stream(n=12)
-  epochs = [[r.id for step in range(3 * e, 3 * e + 3) for r in s.batch(step).records]
-            for e in range(3)]
+  epochs = [
+    [r.id for step in range(3 * e, 3 * e + 3) for r in s.batch(step).records] for e in range(3)
+  ]
   assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 12 for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
 
@@ -481,23 +562,33 @@ def test_a_batch_larger_than_the_data_repeats_records_with_other_identities():
 
 
 def test_what_is_left_out_is_counted_by_reason():
-  records = [*make_records(5), Record("long", ({"role": "user", "content": "1" * 12},), "", "1"),
-             Record("bare", ({"role": "user", "content": "1"},), "", "1"),
-             Record("vague", ({"role": "user", "content": "1"},), "1", "1")]
+  records = [
+    *make_records(5),
+    Record("long", ({"role": "user", "content": "1" * 12},), "", "1"),
+    Record("bare", ({"role": "user", "content": "1"},), "", "1"),
+    Record("vague", ({"role": "user", "content": "1"},), "1", "1"),
+  ]
   s = pipeline.PromptStream(records, CHARS, 2, (8, 12), 0)
   assert len(s) == 7
   assert s.dropped == {"prompt longer than the longest bucket": 1}
   assert s.notes == {"empty trace": 1, "answer span unknown": 1}
   assert pipeline.PromptStream(records, CHARS, 2, (8, 12), 0, max_trace=6).dropped == {
-      "prompt longer than the longest bucket": 1, "trace too long": 5}
+    "prompt longer than the longest bucket": 1,
+    "trace too long": 5,
+  }
   sft = pipeline.SFTStream(records, CHARS, 2, (8, 12), 0, response_length=7)
   assert len(sft) == 1
-  assert sft.dropped == {"prompt longer than the longest bucket": 1, "empty trace": 1,
-                         "response too long": 5}
+  assert sft.dropped == {
+    "prompt longer than the longest bucket": 1,
+    "empty trace": 1,
+    "response too long": 5,
+  }
   assert sum(sft.dropped.values()) + len(sft) == len(records)
 
 
-@pytest.mark.parametrize("make, line", [
+@pytest.mark.parametrize(
+  "make, line",
+  [
     (lambda: pipeline.PromptStream([], CHARS, 2, (8,), 0), "there are none"),
     (lambda: pipeline.PromptStream(make_records(4), CHARS, 2, (1,), 0), "4 x prompt longer"),
     (lambda: pipeline.PromptStream(make_records(4) * 2, CHARS, 2, (8,), 0), "two records"),
@@ -505,7 +596,9 @@ def test_what_is_left_out_is_counted_by_reason():
     (lambda: stream(batch=0), "multiple"),
     (lambda: pipeline.PromptStream(make_records(4), CHARS, 2, (8, 4), 0), "buckets"),
     (lambda: pipeline.PromptStream(make_records(4), CHARS, 2, (), 0), "buckets"),
-    (lambda: pipeline.SFTStream(make_records(4), CHARS, 2, (8,), 0, 3), "response too long")])
+    (lambda: pipeline.SFTStream(make_records(4), CHARS, 2, (8,), 0, 3), "response too long"),
+  ],
+)
 def test_a_stream_that_cannot_be_is_one_clear_line(make, line):
   with pytest.raises(UserError, match=line):
     make()

@@ -10,17 +10,22 @@ import fakes
 import pytest
 
 ROWS = (
-    {"question": "q", "completion": r"\boxed{x+x}<|eot_id|>", "answer": "2x", "note": 1},
-    {"question": "q", "completion": "no idea", "answer": "2x", "note": 2},
-    {"question": "é", "completion": r"\boxed{9^{9^{9^{9}}}}", "answer": "2x", "note": 3},
-    {"question": "q", "completion": r"\boxed{70}", "answer": "so\n#### 72", "note": 4},
-    {"question": "q", "completion": r"\boxed{27}", "answer": 27.0, "note": 5},
+  {"question": "q", "completion": r"\boxed{x+x}<|eot_id|>", "answer": "2x", "note": 1},
+  {"question": "q", "completion": "no idea", "answer": "2x", "note": 2},
+  {"question": "é", "completion": r"\boxed{9^{9^{9^{9}}}}", "answer": "2x", "note": 3},
+  {"question": "q", "completion": r"\boxed{70}", "answer": "so\n#### 72", "note": 4},
+  {"question": "q", "completion": r"\boxed{27}", "answer": 27.0, "note": 5},
 )
 
 
 def grade(*options: str) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, "-m", "igpo_jax.grade", *options], text=True,
-                        capture_output=True, cwd=fakes.REPO, check=False)
+  return subprocess.run(
+    [sys.executable, "-m", "igpo_jax.grade", *options],
+    text=True,
+    capture_output=True,
+    cwd=fakes.REPO,
+    check=False,
+  )
 
 
 def write(path, rows) -> str:
@@ -34,8 +39,13 @@ def read(path) -> list[dict]:
 
 def test_output_has_the_rows_in_order_with_three_fields_added(tmp_path):
   out = tmp_path / "out.jsonl"
-  done = grade("--benchmark=math500", f"--generations={write(tmp_path / 'in.jsonl', ROWS)}",
-               f"--output={out}", "--timeout=1", "--workers=1")
+  done = grade(
+    "--benchmark=math500",
+    f"--generations={write(tmp_path / 'in.jsonl', ROWS)}",
+    f"--output={out}",
+    "--timeout=1",
+    "--workers=1",
+  )
   assert done.returncode == 0, done.stderr
   graded = read(out)
   added = ("correct", "extracted", "status")
@@ -44,18 +54,24 @@ def test_output_has_the_rows_in_order_with_three_fields_added(tmp_path):
   assert [row["correct"] for row in graded] == [True, False, False, False, True]
   assert [row["extracted"] for row in graded] == ["x+x", None, "9^{9^{9^{9}}}", "70", "27"]
   assert done.stdout.startswith("math500: accuracy 0.4000 (2 of 5); ok 3, unparseable 1, timeout 1")
-  assert not done.stderr and list(tmp_path.iterdir()) != [] and not out.with_name(
-      "out.jsonl.partial").exists()
+  assert (
+    not done.stderr
+    and list(tmp_path.iterdir()) != []
+    and not out.with_name("out.jsonl.partial").exists()
+  )
 
 
-@pytest.mark.parametrize(("line", "complaint"), (
+@pytest.mark.parametrize(
+  ("line", "complaint"),
+  (
     ("{not json", "line 2: not JSON"),
     ('{"question": "q", "answer": "1"}', "line 2: no 'completion'"),
     ('{"question": "q", "completion": 3, "answer": "1"}', "line 2: 'completion' must be text"),
     ('{"question": "q", "completion": "c", "answer": null}', "line 2: an answer is text"),
     ('{"question": "q", "completion": "c", "answer": ""}', "line 2: 'answer' is empty"),
     ("[1]", "line 2: no 'question'"),
-))
+  ),
+)
 def test_a_bad_line_is_one_message_that_says_where(tmp_path, line, complaint):
   source = tmp_path / "in.jsonl"
   source.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", "utf-8")
@@ -64,14 +80,17 @@ def test_a_bad_line_is_one_message_that_says_where(tmp_path, line, complaint):
   assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", (
+@pytest.mark.parametrize(
+  "options",
+  (
     ("--benchmark=gsm8k", "--generations=nowhere.jsonl", "--output=out"),
     ("--benchmark=aime", "--generations=a", "--output=b"),
     ("--benchmark=gsm8k", "--output=b"),
     ("--benchmark=gsm8k", "--generations=a", "--output=b", "--timeout=0"),
     ("--benchmark=gsm8k", "--generations=a", "--output=b", "--workers=0"),
     ("--benchmark=gsm8k", "--generations=a", "--output=b", "--extraction=guess"),
-))
+  ),
+)
 def test_a_users_mistake_exits_2_with_one_line(options):
   done = grade(*options)
   assert done.returncode == 2

@@ -71,8 +71,9 @@ def test_a_registered_verifier_and_part_plug_in_by_name():
     register_verifier("test-length")(length)
 
 
-@pytest.mark.parametrize("wrong", ({"verifier": "maths"}, {"parts": {"corect": 1.0}},
-                                   {"rules": ("box",)}))
+@pytest.mark.parametrize(
+  "wrong", ({"verifier": "maths"}, {"parts": {"corect": 1.0}}, {"rules": ("box",)})
+)
 def test_an_unknown_name_is_a_users_mistake_that_names_the_known(wrong):
   with pytest.raises(UserError, match=r"known: .*(math|correct|boxed)"):
     Scorer(**wrong)
@@ -83,7 +84,9 @@ def test_an_unknown_name_is_a_users_mistake_that_names_the_known(wrong):
 COUNTDOWN = record(json.dumps({"numbers": [3, 7, 2], "target": 23}))
 
 
-@pytest.mark.parametrize(("completion", "correct", "status"), (
+@pytest.mark.parametrize(
+  ("completion", "correct", "status"),
+  (
     ("<answer>3 * 7 + 2</answer>", True, "ok"),
     ("<answer>2 + (7 * 3) = 23</answer>", True, "ok"),
     (r"\boxed{3 \times 7 + 2}", True, "ok"),
@@ -97,16 +100,22 @@ COUNTDOWN = record(json.dumps({"numbers": [3, 7, 2], "target": 23}))
     ("<answer>__import__('os').abort()</answer>", False, "unparseable"),
     ("<answer>" + "(" * 10**5 + "</answer>", False, "unparseable"),
     ("3 * 7 + 2", False, "unparseable"),
-))
+  ),
+)
 def test_countdown_uses_each_number_once_and_hits_the_target(completion, correct, status):
   verdict = countdown.verify(completion, COUNTDOWN)
   assert (verdict.correct, verdict.status) == (correct, status)
 
 
-@hypothesis.given(st.recursive(
+@hypothesis.given(
+  st.recursive(
     st.integers(0, 99).map(str),
     lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(
-        lambda t: f"({t[0]}{t[1]}{t[2]})"), max_leaves=8))
+      lambda t: f"({t[0]}{t[1]}{t[2]})"
+    ),
+    max_leaves=8,
+  )
+)
 def test_countdown_arithmetic_is_pythons(expression):
   hypothesis.assume(not re.search(r"\b0[0-9]", expression))
   value, used = countdown.evaluate(expression)
@@ -117,8 +126,15 @@ def test_countdown_arithmetic_is_pythons(expression):
 def test_sudoku_counts_empty_cells_and_is_correct_only_when_whole():
   gold = record(json.dumps({"puzzle": "1034341221434300", "solution": "1234341221434321"}))
   with Scorer("sudoku", parts={"sudoku_cells": 1.0}) as sudoku:
-    scores = sudoku(["<answer>1234 3412\n2143 4321</answer>", "<answer>1234341221434312</answer>",
-                     "<answer>12343412214343211</answer>", "2143"], [gold] * 4)
+    scores = sudoku(
+      [
+        "<answer>1234 3412\n2143 4321</answer>",
+        "<answer>1234341221434312</answer>",
+        "<answer>12343412214343211</answer>",
+        "2143",
+      ],
+      [gold] * 4,
+    )
   assert list(scores.correct) == [True, False, False, False]
   np.testing.assert_allclose(scores.reward, [1, 1 / 3, 1, 0], rtol=1e-6)
   assert scores.status == ["ok", "ok", "ok", "unparseable"]

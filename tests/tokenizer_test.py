@@ -17,12 +17,19 @@ from tests import tiny_tokenizer
 from tests.fakes import REPO, shared_path
 
 TRACE = "Janet sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18.\n#### 18"
-LINES = [f"{name} sells {a} {thing} and {b} more, which makes {a + b} {thing} in the {day}."
-         for name in ("Janet", "Toulouse", "Wendi") for thing in ("eggs", "boxes", "glasses")
-         for day in ("morning", "evening") for a in range(5) for b in range(5)]
+LINES = [
+  f"{name} sells {a} {thing} and {b} more, which makes {a + b} {thing} in the {day}."
+  for name in ("Janet", "Toulouse", "Wendi")
+  for thing in ("eggs", "boxes", "glasses")
+  for day in ("morning", "evening")
+  for a in range(5)
+  for b in range(5)
+]
 USER = [{"role": "user", "content": "How many eggs?"}]
-LLADA_USER = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many eggs?<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n")
+LLADA_USER = (
+  "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many eggs?<|eot_id|>"
+  "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -186,19 +193,30 @@ def test_text_cannot_forge_the_special_pieces(pieces):
 def test_a_sentencepiece_prompt_is_roles_and_contents(pieces):
   roles = pieces._roles
   assert pieces.encode_prompt([{"role": "system", "content": "eggs"}, *USER]) == [
-      roles["system"], *pieces.encode("eggs"), roles["user"], *pieces.encode("How many eggs?"),
-      roles["assistant"]]
+    roles["system"],
+    *pieces.encode("eggs"),
+    roles["user"],
+    *pieces.encode("How many eggs?"),
+    roles["assistant"],
+  ]
 
 
 def test_a_foreign_sentencepiece_model_is_given_the_ids_it_lacks():
   import io
 
   import sentencepiece
+
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter([*LINES, "User: A\n", "Assistant: "]), model_writer=model,
-      vocab_size=60, character_coverage=1.0, eos_id=-1, bos_id=-1,
-      hard_vocab_limit=False, minloglevel=2)
+    sentence_iterator=iter([*LINES, "User: A\n", "Assistant: "]),
+    model_writer=model,
+    vocab_size=60,
+    character_coverage=1.0,
+    eos_id=-1,
+    bos_id=-1,
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
   t = tokenizer.SentencePieceTokenizer(model.getvalue())
   size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
   assert (t.mask_id, t.eos_id, t.vocab_size) == (size, size + 1, size + 2)
@@ -225,8 +243,9 @@ def test_sentencepiece_on_real_traces_is_reversible():
 def test_the_llada_prompt_is_the_known_string(llada):
   assert llada.render_prompt(USER) == LLADA_USER
   assert llada.render_prompt([{"role": "system", "content": " Be brief.\n"}, *USER]) == (
-      "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-      + LLADA_USER.removeprefix("<|startoftext|>"))
+    "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    + LLADA_USER.removeprefix("<|startoftext|>")
+  )
 
 
 def test_the_llada_prompt_is_encoded_as_the_library_encodes_the_string(llada, tmp_path):
@@ -253,18 +272,24 @@ def test_a_content_that_spells_a_special_token_stays_text(llada):
 
 
 def test_another_template_is_followed(tmp_path):
-  template = ("{% for m in messages %}{{ m.role | upper }}> {{ m.content }}{{ eos_token }}"
-              "{% endfor %}{% if add_generation_prompt %}BOT> {% endif %}")
+  template = (
+    "{% for m in messages %}{{ m.role | upper }}> {{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}BOT> {% endif %}"
+  )
   t = tokenizer.load_tokenizer(tiny_tokenizer.make_directory(tmp_path, template=template))
   assert t.render_prompt(USER) == "USER> How many eggs?<|endoftext|>BOT> "
   assert t.encode_prompt(USER).count(t.eos_id) == 1
 
 
-@pytest.mark.parametrize("template, line", [
+@pytest.mark.parametrize(
+  "template, line",
+  [
     ("{% for %}", "cannot be read"),
     ("{{ raise_exception('no system role') }}", "no system role"),
     ("{{ messages[99].content.x }}", "fails"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails")])
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
+  ],
+)
 def test_a_template_that_fails_is_one_clear_line(tmp_path, template, line):
   directory = tiny_tokenizer.make_directory(tmp_path, template=template)
   with pytest.raises(UserError, match=line):
@@ -321,14 +346,17 @@ def test_chatml_is_recognised_by_its_tokens(tmp_path):
   t = tokenizer.load_tokenizer(directory)
   assert t._chat is hf_tokenizer.chatml_chat
   assert t.render_prompt(USER) == (
-      "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n")
+    "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
+  )
   assert t.decode([*t.encode("eggs"), t.turn_id, *t.encode("How")]) == "eggs"
 
 
 # --- files ---
 
 
-@pytest.mark.parametrize("name, text, line", [
+@pytest.mark.parametrize(
+  "name, text, line",
+  [
     ("nothing.txt", "x", "no tokenizer in"),
     ("tokenizer.json", "{", "cannot read"),
     ("tokenizer.json", "\udcff", "cannot read"),
@@ -336,7 +364,9 @@ def test_chatml_is_recognised_by_its_tokens(tmp_path):
     ("x.model", "not a model", "SentencePiece"),
     ("igpo_tokenizer.json", "{", "not JSON"),
     ("igpo_tokenizer.json", "[]", "JSON object"),
-    ("igpo_tokenizer.json", '{"type": "char"}', "alphabet")])
+    ("igpo_tokenizer.json", '{"type": "char"}', "alphabet"),
+  ],
+)
 def test_a_broken_tokenizer_file_is_one_clear_line(tmp_path, name, text, line):
   (tmp_path / name).write_text(text, errors="surrogateescape")
   with pytest.raises(UserError, match=line):
@@ -350,7 +380,9 @@ def test_a_missing_tokenizer_is_one_clear_line(tmp_path):
 
 
 def test_reading_data_does_not_import_jax():
-  code = ("import sys; import igpo_jax.data.tokenizer, igpo_jax.data.hf_tokenizer,"
-          " igpo_jax.data.sources, igpo_jax.data.pipeline, igpo_jax.data.builders;"
-          " sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)")
+  code = (
+    "import sys; import igpo_jax.data.tokenizer, igpo_jax.data.hf_tokenizer,"
+    " igpo_jax.data.sources, igpo_jax.data.pipeline, igpo_jax.data.builders;"
+    " sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
+  )
   assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

@@ -96,9 +96,13 @@ def plain(row: Row, options: Options) -> Fields:
     span = tuple(span)
     if len(span) != 2 or not 0 <= span[0] < span[1] <= len(trace):
       raise Drop("answer_span outside the trace")
-  return Fields(question=text_of(row, options.question or "question"), trace=trace,
-                answer=answer, answer_span=span,
-                key=text_of(row, options.id or "id") or None)
+  return Fields(
+    question=text_of(row, options.question or "question"),
+    trace=trace,
+    answer=answer,
+    answer_span=span,
+    key=text_of(row, options.id or "id") or None,
+  )
 
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
@@ -112,10 +116,14 @@ def gsm8k(row: Row, options: Options) -> Fields:
   start = trace.rfind("####")
   if start < 0:
     raise Drop("no #### answer")
-  answer = trace[start + len("####"):].strip().replace(",", "")
-  return Fields(question=text_of(row, options.question or "question"), trace=trace,
-                answer=answer, answer_span=(start, len(trace)),
-                key=text_of(row, options.id or "id") or None)
+  answer = trace[start + len("####") :].strip().replace(",", "")
+  return Fields(
+    question=text_of(row, options.question or "question"),
+    trace=trace,
+    answer=answer,
+    answer_span=(start, len(trace)),
+    key=text_of(row, options.id or "id") or None,
+  )
 
 
 def metamath(row: Row, options: Options) -> Fields:
@@ -127,11 +135,15 @@ def metamath(row: Row, options: Options) -> Fields:
   start = trace.rfind("The answer is:")
   if start < 0:
     raise Drop('no "The answer is:"')
-  answer = trace[start + len("The answer is:"):].strip()
+  answer = trace[start + len("The answer is:") :].strip()
   # The solution before that line often has the answer in a box: that is the answer too.
   span = spans.find_answer_span(trace, answer) or (start, len(trace))
-  return Fields(question=text_of(row, options.question or "query"), trace=trace, answer=answer,
-                answer_span=(min(start, span[0]), len(trace)))
+  return Fields(
+    question=text_of(row, options.question or "query"),
+    trace=trace,
+    answer=answer,
+    answer_span=(min(start, span[0]), len(trace)),
+  )
 
 
 def openr1(row: Row, options: Options) -> Fields:
@@ -149,25 +161,36 @@ def openr1(row: Row, options: Options) -> Fields:
   else:
     raise UserError(f"solution={options.solution!r}: expected solution or generation")
   answer = text_of(row, options.answer or "answer")
-  return Fields(question=text_of(row, options.question or "problem"), trace=trace, answer=answer,
-                answer_span=spans.find_answer_span(trace, answer),
-                key=text_of(row, "uuid") or None)
+  return Fields(
+    question=text_of(row, options.question or "problem"),
+    trace=trace,
+    answer=answer,
+    answer_span=spans.find_answer_span(trace, answer),
+    key=text_of(row, "uuid") or None,
+  )
 
 
 def math(row: Row, options: Options) -> Fields:
   """MATH-500: problem, answer, and in some copies a solution."""
   trace = text_of(row, options.trace or "solution")
   answer = text_of(row, options.answer or "answer")
-  return Fields(question=text_of(row, options.question or "problem"), trace=trace, answer=answer,
-                answer_span=spans.find_answer_span(trace, answer),
-                key=text_of(row, "unique_id") or None)
+  return Fields(
+    question=text_of(row, options.question or "problem"),
+    trace=trace,
+    answer=answer,
+    answer_span=spans.find_answer_span(trace, answer),
+    key=text_of(row, "unique_id") or None,
+  )
 
 
 def amc(row: Row, options: Options) -> Fields:
   """AMC 2023: problem and a numeric answer (27.0 is read as 27)."""
-  return Fields(question=text_of(row, options.question or "problem", "question"), trace="",
-                answer=text_of(row, options.answer or "answer"),
-                key=text_of(row, "id") or None)
+  return Fields(
+    question=text_of(row, options.question or "problem", "question"),
+    trace="",
+    answer=text_of(row, options.answer or "answer"),
+    key=text_of(row, "id") or None,
+  )
 
 
 def minerva(row: Row, options: Options) -> Fields:
@@ -177,9 +200,13 @@ def minerva(row: Row, options: Options) -> Fields:
   if not boxes:
     raise Drop("no boxed answer")
   answer = boxes[-1][2].strip()
-  return Fields(question=text_of(row, options.question or "problem"), trace=trace,
-                answer=answer, answer_span=spans.find_answer_span(trace, answer),
-                key=text_of(row, "idx") or None)
+  return Fields(
+    question=text_of(row, options.question or "problem"),
+    trace=trace,
+    answer=answer,
+    answer_span=spans.find_answer_span(trace, answer),
+    key=text_of(row, "idx") or None,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +225,29 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "plain": Format(plain),
-    "gsm8k": Format(gsm8k, origin="train.jsonl and test.jsonl of the GitHub repository"
-                                  " openai/grade-school-math, folder grade_school_math/data"),
-    "metamath": Format(metamath, unique_questions=True,
-                       origin="MetaMathQA-395K.json of the Hugging Face dataset"
-                              " meta-math/MetaMathQA"),
-    "openr1": Format(openr1, origin="data/train-*.parquet of the Hugging Face dataset"
-                                    " open-r1/OpenR1-Math-220k"),
-    "math": Format(math, origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500"),
-    "amc": Format(amc, origin="evaluation/data/amc23/test.jsonl of the GitHub repository"
-                              " QwenLM/Qwen2.5-Math"),
-    "minerva": Format(minerva, origin="evaluation/data/minerva_math/test.jsonl of the GitHub"
-                                      " repository QwenLM/Qwen2.5-Math")}
+  "plain": Format(plain),
+  "gsm8k": Format(
+    gsm8k,
+    origin="train.jsonl and test.jsonl of the GitHub repository"
+    " openai/grade-school-math, folder grade_school_math/data",
+  ),
+  "metamath": Format(
+    metamath,
+    unique_questions=True,
+    origin="MetaMathQA-395K.json of the Hugging Face dataset meta-math/MetaMathQA",
+  ),
+  "openr1": Format(
+    openr1, origin="data/train-*.parquet of the Hugging Face dataset open-r1/OpenR1-Math-220k"
+  ),
+  "math": Format(math, origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500"),
+  "amc": Format(
+    amc, origin="evaluation/data/amc23/test.jsonl of the GitHub repository QwenLM/Qwen2.5-Math"
+  ),
+  "minerva": Format(
+    minerva,
+    origin="evaluation/data/minerva_math/test.jsonl of the GitHub repository QwenLM/Qwen2.5-Math",
+  ),
+}
 
 
 def unread_columns(options: Mapping[str, Any]) -> tuple[str, ...]:

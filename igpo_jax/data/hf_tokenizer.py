@@ -16,8 +16,7 @@ from etils import epath
 from igpo_jax.cli import UserError
 from igpo_jax.data import tokenizer as base
 
-_FILES = (base.HF_FILE, "tokenizer_config.json", "special_tokens_map.json",
-          "chat_template.jinja")
+_FILES = (base.HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _MASK_NAMES = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>", "[MASK]", "<mask>")
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 _EOT_NAMES = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
@@ -35,8 +34,11 @@ def llada_chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
   """
   segments = [("<|startoftext|>", True)]
   for message in messages:
-    segments += [(f"<|start_header_id|>{message['role']}<|end_header_id|>", True),
-                 ("\n\n" + message["content"].strip(), False), ("<|eot_id|>", True)]
+    segments += [
+      (f"<|start_header_id|>{message['role']}<|end_header_id|>", True),
+      ("\n\n" + message["content"].strip(), False),
+      ("<|eot_id|>", True),
+    ]
   return [*segments, ("<|start_header_id|>assistant<|end_header_id|>", True), ("\n\n", False)]
 
 
@@ -44,8 +46,12 @@ def chatml_chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
   """The ChatML format, up to the assistant's header."""
   segments = []
   for message in messages:
-    segments += [("<|im_start|>", True), (f"{message['role']}\n{message['content']}", False),
-                 ("<|im_end|>", True), ("\n", False)]
+    segments += [
+      ("<|im_start|>", True),
+      (f"{message['role']}\n{message['content']}", False),
+      ("<|im_end|>", True),
+      ("\n", False),
+    ]
   return [*segments, ("<|im_start|>", True), ("assistant\n", False)]
 
 
@@ -72,8 +78,11 @@ class HFTokenizer(base.Tokenizer):
     directory = epath.Path(directory)
     self._directory = directory
     try:
-      self._files = {name: (directory / name).read_bytes().decode()
-                     for name in _FILES if (directory / name).exists()}
+      self._files = {
+        name: (directory / name).read_bytes().decode()
+        for name in _FILES
+        if (directory / name).exists()
+      }
       self._text = tokenizers.Tokenizer.from_str(_untrimmed(self._files[base.HF_FILE]))
       self._special = tokenizers.Tokenizer.from_str(self._files[base.HF_FILE])
     except Exception as error:  # the library raises nothing narrower
@@ -105,14 +114,17 @@ class HFTokenizer(base.Tokenizer):
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and self._special.token_to_id(value) is not None:
           return self._special.token_to_id(value)
-      return next((i for name in well_known
-                   if (i := self._special.token_to_id(name)) is not None), None)
+      return next(
+        (i for name in well_known if (i := self._special.token_to_id(name)) is not None), None
+      )
 
     mask, eos = find("mask", _MASK_NAMES), find("eos", _EOS_NAMES)
     for what, value in (("mask", mask), ("end-of-text", eos)):
       if value is None:
-        raise UserError(f"no {what} token in {directory}: config.json or tokenizer_config.json"
-                        f" should name one (mask_token_id, eos_token_id)")
+        raise UserError(
+          f"no {what} token in {directory}: config.json or tokenizer_config.json"
+          f" should name one (mask_token_id, eos_token_id)"
+        )
     eot, pad = find("eot", _EOT_NAMES), find("pad", ())
     self.mask_id, self.eos_id = mask, eos
     self.pad_id = eos if pad is None else pad
@@ -120,15 +132,24 @@ class HFTokenizer(base.Tokenizer):
     self.stop_ids = tuple(dict.fromkeys((eos, self.turn_id)))
     added = self._special.get_added_tokens_decoder()
     self.special_ids = frozenset(
-        (mask, self.pad_id, *self.stop_ids, *(i for i, token in added.items() if token.special)))
+      (mask, self.pad_id, *self.stop_ids, *(i for i, token in added.items() if token.special))
+    )
     self.vocab_size = max(self.vocab_size, *(i + 1 for i in self.special_ids))
 
   def _choose_chat(self) -> Callable[[Sequence[dict[str, str]]], list[Segment]]:
     """The directory's own template; ours where it says the same or there is none."""
-    known = ((("<|start_header_id|>", "<|startoftext|>"), llada_chat),
-             (("<|im_start|>", "<|im_end|>"), chatml_chat))
-    ours = next((chat for tokens, chat in known
-                 if all(self._special.token_to_id(t) is not None for t in tokens)), plain_chat)
+    known = (
+      (("<|start_header_id|>", "<|startoftext|>"), llada_chat),
+      (("<|im_start|>", "<|im_end|>"), chatml_chat),
+    )
+    ours = next(
+      (
+        chat
+        for tokens, chat in known
+        if all(self._special.token_to_id(t) is not None for t in tokens)
+      ),
+      plain_chat,
+    )
     template = self._files.get("chat_template.jinja") or self._tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several by name
       template = next((t["template"] for t in template if t.get("name") == "default"), None)
@@ -136,8 +157,9 @@ class HFTokenizer(base.Tokenizer):
       return ours
     theirs = _template_chat(template, self._tokenizer_config, self._directory)
     # Ours keeps a content that spells a special token as text; use it when it can be.
-    probe = [{"role": role, "content": f" {role} \n"}
-             for role in ("system", "user", "assistant", "user")]
+    probe = [
+      {"role": role, "content": f" {role} \n"} for role in ("system", "user", "assistant", "user")
+    ]
     try:
       same = _join(theirs(probe)) == _join(ours(probe))
     except UserError:  # a template that refuses some role
@@ -148,8 +170,7 @@ class HFTokenizer(base.Tokenizer):
     encoding = self._text.encode(text, add_special_tokens=False)
     return list(encoding.ids), list(encoding.offsets)
 
-  def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[
-      tuple[list[int], base.Offsets]]:
+  def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], base.Offsets]]:
     encodings = self._text.encode_batch(list(texts), add_special_tokens=False)
     return [(list(e.ids), list(e.offsets)) for e in encodings]
 
@@ -167,9 +188,16 @@ class HFTokenizer(base.Tokenizer):
     return ids
 
   def save(self, directory: epath.PathLike) -> None:
-    base.write_description(directory, {
-        "type": "hf", "mask_token_id": self.mask_id, "eos_token_id": self.eos_id,
-        "pad_token_id": self.pad_id, "eot_token_id": self.turn_id})
+    base.write_description(
+      directory,
+      {
+        "type": "hf",
+        "mask_token_id": self.mask_id,
+        "eos_token_id": self.eos_id,
+        "pad_token_id": self.pad_id,
+        "eot_token_id": self.turn_id,
+      },
+    )
     for name in reversed(_FILES):  # tokenizer.json last: with it, the directory counts as whole
       if name in self._files:
         base.write_file(directory, name, self._files[name].encode())
@@ -228,6 +256,7 @@ def _untrimmed(text: str) -> str:
   Byte-level tokenizers may leave a token's blanks out of its offsets, and then a
   token that begins before an answer would seem to begin in it.
   """
+
   def walk(node: Any) -> None:
     if isinstance(node, dict):
       if "trim_offsets" in node:

@@ -102,13 +102,23 @@ def row_identity(record_id: str, epoch: int) -> int:
 class _Stream:
   """What prompt and SFT streams share: tokenised items, their order, the hosts' shares."""
 
-  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
-               buckets: Sequence[int], seed: int, process_index: int, process_count: int):
+  def __init__(
+    self,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    process_index: int,
+    process_count: int,
+  ):
     if not buckets or any(b <= 0 for b in buckets) or list(buckets) != sorted(set(buckets)):
       raise UserError(f"prompt buckets {tuple(buckets)} should be growing lengths above 0")
     if batch_size <= 0 or batch_size % process_count:
-      raise UserError(f"a batch of {batch_size} rows cannot be shared by {process_count}"
-                      f" processes: it should be a multiple of their number")
+      raise UserError(
+        f"a batch of {batch_size} rows cannot be shared by {process_count}"
+        f" processes: it should be a multiple of their number"
+      )
     self.tokenizer, self.batch_size, self.buckets = tokenizer, batch_size, tuple(buckets)
     self.seed, self.process_index, self.process_count = seed, process_index, process_count
     self._dropped: collections.Counter[str] = collections.Counter()
@@ -140,15 +150,19 @@ class _Stream:
   def _tokenize(self, records: Sequence[Record], chunk: int = 1024) -> Iterator[_Item]:
     ids: set[str] = set()
     for first in range(0, len(records), chunk):
-      part = records[first:first + chunk]
+      part = records[first : first + chunk]
       traces = self.tokenizer.encode_batch_with_offsets([r.trace for r in part])
       for record, (trace, offsets) in zip(part, traces, strict=True):
         if record.id in ids:
           raise UserError(f"two records have the id {record.id!r}: ids should be unique")
         ids.add(record.id)
         span = record.answer_span
-        yield _Item(record, np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32),
-                    np.asarray(trace, np.int32), span and token_span(offsets, span))
+        yield _Item(
+          record,
+          np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32),
+          np.asarray(trace, np.int32),
+          span and token_span(offsets, span),
+        )
 
   def _keep(self, item: _Item) -> bool:
     """Whether the item is used; counts it under its reason if not."""
@@ -165,12 +179,13 @@ class _Stream:
       indices = grain.MapDataset.range(len(self._items)).seed(self.seed % 2**32)
       self._order = indices.shuffle().repeat()
     first = step * self.batch_size
-    return [(int(self._order[k]), k // len(self._items))
-            for k in range(first, first + self.batch_size)]
+    return [
+      (int(self._order[k]), k // len(self._items)) for k in range(first, first + self.batch_size)
+    ]
 
   def _share(self, rows: list) -> list:
     size = self.local_batch_size
-    return rows[self.process_index * size:(self.process_index + 1) * size]
+    return rows[self.process_index * size : (self.process_index + 1) * size]
 
   def _bucket(self, rows: Sequence[tuple[int, int]]) -> int:
     """The smallest bucket that holds the longest prompt of the whole batch."""
@@ -181,14 +196,16 @@ class _Stream:
     tokens = np.full((len(items), length), self.tokenizer.pad_id, np.int32)
     valid = np.zeros((len(items), length), bool)
     for row, item in enumerate(items):
-      tokens[row, length - len(item.prompt):] = item.prompt
-      valid[row, length - len(item.prompt):] = True
+      tokens[row, length - len(item.prompt) :] = item.prompt
+      valid[row, length - len(item.prompt) :] = True
     return tokens, valid
 
 
 def _row_ids(items: Sequence[_Item], rows: Sequence[tuple[int, int]]) -> np.ndarray:
-  return np.array([row_identity(item.record.id, epoch)
-                   for item, (_, epoch) in zip(items, rows, strict=True)], np.uint32)
+  return np.array(
+    [row_identity(item.record.id, epoch) for item, (_, epoch) in zip(items, rows, strict=True)],
+    np.uint32,
+  )
 
 
 class PromptStream(_Stream):
@@ -208,9 +225,18 @@ class PromptStream(_Stream):
     UserError: no usable record, ids that repeat, sizes that do not go together.
   """
 
-  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
-               buckets: Sequence[int], seed: int, process_index: int = 0,
-               process_count: int = 1, *, max_trace: int | None = None):
+  def __init__(
+    self,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    max_trace: int | None = None,
+  ):
     self.max_trace = max_trace
     super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
 
@@ -250,9 +276,14 @@ class PromptStream(_Stream):
     items = [self._items[i] for i, _ in rows]
     tokens, valid = self._pad_prompts(items, bucket)
     return PromptBatch(
-        tokens=tokens, valid=valid, records=[i.record for i in items],
-        traces=[i.trace for i in items], answer_spans=[i.answer_span for i in items],
-        row_id=_row_ids(items, rows), real=np.array(real, bool))
+      tokens=tokens,
+      valid=valid,
+      records=[i.record for i in items],
+      traces=[i.trace for i in items],
+      answer_spans=[i.answer_span for i in items],
+      row_id=_row_ids(items, rows),
+      real=np.array(real, bool),
+    )
 
 
 class SFTStream(_Stream):
@@ -263,17 +294,30 @@ class SFTStream(_Stream):
       is empty or does not fit is left out and counted.
   """
 
-  def __init__(self, records: Sequence[Record], tokenizer: Tokenizer, batch_size: int,
-               buckets: Sequence[int], seed: int, response_length: int,
-               process_index: int = 0, process_count: int = 1):
+  def __init__(
+    self,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    response_length: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
     self.response_length = response_length
     super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
 
   def _keep(self, item: _Item) -> bool:
     if not super()._keep(item):
       return False
-    reason = (EMPTY_TRACE if not len(item.trace) else
-              RESPONSE_TOO_LONG if len(item.trace) + 1 > self.response_length else None)
+    reason = (
+      EMPTY_TRACE
+      if not len(item.trace)
+      else RESPONSE_TOO_LONG
+      if len(item.trace) + 1 > self.response_length
+      else None
+    )
     if reason:
       self._dropped[reason] += 1
     return reason is None
@@ -288,10 +332,13 @@ class SFTStream(_Stream):
     responses = np.full((len(items), self.response_length), self.tokenizer.eos_id, np.int32)
     length = np.array([len(item.trace) + 1 for item in items], np.int32)
     for row, item in enumerate(items):
-      responses[row, :length[row]] = [*item.trace, self.tokenizer.turn_id]
+      responses[row, : length[row]] = [*item.trace, self.tokenizer.turn_id]
     on_response = np.zeros((len(items), bucket + self.response_length), bool)
     on_response[:, bucket:] = True
     return SFTBatch(
-        tokens=np.concatenate([prompts, responses], axis=1),
-        valid=np.concatenate([valid, np.ones_like(responses, bool)], axis=1),
-        response=on_response, length=length, row_id=_row_ids(items, rows))
+      tokens=np.concatenate([prompts, responses], axis=1),
+      valid=np.concatenate([valid, np.ones_like(responses, bool)], axis=1),
+      response=on_response,
+      length=length,
+      row_id=_row_ids(items, rows),
+    )

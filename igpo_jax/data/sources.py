@@ -69,8 +69,10 @@ def load_records(uri: str, **options: Any) -> Loaded:
   """
   name, colon, rest = uri.partition(":")
   if not colon or name not in _SOURCES:
-    raise UserError(f"no data source for {uri!r}: expected one of"
-                    f" {', '.join(f'{known}:' for known in sorted(_SOURCES))}")
+    raise UserError(
+      f"no data source for {uri!r}: expected one of"
+      f" {', '.join(f'{known}:' for known in sorted(_SOURCES))}"
+    )
   path, _, query = rest.partition("?")
   merged: dict[str, Any] = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) | options
   try:
@@ -121,9 +123,16 @@ class Prompting:
     return ({"role": "system", "content": self.system}, user) if self.system else (user,)
 
 
-def read_rows(rows: Iterable[formats.Row], name: str, *, format: str = "plain",
-              limit: int | str | None = None, system: str = "", template: str = "{question}",
-              **options: Any) -> Loaded:
+def read_rows(
+  rows: Iterable[formats.Row],
+  name: str,
+  *,
+  format: str = "plain",
+  limit: int | str | None = None,
+  system: str = "",
+  template: str = "{question}",
+  **options: Any,
+) -> Loaded:
   """Rows of any table to records, by a named format.
 
   Args:
@@ -164,11 +173,20 @@ def read_rows(rows: Iterable[formats.Row], name: str, *, format: str = "plain",
     key = f"{name}/{fields.key}" if fields.key else f"{name}/{number}"
     key = f"{key}#{number}" if key in ids else key
     ids.add(key)
-    records.append(Record(id=key, prompt=prompting.messages(fields.question), trace=fields.trace,
-                          answer=fields.answer, answer_span=fields.answer_span))
+    records.append(
+      Record(
+        id=key,
+        prompt=prompting.messages(fields.question),
+        trace=fields.trace,
+        answer=fields.answer,
+        answer_span=fields.answer_span,
+      )
+    )
   if not records and first is not None:
-    raise UserError(f"{name}: no row fits format={format} ({describe(dropped)}); the first row"
-                    f" has the fields {', '.join(first)}")
+    raise UserError(
+      f"{name}: no row fits format={format} ({describe(dropped)}); the first row"
+      f" has the fields {', '.join(first)}"
+    )
   return Loaded(records, dict(dropped))
 
 
@@ -176,11 +194,14 @@ def _format_options(options: dict[str, Any]) -> formats.Options:
   known = {field.name for field in dataclasses.fields(formats.Options)}
   unknown = sorted(set(options) - known)
   if unknown:
-    raise UserError(f"unknown option {', '.join(unknown)} of a data source: expected one of"
-                    f" {', '.join(sorted(known | {'format', 'limit', 'system', 'template'}))}")
+    raise UserError(
+      f"unknown option {', '.join(unknown)} of a data source: expected one of"
+      f" {', '.join(sorted(known | {'format', 'limit', 'system', 'template'}))}"
+    )
   if "strip_calculator" in options:
-    options = options | {"strip_calculator": _boolean("strip_calculator",
-                                                      options["strip_calculator"])}
+    options = options | {
+      "strip_calculator": _boolean("strip_calculator", options["strip_calculator"])
+    }
   return formats.Options(**options)
 
 
@@ -225,8 +246,9 @@ def _load_parquet(path: str, **options: Any) -> Loaded:
 
 
 @register_source("tfds")
-def _load_tfds(path: str, data_dir: str | None = None, manual_dir: str | None = None,
-               **options: Any) -> Loaded:
+def _load_tfds(
+  path: str, data_dir: str | None = None, manual_dir: str | None = None, **options: Any
+) -> Loaded:
   from igpo_jax.data import builders
 
   name, _, split = path.partition("/")
@@ -237,14 +259,19 @@ def _load_tfds(path: str, data_dir: str | None = None, manual_dir: str | None = 
 
 
 @register_source("synthetic")
-def _load_synthetic(name: str, split: str = "train", n: int | str = 1000, seed: int | str = 0,
-                    **options: Any) -> Loaded:
+def _load_synthetic(
+  name: str, split: str = "train", n: int | str = 1000, seed: int | str = 0, **options: Any
+) -> Loaded:
   from igpo_jax.data import synthetic
 
   if name:
     options = {"name": name} | options
-  records = synthetic.make_records(split, _integer("n", n), _integer("seed", seed),
-                                   **{key: _number_if(value) for key, value in options.items()})
+  records = synthetic.make_records(
+    split,
+    _integer("n", n),
+    _integer("seed", seed),
+    **{key: _number_if(value) for key, value in options.items()},
+  )
   return Loaded(list(records), {})
 
 

@@ -27,7 +27,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
   found, last = [], 0
   for start, end, inner in sorted(closed):
     if start >= last:
-      found.append((start, end, text[inner:end - 1]))
+      found.append((start, end, text[inner : end - 1]))
       last = end
   return found
 
@@ -41,18 +41,20 @@ def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
   there is none of these, or where it opens the line that has the start. Without any,
   the last place where `answer` stands as a word of its own. None if there is none.
   """
+
   def squeeze(text: str) -> str:
     return re.sub(r"[\s$]", "", text)
 
-  starts = [matches[-1].start() for pattern in _EXPLICIT
-            if (matches := list(pattern.finditer(trace)))]
+  starts = [
+    matches[-1].start() for pattern in _EXPLICIT if (matches := list(pattern.finditer(trace)))
+  ]
   found = boxes(trace)
   if found:
     same = {squeeze(found[-1][2]), squeeze(answer)}
     starts += [start for start, _, content in found if squeeze(content) in same]
   said = [match.start() for match in _SAID.finditer(trace)]
   first = min(starts, default=len(trace))
-  if said and (not starts or (said[-1] < first and "\n" not in trace[said[-1]:first])):
+  if said and (not starts or (said[-1] < first and "\n" not in trace[said[-1] : first])):
     starts = said[-1:]
   if not starts and answer:
     pattern = rf"(?<![\w.]){re.escape(answer)}(?!\w)"

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -49,12 +50,16 @@ def apply_step(number: str, sign: str, operand: str) -> str:
   return "".join(str(change(int(digit), int(by))) for digit, by in pairs)
 
 
-def solve(problem: str) -> tuple[str, str]:
-  """The trace and the answer of a problem. Example: "352+417" gives ("769 =>769", "769")."""
+def solve(problem: str, skip: Callable[[str], bool] = lambda sign: False) -> tuple[str, str]:
+  """The trace and its answer. Example: "352+417" gives ("769 =>769", "769").
+
+  `skip(sign)` says of each step whether the trace forgets it: the number stays as it is.
+  """
   number, *steps = re.split(r"([-+^_])", problem)
   numbers = []
   for sign, operand in zip(steps[::2], steps[1::2], strict=True):
-    number = apply_step(number, sign, operand)
+    if not skip(sign):
+      number = apply_step(number, sign, operand)
     numbers.append(number)
   return " ".join(numbers) + f" =>{number}", number
 
@@ -85,9 +90,10 @@ def make_records(
   min_steps: int | str = 2,
   max_steps: int | str = 8,
   digits: int | str = 3,
-  ops: str = "add,sub,max,min",
-  hard_share: float | str = 1.0,
-  easy_ops: str = "add,sub",
+  ops: str = "max,min",
+  rare: str = "add",
+  rare_share: float | str = 0.25,
+  skip_share: float | str = 0.0,
 ) -> list[Record]:
   """Distinct problems of one split, the same on every machine.
 
@@ -98,9 +104,14 @@ def make_records(
     name: "chains".
     min_steps, max_steps: the number of steps is uniform in this range.
     digits: digits of the number, 1 to 6.
-    ops: kinds of steps of a hard problem, out of add, sub, max, min.
-    hard_share: share of hard problems; the others use `easy_ops` only.
-    easy_ops: kinds of steps of an easy problem.
+    ops: common kinds of steps, out of add, sub, max, min.
+    rare: a further kind.
+    rare_share: the difficulty knob besides the number of steps: each step is of the rare
+      kind with this probability. Easy problems (0.05, say) have the length of hard ones
+      (0.25), so no position of a hard one is new to a model that was trained on easy ones.
+    skip_share: careless traces: each step of the rare kind is forgotten with this
+      probability, and the trace goes on from there to a wrong end. The record's `answer`
+      is the right one all the same.
 
   Raises:
     UserError: an unknown split or task, or options out of range.
@@ -110,32 +121,37 @@ def make_records(
   if split not in ("train", "test"):
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
   try:
-    low, high, digits, share = int(min_steps), int(max_steps), int(digits), float(hard_share)
+    low, high, digits = int(min_steps), int(max_steps), int(digits)
+    share, skip_share = float(rare_share), float(skip_share)
   except ValueError as error:
     raise UserError(f"synthetic: {error}") from None
   if not 1 <= low <= high:
     raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need 1 <= min <= max")
   if not 1 <= digits <= 6:
     raise UserError(f"synthetic: digits={digits} is not in 1..6")
-  hard, easy = _signs("ops", ops), _signs("easy_ops", easy_ops)
+  for option, value in (("rare_share", share), ("skip_share", skip_share)):
+    if not 0 <= value <= 1:
+      raise UserError(f"synthetic: {option}={value} is not in [0, 1]")
+  common, rare = _signs("ops", ops), _signs("rare", rare)
 
-  rng = np.random.default_rng([seed, low, high, digits, len(hard), len(easy)])
+  rng = np.random.default_rng([seed, low, high, digits, round(share * 1000)])
   records: dict[str, Record] = {}
   tries = 0
   while len(records) < n:
     tries += 1
     if tries > 100 * n + 1000:
       raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
-    kinds = hard if rng.random() < share else easy
     number = lambda below: "".join(str(digit) for digit in rng.integers(0, below, digits))
     problem = number(10)
     for _ in range(rng.integers(low, high + 1)):
+      kinds = rare if rng.random() < share else common
       sign = kinds[rng.integers(len(kinds))]
       # Small summands, or most digits would end at 0 or 9 and luck would count.
       problem += sign + number(SUMMANDS_BELOW if sign in "+-" else 10)
     if problem in records or split_of(problem) != split:
       continue
-    trace, answer = solve(problem)
+    _, answer = solve(problem)
+    trace, _ = solve(problem, lambda sign: sign in rare and rng.random() < skip_share)
     records[problem] = Record(
       id=problem,
       prompt=({"role": "user", "content": problem},),

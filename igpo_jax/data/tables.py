@@ -57,8 +57,9 @@ def read_json(paths: Iterable[epath.Path]) -> Iterator[Row]:
               continue
             row = json.loads(row)
           if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: a JSON object was expected, not"
-                            f" {type(row).__name__}")
+            raise UserError(
+              f"{path}, row {number}: a JSON object was expected, not {type(row).__name__}"
+            )
           yield row
       except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error

@@ -90,7 +90,8 @@ class Tokenizer(abc.ABC):
       end = next((k for k, i in enumerate(ids) if i in self.stop_ids), len(ids))
       ids = ids[:end]
     return self._decode_text(
-        [i for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids])
+      [i for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids]
+    )
 
 
 class CharTokenizer(Tokenizer):
@@ -119,8 +120,10 @@ class CharTokenizer(Tokenizer):
     try:
       ids = [self._ids[character] for character in text]
     except KeyError as error:
-      raise UserError(f"the character {error.args[0]!r} of {text[:40]!r} is not in this"
-                      f" tokenizer's alphabet {self.alphabet!r}") from None
+      raise UserError(
+        f"the character {error.args[0]!r} of {text[:40]!r} is not in this"
+        f" tokenizer's alphabet {self.alphabet!r}"
+      ) from None
     return ids, [(k, k + 1) for k in range(len(text))]
 
   def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -171,11 +174,13 @@ class SentencePieceTokenizer(Tokenizer):
     self.vocab_size, self.mask_id, self.eos_id = size, mask, eos
     self.pad_id = pad if pad >= 0 else eos
     self.stop_ids, self.turn_id = (eos,), eos
-    self._roles = {role: self._sp.piece_to_id(f"<|{role}|>")
-                   for role in self.ROLES if self._has(f"<|{role}|>")}
+    self._roles = {
+      role: self._sp.piece_to_id(f"<|{role}|>") for role in self.ROLES if self._has(f"<|{role}|>")
+    }
     control = [i for i in range(self._sp.vocab_size()) if self._sp.is_control(i)]
     self.special_ids = frozenset(
-        (mask, eos, self.pad_id, *control, *self._roles.values(), self._sp.unk_id()))
+      (mask, eos, self.pad_id, *control, *self._roles.values(), self._sp.unk_id())
+    )
 
   def _has(self, piece: str) -> bool:
     return self._sp.id_to_piece(self._sp.piece_to_id(piece)) == piece
@@ -205,8 +210,9 @@ class SentencePieceTokenizer(Tokenizer):
     return self._sp.decode(ids)
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int,
-                        path: epath.PathLike | None = None) -> SentencePieceTokenizer:
+def train_sentencepiece(
+  texts: Iterable[str], vocab_size: int, path: epath.PathLike | None = None
+) -> SentencePieceTokenizer:
   """Trains a unigram model on `texts`, reversible and the same on every run.
 
   Nothing is normalised, rare and unknown characters become bytes, a digit is a token, and
@@ -227,17 +233,32 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
-        model_type="unigram", character_coverage=0.9995, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, split_digits=True, max_sentence_length=1 << 20,
-        unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
-        control_symbols=["<mask>", *(f"<|{role}|>" for role in SentencePieceTokenizer.ROLES)],
-        user_defined_symbols=["\n"],
-        num_threads=1, shuffle_input_sentence=False, minloglevel=2)
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type="unigram",
+      character_coverage=0.9995,
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      split_digits=True,
+      max_sentence_length=1 << 20,
+      unk_id=0,
+      eos_id=1,
+      bos_id=-1,
+      pad_id=-1,
+      control_symbols=["<mask>", *(f"<|{role}|>" for role in SentencePieceTokenizer.ROLES)],
+      user_defined_symbols=["\n"],
+      num_threads=1,
+      shuffle_input_sentence=False,
+      minloglevel=2,
+    )
   except RuntimeError as error:
-    raise UserError(f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
-                    f" {str(error).split('] ')[-1]}") from error
+    raise UserError(
+      f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
+      f" {str(error).split('] ')[-1]}"
+    ) from error
   if path is not None:
     write_file(epath.Path(path).parent, epath.Path(path).name, model.getvalue())
   return SentencePieceTokenizer(model.getvalue())
@@ -260,8 +281,10 @@ def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
     raise UserError("a prompt needs at least one message")
   for message in messages:
     if message["role"] not in SentencePieceTokenizer.ROLES:
-      raise UserError(f"unknown role {message['role']!r} in a prompt: expected one of"
-                      f" {', '.join(SentencePieceTokenizer.ROLES)}")
+      raise UserError(
+        f"unknown role {message['role']!r} in a prompt: expected one of"
+        f" {', '.join(SentencePieceTokenizer.ROLES)}"
+      )
   if messages[-1]["role"] == "assistant":
     return Prefill(messages[:-1], messages[-1]["content"])
   return Prefill(messages, "")
@@ -308,9 +331,10 @@ def has_tokenizer(directory: epath.PathLike) -> bool:
   """True if `load_tokenizer(directory)` would find something to read."""
   directory = epath.Path(directory)
   return directory.is_dir() and (
-      read_json(directory / DESCRIPTION_FILE).get("type") == "char"
-      or directory.joinpath(HF_FILE).exists()
-      or _find_sentencepiece(directory) is not None)
+    read_json(directory / DESCRIPTION_FILE).get("type") == "char"
+    or directory.joinpath(HF_FILE).exists()
+    or _find_sentencepiece(directory) is not None
+  )
 
 
 def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
@@ -338,6 +362,7 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
     return hf_tokenizer.HFTokenizer(path)
   model = _find_sentencepiece(path)
   if model is None:
-    raise UserError(f"no tokenizer in {path}: expected {HF_FILE}, a SentencePiece *.model or"
-                    f" {DESCRIPTION_FILE}")
+    raise UserError(
+      f"no tokenizer in {path}: expected {HF_FILE}, a SentencePiece *.model or {DESCRIPTION_FILE}"
+    )
   return SentencePieceTokenizer(model.read_bytes())

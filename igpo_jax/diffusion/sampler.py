@@ -64,9 +64,7 @@ def denoise(
       f"{canvas.valid.shape} must have one shape [B,T]"
     )
   if t < cfg.gen_length:
-    raise UserError(
-      f"canvas of {t} positions is shorter than sampler.gen_length={cfg.gen_length}"
-    )
+    raise UserError(f"canvas of {t} positions is shorter than sampler.gen_length={cfg.gen_length}")
   keys = _row_keys(key, b)
   noise_table = None
   if noise is not None:

@@ -18,8 +18,17 @@ from __future__ import annotations
 import collections
 import re
 
-END_OF_TEXT = ("<|endoftext|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|im_end|>",
-               "<|end|>", "<eos>", "<end_of_turn>", "</s>")
+END_OF_TEXT = (
+  "<|endoftext|>",
+  "<|eot_id|>",
+  "<|eot|>",
+  "<|end_of_text|>",
+  "<|im_end|>",
+  "<|end|>",
+  "<eos>",
+  "<end_of_turn>",
+  "</s>",
+)
 RULES = ("boxed", "tag", "hashes", "phrase", "last_number")
 DEFAULT_RULES = ("boxed", "tag", "hashes", "phrase")
 
@@ -112,8 +121,13 @@ def _last_number(text: str) -> str | None:
   return numbers[-1] if numbers else None
 
 
-_FINDERS = {"boxed": extract_boxed, "tag": extract_tag, "hashes": _hashes, "phrase": _phrase,
-            "last_number": _last_number}
+_FINDERS = {
+  "boxed": extract_boxed,
+  "tag": extract_tag,
+  "hashes": _hashes,
+  "phrase": _phrase,
+  "last_number": _last_number,
+}
 
 
 def find_answer(completion: str, rules: tuple[str, ...] = DEFAULT_RULES) -> str | None:

@@ -17,10 +17,23 @@ from igpo_jax.data.records import Record
 from igpo_jax.rewards import answers, registry
 
 MAX_LENGTH = 200  # characters of an expression
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-               ast.Div: operator.truediv}
-_SIGNS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\u00d7", "*"), ("\u00f7", "/"),
-          ("\u2212", "-"), ("\\left", ""), ("\\right", ""), ("$", ""))
+_OPERATIONS = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+}
+_SIGNS = (
+  ("\\times", "*"),
+  ("\\cdot", "*"),
+  ("\\div", "/"),
+  ("\u00d7", "*"),
+  ("\u00f7", "/"),
+  ("\u2212", "-"),
+  ("\\left", ""),
+  ("\\right", ""),
+  ("$", ""),
+)
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
@@ -50,9 +63,10 @@ def _gold(record: Record) -> tuple[list[int], Fraction]:
     gold = json.loads(record.answer)
     return sorted(map(int, gold["numbers"])), Fraction(gold["target"])
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"countdown: the answer of record {record.id!r} must be JSON such as "
-                    f'{{"numbers": [3, 7, 2], "target": 23}}, not {record.answer!r:.80}'
-                    ) from error
+    raise UserError(
+      f"countdown: the answer of record {record.id!r} must be JSON such as "
+      f'{{"numbers": [3, 7, 2], "target": 23}}, not {record.answer!r:.80}'
+    ) from error
 
 
 def _answer(completion: str) -> str | None:

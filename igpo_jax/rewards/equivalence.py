@@ -70,18 +70,23 @@ def compare(gold: str, answer: str) -> Outcome:
 
 def warm_up() -> None:
   """Imports the parser and fills its tables, so that forked workers start ready."""
-  for gold, answer in ((r"\frac{\sqrt{2}}{2}x", r"x/\sqrt{2}"), ("x+y=1", "y=1-x"),
-                       (r"\sin(2x)+\pi", "3"), (r"(x+1)^2", "x^2+2x+1")):
+  for gold, answer in (
+    (r"\frac{\sqrt{2}}{2}x", r"x/\sqrt{2}"),
+    ("x+y=1", "y=1-x"),
+    (r"\sin(2x)+\pi", "3"),
+    (r"(x+1)^2", "x^2+2x+1"),
+  ):
     compare(gold, answer)
 
 
 # --- what an answer is made of ---------------------------------------------------
 
 _MEMBER = re.compile(r"[A-Za-z](?:_[A-Za-z0-9])? ?\\in(?![A-Za-z]) ?(.+)")
-_NAME = re.compile(r"\\?[A-Za-z]+(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?'?(?:\([A-Za-z, ]*\))?"
-                   r"|\\text\{[^{}]*\}")
-_MATRIX = re.compile(
-    r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}")
+_NAME = re.compile(
+  r"\\?[A-Za-z]+(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?'?(?:\([A-Za-z, ]*\))?"
+  r"|\\text\{[^{}]*\}"
+)
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}")
 _SIGN = r"(<|>|\\le|\\ge|\\lt|\\gt)(?![A-Za-z])"
 _RELATION = re.compile(_SIGN)
 _BETWEEN = re.compile(rf"(.+?){_SIGN}(.+?){_SIGN}(.+)")
@@ -105,8 +110,9 @@ def _equal(gold: str, answer: str, depth: int = 0) -> bool:
     if all(intervals) and intervals[0][0] != intervals[1][0]:
       return False
     if any(intervals):
-      gold, answer = (found[1] if found else text
-                      for found, text in zip(intervals, (gold, answer), strict=True))
+      gold, answer = (
+        found[1] if found else text for found, text in zip(intervals, (gold, answer), strict=True)
+      )
   unions = latex.split_command(gold, r"\cup"), latex.split_command(answer, r"\cup")
   if max(map(len, unions)) > 1:
     return _same_set(*unions, depth)
@@ -116,8 +122,10 @@ def _equal(gold: str, answer: str, depth: int = 0) -> bool:
       return False
     shapes = [[len(row) for row in matrix] for matrix in matrices]
     return shapes[0] == shapes[1] and all(
-        _equal(g, a, depth + 1) for rows in zip(*matrices, strict=True)
-        for g, a in zip(*rows, strict=True))
+      _equal(g, a, depth + 1)
+      for rows in zip(*matrices, strict=True)
+      for g, a in zip(*rows, strict=True)
+    )
   g, a = _collection(gold), _collection(answer)
   if g or a:
     return _same_collection(g or ("list", [gold]), a or ("list", [answer]), depth)
@@ -200,8 +208,9 @@ def _same_set(golds: list[str], answers: list[str], depth: int) -> bool:
   return True
 
 
-def _same_collection(gold: tuple[str, list[str]], answer: tuple[str, list[str]],
-                     depth: int) -> bool:
+def _same_collection(
+  gold: tuple[str, list[str]], answer: tuple[str, list[str]], depth: int
+) -> bool:
   (g_kind, golds), (a_kind, answers) = gold, answer
   if g_kind in ("set", "list") and a_kind in ("set", "list"):
     return _same_set(golds, answers, depth)
@@ -209,7 +218,8 @@ def _same_collection(gold: tuple[str, list[str]], answer: tuple[str, list[str]],
   if g_kind != a_kind and {g_kind, a_kind} != {"()", "list"}:
     return False
   return len(golds) == len(answers) and all(
-      _equal(g, a, depth + 1) for g, a in zip(golds, answers, strict=True))
+    _equal(g, a, depth + 1) for g, a in zip(golds, answers, strict=True)
+  )
 
 
 def _same_scalar(gold: str, answer: str, depth: int) -> bool:
@@ -280,9 +290,13 @@ def _parse(text: str, imaginary: bool):
     raise Unreadable("characters that are no mathematics")
   source = normalize_latex(latex.for_parser(text), NormalizationConfig(boxed="none"))
   try:
-    parsed = latex2sympy(source, is_real=not imaginary, convert_degrees=False,
-                         normalization_config=None,
-                         conversion_config=ConversionConfig(lowercase_symbols=False))
+    parsed = latex2sympy(
+      source,
+      is_real=not imaginary,
+      convert_degrees=False,
+      normalization_config=None,
+      conversion_config=ConversionConfig(lowercase_symbols=False),
+    )
   except (MemoryError, RecursionError):
     raise
   except Exception as error:
@@ -313,8 +327,9 @@ def _same_expression(gold: str, answer: str) -> bool:
     agree = _proportional(*(e.lhs - e.rhs for e in parsed))
     if agree is not None:
       return agree
-  return bool(math_verify.verify(
-      [parsed[0]], [parsed[1]], allow_set_relation_comp=True, timeout_seconds=None))
+  return bool(
+    math_verify.verify([parsed[0]], [parsed[1]], allow_set_relation_comp=True, timeout_seconds=None)
+  )
 
 
 def _values(expressions: list, point: int) -> list[complex] | None:
@@ -327,8 +342,14 @@ def _values(expressions: list, point: int) -> list[complex] | None:
   values = [sympy.sympify(e).xreplace(where).evalf(DIGITS) for e in expressions]
   if not all(v.is_number and v.is_finite and not v.free_symbols for v in values):
     return None
-  return values if all(v.is_Number or (v.as_real_imag()[0].is_Number and
-                                       v.as_real_imag()[1].is_Number) for v in values) else None
+  return (
+    values
+    if all(
+      v.is_Number or (v.as_real_imag()[0].is_Number and v.as_real_imag()[1].is_Number)
+      for v in values
+    )
+    else None
+  )
 
 
 def _sampled(expressions: list) -> list[list] | None:
@@ -337,8 +358,11 @@ def _sampled(expressions: list) -> list[list] | None:
   from sympy.core.function import AppliedUndef
 
   expressions = [e.doit() for e in expressions]
-  if any(e.has(sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product)
-         for e in expressions if e.free_symbols):
+  if any(
+    e.has(sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product)
+    for e in expressions
+    if e.free_symbols
+  ):
     return None
   calls = set().union(*(e.atoms(AppliedUndef) for e in expressions))
   names = {call: sympy.Symbol(f"call {call}") for call in calls}

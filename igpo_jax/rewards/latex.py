@@ -11,19 +11,50 @@ import unicodedata
 MAX_NESTING = 40  # brackets within brackets
 MAX_LENGTH = 2000  # characters; a longer "answer" is not an answer
 
-_UNICODE = str.maketrans({
-    "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": r"\times ", "·": r"\cdot ",
-    "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "°": "",
-    "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "\N{UNION}": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "½": r"\frac{1}{2}",
-    "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "θ": r"\theta ", "\N{GREEK SMALL LETTER ALPHA}": r"\alpha ", "β": r"\beta ",
-    "ω": r"\omega ", "λ": r"\lambda ", "“": "", "”": "", "\u2019": "'", "\u00a0": " ",
-    "\u2009": " ", "\u202f": " "})
+_UNICODE = str.maketrans(
+  {
+    "\N{MINUS SIGN}": "-",
+    "\N{MULTIPLICATION SIGN}": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "÷": "/",
+    "π": r"\pi ",
+    "√": r"\sqrt ",
+    "∞": r"\infty ",
+    "°": "",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "\N{UNION}": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "θ": r"\theta ",
+    "\N{GREEK SMALL LETTER ALPHA}": r"\alpha ",
+    "β": r"\beta ",
+    "ω": r"\omega ",
+    "λ": r"\lambda ",
+    "“": "",
+    "”": "",
+    "\u2019": "'",
+    "\u00a0": " ",
+    "\u2009": " ",
+    "\u202f": " ",
+  }
+)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 # Order matters: a rule may rely on the ones before it.
-_REWRITES = tuple((re.compile(pattern), to) for pattern, to in (
+_REWRITES = tuple(
+  (re.compile(pattern), to)
+  for pattern, to in (
     ("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", lambda m: f"^{{{m[1].translate(_RAISED)}}}"),
     (r"\\\$|\$", ""),
     (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))", ","),
@@ -33,12 +64,16 @@ _REWRITES = tuple((re.compile(pattern), to) for pattern, to in (
     (r"\\hspace\*?\{[^{}]*\}|\\q?quad(?![A-Za-z])|(?<!\\)\\[,;:> ]|~", " "),
     (r"\\(?:display|text|script)style(?![A-Za-z])|\\limits(?![A-Za-z])", ""),
     (r"\\(?:math(?:bf|it|sf|tt|cal)|boldsymbol|bm|emph|underline)(?![A-Za-z])", ""),
-    (r"\\(?:text(?:rm|bf|it|sf|tt|normal)|mathrm|mathop|mbox|hbox|operatorname\*?)(?![A-Za-z])",
-     r"\\text"),
+    (
+      r"\\(?:text(?:rm|bf|it|sf|tt|normal)|mathrm|mathop|mbox|hbox|operatorname\*?)(?![A-Za-z])",
+      r"\\text",
+    ),
     (r"\\text\s+\{", r"\\text{"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime)(?![A-Za-z])",
-     lambda m: "'" * m[0].count("prime")),
+    (
+      r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime)(?![A-Za-z])",
+      lambda m: "'" * m[0].count("prime"),
+    ),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])", ""),
     (r"\\(?:lbrace|lcub)(?![A-Za-z])", r"\\{"),
     (r"\\(?:rbrace|rcub)(?![A-Za-z])", r"\\}"),
@@ -58,21 +93,20 @@ _REWRITES = tuple((re.compile(pattern), to) for pattern, to in (
     (r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}"),
     (r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2"),
     (r"\s+", " "),
-))
+  )
+)
 _WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"))
 _TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
 _INNER_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
 
 # A number's unit, after it: \text groups with powers, slashes and dots between them.
 _TEXT_UNITS = re.compile(
-    r"(?<=[^_^{\s])\s*[/\\]?\s*(?:\\text\{[^{}0-9,]*[23]?[^{}0-9,]*\}"
-    r"(?:\s*\^(?:[0-9]|\{-?[0-9]\}))?\s*(?:(?:/|\\cdot|\\times|\{\})\s*)*)+$")
+  r"(?<=[^_^{\s])\s*[/\\]?\s*(?:\\text\{[^{}0-9,]*[23]?[^{}0-9,]*\}"
+  r"(?:\s*\^(?:[0-9]|\{-?[0-9]\}))?\s*(?:(?:/|\\cdot|\\times|\{\})\s*)*)+$"
+)
 _UNIT_WORDS = frozenset(
-    """cm mm km meter meters metre metres inch inches foot feet ft yard yards mile miles degree
-    degrees radian radians dollar dollars cent cents unit units square sq cubic hour hours hr
-    minute minutes min second seconds sec day days week weeks year years kg gram grams gallon
-    gallons liter liters litre litres mph kph percent per cm^2 cm^3 m^2 m^3 km^2 ft^2
-    in^2""".split())  # noqa: SIM905
+  ["cm", "mm", "km", "meter", "meters", "metre", "metres", "inch", "inches", "foot", "feet", "ft", "yard", "yards", "mile", "miles", "degree", "degrees", "radian", "radians", "dollar", "dollars", "cent", "cents", "unit", "units", "square", "sq", "cubic", "hour", "hours", "hr", "minute", "minutes", "min", "second", "seconds", "sec", "day", "days", "week", "weeks", "year", "years", "kg", "gram", "grams", "gallon", "gallons", "liter", "liters", "litre", "litres", "mph", "kph", "percent", "per", "cm^2", "cm^3", "m^2", "m^3", "km^2", "ft^2", "in^2"]
+)
 
 
 def _nesting(text: str) -> int:
@@ -168,7 +202,8 @@ def words(text: str) -> str | None:
   if not re.fullmatch(r"[A-Za-z(][A-Za-z .'()/&-]*", bare):
     return None
   if bare == text and not any(
-      len(word) >= 3 and word.lower() not in NAMES for word in re.findall("[A-Za-z]+", bare)):
+    len(word) >= 3 and word.lower() not in NAMES for word in re.findall("[A-Za-z]+", bare)
+  ):
     return None
   return " ".join(bare.lower().split())
 
@@ -183,14 +218,49 @@ def letter(text: str) -> str | None:
   return match and (match[1] or match[2]).upper()
 
 
-_FUNCTIONS = ("sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan",
-              "sinh", "cosh", "tanh", "ln", "log", "exp", "min", "max", "gcd", "lcm")
-_SYMBOLS = ("pi", "theta", "alpha", "beta", "gamma", "delta", "omega", "lambda", "sigma", "tau",
-            "phi", "rho", "mu", "infty")
+_FUNCTIONS = (
+  "sqrt",
+  "sin",
+  "cos",
+  "tan",
+  "cot",
+  "sec",
+  "csc",
+  "arcsin",
+  "arccos",
+  "arctan",
+  "sinh",
+  "cosh",
+  "tanh",
+  "ln",
+  "log",
+  "exp",
+  "min",
+  "max",
+  "gcd",
+  "lcm",
+)
+_SYMBOLS = (
+  "pi",
+  "theta",
+  "alpha",
+  "beta",
+  "gamma",
+  "delta",
+  "omega",
+  "lambda",
+  "sigma",
+  "tau",
+  "phi",
+  "rho",
+  "mu",
+  "infty",
+)
 NAMES = frozenset([*_FUNCTIONS, *_SYMBOLS, "infinity", "mod"])
 _BARE_NAME = re.compile(
-    rf"(?<![A-Za-z\\])({'|'.join(sorted([*_FUNCTIONS, *_SYMBOLS], key=len, reverse=True))})"
-    r"(?![A-Za-z])")
+  rf"(?<![A-Za-z\\])({'|'.join(sorted([*_FUNCTIONS, *_SYMBOLS], key=len, reverse=True))})"
+  r"(?![A-Za-z])"
+)
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![0-9.])")
 _THOUSANDS = re.compile(r"(?<![0-9.,(\[])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _OPENING = re.compile(r"\\sqrt\s*\(|\^\s*\(")
@@ -221,6 +291,6 @@ def for_parser(text: str) -> str:
         break
     if depth:
       break
-    text = (text[:opening].rstrip() + "{" + text[opening + 1 : at] + "}" + text[at + 1 :])
+    text = text[:opening].rstrip() + "{" + text[opening + 1 : at] + "}" + text[at + 1 :]
     match = _OPENING.search(text, opening)
   return text

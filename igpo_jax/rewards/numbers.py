@@ -30,21 +30,30 @@ class Number:
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = r"(?:(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{ ?(?P<e1>[-+]?[0-9]+) ?\}|(?P<e2>[0-9]))"
 _PLAIN = re.compile(
-    rf"(?P<sign>[-+]?) ?(?P<mantissa>{_UNSIGNED})(?:[eE](?P<e0>[-+]?[0-9]+)| ?(?=[\\*x]){_POWER})?")
+  rf"(?P<sign>[-+]?) ?(?P<mantissa>{_UNSIGNED})(?:[eE](?P<e0>[-+]?[0-9]+)| ?(?=[\\*x]){_POWER})?"
+)
 _TEN = re.compile(rf"(?P<sign>[-+]?) ?{_POWER}")
 _FRACTION = re.compile(
-    rf"(?P<sign>[-+]?) ?(?:(?P<whole>[0-9]+) ?)?\\frac ?\{{ ?(?P<top>[-+]? ?{_UNSIGNED}) ?\}}"
-    rf" ?\{{ ?(?P<bottom>[-+]? ?{_UNSIGNED}) ?\}}")
+  rf"(?P<sign>[-+]?) ?(?:(?P<whole>[0-9]+) ?)?\\frac ?\{{ ?(?P<top>[-+]? ?{_UNSIGNED}) ?\}}"
+  rf" ?\{{ ?(?P<bottom>[-+]? ?{_UNSIGNED}) ?\}}"
+)
 _SLASH = re.compile(
-    rf"(?P<sign>[-+]?) ?(?:(?P<whole>[0-9]+) )?(?P<top>{_UNSIGNED}) ?/ ?(?P<bottom>{_UNSIGNED})")
+  rf"(?P<sign>[-+]?) ?(?:(?P<whole>[0-9]+) )?(?P<top>{_UNSIGNED}) ?/ ?(?P<bottom>{_UNSIGNED})"
+)
 _REPEATING = re.compile(
-    r"(?P<sign>[-+]?)(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline ?\{ ?(?P<again>[0-9]+) ?\}")
+  r"(?P<sign>[-+]?)(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline ?\{ ?(?P<again>[0-9]+) ?\}"
+)
 _BASE = re.compile(r"(?P<digits>[0-9]+)_(?:\{(?P<b1>[0-9]{1,2})\}|(?P<b2>[0-9]))")
 # "12 cm", "5 changes/day": words, or one letter that is a unit of measurement.
 _UNIT = re.compile(r" ?(?P<unit>[A-Za-z][A-Za-z.'/ -]*?)(?:\^[23])?$")
 _ONE_LETTER_UNITS = frozenset("mgshLJNVWKCAF")
-_MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-              "trillion": 10**12}
+_MULTIPLES = {
+  "hundred": 100,
+  "thousand": 1000,
+  "million": 10**6,
+  "billion": 10**9,
+  "trillion": 10**12,
+}
 
 
 def _decimal(text: str) -> Fraction:
@@ -74,8 +83,9 @@ def _read(text: str) -> Number | None:
         return None
       mantissa = groups.get("mantissa") or "1"
       value = _decimal(mantissa) * Fraction(10) ** exponent
-      return Number(-value if match["sign"] == "-" else value,
-                    decimal="." in mantissa or exponent != 0)
+      return Number(
+        -value if match["sign"] == "-" else value, decimal="." in mantissa or exponent != 0
+      )
   for pattern in (_FRACTION, _SLASH):
     match = pattern.fullmatch(text)
     if match:
@@ -130,8 +140,9 @@ def read(text: str) -> Number | None:
 
 
 _SENTENCE = re.compile(
-    rf"(?P<before>(?:[A-Za-z][A-Za-z'-]*[,:]? )*)(?P<number>-?{_UNSIGNED}%?)"
-    r"(?P<after>[A-Za-z ,'-]*)")
+  rf"(?P<before>(?:[A-Za-z][A-Za-z'-]*[,:]? )*)(?P<number>-?{_UNSIGNED}%?)"
+  r"(?P<after>[A-Za-z ,'-]*)"
+)
 _TURNED = frozenset(("minus", "negative", "not", "no", "except"))
 
 
@@ -177,5 +188,6 @@ def equal(gold: Number, answer: Number) -> bool:
     return True
   if gold.percent == answer.percent:
     return False
-  return close(*(dataclasses.replace(n, value=n.value / 100) if n.percent else n
-                 for n in (gold, answer)))
+  return close(
+    *(dataclasses.replace(n, value=n.value / 100) if n.percent else n for n in (gold, answer))
+  )

@@ -38,20 +38,31 @@ class Pool:
       as exceeding the time.
   """
 
-  def __init__(self, workers: int | None = None, timeout: float = 5.0,
-               memory: int = DEFAULT_MEMORY):
+  def __init__(
+    self, workers: int | None = None, timeout: float = 5.0, memory: int = DEFAULT_MEMORY
+  ):
     if timeout <= 0:
       raise ValueError(f"timeout: {timeout} seconds; give a positive number")
     ours, theirs = socket.socketpair()
     root = str(pathlib.Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "igpo_jax.rewards.worker", f"--fd={theirs.fileno()}",
-               f"--workers={workers or default_workers()}", f"--timeout={timeout}",
-               f"--memory={memory}"]
+    command = [
+      sys.executable,
+      "-m",
+      "igpo_jax.rewards.worker",
+      f"--fd={theirs.fileno()}",
+      f"--workers={workers or default_workers()}",
+      f"--timeout={timeout}",
+      f"--memory={memory}",
+    ]
     # A session of its own: Ctrl-C reaches the program, which closes the pool.
     self._process = subprocess.Popen(
-        command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+      command,
+      pass_fds=[theirs.fileno()],
+      stdin=subprocess.DEVNULL,
+      env={**os.environ, "PYTHONPATH": path},
+      start_new_session=True,
+    )
     theirs.close()
     self._link = connection.Connection(ours.detach())
     self._lock = threading.Lock()
@@ -102,8 +113,7 @@ class Pool:
     if self._process.poll() is None:
       # Closing a descriptor does not wake a reader; shutting the socket down does. It
       # fails where the server went first.
-      with (contextlib.suppress(OSError),
-            socket.socket(fileno=os.dup(self._link.fileno())) as half):
+      with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._link.fileno())) as half:
         half.shutdown(socket.SHUT_RDWR)
     self._process.wait()
     self._reader.join()

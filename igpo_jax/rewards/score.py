@@ -17,8 +17,7 @@ from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its veri
 from igpo_jax.rewards.pool import Pool
 from igpo_jax.rewards.registry import Verdict, register_reward, register_verifier
 
-__all__ = ["PendingScores", "Scorer", "Scores", "Verdict", "register_reward",
-           "register_verifier"]
+__all__ = ["PendingScores", "Scorer", "Scores", "Verdict", "register_reward", "register_verifier"]
 
 CACHE_SIZE = 65536  # verdicts of distinct (gold, answer) pairs that are remembered
 
@@ -74,20 +73,27 @@ class Scorer:
     pool: the worker processes; None for a verifier that runs in this process.
   """
 
-  def __init__(self, verifier: str = "math", parts: Mapping[str, float] | None = None,
-               workers: int | None = None, timeout: float = 5.0,
-               rules: tuple[str, ...] = answers.DEFAULT_RULES):
+  def __init__(
+    self,
+    verifier: str = "math",
+    parts: Mapping[str, float] | None = None,
+    workers: int | None = None,
+    timeout: float = 5.0,
+    rules: tuple[str, ...] = answers.DEFAULT_RULES,
+  ):
     self._verify = None if verifier == registry.POOLED else registry.verifier(verifier)
     weights = dict(parts) if parts is not None else {"correct": 1.0}
     self._parts = {name: (registry.reward(name), weight) for name, weight in weights.items()}
     unknown = [rule for rule in rules if rule not in answers.RULES]
     if unknown:
-      raise UserError(f"rewards: no extraction rule {unknown[0]!r}; known: "
-                      f"{', '.join(answers.RULES)}")
+      raise UserError(
+        f"rewards: no extraction rule {unknown[0]!r}; known: {', '.join(answers.RULES)}"
+      )
     self._rules = tuple(rules)
     self.pool = None if self._verify else Pool(workers, timeout)
     self._cache: collections.OrderedDict[tuple[str, str], tuple[str, bool]] = (
-        collections.OrderedDict())
+      collections.OrderedDict()
+    )
 
   def __call__(self, completions: Sequence[str], records: Sequence[Record]) -> Scores:
     """Scores `completions[i]` against `records[i]`; waits for all of them."""
@@ -147,16 +153,24 @@ class Scorer:
     if len(self._cache) > CACHE_SIZE:
       self._cache.popitem(last=False)
 
-  def _score(self, completions: list[str], records: list[Record],
-             verdicts: list[Verdict]) -> Scores:
+  def _score(
+    self, completions: list[str], records: list[Record], verdicts: list[Verdict]
+  ) -> Scores:
     rows = list(zip(completions, records, verdicts, strict=True))
-    parts = {name: np.array([fn(*row) for row in rows], np.float32)
-             for name, (fn, _) in self._parts.items()}
+    parts = {
+      name: np.array([fn(*row) for row in rows], np.float32)
+      for name, (fn, _) in self._parts.items()
+    }
     reward = np.zeros(len(rows), np.float32)
     for name, (_, weight) in self._parts.items():
       reward += np.float32(weight) * parts[name]
-    return Scores(reward, np.array([v.correct for v in verdicts], bool),
-                  [v.status for v in verdicts], [v.extracted for v in verdicts], parts)
+    return Scores(
+      reward,
+      np.array([v.correct for v in verdicts], bool),
+      [v.status for v in verdicts],
+      [v.extracted for v in verdicts],
+      parts,
+    )
 
   def close(self) -> None:
     """Ends the worker processes; the scorer is of no use afterwards."""

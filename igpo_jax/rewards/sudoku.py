@@ -24,9 +24,10 @@ def _gold(record: Record) -> tuple[str, str]:
       raise ValueError("puzzle and solution differ in size or hold something else than digits")
     return puzzle, solution
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"sudoku: the answer of record {record.id!r} must be JSON with \"puzzle\" "
-                    f'and "solution", equally long strings of digits: {record.answer!r:.80}'
-                    ) from error
+    raise UserError(
+      f'sudoku: the answer of record {record.id!r} must be JSON with "puzzle" '
+      f'and "solution", equally long strings of digits: {record.answer!r:.80}'
+    ) from error
 
 
 def _answer(completion: str) -> str | None:

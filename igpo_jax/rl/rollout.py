@@ -202,9 +202,7 @@ class Explorer:
     arrays = (batch.tokens[groups], batch.valid[groups], canvas, hinted, batch.row_id[groups])
     prompt, valid, canvas, fixed, ids = shard_rows(self.mesh, arrays)
     keys = prompt_keys(key, ids)
-    out = sample_groups(
-      self.lm, params, prompt, valid, canvas, fixed, keys, self.config.sampler
-    )
+    out = sample_groups(self.lm, params, prompt, valid, canvas, fixed, keys, self.config.sampler)
     completion, commit_step = local_rows(out)
     x, g, length = completion.shape
     texts = [self.tokenizer.decode(row) for row in completion.reshape(x * g, length)]

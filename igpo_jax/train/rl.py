@@ -56,9 +56,7 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
     keys = prompt_keys(key("estimate"), shard_rows(run.mesh, batch.row_id))
     scores = programs.score(whole(state.params), reference, explored.rollout, keys)
     for u in range(config.rl.inner_updates):
-      state, metrics = programs.update(
-        state, frozen, explored.rollout, scores, keys, jnp.int32(u)
-      )
+      state, metrics = programs.update(state, frozen, explored.rollout, scores, keys, jnp.int32(u))
     return state, {**metrics, **explored.metrics}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")

@@ -35,8 +35,10 @@ def split_micro_batches(tree: Any, count: int) -> Any:
 
   def split(x):
     x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else constrain(
-      x, None, "act_batch", *(None,) * (x.ndim - 2)
+    return (
+      x
+      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+      else constrain(x, None, "act_batch", *(None,) * (x.ndim - 2))
     )
 
   return jax.tree.map(split, tree)

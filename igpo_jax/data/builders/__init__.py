@@ -17,9 +17,16 @@ from igpo_jax.cli import UserError
 from igpo_jax.data.builders import math_files
 from igpo_jax.data.tables import Row
 
-BUILDERS = {builder.name: builder for builder in (
-    math_files.Metamathqa, math_files.Openr1Math, math_files.Math500, math_files.Amc23,
-    math_files.MinervaMath)}
+BUILDERS = {
+  builder.name: builder
+  for builder in (
+    math_files.Metamathqa,
+    math_files.Openr1Math,
+    math_files.Math500,
+    math_files.Amc23,
+    math_files.MinervaMath,
+  )
+}
 
 
 def format_of(name: str) -> str:
@@ -29,8 +36,9 @@ def format_of(name: str) -> str:
   return "gsm8k" if name == "gsm8k" else "plain"
 
 
-def read(name: str, split: str, data_dir: str | None = None,
-         manual_dir: str | None = None) -> Iterator[Row]:
+def read(
+  name: str, split: str, data_dir: str | None = None, manual_dir: str | None = None
+) -> Iterator[Row]:
   """Rows of a dataset, prepared at the first call.
 
   Args:
@@ -46,8 +54,9 @@ def read(name: str, split: str, data_dir: str | None = None,
   try:
     source = builder.as_data_source(split=split)
   except ValueError as error:
-    raise UserError(f"tfds:{name} has no split {split!r}: it has"
-                    f" {', '.join(sorted(builder.info.splits))}") from error
+    raise UserError(
+      f"tfds:{name} has no split {split!r}: it has {', '.join(sorted(builder.info.splits))}"
+    ) from error
   return (_plain(source[k]) for k in range(len(source)))
 
 
@@ -81,8 +90,10 @@ def _library_builder(name: str, data_dir: str | None) -> Any:
   try:
     return tfds.builder(name, data_dir=data_dir, file_format="array_record")
   except (tfds.core.DatasetNotFoundError, ValueError) as error:
-    raise UserError(f"no TFDS dataset {name!r}: of this package there are"
-                    f" {', '.join(sorted(BUILDERS))}, of TFDS for example gsm8k") from error
+    raise UserError(
+      f"no TFDS dataset {name!r}: of this package there are"
+      f" {', '.join(sorted(BUILDERS))}, of TFDS for example gsm8k"
+    ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -38,8 +38,11 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     features = {name: tfds.features.Text() for name in self.TEXT}
     features |= {name: tfds.features.Sequence(kinds[kind]) for name, kind in self.LISTS.items()}
     return tfds.core.DatasetInfo(
-        builder=self, description=type(self).__doc__, disable_shuffling=True,
-        features=tfds.features.FeaturesDict(features))
+      builder=self,
+      description=type(self).__doc__,
+      disable_shuffling=True,
+      features=tfds.features.FeaturesDict(features),
+    )
 
   @classmethod
   def check_files(cls, manual_dir: epath.Path) -> dict[str, list[epath.Path]]:
@@ -52,9 +55,11 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     found = {split: sorted(directory.glob(pattern)) for split, pattern in cls.FILES.items()}
     missing = [pattern for split, pattern in cls.FILES.items() if not found[split]]
     if missing:
-      raise UserError(f"tfds:{cls.name} needs {directory / missing[0]}, which is not there: get"
-                      f" {formats.FORMATS[cls.FORMAT].origin}, put it in {directory}, or say"
-                      f" where its parent is with manual_dir=")
+      raise UserError(
+        f"tfds:{cls.name} needs {directory / missing[0]}, which is not there: get"
+        f" {formats.FORMATS[cls.FORMAT].origin}, put it in {directory}, or say"
+        f" where its parent is with manual_dir="
+      )
     return found
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -66,8 +71,9 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     rows = tables.read_parquet(files, ("messages",)) if parquet else tables.read_json(files)
     for number, row in enumerate(rows):
       example: dict[str, Any] = {name: formats.text_of(row, name) for name in self.TEXT}
-      example |= {name: [kind(item) for item in row.get(name) or ()]
-                  for name, kind in self.LISTS.items()}
+      example |= {
+        name: [kind(item) for item in row.get(name) or ()] for name, kind in self.LISTS.items()
+      }
       yield number, example
 
 
