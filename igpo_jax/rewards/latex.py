@@ -105,7 +105,12 @@ _TEXT_UNITS = re.compile(
   r"(?:\s*\^(?:[0-9]|\{-?[0-9]\}))?\s*(?:(?:/|\\cdot|\\times|\{\})\s*)*)+$"
 )
 _UNIT_WORDS = frozenset(
-  ["cm", "mm", "km", "meter", "meters", "metre", "metres", "inch", "inches", "foot", "feet", "ft", "yard", "yards", "mile", "miles", "degree", "degrees", "radian", "radians", "dollar", "dollars", "cent", "cents", "unit", "units", "square", "sq", "cubic", "hour", "hours", "hr", "minute", "minutes", "min", "second", "seconds", "sec", "day", "days", "week", "weeks", "year", "years", "kg", "gram", "grams", "gallon", "gallons", "liter", "liters", "litre", "litres", "mph", "kph", "percent", "per", "cm^2", "cm^3", "m^2", "m^3", "km^2", "ft^2", "in^2"]
+  (
+    "cm mm km meter meters metre metres inch inches foot feet ft yard yards mile miles degree "
+    "degrees radian radians dollar dollars cent cents unit units square sq cubic hour hours hr "
+    "minute minutes min second seconds sec day days week weeks year years kg gram grams gallon "
+    "gallons liter liters litre litres mph kph percent per cm^2 cm^3 m^2 m^3 km^2 ft^2 in^2 "
+  ).split()
 )
 
 

@@ -90,19 +90,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
   With `model.lora.rank` above 0 it has fresh adapters, unless the weights bring theirs.
   """
-  adapter_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  if config.init_from:
-    pre = load_pretrained(config.init_from, dtype=config.model.param_dtype, mesh=mesh)
-    has_adapters = pre.config.lora.rank > 0
-    model_config = dataclasses.replace(
-      pre.config,
-      dtype=config.model.dtype,
-      remat=config.model.remat,
-      lora=pre.config.lora if has_adapters else config.model.lora,
-    )
-    params = pre.params
-  else:
-    has_adapters = False
+  if not config.init_from:
     model_config = dataclasses.replace(
       config.model,
       vocab_size=config.model.vocab_size or tokenizer.vocab_size,
@@ -110,17 +98,25 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
       eos_id=tokenizer.eos_id,
       stop_ids=tuple(tokenizer.stop_ids),
     )
-    params = None
-  lm = make_lm(model_config)
+    lm = make_lm(model_config)
+    shardings = tree_shardings(lm.logical_axes(), mesh)
+    params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(config.seed))
+    return Model(lm, params, shardings, tokenizer)
+
+  pre = load_pretrained(config.init_from, dtype=config.model.param_dtype, mesh=mesh)
+  has_adapters = pre.config.lora.rank > 0
+  model_config = dataclasses.replace(
+    pre.config,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    lora=pre.config.lora if has_adapters else config.model.lora,
+  )
+  lm, params = make_lm(model_config), pre.params
   shardings = tree_shardings(lm.logical_axes(), mesh)
-  adapter_shardings, base_shardings = lora.split(shardings)
-  if not model_config.lora.rank:
-    base_shardings = shardings
-  if params is None:
-    params = jax.jit(lm.init, out_shardings=base_shardings)(jax.random.key(config.seed))
   if model_config.lora.rank and not has_adapters:
-    fresh = jax.jit(lora.init, static_argnums=2, out_shardings=adapter_shardings)
-    params = lora.combine(params, fresh(params, adapter_key, model_config.lora))
+    fresh = jax.jit(lora.init, static_argnums=2, out_shardings=lora.split(shardings)[0])
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params = lora.combine(params, fresh(params, key, model_config.lora))
   return Model(lm, params, shardings, tokenizer)
 
 
