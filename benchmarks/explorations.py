@@ -11,13 +11,14 @@ where it was. Writes results.json and table.md to the workdir and prints the tab
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import json
-import pathlib
 import shutil
 
+from etils import epath
+
 from igpo_jax import cli
-from igpo_jax.config import freeze
+from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.main import train
 
 LABELS = {
@@ -27,17 +28,13 @@ LABELS = {
 }
 
 
-def load_config(path: pathlib.Path, seed: int, exploration: str, overrides: list[str]):
+def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[str]) -> Config:
   """The config of one arm; an override is "a.b=value" with a JSON value."""
   if not path.exists():
     raise cli.UserError(f"--config: no such file: {path}")
-  spec = importlib.util.spec_from_file_location("experiment_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
-  with config.unlocked():
-    config.seed = seed
-    config.rl.exploration = exploration
+  config = load_config_file(path)
+  config.seed = seed
+  config.rl.exploration = exploration
   for item in overrides:
     name, _, value = item.partition("=")
     try:
@@ -54,23 +51,20 @@ def quarters(rows: list[dict], name: str) -> tuple[float, float]:
   return sum(values[:part]) / part, sum(values[-part:]) / part
 
 
-def run_arm(config, workdir: pathlib.Path, sft_workdir: pathlib.Path) -> dict:
+def run_arm(config: Config, workdir: epath.Path, sft_workdir: epath.Path) -> dict:
   """RL from a copy of the SFT run; returns its summary with the seconds it took."""
-  if not (workdir / "checkpoints").exists():
-    shutil.copytree(sft_workdir, workdir, dirs_exist_ok=True)
-    (workdir / "config.json").unlink()  # the exploration differs, the SFT stage does not
-  summary = train(config, workdir_path(workdir))
+  if not workdir.exists():
+    copy = workdir.parent / f"{workdir.name}.tmp"  # renamed when whole: a kill leaves no half
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(sft_workdir, copy)
+    (copy / "config.json").unlink()  # the exploration differs, the SFT stage does not
+    copy.rename(workdir)
+  summary = train(config, workdir)
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rl = [row for row in rows if row["stage"] == "rl"]
   summary["seconds"] = sum(row["time/step_seconds"] for row in rl)
   summary["all_wrong_quarters"] = quarters(rows, "all_wrong_before")
   return summary
-
-
-def workdir_path(path: pathlib.Path):
-  from etils import epath
-
-  return epath.Path(path)
 
 
 def table(results: dict[str, dict], benchmark: str) -> str:
@@ -94,8 +88,8 @@ def table(results: dict[str, dict], benchmark: str) -> str:
 
 def main() -> None:
   parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--config", type=pathlib.Path, default=pathlib.Path("configs/quickstart.py"))
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--config", type=epath.Path, default=epath.Path("configs/quickstart.py"))
+  parser.add_argument("--workdir", type=epath.Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--explorations", default="none,resample,inpaint")
   parser.add_argument("--set", action="append", default=[], metavar="a.b=JSON")
@@ -107,11 +101,10 @@ def main() -> None:
 
   configs = {name: load_config(args.config, args.seed, name, args.set) for name in names}
   sft_workdir = args.workdir / "sft"
-  import dataclasses
-
-  first = dataclasses.replace(configs[names[0]], stages=("sft",))
-  train(dataclasses.replace(first, rl=dataclasses.replace(first.rl, exploration="inpaint")),
-        workdir_path(sft_workdir))  # fmt: skip
+  first = configs[names[0]]
+  # The SFT stage is the same in all arms; one name for its run whichever arms are asked for.
+  rl = dataclasses.replace(first.rl, exploration="inpaint")
+  train(dataclasses.replace(first, stages=("sft",), rl=rl), sft_workdir)
   results = {n: run_arm(c, args.workdir / n, sft_workdir) for n, c in configs.items()}
   benchmark = configs[names[0]].data.eval[0].partition("=")[0]
   text = table(results, benchmark)
