@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.models import lora
-from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, attend, low_rank, rope_tables
+from igpo_jax.models.attention import attend
+from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, low_rank, rope_tables
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Params
 
