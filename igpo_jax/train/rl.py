@@ -15,7 +15,7 @@ from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import Explorer, prompt_keys
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
-from igpo_jax.train.setup import Model, load_source, make_optimizer, make_state, purpose_key
+from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
 from igpo_jax.train.update import make_policy_programs
 from igpo_jax.types import Params
 
@@ -40,9 +40,8 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
 
   # policy, reference, optimizer
   optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
-  trainable, frozen = lora.split(model.params)
+  state, frozen = start_state(model, optimizer, run.mesh)
   whole = functools.partial(lora.combine, frozen)
-  state = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
   # Under LoRA policy and reference share the base; only the small adapters exist twice.
   reference = model.params if config.objective.beta > 0 else None
   programs = make_policy_programs(model.lm, optimizer, config)

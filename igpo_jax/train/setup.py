@@ -185,6 +185,14 @@ def make_state(
   return jax.jit(create, out_shardings=out)(params)
 
 
+def start_state(
+  model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, Params]:
+  """(a fresh state of what is trained, the rest): adapters and base under LoRA, else all and {}."""
+  trainable, frozen = lora.split(model.params)
+  return make_state(optimizer, trainable, lora.split(model.shardings)[0], mesh), frozen
+
+
 def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
   """The PRNG key of one use of randomness: (seed, step, purpose), nothing else.
 

@@ -12,7 +12,7 @@ from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
-from igpo_jax.train.setup import Model, load_source, make_optimizer, make_state, purpose_key
+from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
 from igpo_jax.train.update import make_sft_update
 from igpo_jax.types import Params
 
@@ -36,8 +36,7 @@ def train_sft(run: Run, model: Model) -> Params:
 
   # optimizer and state: of the adapters only under LoRA
   optimizer = make_optimizer(config.sft_optimizer, config.sft.steps)
-  trainable, frozen = lora.split(model.params)
-  state = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
+  state, frozen = start_state(model, optimizer, run.mesh)
   update = make_sft_update(model.lm, optimizer, config.sft)
 
   # step
