@@ -1,0 +1,202 @@
+"""What the benchmarks share: the model, the machine's peak, interleaved timing, JSON.
+
+A figure is only comparable with others of its own run: so every benchmark measures, in
+the same process, how fast this machine multiplies matrices, and takes its cases in
+turns (A B C A B C ...), so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import ModelConfig
+
+# The model all peers were timed with: 60,039,680 parameters.
+BENCH_MODEL = ModelConfig(
+  d_model=512, n_layers=8, n_heads=8, mlp_hidden=1536, vocab_size=32_000, mask_id=31_999, eos_id=0
+)
+TINY_MODEL = ModelConfig(
+  d_model=16, n_layers=2, n_heads=2, mlp_hidden=32, vocab_size=64, mask_id=63, eos_id=0
+)
+LLADA_8B = ModelConfig(
+  d_model=4096, n_layers=32, n_heads=32, mlp_hidden=12_288, vocab_size=126_464, mask_id=126_336,
+  eos_id=126_081, dtype="bfloat16", param_dtype="bfloat16",
+)  # fmt: skip
+MODELS = {"bench": BENCH_MODEL, "tiny": TINY_MODEL, "8b": LLADA_8B}
+
+# [rows, in, out] of products: the bench model's own, its head, and two that are large.
+CPU_SHAPES = (
+  (2048, 512, 512), (2048, 512, 1536), (256, 512, 32_000), (1024, 1024, 1024), (2048, 2048, 2048),
+)  # fmt: skip
+ACCELERATOR_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (16_384, 4096, 12_288))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Options that every benchmark takes."""
+  parser.add_argument("--model", choices=sorted(MODELS), default="bench")
+  parser.add_argument("--dtype", help="compute and parameters; default: the model's own")
+  parser.add_argument("--attention", help="see ModelConfig.attention; default: the model's own")
+  parser.add_argument("--repeats", type=int, default=3, help="timed runs of each case")
+  parser.add_argument("--output", help="also write the JSON object to this file")
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+  """The model that the options ask for."""
+  config = MODELS[args.model]
+  if args.dtype:
+    config = dataclasses.replace(config, dtype=args.dtype, param_dtype=args.dtype)
+  if args.attention:
+    config = dataclasses.replace(config, attention=args.attention)
+  return config
+
+
+def interleave(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+  """Seconds of each case, the cases taken in turns. Compile them before."""
+  seconds: dict[str, list[float]] = {name: [] for name in cases}
+  for _ in range(repeats):
+    for name, run in cases.items():
+      began = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds[name].append(time.perf_counter() - began)
+  return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+  """Minimum, median and maximum."""
+  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+class MatmulPeak:
+  """The machine's matrix-product peak: the fastest of a few shapes, over all samples.
+
+  Call `sample()` beside the cases, so that the peak is that of the same minutes.
+  """
+
+  def __init__(self, dtype: str, shapes=None, seconds: float = 0.1):
+    on_cpu = jax.default_backend() == "cpu"
+    self.dtype, self.seconds = dtype, seconds
+    self.shapes = shapes or (CPU_SHAPES if on_cpu else ACCELERATOR_SHAPES)
+    self.best: dict[str, float] = {}
+    self._runs = {shape: self._compile(*shape) for shape in self.shapes}
+
+  def _compile(self, rows: int, fan_in: int, fan_out: int):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (rows, fan_in)).astype(self.dtype)
+    up = (jax.random.normal(keys[1], (fan_in, fan_out)) / fan_in**0.5).astype(self.dtype)
+    down = (jax.random.normal(keys[2], (fan_out, fan_in)) / fan_out**0.5).astype(self.dtype)
+
+    @jax.jit
+    def run(times):  # there and back, so that one product is the next one's input
+      return jax.lax.fori_loop(0, times, lambda _, x: (x @ up) @ down, x)
+
+    def rate(times: int) -> tuple[float, float]:
+      began = time.perf_counter()
+      jax.block_until_ready(run(times))
+      seconds = time.perf_counter() - began
+      return 4 * rows * fan_in * fan_out * times / seconds, seconds
+
+    rate(1)
+    times = max(1, int(self.seconds / max(rate(1)[1], 1e-6)))
+    return lambda: rate(times)[0]
+
+  def sample(self) -> None:
+    """Times every shape once more, for about `seconds` each."""
+    for shape, rate in self._runs.items():
+      name = "x".join(map(str, shape))
+      self.best[name] = max(self.best.get(name, 0.0), rate())
+
+  @property
+  def flops_per_second(self) -> float:
+    """The fastest of all."""
+    return max(self.best.values())
+
+
+class CompileCounter:
+  """Counts the programs that XLA compiles, and the seconds it takes, from now on."""
+
+  EVENT = "/jax/core/compile/backend_compile_duration"
+
+  def __init__(self):
+    self.count, self.seconds = 0, 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, duration: float, **kwargs) -> None:
+    del kwargs
+    if event == self.EVENT:
+      self.count += 1
+      self.seconds += duration
+
+
+def compile_facts(jitted, *args, **kwargs) -> tuple[Any, dict[str, float]]:
+  """Compiles ahead of time: (the compiled program, seconds and bytes it took and takes)."""
+  began = time.perf_counter()
+  compiled = jitted.lower(*args, **kwargs).compile()
+  seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+  return compiled, {
+    "compile_seconds": round(seconds, 3),
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "output_bytes": memory.output_size_in_bytes,
+  }
+
+
+def peak_memory() -> dict[str, int]:
+  """The process's peak resident bytes, and the device's where it keeps count."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  facts = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+  stats = jax.devices()[0].memory_stats()
+  if stats and "peak_bytes_in_use" in stats:
+    facts["peak_device_bytes"] = stats["peak_bytes_in_use"]
+  return facts
+
+
+def machine() -> dict[str, Any]:
+  """Where this ran."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0].partition(":")[2].strip() if names else cpu
+  return {
+    "cpu": cpu,
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "load_at_end": round(os.getloadavg()[0], 2),
+    "backend": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+def emit(result: dict[str, Any], output: str | None = None) -> None:
+  """Prints one JSON object with the machine's facts; also writes it where asked."""
+  text = json.dumps({**result, "memory": peak_memory(), "machine": machine()}, indent=2)
+  print(text)
+  if output:
+    pathlib.Path(output).write_text(text + "\n")
+
+
+def count_parameters(params: Any) -> int:
+  """Numbers in a tree of parameters."""
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def random_prompts(key: jax.Array, rows: int, length: int, vocab_size: int) -> jax.Array:
+  """i32[rows, length] tokens that are neither the first nor the last of the vocabulary."""
+  return jax.random.randint(key, (rows, length), 1, vocab_size - 1, jnp.int32)
