@@ -181,6 +181,8 @@ OPENR1 = [
     "answer": "1",
     "generations": ["<think>no</think> \\boxed{2}", "<think>yes</think> \\boxed{1}"],
     "correctness_math_verify": [False, True],
+    "correctness_llama": None,
+    "is_reasoning_complete": [True, True],
     "messages": [{"role": "user", "content": "P1"}],
   },
   {
@@ -190,6 +192,19 @@ OPENR1 = [
     "answer": "2",
     "generations": ["\\boxed{3}"],
     "correctness_math_verify": [False],
+    "correctness_llama": None,
+    "is_reasoning_complete": [True],
+    "messages": [],
+  },
+  {
+    "uuid": "u3",
+    "problem": "P3",
+    "solution": "So \\boxed{x}",
+    "answer": "x",
+    "generations": ["<think>cut", "<think>so</think> \\boxed{ x }"],
+    "correctness_math_verify": [False, False],
+    "correctness_llama": [True, True],
+    "is_reasoning_complete": [False, True],
     "messages": [],
   },
 ]
@@ -199,10 +214,13 @@ def test_openr1_traces_are_solutions_or_verified_generations(tmp_path):
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OPENR1), tmp_path / "train-0.parquet")
   uri = f"parquet:{tmp_path}/train-*.parquet?format=openr1"
   short = sources.load_records(uri)
-  assert [r.trace for r in short.records] == ["Short: \\boxed{1}", "See figure."]
-  assert [r.answer_span for r in short.records] == [(7, 16), None]
+  assert [r.trace for r in short.records] == ["Short: \\boxed{1}", "See figure.", "So \\boxed{x}"]
+  assert [r.answer_span for r in short.records] == [(7, 16), None, (3, 12)]
   long = sources.load_records(uri, solution="generation")
-  assert [r.trace for r in long.records] == ["<think>yes</think> \\boxed{1}"]
+  assert [r.trace for r in long.records] == [
+    "<think>yes</think> \\boxed{1}",
+    "<think>so</think> \\boxed{ x }",  # a language model's verdict; the cut one does not count
+  ]
   assert long.dropped == {"no generation that was verified": 1}
   assert long.records[0].id.endswith("/u1")
 

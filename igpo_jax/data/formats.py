@@ -7,6 +7,7 @@ with the reason for which the row is counted instead of used.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -146,16 +147,31 @@ def metamath(row: Row, options: Options) -> Fields:
   )
 
 
+def _list(row: Row, name: str) -> list:
+  value = row.get(name)
+  return [] if value is None else list(value)
+
+
 def openr1(row: Row, options: Options) -> Fields:
-  """OpenR1-Math: reference solution or a generation that was verified, and an answer."""
+  """OpenR1-Math: reference solution or a generation that was verified, and an answer.
+
+  Verified is what math-verify or, where that could not read the answer, a language model
+  found correct; a generation that was cut off does not count.
+  """
   if options.solution == "generation":
-    generations = list(row.get("generations") or ())
-    checked = row.get("correctness_math_verify")
-    verdicts = list(checked) if checked is not None else []
-    good = [g for g, ok in zip(generations, verdicts, strict=False) if ok]
-    if not good:
+    verdicts = itertools.zip_longest(
+      *(_list(row, f"correctness_{judge}") for judge in ("math_verify", "llama"))
+    )
+    good = (
+      generation
+      for generation, judged, complete in itertools.zip_longest(
+        _list(row, "generations"), verdicts, _list(row, "is_reasoning_complete")
+      )
+      if generation and judged and any(judged) and complete is not False
+    )
+    trace = str(next(good, "")).strip()
+    if not trace:
       raise Drop("no generation that was verified")
-    trace = str(good[0]).strip()
   elif options.solution == "solution":
     trace = text_of(row, options.trace or "solution")
   else:

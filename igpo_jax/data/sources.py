@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -31,15 +31,30 @@ class Loaded(NamedTuple):
   dropped: dict[str, int]
 
 
-Loader = Callable[..., Loaded]
+class Stream:
+  """Records one at a time: iterating reads the source as it goes, and only once.
+
+  Attributes:
+    dropped: how many rows were left out so far, by reason.
+  """
+
+  def __init__(self, records: Iterable[Record], dropped: dict[str, int]):
+    self._records = iter(records)
+    self.dropped = dropped
+
+  def __iter__(self) -> Iterator[Record]:
+    return self._records
+
+
+Loader = Callable[..., "Loaded | Stream | list[Record]"]
 _SOURCES: dict[str, Loader] = {}
 
 
 def register_source(name: str) -> Callable[[Loader], Loader]:
   """Makes `name:REST?option=value` call the decorated function as f(REST, **options).
 
-  The function returns a list of `Record`s or a `Loaded`. Options arrive as the text of
-  the URI or as the caller's keyword arguments. A name may be registered again.
+  The function returns a list of `Record`s, a `Loaded` or a `Stream`. Options arrive as the
+  text of the URI or as the caller's keyword arguments. A name may be registered again.
   """
   if not name.isidentifier():
     raise UserError(f"a source's name is letters, digits and _: {name!r}")
@@ -67,6 +82,22 @@ def load_records(uri: str, **options: Any) -> Loaded:
     UserError: unknown source, option or format; a file that is missing or broken; no
       record left.
   """
+  stream = stream_records(uri, **options)
+  records = list(stream)
+  if not records:
+    raise UserError(f"{uri}: no record that can be used ({describe(stream.dropped)})")
+  return Loaded(records, dict(stream.dropped))
+
+
+def stream_records(uri: str, **options: Any) -> Stream:
+  """As `load_records`, one record at a time: files are read as they are needed.
+
+  A JSON array, `synthetic:` and sources of your own that return lists are held whole.
+  Ids, and where a format wants distinct questions those, are kept to tell repeats.
+
+  Raises:
+    UserError: as `load_records`; what is wrong with a row when that row is reached.
+  """
   name, colon, rest = uri.partition(":")
   if not colon or name not in _SOURCES:
     raise UserError(
@@ -81,11 +112,11 @@ def load_records(uri: str, **options: Any) -> Loaded:
     if "unexpected keyword argument" not in str(error):
       raise
     raise UserError(f"{uri}: {str(error).split(') ')[-1]}") from error
+  if isinstance(loaded, Stream):
+    return loaded
   if not isinstance(loaded, Loaded):
     loaded = Loaded(list(loaded), {})
-  if not loaded.records:
-    raise UserError(f"{uri}: no record that can be used ({describe(loaded.dropped)})")
-  return loaded
+  return Stream(loaded.records, dict(loaded.dropped))
 
 
 def check_files(uri: str) -> None:
@@ -132,7 +163,7 @@ def read_rows(
   system: str = "",
   template: str = "{question}",
   **options: Any,
-) -> Loaded:
+) -> Stream:
   """Rows of any table to records, by a named format.
 
   Args:
@@ -146,16 +177,27 @@ def read_rows(
   if format not in formats.FORMATS:
     raise UserError(f"unknown format {format!r}: expected one of {', '.join(formats.FORMATS)}")
   limit = None if limit in (None, "") else _integer("limit", limit)
-  settings = _format_options(options)
-  prompting = Prompting(system, template)
-  reader = formats.FORMATS[format]
-  records: list[Record] = []
   dropped: collections.Counter[str] = collections.Counter()
+  prompting = Prompting(system, template)
+  return Stream(_records(rows, name, format, limit, prompting, _format_options(options), dropped),
+                dropped)  # fmt: skip
+
+
+def _records(
+  rows: Iterable[formats.Row],
+  name: str,
+  format: str,
+  limit: int | None,
+  prompting: Prompting,
+  settings: formats.Options,
+  dropped: collections.Counter[str],
+) -> Iterator[Record]:
+  reader = formats.FORMATS[format]
   questions: set[str] = set()
   ids: set[str] = set()
   first: formats.Row | None = None
   for number, row in enumerate(rows):
-    if limit is not None and len(records) >= limit:
+    if limit is not None and len(ids) >= limit:
       break
     first = row if first is None else first
     try:
@@ -169,25 +211,23 @@ def read_rows(
     except formats.Drop as reason:
       dropped[str(reason)] += 1
       continue
-    questions.add(fields.question)
+    if reader.unique_questions:
+      questions.add(fields.question)
     key = f"{name}/{fields.key}" if fields.key else f"{name}/{number}"
     key = f"{key}#{number}" if key in ids else key
     ids.add(key)
-    records.append(
-      Record(
-        id=key,
-        prompt=prompting.messages(fields.question),
-        trace=fields.trace,
-        answer=fields.answer,
-        answer_span=fields.answer_span,
-      )
+    yield Record(
+      id=key,
+      prompt=prompting.messages(fields.question),
+      trace=fields.trace,
+      answer=fields.answer,
+      answer_span=fields.answer_span,
     )
-  if not records and first is not None:
+  if not ids and first is not None:
     raise UserError(
       f"{name}: no row fits format={format} ({describe(dropped)}); the first row"
       f" has the fields {', '.join(first)}"
     )
-  return Loaded(records, dict(dropped))
 
 
 def _format_options(options: dict[str, Any]) -> formats.Options:
@@ -233,13 +273,13 @@ def _origin(options: dict[str, Any]) -> str:
 
 
 @register_source("jsonl")
-def _load_jsonl(path: str, **options: Any) -> Loaded:
+def _load_jsonl(path: str, **options: Any) -> Stream:
   files = tables.find_files(path, _origin(options))
   return read_rows(tables.read_json(files), _name_of(path), **options)
 
 
 @register_source("parquet")
-def _load_parquet(path: str, **options: Any) -> Loaded:
+def _load_parquet(path: str, **options: Any) -> Stream:
   files = tables.find_files(path, _origin(options))
   without = formats.unread_columns(options)
   return read_rows(tables.read_parquet(files, without), _name_of(path), **options)
@@ -248,7 +288,7 @@ def _load_parquet(path: str, **options: Any) -> Loaded:
 @register_source("tfds")
 def _load_tfds(
   path: str, data_dir: str | None = None, manual_dir: str | None = None, **options: Any
-) -> Loaded:
+) -> Stream:
   from igpo_jax.data import builders
 
   name, _, split = path.partition("/")

@@ -93,10 +93,16 @@ class Metamathqa(FilesBuilder, skip_registration=True):
 class Openr1Math(FilesBuilder, skip_registration=True):
   """OpenR1-Math: problems with reference solutions and long verified generations."""
 
+  VERSION = tfds.core.Version("1.1.0")  # 1.0.0 had two of the four lists
   FILES: ClassVar = {"train": "train-*.parquet"}
   FORMAT = "openr1"
   TEXT = ("uuid", "problem", "solution", "answer")
-  LISTS: ClassVar = {"generations": str, "correctness_math_verify": bool}
+  LISTS: ClassVar = {
+    "generations": str,
+    "correctness_math_verify": bool,
+    "correctness_llama": bool,
+    "is_reasoning_complete": bool,
+  }
   MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("openr1_math", "openr1")
 
 
