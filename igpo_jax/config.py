@@ -45,6 +45,8 @@ class RLConfig:
     prompts_per_step, group_size: P and G.
     inner_updates: mu.
     micro_batches: M; the gradient of an update is summed over this many slices of P.
+    sample_slices: a step's prompts are sampled in this many slices: less memory, and one
+      is graded while the next is sampled.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
     estimator: "mean_field", "random_ratio" or "coupled" (METHOD 4).
     region: which positions are in the loss: up to and including the first stop
@@ -59,6 +61,7 @@ class RLConfig:
   group_size: int = 8
   inner_updates: int = 4
   micro_batches: int = 1
+  sample_slices: int = 1
   exploration: Literal["inpaint", "resample", "none"] = "inpaint"
   estimator: Literal["mean_field", "random_ratio", "coupled"] = "mean_field"
   region: Literal["through_eos", "all"] = "through_eos"
@@ -68,7 +71,7 @@ class RLConfig:
 
   def __post_init__(self):
     check_choices(self, "rl")
-    for name in ("prompts_per_step", "inner_updates", "micro_batches"):
+    for name in ("prompts_per_step", "inner_updates", "micro_batches", "sample_slices"):
       require(getattr(self, name) >= 1, f"rl.{name} must be at least 1")
     require(
       self.group_size >= 2,

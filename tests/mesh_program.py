@@ -14,7 +14,7 @@ from igpo_jax.config import ModelConfig, SamplerConfig, SFTConfig, default_confi
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings
-from igpo_jax.rl.rollout import prompt_keys, sample_groups
+from igpo_jax.rl.sampling import prompt_keys, sample_groups
 from igpo_jax.train.setup import make_state
 from igpo_jax.train.update import make_policy_programs, make_sft_update
 from igpo_jax.types import Rollout

@@ -9,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+from igpo_jax.cli import UserError
 from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, SamplerConfig
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.parallel.mesh import make_mesh
-from igpo_jax.rewards.score import Scores
-from igpo_jax.rl.rollout import Explorer, group_buckets, prompt_keys
+from igpo_jax.rewards.score import PendingScores, Scores
+from igpo_jax.rl.rollout import Explorer
+from igpo_jax.rl.sampling import DeviceClock, group_buckets, prompt_keys
 from igpo_jax.train.setup import make_optimizer, make_state, purpose_key
 from igpo_jax.train.update import make_policy_programs
 from tests.tiny_lm import tiny_model
@@ -44,6 +46,13 @@ def score(texts, records):
   )
 
 
+class Grader:
+  """Scores later, as the workers of a real scorer do."""
+
+  def submit(self, texts, records):
+    return PendingScores(lambda: score(texts, records))
+
+
 def record(k, trace=TRACE, answer="hh"):
   span = (trace.rindex("="), len(trace)) if "=" in trace else None
   question = "".join("abcdefgh"[(k * 5 + j * (k + 1)) % 8] for j in range(3 + k % 3))
@@ -61,7 +70,7 @@ RECORDS = [record(k) for k in range(P)]
 @functools.lru_cache
 def explorer(config):
   lm, _ = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
-  return Explorer(lm, TOKENIZER, score, config, make_mesh())
+  return Explorer(lm, TOKENIZER, Grader(), config, make_mesh())
 
 
 def explore(batch=None, step=0, config=CONFIG, **rl):
@@ -255,6 +264,38 @@ def test_buckets_are_few_and_hold_every_number_of_groups():
   assert group_buckets(8, 4) == [4, 8]
   assert group_buckets(6, 1) == [1, 2, 4, 6]
   assert group_buckets(1, 1) == [1]
+
+
+@pytest.mark.parametrize("slices", [2, 3, 6])
+def test_slices_of_prompts_explore_what_the_whole_batch_does(slices, inpaint):
+  sliced = explore(sample_slices=slices)
+  assert sliced.rows == inpaint.rows and sliced.metrics == inpaint.metrics
+  jax.tree.map(np.testing.assert_array_equal, host(sliced.rollout), host(inpaint.rollout))
+
+
+def test_hinted_groups_are_padded_to_whole_slices_and_one_bucket():
+  sampler = explorer(
+    dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, sample_slices=2))
+  )
+  assert sampler.sampler.buckets == [1, 2, 3]
+  assert [sampler.sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 3, 4, 5, 6]
+  assert [explorer(CONFIG).sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 4, 4, 6, 6]
+
+
+def test_prompts_that_do_not_share_out_over_the_slices_are_a_clear_error():
+  with pytest.raises(UserError, match=r"rl\.sample_slices=4"):
+    explore(sample_slices=4)
+
+
+def test_idle_seconds_are_those_without_queued_work(monkeypatch):
+  now = iter([0.0, 2.0, 10.0, 13.0])
+  monkeypatch.setattr("igpo_jax.rl.sampling.time.perf_counter", lambda: next(now))
+  clock = DeviceClock()  # at 0
+  clock.dispatched()  # at 2
+  clock.dispatched()  # busy already
+  clock.drained()  # at 10
+  clock.dispatched()  # at 13
+  assert clock.idle_seconds == 5.0
 
 
 # --- into the update ------------------------------------------------------------------

@@ -28,7 +28,7 @@ from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.rl.rollout import prompt_keys, sample_groups
+from igpo_jax.rl.sampling import prompt_keys, sample_groups
 from igpo_jax.types import LM, Params
 
 BUCKET_STEP = 64  # a prompt longer than every bucket gets one that is a multiple of this

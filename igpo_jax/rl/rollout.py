@@ -8,53 +8,21 @@ hinted, padded to a bucket) is agreed on by all hosts.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.hints.inject import hinted_group
 from igpo_jax.hints.leak import segments, value_spans, value_tokens
-from igpo_jax.parallel.mesh import local_rows, over_processes, shard_rows
-from igpo_jax.rewards.score import Scorer, Scores
+from igpo_jax.parallel.mesh import over_processes, shard_rows
+from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import group_advantages
-from igpo_jax.types import LM, Array, Canvas, Params, Rollout
-
-
-@dataclasses.dataclass
-class Samples:
-  """Groups of completions on the host: numpy, this process's prompts.
-
-  Attributes:
-    completion, commit_step: i32[P,G,L].
-    hinted: bool[P,G,L].
-    texts: P lists of G strings.
-    reward: f32[P,G].
-    correct: bool[P,G].
-    status: P lists of G of "ok", "unparseable", "timeout".
-  """
-
-  completion: np.ndarray
-  commit_step: np.ndarray
-  hinted: np.ndarray
-  texts: list[list[str]]
-  reward: np.ndarray
-  correct: np.ndarray
-  status: list[list[str]]
-
-  def put(self, group: int, row: int, other: Samples, other_group: int, other_row: int) -> None:
-    """Replaces one completion by one of `other`'s."""
-    for name in ("completion", "commit_step", "hinted", "reward", "correct"):
-      getattr(self, name)[group, row] = getattr(other, name)[other_group, other_row]
-    for name in ("texts", "status"):
-      getattr(self, name)[group][row] = getattr(other, name)[other_group][other_row]
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples
+from igpo_jax.types import LM, Array, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,59 +40,6 @@ class Exploration:
   rows: list[dict[str, Any]]
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "cfg"))
-def sample_groups(
-  lm: LM,
-  params: Params,
-  prompt: Array,
-  prompt_valid: Array,
-  canvas: Array,
-  hinted: Array,
-  keys: Array,
-  cfg: SamplerConfig,
-) -> tuple[Array, Array]:
-  """Denoises G completions for each prompt.
-
-  Args:
-    prompt, prompt_valid: i32/bool[P,Tp].
-    canvas: i32[P,G,L], masks and hints.
-    hinted: bool[P,G,L], fixed positions of the canvas.
-    keys: key[P]; completion g of a prompt draws its noise from fold_in(key, g).
-
-  Returns:
-    (completion i32[P,G,L], commit_step i32[P,G,L]).
-  """
-  p, g, length = canvas.shape
-  rows = lambda x: jnp.repeat(x, g, axis=0)
-  flat = lambda x: x.reshape(p * g, length)
-  tokens = jnp.concatenate([rows(prompt), flat(canvas)], axis=1)
-  fixed = jnp.concatenate([jnp.ones((p * g, prompt.shape[1]), bool), flat(hinted)], axis=1)
-  valid = jnp.concatenate([rows(prompt_valid), jnp.ones((p * g, length), bool)], axis=1)
-  row_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(g))
-  out = denoise(lm, params, Canvas(tokens, fixed, valid), row_keys.reshape(p * g), cfg)
-  begin = prompt.shape[1]
-  groups = lambda x: x[:, begin:].reshape(p, g, length)
-  return groups(out.tokens), groups(out.commit_step)
-
-
-@jax.jit
-def prompt_keys(key: Array, row_ids: Array) -> Array:
-  """key[P] from a step's key and u32[P] identities: noise follows the prompt, not its place."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
-
-
-def group_buckets(prompts: int, multiple: int) -> list[int]:
-  """Sizes that the batch of hinted groups is padded to: few, so that few programs compile.
-
-  Example: group_buckets(8, 1) == [1, 2, 4, 8]; group_buckets(8, 4) == [4, 8].
-  """
-  buckets, size = [], multiple
-  while size < prompts:
-    buckets.append(size)
-    size *= 2
-  return [*buckets, prompts]
-
-
 class Explorer:
   """Makes rollouts with one of three explorations.
 
@@ -135,12 +50,16 @@ class Explorer:
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
     self.lm, self.tokenizer, self.scorer = lm, tokenizer, scorer
     self.config, self.mesh = config, mesh
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    processes = jax.process_count()
-    local_prompts = config.rl.prompts_per_step // processes
-    self.buckets = group_buckets(local_prompts, max(1, ways // processes))
+    self.sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
 
-  def __call__(self, params: Params, batch: PromptBatch, step: int, keys: dict) -> Exploration:
+  def __call__(
+    self,
+    params: Params,
+    batch: PromptBatch,
+    step: int,
+    keys: dict[str, Array],
+    clock: DeviceClock | None = None,
+  ) -> Exploration:
     """Explores one batch of prompts.
 
     Args:
@@ -148,7 +67,9 @@ class Explorer:
       batch: this process's prompts.
       step: seeds the choice of chunks, with the prompt's identity.
       keys: the step's PRNG keys for "sample" and "resample".
+      clock: counts the seconds in which the devices wait for this host.
     """
+    clock = clock or DeviceClock()
     cfg = self.config
     g, length = cfg.rl.group_size, cfg.sampler.gen_length
     p = len(batch.records)
@@ -156,7 +77,7 @@ class Explorer:
     # 1. Every prompt: a group of completions from the policy alone.
     blank = np.full((p, g, length), self.lm.mask_id, np.int32)
     unhinted = np.zeros((p, g, length), bool)
-    own = self._sample(params, batch, np.arange(p), blank, unhinted, keys["sample"])
+    own = self.sampler(params, batch, np.arange(p), blank, unhinted, keys["sample"], clock)
 
     # 2. All-wrong groups only: try again, with chunks of the trace in place.
     wrong = np.flatnonzero(~own.correct.any(axis=1))
@@ -164,7 +85,7 @@ class Explorer:
     if cfg.rl.exploration != "none":
       most = int(over_processes(len(wrong), np.max))
       if most:
-        size = next(b for b in self.buckets if b >= most)
+        size = self.sampler.padded(most)
         # Padding groups are fixed throughout: they have nothing to denoise.
         extra_groups = np.concatenate([wrong, np.zeros(size - len(wrong), int)])
         canvas = np.full((size, g, length), self.lm.mask_id, np.int32)
@@ -174,16 +95,10 @@ class Explorer:
             canvas[row], hinted[row] = self._hints(batch, group, step)
         padding = np.arange(size) >= len(wrong)
         canvas[padding], hinted[padding] = self.lm.eos_id, True
-        extra = self._sample(params, batch, extra_groups, canvas, hinted, keys["resample"])
+        extra = self.sampler(params, batch, extra_groups, canvas, hinted, keys["resample"], clock)
 
     # 3. Correct ones replace wrong originals, at most lambda G of a group.
-    mixed = dataclasses.replace(
-      own,
-      **{n: getattr(own, n).copy() for n in
-         ("completion", "commit_step", "hinted", "reward", "correct")},
-      texts=[list(t) for t in own.texts],
-      status=[list(s) for s in own.status],
-    )  # fmt: skip
+    mixed = own.copy()
     replaced = np.zeros((p, g), bool)
     most_replaced = math.floor(cfg.hints.replace_fraction * g + 1e-9)
     for row, group in enumerate(wrong if extra is not None else []):
@@ -196,28 +111,6 @@ class Explorer:
     rollout = self._to_device(batch, mixed)
     metrics = self._metrics(batch, own, mixed, extra, wrong, replaced)
     return Exploration(rollout, metrics, self._rows(batch, mixed, replaced))
-
-  def _sample(self, params, batch, groups, canvas, hinted, key) -> Samples:
-    """Denoises canvases [X,G,L] of the prompts `groups` i[X], decodes and scores them."""
-    arrays = (batch.tokens[groups], batch.valid[groups], canvas, hinted, batch.row_id[groups])
-    prompt, valid, canvas, fixed, ids = shard_rows(self.mesh, arrays)
-    keys = prompt_keys(key, ids)
-    out = sample_groups(self.lm, params, prompt, valid, canvas, fixed, keys, self.config.sampler)
-    completion, commit_step = local_rows(out)
-    x, g, length = completion.shape
-    texts = [self.tokenizer.decode(row) for row in completion.reshape(x * g, length)]
-    records = [batch.records[i] for i in groups for _ in range(g)]
-    scores: Scores = self.scorer(texts, records)
-    in_groups = lambda items: [list(items[i * g : (i + 1) * g]) for i in range(x)]
-    return Samples(
-      completion=completion,
-      commit_step=commit_step,
-      hinted=np.array(hinted),
-      texts=in_groups(texts),
-      reward=scores.reward.reshape(x, g).copy(),
-      correct=scores.correct.reshape(x, g).copy(),
-      status=in_groups(scores.status),
-    )
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""

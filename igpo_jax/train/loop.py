@@ -63,7 +63,8 @@ class Stage:
     steps: how many.
     eval_every: steps between evaluations; 0: only at the end.
     step: (state, n) -> (state, metrics, sample rows); n counts from 0. Metrics may be
-      arrays on the device; they are fetched only when they are written.
+      arrays on the device; they are fetched only when they are written. One without a "/"
+      in its name is the stage's.
     whole: the state's parameters -> all of the model's: adds what is not trained.
     shown: metrics for the progress bar.
   """
@@ -142,7 +143,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
       state, metrics, samples = stage.step(state, n)
       if due(cfg.log.every, done, stage.steps):
         metrics = jax.device_get(metrics)
-        row = {f"{stage.name}/{k}": v for k, v in metrics.items()}
+        row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
         row["time/step_seconds"] = time.perf_counter() - began
         if due(stage.eval_every, done, stage.steps):
           row |= run.evaluate(stage.whole(state.params), f"{stage.name} {done}")

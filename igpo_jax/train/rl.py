@@ -12,10 +12,18 @@ from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import shard_rows
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.rl.rollout import Explorer, prompt_keys
+from igpo_jax.rl.rollout import Explorer
+from igpo_jax.rl.sampling import DeviceClock, prompt_keys
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
-from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
+from igpo_jax.train.setup import (
+  Model,
+  compute_copy,
+  load_source,
+  make_optimizer,
+  purpose_key,
+  start_state,
+)
 from igpo_jax.train.update import make_policy_programs
 from igpo_jax.types import Params
 
@@ -42,21 +50,26 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
   optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
   state, frozen = start_state(model, optimizer, run.mesh)
   whole = functools.partial(lora.combine, frozen)
-  # Under LoRA policy and reference share the base; only the small adapters exist twice.
-  reference = model.params if config.objective.beta > 0 else None
+  # What is only read is kept in the compute dtype. Under LoRA policy and reference share
+  # the base; only the small adapters exist twice.
+  readable = functools.partial(compute_copy, dtype=config.model.dtype)
+  reference = readable(model.params) if config.objective.beta > 0 else None
   programs = make_policy_programs(model.lm, optimizer, config)
   explorer = Explorer(model.lm, model.tokenizer, scorer, config, run.mesh)
 
   # step
   def step(state, n):
+    clock = DeviceClock()
     key = lambda purpose: purpose_key(config.seed, n, purpose)
-    batch = stream.batch(n)
-    explored = explorer(whole(state.params), batch, n, {p: key(p) for p in ("sample", "resample")})
+    policy, batch = readable(whole(state.params)), stream.batch(n)
+    explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
     keys = prompt_keys(key("estimate"), shard_rows(run.mesh, batch.row_id))
-    scores = programs.score(whole(state.params), reference, explored.rollout, keys)
+    scores = programs.score(policy, reference, explored.rollout, keys)
+    clock.dispatched()
     for u in range(config.rl.inner_updates):
       state, metrics = programs.update(state, frozen, explored.rollout, scores, keys, jnp.int32(u))
-    return state, {**metrics, **explored.metrics}, explored.rows
+    idle = {"time/device_idle_seconds": clock.idle_seconds}
+    return state, {**metrics, **explored.metrics, **idle}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
   stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown)

@@ -193,6 +193,16 @@ def start_state(
   return make_state(optimizer, trainable, lora.split(model.shardings)[0], mesh), frozen
 
 
+def compute_copy(params: Params, dtype: str) -> Params:
+  """The parameters in the compute dtype, for programs that only read them; no copy where
+  nothing is to be cast.
+
+  Exact: the layers cast every parameter to the compute dtype before they use it. Done
+  once, so a float32 master is not read, cast and gathered again at every denoising step.
+  """
+  return jax.tree.map(lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype), params)
+
+
 def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
   """The PRNG key of one use of randomness: (seed, step, purpose), nothing else.
 

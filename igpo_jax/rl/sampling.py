@@ -1,0 +1,224 @@
+"""Groups of completions: sampled on the devices, decoded and graded on the host meanwhile.
+
+Prompts go to the devices in slices. All are queued at once; while the devices sample a
+slice, the host decodes the one before and hands it to the graders. Every slice has one
+of a few sizes, so that few programs compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.data.pipeline import PromptBatch
+from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.parallel.mesh import local_rows, shard_rows
+from igpo_jax.rewards.score import Scorer, Scores
+from igpo_jax.types import LM, Array, Canvas, Params
+
+
+@dataclasses.dataclass
+class Samples:
+  """Groups of completions on the host: numpy, this process's prompts.
+
+  Attributes:
+    completion, commit_step: i32[P,G,L].
+    hinted: bool[P,G,L].
+    texts: P lists of G strings.
+    reward: f32[P,G].
+    correct: bool[P,G].
+    status: P lists of G of "ok", "unparseable", "timeout".
+  """
+
+  completion: np.ndarray
+  commit_step: np.ndarray
+  hinted: np.ndarray
+  texts: list[list[str]]
+  reward: np.ndarray
+  correct: np.ndarray
+  status: list[list[str]]
+
+  ARRAYS = ("completion", "commit_step", "hinted", "reward", "correct")
+  LISTS = ("texts", "status")
+
+  def copy(self) -> Samples:
+    """A copy that `put` may change."""
+    return Samples(
+      **{name: getattr(self, name).copy() for name in self.ARRAYS},
+      **{name: [list(group) for group in getattr(self, name)] for name in self.LISTS},
+    )
+
+  def put(self, group: int, row: int, other: Samples, other_group: int, other_row: int) -> None:
+    """Replaces one completion by one of `other`'s."""
+    for name in self.ARRAYS:
+      getattr(self, name)[group, row] = getattr(other, name)[other_group, other_row]
+    for name in self.LISTS:
+      getattr(self, name)[group][row] = getattr(other, name)[other_group][other_row]
+
+  @staticmethod
+  def join(parts: Sequence[Samples]) -> Samples:
+    """All groups of all parts, in order."""
+    return Samples(
+      **{n: np.concatenate([getattr(p, n) for p in parts]) for n in Samples.ARRAYS},
+      **{n: [group for p in parts for group in getattr(p, n)] for n in Samples.LISTS},
+    )
+
+
+class DeviceClock:
+  """Seconds in which this host had given its devices nothing to do."""
+
+  def __init__(self):
+    self.idle_seconds = 0.0
+    self._idle_since: float | None = time.perf_counter()
+
+  def dispatched(self) -> None:
+    """A program was queued."""
+    if self._idle_since is not None:
+      self.idle_seconds += time.perf_counter() - self._idle_since
+      self._idle_since = None
+
+  def drained(self) -> None:
+    """The last queued program's results have arrived."""
+    self._idle_since = time.perf_counter()
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "cfg"))
+def sample_groups(
+  lm: LM,
+  params: Params,
+  prompt: Array,
+  prompt_valid: Array,
+  canvas: Array,
+  hinted: Array,
+  keys: Array,
+  cfg: SamplerConfig,
+) -> tuple[Array, Array]:
+  """Denoises G completions for each prompt.
+
+  Args:
+    prompt, prompt_valid: i32/bool[P,Tp].
+    canvas: i32[P,G,L], masks and hints.
+    hinted: bool[P,G,L], fixed positions of the canvas.
+    keys: key[P]; completion g of a prompt draws its noise from fold_in(key, g).
+
+  Returns:
+    (completion i32[P,G,L], commit_step i32[P,G,L]).
+  """
+  p, g, length = canvas.shape
+  rows = lambda x: jnp.repeat(x, g, axis=0)
+  flat = lambda x: x.reshape(p * g, length)
+  tokens = jnp.concatenate([rows(prompt), flat(canvas)], axis=1)
+  fixed = jnp.concatenate([jnp.ones((p * g, prompt.shape[1]), bool), flat(hinted)], axis=1)
+  valid = jnp.concatenate([rows(prompt_valid), jnp.ones((p * g, length), bool)], axis=1)
+  row_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(g))
+  out = denoise(lm, params, Canvas(tokens, fixed, valid), row_keys.reshape(p * g), cfg)
+  begin = prompt.shape[1]
+  groups = lambda x: x[:, begin:].reshape(p, g, length)
+  return groups(out.tokens), groups(out.commit_step)
+
+
+@jax.jit
+def prompt_keys(key: Array, row_ids: Array) -> Array:
+  """key[P] from a step's key and u32[P] identities: noise follows the prompt, not its place."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
+
+
+def group_buckets(prompts: int, multiple: int) -> list[int]:
+  """Sizes that the last slice of hinted groups is padded to: few, so that few programs compile.
+
+  Example: group_buckets(8, 1) == [1, 2, 4, 8]; group_buckets(8, 4) == [4, 8].
+  """
+  buckets, size = [], multiple
+  while size < prompts:
+    buckets.append(size)
+    size *= 2
+  return [*buckets, prompts]
+
+
+class GroupSampler:
+  """Samples and grades groups, a slice of prompts at a time.
+
+  Attributes:
+    slice_size: prompts of this process in a full slice.
+    buckets: sizes of the last slice, growing up to `slice_size`.
+
+  Raises:
+    UserError: the slices do not share out over the devices.
+  """
+
+  def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
+    self.lm, self.tokenizer, self.scorer, self.mesh = lm, tokenizer, scorer, mesh
+    self.sampler, self.group_size = config.sampler, config.rl.group_size
+    ways, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    slices = config.rl.sample_slices
+    if config.rl.prompts_per_step % (slices * processes):
+      raise UserError(
+        f"config: rl.prompts_per_step={config.rl.prompts_per_step} is not a multiple of "
+        f"rl.sample_slices={slices} x {processes} process(es)"
+      )
+    self.slice_size = config.rl.prompts_per_step // slices // processes
+    self.buckets = group_buckets(self.slice_size, max(1, ways // processes))
+
+  def padded(self, groups: int) -> int:
+    """The number of groups that is sampled where `groups` are wanted."""
+    full = groups // self.slice_size * self.slice_size
+    rest = groups - full
+    return full + next(b for b in self.buckets if b >= rest) if rest else full
+
+  def __call__(
+    self, params: Params, batch: PromptBatch, groups, canvas, hinted, key: Array, clock: DeviceClock
+  ) -> Samples:
+    """Samples, decodes and scores.
+
+    Args:
+      params: the policy, in the compute dtype.
+      batch: this process's prompts.
+      groups: i[X], which of them; X as `padded` says, the same on every process.
+      canvas: i32[X,G,L], masks and hints.
+      hinted: bool[X,G,L].
+      key: of the step.
+      clock: told when devices have work, and when they are out of it.
+    """
+    queued = []
+    for begin in range(0, len(groups), self.slice_size):
+      part = slice(begin, begin + self.slice_size)
+      i = groups[part]
+      arrays = (batch.tokens[i], batch.valid[i], canvas[part], hinted[part], batch.row_id[i])
+      prompt, valid, blank, fixed, ids = shard_rows(self.mesh, arrays)
+      keys = prompt_keys(key, ids)
+      out = sample_groups(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
+      clock.dispatched()
+      queued.append((part, out))
+    waiting = []
+    for number, (part, out) in enumerate(queued, start=1):
+      completion, commit_step = local_rows(out)
+      if number == len(queued):
+        clock.drained()
+      texts = [self.tokenizer.decode(row) for row in completion.reshape(-1, completion.shape[-1])]
+      records = [batch.records[i] for i in groups[part] for _ in range(self.group_size)]
+      pending = self.scorer.submit(texts, records)
+      waiting.append((part, completion, commit_step, texts, pending))
+    return Samples.join([self._samples(hinted, *parts) for parts in waiting])
+
+  def _samples(self, hinted, part, completion, commit_step, texts, pending) -> Samples:
+    x, g, _ = completion.shape
+    scores: Scores = pending.result()
+    in_groups = lambda items: [list(items[i * g : (i + 1) * g]) for i in range(x)]
+    return Samples(
+      completion=completion,
+      commit_step=commit_step,
+      hinted=np.array(hinted[part]),
+      texts=in_groups(texts),
+      reward=scores.reward.reshape(x, g).copy(),
+      correct=scores.correct.reshape(x, g).copy(),
+      status=in_groups(scores.status),
+    )
