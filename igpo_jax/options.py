@@ -78,9 +78,11 @@ class ModelConfig:
   dtype: str = "float32"  # compute
   param_dtype: str = "float32"
   remat: Literal["none", "full", "dots"] = "none"
+  attention: Literal["einsum", "dot_product", "splash"] = "einsum"  # models/attention.py
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
+    check_choices(self, "model")
     require(self.d_model % self.n_heads == 0, "model.d_model must be a multiple of model.n_heads")
     require(self.head_size % 2 == 0, "model.d_model / model.n_heads must be even (RoPE)")
     require(

@@ -143,9 +143,9 @@ def test_a_wrong_convention_would_be_noticed(pre, golden, wrong, monkeypatch):
 def test_grouped_heads_in_the_wrong_order_would_be_noticed(monkeypatch):
   attend = llada.attend
 
-  def tiled(q, k, v, valid):
+  def tiled(q, k, v, valid, implementation):
     repeats = (1, 1, q.shape[2] // k.shape[2], 1)
-    return attend(q, jnp.tile(k, repeats), jnp.tile(v, repeats), valid)
+    return attend(q, jnp.tile(k, repeats), jnp.tile(v, repeats), valid, implementation)
 
   pre = load_pretrained(GOLDENS / "llada_tiny_gqa", dtype="float32")
   monkeypatch.setattr(llada, "attend", tiled)

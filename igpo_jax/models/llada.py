@@ -62,7 +62,7 @@ class Block(nn.Module):
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=1)
       cache = (k, v)
-    h = attend(q, k, v, valid).reshape(b, t, c.n_heads * c.head_size)
+    h = attend(q, k, v, valid, c.attention).reshape(b, t, c.n_heads * c.head_size)
     h = linear_out(d, ("heads", "embed"), name="attn_out")(h)
     x = constrain(x + h, "act_batch", "act_length", "act_embed")
 

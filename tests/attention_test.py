@@ -1,0 +1,135 @@
+"""Every implementation of attention is the same function, and says where it cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import ModelConfig
+from igpo_jax.models import attention
+from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.mesh import AXES, make_mesh
+
+ROWS = 2
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def plain(q, k, v, valid):
+  """One query at a time, in float64: the definition."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  group = q.shape[2] // k.shape[2]
+  for row, t, head in np.ndindex(q.shape[:3]):
+    scores = k[row, :, head // group] @ q[row, t, head] / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores[valid[row]].max()) * valid[row]
+    out[row, t, head] = weights @ v[row, :, head // group] / weights.sum()
+  return out
+
+
+def arrays(queries=7, keys=9, heads=4, kv_heads=2, size=8, seed=0):
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(ROWS, queries, heads, size)).astype(np.float32)
+  k, v = rng.normal(size=(2, ROWS, keys, kv_heads, size)).astype(np.float32)
+  valid = np.arange(keys) >= np.array([[0], [3]])
+  return tuple(map(jnp.asarray, (2 * q, k, v, valid)))
+
+
+def interpreted(q, k, v, valid):
+  return attention.splash(q, k, v, valid, interpret=True)
+
+
+IMPLEMENTATIONS = {
+  "einsum": attention.einsum,
+  "dot_product": attention.dot_product,
+  "splash": interpreted,
+}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_attention_is_its_definition(name, kv_heads):
+  q, k, v, valid = arrays(kv_heads=kv_heads)
+  out = IMPLEMENTATIONS[name](q, k, v, valid)
+  np.testing.assert_allclose(out, plain(q, k, v, valid), atol=1e-5)
+  everything = np.ones(valid.shape, bool)
+  out = IMPLEMENTATIONS[name](q, k, v, None)
+  np.testing.assert_allclose(out, plain(q, k, v, everything), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dot_product", "splash"])
+def test_gradients_equal_the_plain_path(name):
+  q, k, v, valid = arrays()
+  weight = jax.random.normal(jax.random.key(0), q.shape)
+
+  def gradients(f):
+    return jax.grad(lambda q, k, v: jnp.sum(f(q, k, v, valid) * weight), (0, 1, 2))(q, k, v)
+
+  expected = gradients(attention.einsum)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    gradients(IMPLEMENTATIONS[name]),
+    expected,
+  )
+
+
+@pytest.mark.parametrize("name", ["einsum", "dot_product"])
+def test_a_row_without_valid_keys_gets_a_mean(name):
+  q, k, v, _ = arrays()
+  out = IMPLEMENTATIONS[name](q, k, v, jnp.zeros(k.shape[:2], bool))
+  np.testing.assert_allclose(out[:, 0, 0], np.mean(v[:, :, 0], axis=1), atol=1e-5)
+
+
+def test_scores_are_summed_in_float32_in_bfloat16():
+  """Hidden keys weigh nothing, and 300 equal keys give their common value exactly."""
+  q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(keys=300))
+  same = jnp.ones_like(v) * jnp.bfloat16(1.5)
+  valid = jnp.arange(300)[None] >= jnp.array([[0], [200]])
+  out = attention.einsum(q, 0 * k, jnp.where(valid[:, :, None, None], same, 7.0), valid)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(out, np.float32), 1.5)
+
+
+def test_splash_pads_lengths_to_whole_blocks():
+  q, k, v, valid = arrays(queries=130, keys=260)
+  out = interpreted(q, k, v, valid)
+  np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
+
+
+def test_splash_under_a_mesh_keeps_rows_and_heads_where_they_are():
+  q, k, v, valid = arrays()
+  with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
+    out = jax.jit(interpreted)(q, k, v, valid)
+  np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
+  mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    (one,) = jax.make_jaxpr(attention.splash)(q, k, v, valid).eqns
+    (three,) = jax.make_jaxpr(attention.splash)(
+      *(jnp.repeat(x, 3, 0)[:3] for x in (q, k, v, valid))
+    ).eqns
+  local = lambda eqn: [x.aval.shape for x in eqn.params["jaxpr"].invars][-4:]
+  assert local(one) == [(1, 7, 2, 8), (1, 9, 1, 8), (1, 9, 1, 8), (1, 9)]
+  assert local(three)[0] == (3, 7, 2, 8)  # three do not divide: all on each
+
+
+def test_a_kernel_for_another_platform_is_refused():
+  cfg = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden=32, vocab_size=8)
+  with pytest.raises(UserError, match=r"config: model.attention='flash' is not one of einsum"):
+    ModelConfig(attention="flash")
+  lm = make_lm(dataclasses.replace(cfg, attention="splash"))
+  params = make_lm(cfg).init(jax.random.key(0))
+  with pytest.raises(UserError, match="a kernel for TPU, and this program is for cpu"):
+    lm.logits(params, jnp.zeros((1, 4), jnp.int32))
+  other = make_lm(dataclasses.replace(cfg, attention="dot_product"))
+  tokens = jnp.arange(8).reshape(2, 4)
+  expected = make_lm(cfg).logits(params, tokens)
+  np.testing.assert_allclose(other.logits(params, tokens), expected, atol=1e-5)
