@@ -126,7 +126,7 @@ def test_a_kernel_for_another_platform_is_refused():
   with pytest.raises(UserError, match=r"config: model.attention='flash' is not one of einsum"):
     ModelConfig(attention="flash")
   lm = make_lm(dataclasses.replace(cfg, attention="splash"))
-  params = make_lm(cfg).init(jax.random.key(0))
+  params = lm.init(jax.random.key(0))  # made anywhere
   with pytest.raises(UserError, match="a kernel for TPU, and this program is for cpu"):
     lm.logits(params, jnp.zeros((1, 4), jnp.int32))
   other = make_lm(dataclasses.replace(cfg, attention="dot_product"))

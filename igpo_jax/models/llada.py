@@ -11,6 +11,7 @@ not grow with depth; parameters carry a leading `layers` axis:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -114,10 +115,12 @@ def make_lm(config: ModelConfig) -> LM:
   as a static argument are shared between callers.
   """
   model = Transformer(config)
+  # Parameters do not depend on how attention is computed, nor on where they are made.
+  plain = Transformer(dataclasses.replace(config, attention="einsum"))
   dummy = jnp.zeros((1, 2), jnp.int32)
 
   def init_boxed(key) -> Any:
-    return dict(model.init(key, dummy, None, 0, None)["params"])
+    return dict(plain.init(key, dummy, None, 0, None)["params"])
 
   def init(key) -> Params:
     return lora.add(nn.meta.unbox(init_boxed(key)), key, config.lora)

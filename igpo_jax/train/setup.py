@@ -109,6 +109,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     pre.config,
     dtype=config.model.dtype,
     remat=config.model.remat,
+    attention=config.model.attention,
     lora=pre.config.lora if has_adapters else config.model.lora,
   )
   lm, params = make_lm(model_config), pre.params
