@@ -21,6 +21,7 @@ setup(
     "etils[epath]>=1.9",
     "flax>=0.12",
     "grain>=0.2.10",
+    "httpx2>=2.16",
     "importlib_resources>=6",
     "jax>=0.10",
     "jinja2>=3.1",

@@ -20,6 +20,12 @@ Why this one (the study is in docs/LOG.md):
 
 Train and test problems are disjoint by construction: which split a problem belongs
 to is a hash of its text.
+
+Traces can be verbose (`detours`), as those of reasoning models are: a step is written out
+before its result, a wrong number is put down and taken back, a number is stated twice.
+
+    concise   769 769 718 =>718
+    verbose   352+417= 769 =769 469- 769 718 =718 =>718
 """
 
 from __future__ import annotations
@@ -64,6 +70,36 @@ def solve(problem: str, skip: Callable[[str], bool] = lambda sign: False) -> tup
   return " ".join(numbers) + f" =>{number}", number
 
 
+def with_detours(problem: str, trace: str, mean: float, rng: np.random.Generator) -> str:
+  """The trace with a Poisson number of detours at each step, `mean` of them on average.
+
+  A detour is, with equal chances, the step written out before its result ("352+417="), a
+  number that is wrong in one digit and taken back ("469-"), or the result once more ("=769").
+  """
+  words, steps = trace.split(), re.findall(r"[-+^_]\d+", problem)
+  before, out = re.match(r"\d+", problem).group(), []
+  for number, step in zip(words, steps, strict=False):
+    checks = []
+    for _ in range(rng.poisson(mean)):
+      kind = rng.integers(3)
+      if kind == 0:
+        out.append(f"{before}{step}=")
+      elif kind == 1:
+        at = rng.integers(len(number))
+        digit = (int(number[at]) + rng.integers(1, 10)) % 10
+        out.append(f"{number[:at]}{digit}{number[at + 1 :]}-")
+      else:
+        checks.append(f"={number}")
+    out += [number, *checks]
+    before = number
+  return " ".join([*out, words[-1]])
+
+
+def without_detours(trace: str) -> str:
+  """The concise trace inside a verbose one: the numbers that stand, and the answer."""
+  return " ".join(word for word in trace.split() if re.fullmatch(r"\d+|=>\d+", word))
+
+
 def split_of(problem: str) -> str:
   """ "test" for one problem in ten, by a hash of its text, else "train"."""
   digest = hashlib.blake2s(problem.encode(), digest_size=4).digest()
@@ -94,6 +130,7 @@ def make_records(
   rare: str = "add",
   rare_share: float | str = 0.25,
   skip_share: float | str = 0.0,
+  detours: float | str = 0.0,
 ) -> list[Record]:
   """Distinct problems of one split, the same on every machine.
 
@@ -112,6 +149,8 @@ def make_records(
     skip_share: careless traces: each step of the rare kind is forgotten with this
       probability, and the trace goes on from there to a wrong end. The record's `answer`
       is the right one all the same.
+    detours: verbose traces: so many detours at each step on average (`with_detours`). The
+      problems are those of a source without.
 
   Raises:
     UserError: an unknown split or task, or options out of range.
@@ -122,7 +161,7 @@ def make_records(
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
   try:
     low, high, digits = int(min_steps), int(max_steps), int(digits)
-    share, skip_share = float(rare_share), float(skip_share)
+    share, skip_share, detours = float(rare_share), float(skip_share), float(detours)
   except ValueError as error:
     raise UserError(f"synthetic: {error}") from None
   if not 1 <= low <= high:
@@ -132,8 +171,11 @@ def make_records(
   for option, value in (("rare_share", share), ("skip_share", skip_share)):
     if not 0 <= value <= 1:
       raise UserError(f"synthetic: {option}={value} is not in [0, 1]")
+  if not 0 <= detours <= 10:
+    raise UserError(f"synthetic: detours={detours} is not in [0, 10]")
   common, rare = _signs("ops", ops), _signs("rare", rare)
 
+  winding = np.random.default_rng([seed, round(detours * 1000)])
   rng = np.random.default_rng([seed, low, high, digits, round(share * 1000)])
   records: dict[str, Record] = {}
   tries = 0
@@ -152,6 +194,8 @@ def make_records(
       continue
     _, answer = solve(problem)
     trace, _ = solve(problem, lambda sign: sign in rare and rng.random() < skip_share)
+    if detours:
+      trace = with_detours(problem, trace, detours, winding)
     records[problem] = Record(
       id=problem,
       prompt=({"role": "user", "content": problem},),

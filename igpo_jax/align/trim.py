@@ -1,0 +1,165 @@
+"""Rule-based trimming: a fallback that needs no language model, and is no substitute for one.
+
+It takes text away and writes none: reflections go, the last derivation and the answer stay,
+and what is still too long loses its first sentences. A trace that rambles in other words
+than `REFLECTIONS` knows stays as it is. Rules for other languages or notations are
+registered by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from igpo_jax.cli import UserError
+from igpo_jax.data import spans, synthetic
+
+Count = Callable[[str], int]
+Rules = Callable[[str, str, Count, int], str]
+_RULES: dict[str, Rules] = {}
+
+
+def register_rules(name: str) -> Callable[[Rules], Rules]:
+  """Makes `--rules=name` call the decorated `fn(trace, answer, count, max_tokens) -> str`.
+
+  `count(text)` is the number of tokens; "" stands for a trace that cannot be trimmed.
+  """
+
+  def register(function: Rules) -> Rules:
+    _RULES[name] = function
+    return function
+
+  return register
+
+
+def rules(name: str) -> Rules:
+  """The rules of that name; a `UserError` names those there are."""
+  if name not in _RULES:
+    raise UserError(f"--rules: {name!r} is not one of {', '.join(sorted(_RULES))}")
+  return _RULES[name]
+
+
+# A sentence that begins so thinks about the solution instead of giving it.
+_REFLECTIONS = (
+  r"wait\b(?! times?\b| for\b)",
+  r"(?:hmm+|hold on|hang on|oops|maybe|perhaps)\b",
+  r"actually,? (?:no|wait|let me)\b",
+  r"no,? (?:wait|that)\b",
+  r"let me (?:think|see|check|double|verify|make sure|try|start|go back|look|confirm|pause)",
+  r"let me re-?(?:check|read|think|consider|do|call)",
+  r"let'?s (?:double|verify|see if|re-?(?:check|read|think|consider|do))",
+  r"let'?s check (?:again|this|that|my|if)",
+  r"(?:just )?to (?:double[- ]?check|be (?:safe|sure)|make sure|verify)\b",
+  r"i (?:think|guess|wonder|suppose|believe|made a|may have|might have|am (?:not sure|confused))\b",
+  r"i (?:need to (?:check|think|verify|re)|should (?:check|double|verify))",
+  r"i'?m (?:not sure|confused)\b",
+  r"(?:is|does) (?:that|this) (?:right|correct|make sense)",
+  r"that (?:seems|looks|sounds|can'?t be|doesn'?t (?:seem|look|make))\b",
+  r"(?:checking (?:again|my|this)\b|double[- ]check)",
+  r"(?:interesting|strange|tricky)\b[.,!]",
+)
+REFLECTIONS = re.compile(
+  r"(?:(?:okay|ok|alright|right|so|but|and|now|well|oh|ah)\b[\s,.!-]*)*"
+  rf"(?:{'|'.join(_REFLECTIONS)})",
+  re.IGNORECASE,
+)
+# After one of these a derivation begins anew.
+RESTARTS = re.compile(
+  r"\b(?:start(?:ing)? (?:over|again|afresh)|try (?:again|another|a different)"
+  r"|another (?:way|approach)|redo (?:this|that|it|the)|from (?:scratch|the beginning))\b",
+  re.IGNORECASE,
+)
+_THINK_TAGS = re.compile(r"</?think>")
+# A sentence ends with its line, or with . ! ? and a space; "3.5", "e.g. x" and "Dr. X" go on.
+_SENTENCE_END = re.compile(r"\n+|(?<=[.!?])(?<!\b[a-z]\.[a-z]\.)(?<!\b[A-Z][a-z]\.)\s+(?=[^a-z\s])")
+
+
+def sentences(text: str) -> list[str]:
+  """Sentences with the space after them: joined they are `text`. Formulas are not cut.
+
+  Worked example: "a = 3.5. So\nb = 2. Done" gives ["a = 3.5. ", "So\n", "b = 2. ", "Done"].
+  """
+  out, start = [], 0
+  for match in _SENTENCE_END.finditer(text):
+    piece = text[start : match.end()]
+    if piece.strip() and not _inside_formula(piece):
+      out.append(piece)
+      start = match.end()
+  return [*out, text[start:]] if text[start:].strip() else out
+
+
+def _inside_formula(piece: str) -> bool:
+  plain = piece.replace(r"\$", "")
+  return (
+    (plain.count("$$") % 2 == 1)
+    or (plain.replace("$$", "").count("$") % 2 == 1 and "\n" not in piece)
+    or plain.count(r"\[") > plain.count(r"\]")
+    or plain.count(r"\begin{") > plain.count(r"\end{")
+  )
+
+
+def split_ending(trace: str, answer: str) -> tuple[str, str]:
+  """The derivation, and the statement of the answer from its sentence's beginning on."""
+  span = spans.find_answer_span(trace, answer)
+  start, at = span[0] if span else len(trace), 0
+  pieces = sentences(trace)
+  if span is None and pieces:
+    start = len(trace) - len(pieces[-1])
+  for piece in pieces:
+    if at + len(piece) > start:
+      break
+    at += len(piece)
+  return trace[:at], trace[at:]
+
+
+def _without_thinking(trace: str) -> str:
+  """What follows the last </think>, if there is a derivation in it; else all of it."""
+  after = trace.rpartition("</think>")[2].strip()
+  if "</think>" in trace and len(sentences(after)) > 1:
+    return after
+  return _THINK_TAGS.sub("", trace).strip()
+
+
+@register_rules("english")
+def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
+  """A shorter trace, made of sentences of the given one.
+
+  1. Of a reasoning model's output, what follows its thinking.
+  2. What follows the last new start, if a derivation is left then.
+  3. Without reflections, and without sentences that were there before.
+  4. Without as many of the first sentences as it takes to fit.
+
+  Args:
+    trace: reasoning that ends in the answer.
+    answer: the gold answer; helps to find where the trace states it.
+    count: tokens of a text.
+    max_tokens: the most that are allowed.
+
+  Returns:
+    The trimmed trace; it is too long only if the statement of the answer alone is.
+  """
+  body, ending = split_ending(_without_thinking(trace), answer)
+  parts = sentences(body)
+  last = max((k for k, part in enumerate(parts) if RESTARTS.search(part)), default=-1)
+  if any(re.search(r"\d|\\[a-z]|=", part) for part in parts[last + 1 :]):
+    parts = parts[last + 1 :]
+  kept: list[str] = []
+  seen: set[str] = set()
+  for part in parts:
+    plain = " ".join(part.split()).lower()
+    if plain not in seen and not REFLECTIONS.match(part.lstrip()):
+      kept.append(part)
+      seen.add(plain)
+  first = 0
+  text = "".join(kept) + ending
+  while first < len(kept) and count(text.strip()) > max_tokens:
+    first += 1
+    text = "".join(kept[first:]) + ending
+  return text.strip()
+
+
+@register_rules("chains")
+def trim_chain(trace: str, answer: str, count: Count, max_tokens: int) -> str:
+  """The generated task's traces (`data.synthetic`) without their detours."""
+  del answer, count, max_tokens
+  return synthetic.without_detours(trace)

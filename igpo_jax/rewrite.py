@@ -1,0 +1,292 @@
+"""Rewrites long reasoning traces into concise ones with the same answer (METHOD 6).
+
+    OPENAI_API_KEY=... python -m igpo_jax.rewrite --source=URI --output=OUT.jsonl
+        --endpoint=http://HOST:PORT/v1 --model=NAME --tokenizer=DIR
+    python -m igpo_jax.rewrite --mode=trim --source=URI --output=OUT.jsonl --tokenizer=DIR
+
+Accepted are traces whose answer equals the gold one by the grader and that have few enough
+tokens; the others go to OUT.rejected.jsonl with their reasons. Stopped or killed, the same
+command goes on where it was. docs/length_aligned_sft.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import signal
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from igpo_jax import cli
+from igpo_jax.align import lengths, prompts
+from igpo_jax.align.client import ChatClient, completions_url
+from igpo_jax.align.engine import Engine, Rewriter, Trimmer
+from igpo_jax.align.journal import Journal
+from igpo_jax.align.judge import Judge
+from igpo_jax.cli import UserError
+from igpo_jax.data import sources, synthetic
+from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from igpo_jax.rewards import answers
+from igpo_jax.rewards.score import Scorer
+
+DEFAULT_KEY = "OPENAI_API_KEY"
+GRACE = 20.0  # seconds that requests under way are given when the program is asked to stop
+SHOWN = 3  # prompts of a dry run
+PROBE = "If $x^2 = 16$ and x > 0, then x = 4.\n\\boxed{4} é 0123456789"
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = cli.ArgumentParser(
+    prog="python -m igpo_jax.rewrite",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add(
+    "--mode",
+    choices=("rewrite", "trim"),
+    default="rewrite",
+    help="rewrite: by a language model; trim: by rules, without one",
+  )
+  add("--source", help="records with traces, by URI (docs/data.md)")
+  add("--output", type=pathlib.Path, help="JSONL of accepted traces; a data source of its own")
+  add("--tokenizer", help="directory of the model that is to be trained, or char")
+  add("--max-tokens", type=int, default=1500, help="of an accepted trace (%(default)s)")
+  add(
+    "--window",
+    type=int,
+    action="append",
+    metavar="L",
+    help="canvas lengths that the report asks about; may be repeated (256)",
+  )
+  add("--limit", type=int, help="look at no more than the first so many records")
+  add("--dry-run", action="store_true", help="show what would be asked, ask nothing")
+  add("--report", action="store_true", help="only write the report of an output that exists")
+  add("--verifier", choices=("math", "exact"), default="math", help="how answers are compared")
+  add("--workers", type=int, help="grading processes (one per core)")
+  add("--concurrency", type=int, default=16, help="requests in flight (%(default)s)")
+  group = parser.add_argument_group("rewrite")
+  add = group.add_argument
+  add("--endpoint", help="OpenAI-compatible base address, such as http://localhost:8000/v1")
+  add("--model", help="the model's name at the endpoint")
+  add(
+    "--key-env",
+    default=DEFAULT_KEY,
+    metavar="NAME",
+    help="environment variable with the key (%(default)s)",
+  )
+  add("--temperature", type=float, default=0.3, help="(%(default)s)")
+  add(
+    "--extra",
+    default="{}",
+    metavar="JSON",
+    help="further fields of each request; null leaves one out",
+  )
+  add("--timeout", type=float, default=300.0, help="seconds for one request (%(default)s)")
+  add("--retries", type=int, default=8, help="of one request (%(default)s)")
+  add("--backoff", type=float, default=1.0, help="seconds before the first retry (%(default)s)")
+  add(
+    "--max-failures",
+    type=int,
+    default=10,
+    help="stop when so many records in a row get no answer at all (%(default)s)",
+  )
+  add("--price-in", type=float, default=0.0, help="per million tokens, to show the cost")
+  add("--price-out", type=float, default=0.0, help="per million tokens")
+  group = parser.add_argument_group("trim")
+  group.add_argument("--rules", default="english", help="whose notation to trim by (%(default)s)")
+  args = parser.parse_args()
+  check(args)
+  return args
+
+
+def check(args: argparse.Namespace) -> None:
+  """Raises `UserError` for options that are missing or out of range."""
+  remote = args.mode == "rewrite" and not args.report
+  needed = ["output"] if args.report else ["source"]
+  if not args.report and not args.dry_run:
+    needed += ["output", "tokenizer", *(["endpoint", "model"] if remote else [])]
+  for name in needed:
+    if getattr(args, name) is None:
+      raise UserError(f"--{name} is missing (see --help)")
+  for name, least in (("max_tokens", 2), ("concurrency", 1), ("retries", 0), ("max_failures", 1),
+                      ("timeout", 1e-3), ("backoff", 0), ("limit", 1), ("workers", 1),
+                      ("temperature", 0), ("price_in", 0), ("price_out", 0)):  # fmt: skip
+    value = getattr(args, name)
+    if value is not None and not value >= least:
+      raise UserError(f"--{name.replace('_', '-')}={value}: give at least {least}")
+  args.window = args.window or [256]
+  if min(args.window) < 1:
+    raise UserError(f"--window={min(args.window)}: give at least 1")
+  try:
+    args.extra = json.loads(args.extra)
+  except ValueError as error:
+    raise UserError(f"--extra: not JSON ({error})") from error
+  if not isinstance(args.extra, dict):
+    raise UserError("--extra: expected a JSON object, such as '{\"top_p\": 0.9}'")
+  if args.endpoint is not None:
+    completions_url(args.endpoint)
+
+
+def read_key(name: str) -> str:
+  """The key in an environment variable; "" where there is none and none was asked for."""
+  key = os.environ.get(name, "").strip()
+  if not key and name != DEFAULT_KEY:
+    raise UserError(f"--key-env={name}: there is no such environment variable, or it is empty")
+  if not (key.isascii() and key.isprintable()):
+    raise UserError(f"the environment variable {name} does not hold a key: odd characters in it")
+  return key
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
+  """`load_tokenizer`, and "char" for the generated task's."""
+  return CharTokenizer(synthetic.ALPHABET) if spec == "char" else load_tokenizer(spec)
+
+
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
+  """Fields of a request; twice the tokens that are allowed, for the endpoint counts its own."""
+  fields = {"temperature": args.temperature, "max_tokens": 2 * args.max_tokens + 256}
+  return fields | args.extra
+
+
+def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+  """What decides the rows of an output."""
+  probe = PROBE if not isinstance(tokenizer, CharTokenizer) else synthetic.ALPHABET
+  ids = hashlib.blake2s(repr(tokenizer.encode(probe)).encode(), digest_size=4).hexdigest()
+  settings = {
+    "mode": args.mode,
+    "source": args.source,
+    "max_tokens": args.max_tokens,
+    "tokenizer": f"{tokenizer.vocab_size} tokens, {ids}",
+    "verifier": args.verifier,
+  }
+  if args.mode == "trim":
+    return settings | {"rules": args.rules}
+  options = request_options(args)
+  return settings | {"model": args.model, "wording": prompts.digest(), "options": options}
+
+
+def dry_run(args: argparse.Namespace) -> None:
+  """Prints what would be asked of the first records, or how trimming changes them."""
+  tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else None
+  count = (lambda text: len(tokenizer.encode(text)) + 1) if tokenizer else len
+  unit = "tokens" if tokenizer else "characters"
+  for record in itertools.islice(sources.stream_records(args.source), args.limit or SHOWN):
+    print(f"=== {record.id} ({count(record.trace)} {unit})")
+    if args.mode == "trim":
+      trimmed = Trimmer(args.rules, count, args.max_tokens)
+      text = trimmed.rules(record.trace, record.answer, count, args.max_tokens)
+      print(f"--- trace\n{record.trace}\n--- trimmed ({count(text)} {unit})\n{text}\n")
+      continue
+    for message in prompts.messages(record, args.max_tokens):
+      print(f"--- {message['role']}\n{message['content']}\n")
+
+
+class Bar:
+  """The progress bar: decided records, tokens, and what they cost."""
+
+  def __init__(self, journal: Journal, args: argparse.Namespace):
+    self.journal, self.prices = journal, (args.price_in, args.price_out)
+    self.bar = tqdm(
+      total=args.limit, initial=len(journal), desc=args.mode, unit="trace", file=sys.stderr,
+      dynamic_ncols=True, mininterval=0.5, disable=None,
+    )  # fmt: skip
+
+  def cost(self) -> str:
+    """Tokens that the endpoint counted, and their price if one was given; "" without any."""
+    used = [self.journal.usage[f"{kind}_tokens"] for kind in ("prompt", "completion")]
+    if not any(used):
+      return ""
+    text = f"{used[0]:,} tokens in, {used[1]:,} out"
+    if any(self.prices):
+      text += f", cost {sum(u * p for u, p in zip(used, self.prices, strict=True)) / 1e6:.2f}"
+    return text
+
+  def __call__(self) -> None:
+    text = f"accepted {self.journal.accepted}, rejected {self.journal.rejected}"
+    cost = self.cost()
+    self.bar.set_postfix_str(f"{text}, {cost}" if cost else text, refresh=False)
+    self.bar.update()
+
+
+async def align(args: argparse.Namespace, journal: Journal, tokenizer: Tokenizer, bar: Bar) -> int:
+  """Decides every record; returns the number of the signal that ended it early, else 0."""
+  rules = ("boxed",) if args.mode == "rewrite" else answers.DEFAULT_RULES
+  loop, received = asyncio.get_running_loop(), []
+  async with contextlib.AsyncExitStack() as stack:
+    scorer = stack.enter_context(Scorer(args.verifier, workers=args.workers, rules=rules))
+    judge = Judge(scorer, tokenizer, args.max_tokens)
+    if args.mode == "trim":
+      write = Trimmer(args.rules, judge.count, args.max_tokens)
+    else:
+      client = ChatClient(
+        args.endpoint, args.model, read_key(args.key_env), options=request_options(args),
+        concurrency=args.concurrency, timeout=args.timeout, retries=args.retries,
+        backoff=args.backoff, proven=journal.accepted > 0,
+      )  # fmt: skip
+      write = Rewriter(await stack.enter_async_context(client), args.max_tokens)
+    engine = Engine(write, judge, journal, args.concurrency, args.max_failures, bar)
+
+    def asked_to_stop(number: int) -> None:
+      received.append(number)
+      if len(received) > 1:
+        return engine.cancel()
+      tqdm.write("stopping: requests under way are finished (again: at once)", file=sys.stderr)
+      engine.stop()
+      loop.call_later(GRACE, engine.cancel)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+      loop.add_signal_handler(number, asked_to_stop, number)
+    source = sources.stream_records(args.source)
+    await engine.run(source, args.limit)
+    if not len(journal) and not received:
+      raise UserError(
+        f"{args.source}: no record that can be used ({sources.describe(source.dropped)})"
+      )
+    if source.dropped:
+      tqdm.write(f"of the source left out: {sources.describe(source.dropped)}", file=sys.stderr)
+  return received[0] if received else 0
+
+
+def write_report(output: pathlib.Path, windows: list[int]) -> None:
+  report = lengths.make_report(output, windows)
+  print(lengths.table(report))
+
+
+def main() -> int:
+  args = parse_arguments()
+  if args.report:
+    write_report(args.output, args.window)
+    return 0
+  sources.check_files(args.source)
+  if args.dry_run:
+    dry_run(args)
+    return 0
+  tokenizer = open_tokenizer(args.tokenizer)
+  notes = {"endpoint": args.endpoint} if args.mode == "rewrite" else {}
+  with Journal(args.output, settings_of(args, tokenizer), notes) as journal:
+    bar = Bar(journal, args)
+    with bar.bar:
+      stopped = asyncio.run(align(args, journal, tokenizer, bar))
+  decided = len(journal)
+  counts = f" ({sources.describe(journal.reasons)})" if journal.rejected else ""
+  print(f"accepted {journal.accepted} of {decided}, rejected {journal.rejected}{counts}")
+  if cost := bar.cost():
+    print(cost)
+  if stopped:
+    print(f"stopped; {decided} records are decided: the same command goes on from here")
+    return 128 + stopped
+  write_report(args.output, args.window)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)
