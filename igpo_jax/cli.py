@@ -8,7 +8,9 @@ turns into a single line on stderr that says what is wrong, where, and what to d
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -21,9 +23,20 @@ class UserError(ValueError):
 
 def fail(message: object) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2."""
-  line = " ".join(str(message).split())
-  print(f"error: {line}", file=sys.stderr, flush=True)
-  raise SystemExit(USER_ERROR_EXIT_CODE)
+  raise SystemExit(explain(UserError(message)))
+
+
+def explain(error: BaseException) -> int:
+  """Prints what a user should read of an error on stderr; returns the exit code that fits it."""
+  if isinstance(error, UserError):
+    line = " ".join(str(error).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return USER_ERROR_EXIT_CODE
+  if isinstance(error, KeyboardInterrupt):
+    print("interrupted", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
+  traceback.print_exception(error)
+  return 1
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -41,9 +54,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   """Runs a command's `main()` and exits: 0 on success, 2 on a `UserError`."""
   try:
     code = main()
-  except UserError as error:
-    fail(error)
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    raise SystemExit(130) from None
+  except (UserError, KeyboardInterrupt) as error:
+    raise SystemExit(explain(error)) from None
   raise SystemExit(code or 0)

@@ -17,9 +17,10 @@ from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rowfile import row_file
 from igpo_jax.train.loop import NonFinite, Run, Stage, StopSignal, due, run_stage, should_save
 from igpo_jax.train.report import draw_curves, summarize, table
-from igpo_jax.train.runlog import RunLog, read_rows
+from igpo_jax.train.runlog import RunLog
 from igpo_jax.types import TrainState
 
 # --- checkpoints ----------------------------------------------------------------------
@@ -96,7 +97,7 @@ def fill(log):
 
 
 def positions(path):
-  return [(r["stage"], r["step"]) for r in read_rows(epath.Path(path))]
+  return [(r["stage"], r["step"]) for r in row_file(path).read()]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_line_that_a_kill_cut_is_dropped_and_any_other_is_told(tmp_path):
   log.rewind("rl", 3)
   assert path.read_text() == whole
   path.write_text("{broken\n" + whole)
-  with pytest.raises(UserError, match=r"metrics.jsonl:1: not a JSON line"):
+  with pytest.raises(UserError, match=r"metrics.jsonl: not a JSON line: '{broken"):
     run_log(tmp_path)
 
 

@@ -22,13 +22,14 @@ from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.eval.generations import Generations, Row, params_digest, records_digest
+from igpo_jax.eval.generations import Generations, params_digest, records_digest
 from igpo_jax.eval.metrics import summarize
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.sampling import prompt_keys, sample_groups
+from igpo_jax.rowfile import Row
 from igpo_jax.types import LM, Params
 
 BUCKET_STEP = 64  # a prompt longer than every bucket gets one that is a multiple of this
@@ -175,6 +176,7 @@ def evaluate(
     # A batch that is half known is made whole again: the same batch gives the same rows.
     batch = next(stream.ordered_batches(number))
     generations.add(generate_rows(lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key))
+  generations.close()
   # One process decides: grading may time out on one machine and not on another.
   summary = []
   if jax.process_index() == 0:

@@ -21,9 +21,9 @@ from etils import epath
 
 from igpo_jax.data.records import Record
 from igpo_jax.parallel.distributed import share
+from igpo_jax.rowfile import Row, row_file, write_whole
 from igpo_jax.types import Params
 
-Row = dict[str, Any]
 Key = tuple[str, int]  # (problem's id, sample)
 
 
@@ -44,16 +44,14 @@ class Generations:
     text = json.dumps(settings, indent=2, sort_keys=True)
     stem = f"{name}-{hashlib.blake2s(text.encode(), digest_size=4).hexdigest()}"
     self.path = directory / f"{stem}.jsonl"
-    self._writes = jax.process_index() == 0
+    self._file = None
     rows = []
-    if self._writes:
+    if jax.process_index() == 0:
       directory.mkdir(parents=True, exist_ok=True)
-      (directory / f"{stem}.settings.json").write_text(text + "\n")
-      rows = _complete_rows(self.path)
-      # Half a row at the end would run into the next one.
-      partial = directory / f".{stem}.partial"
-      partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-      partial.replace(self.path)
+      write_whole(directory / f"{stem}.settings.json", text + "\n")
+      self._file = row_file(self.path)
+      self._file.cut()  # half a row at the end would run into the next one
+      rows = self._file.read()
     self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
 
   def add(self, rows: Sequence[Row]) -> None:
@@ -63,23 +61,13 @@ class Generations:
     """
     new = [row for row in share(rows) if (row["id"], row["sample"]) not in self.rows]
     self.rows |= {(row["id"], row["sample"]): row for row in new}
-    if self._writes and new:
-      with self.path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in new))
+    if self._file and new:
+      self._file.add(new)
 
-
-def _complete_rows(path: epath.Path) -> list[Row]:
-  """Rows up to the first line that is not whole."""
-  if not path.exists():
-    return []
-  rows = []
-  for line in path.read_text().split("\n"):
-    try:
-      row = json.loads(line)
-    except ValueError:
-      break
-    rows.append(row)
-  return rows
+  def close(self) -> None:
+    """All rows are there."""
+    if self._file:
+      self._file.close()
 
 
 def records_digest(records: Iterable[Record]) -> str:

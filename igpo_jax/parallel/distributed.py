@@ -1,40 +1,113 @@
-"""Several processes: how they find each other, and rows of text that all of them need."""
+"""Several processes: how they find each other, what all of them agree on, how they end."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from igpo_jax import cli
 from igpo_jax.cli import UserError
 from igpo_jax.parallel.mesh import over_processes
+from igpo_jax.parallel.watch import Watch
 
 # jax's own name for the first; the others go with it.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
+JOIN_SECONDS = 300  # machines of a pod start one after the other
+HEARTBEAT_SECONDS = 45  # a process that says nothing for so long is dead: the second net
+SHUTDOWN_SECONDS = 120  # the first process still writes the report
+# A collective fails at once when a process dies: the watch, which knows why, speaks first.
+GRACE_SECONDS = 3.0
 
-def start(detect: bool = False) -> None:
+
+@contextlib.contextmanager
+def joined(detect: bool = False) -> Iterator[None]:
+  """Runs the body as one process of a run; when one process fails or dies, all end.
+
+  A mistake or a bug in one process is told to all others, and every process leaves with
+  its exit code; nobody waits for collectives that cannot come about. Alone, a process
+  does as it would without this.
+  """
+  start(detect)
+  if jax.process_count() == 1:
+    yield
+    return
+  near = os.environ.get(ADDRESS, "").rpartition(":")[0].strip("[]")
+  watch = Watch(jax.process_index(), jax.process_count(), share, near)
+  try:
+    yield
+  except SystemExit:  # all processes stop at the same step
+    watch.done()
+    raise
+  except BaseException as error:
+    text = str(error)
+    if not isinstance(error, UserError):
+      time.sleep(GRACE_SECONDS)
+      text = f"{type(error).__name__}: {text}"
+    watch.fail(cli.explain(error), " ".join(text.split())[:1000])
+  watch.done()
+
+
+def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
   """Joins the processes of one run; call it before anything asks jax for its devices.
 
   With the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
   JAX_NUM_PROCESSES and JAX_PROCESS_ID set, these are used. With `detect`, jax finds out
   for itself (TPU pods, Slurm, Kubernetes, ...). With neither, a process is alone and
-  nothing happens; so it is at a second call.
+  nothing happens; so it is at a second call. Processes that do not come together within
+  `seconds` end with one line and exit code 1.
 
   Raises:
-    UserError: some of the variables are missing or are no numbers.
+    UserError: some of the variables are missing or make no sense, the port is taken, or
+      there is nothing to detect.
   """
   if jax.distributed.is_initialized():
     return
-  if ADDRESS not in os.environ:
-    if detect:
-      jax.distributed.initialize()
+  where: dict[str, Any] = {}
+  if ADDRESS in os.environ:
+    where = _from_variables()
+  elif not detect:
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+      line = "this is one of several Slurm tasks; without --distributed each is a run of its own"
+      print(f"warning: {line}", file=sys.stderr, flush=True)
     return
+  # SIGTERM is ours (train/loop.py): jax's own service would swallow it between the stages.
+  jax.config.update("jax_enable_preemption_service", False)
+  late = threading.Timer(seconds, _too_late, (where, seconds))
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      **where,
+      initialization_timeout=seconds + 60,  # past it jax aborts with a stack trace
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+  except (ValueError, RuntimeError, OSError, KeyError) as error:
+    if where:
+      raise UserError(f"joining the run at {where['coordinator_address']}: {error}") from error
+    raise UserError(
+      f"--distributed: jax finds no TPU pod, Slurm step or other cluster here ({error}); "
+      f"set {ADDRESS}, {COUNT} and {INDEX}, or leave --distributed out"
+    ) from error
+  finally:
+    late.cancel()
+
+
+def _from_variables() -> dict[str, Any]:
+  """Arguments of jax.distributed.initialize from the three variables, checked."""
+  address = os.environ[ADDRESS]
   try:
     count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
   except (KeyError, ValueError):
@@ -42,7 +115,41 @@ def start(detect: bool = False) -> None:
       f"{ADDRESS} is set, so {COUNT} (how many processes) and {INDEX} (which one this is,"
       " from 0) should be numbers, too"
     ) from None
-  jax.distributed.initialize(os.environ[ADDRESS], count, index)
+  if not 0 <= index < count:
+    raise UserError(f"{INDEX}={index} is not one of {COUNT}={count} processes, counted from 0")
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdigit():
+    raise UserError(f"{ADDRESS}={address!r} should be HOST:PORT of process 0")
+  if index == 0:
+    _check_port(int(port))
+  return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _check_port(port: int) -> None:
+  """Raises `UserError` if something listens there: jax would crash."""
+  try:
+    socket.create_server(("", port)).close()
+  except OSError as error:
+    raise UserError(
+      f"{ADDRESS}: process 0 cannot listen on port {port} ({error.strerror}); is another run"
+      " on this machine? choose another port for all processes"
+    ) from error
+
+
+def _too_late(where: dict[str, Any], seconds: int) -> None:
+  """Ends a process that still waits for the others; called in a thread of its own."""
+  of = f" (process {where['process_id']} of {where['num_processes']})" if where else ""
+  at = f" at {where['coordinator_address']}" if where else ""
+  line = (
+    f"error: the processes of this run did not come together{at} within {seconds} s; this one"
+    f"{of} waited. Were all started, with the same address and count, and can they reach"
+    " process 0's port?"
+  )
+  os.write(2, f"{line}\n".encode())
+  os._exit(1)
+
+
+# --- what all agree on -------------------------------------------------------------------
 
 
 def share(rows: Sequence[Any]) -> list[Any]:
@@ -62,3 +169,38 @@ def share(rows: Sequence[Any]) -> list[Any]:
     for n, part in zip(lengths, parts, strict=True)
     for row in json.loads(np.asarray(part)[: int(n)].tobytes())
   ]
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+  """What `decide()` returns on process 0, a JSON value, on every process.
+
+  For whatever depends on files: two machines may see a disk at different times. A
+  collective; the others do not call `decide`.
+
+  Raises:
+    UserError: on every process, if `decide` raises one on process 0.
+  """
+  if jax.process_count() == 1:
+    return decide()
+  outcome = []
+  if jax.process_index() == 0:
+    try:
+      outcome = [{"value": decide()}]
+    except UserError as error:
+      outcome = [{"error": str(error)}]
+  (outcome,) = share(outcome)
+  if "error" in outcome:
+    raise UserError(outcome["error"])
+  return outcome["value"]
+
+
+def agree(what: str, value: Any) -> None:
+  """Checks that a JSON value is the same on every process. A collective.
+
+  Raises:
+    UserError: on every process, if it differs on one; `what` names it.
+  """
+  values = share([value])
+  for index, other in enumerate(values):
+    if other != values[0]:
+      raise UserError(f"{what} of process {index} is not that of process 0: {other}, {values[0]}")

@@ -159,9 +159,10 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
       else:
         row = {}
       if samples and cfg.log.samples_every and due(cfg.log.samples_every, done, stage.steps):
-        run.log.samples(stage.name, done, samples[: cfg.log.samples_per_step or None])
+        run.log.samples(stage.name, done, samples, cfg.log.samples_per_step)
       stopping = bool(stop)
       if stopping or should_save(cfg.checkpoint, done, stage.steps, row):
+        run.log.flush()
         checkpoints.save(done, state, row)
       bar.update()
       if stopping:

@@ -1,6 +1,6 @@
 """What a run writes as it goes: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
 
-Rows carry (stage, step). A run that is started again drops the rows beyond the
+Rows carry (stage, step), in order. A run that is started again drops the rows beyond the
 checkpoint it continues from, and a line that was cut in half by a kill, so the
 files end up as an uninterrupted run would have left them (`time/...` aside).
 """
@@ -8,10 +8,9 @@ files end up as an uninterrupted run would have left them (`time/...` aside).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +19,11 @@ from tqdm import tqdm
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import LogConfig
+from igpo_jax.parallel.distributed import from_first, share
+from igpo_jax.rowfile import Row, can_append, row_file
 
 # The order of stages in a run; "init" is the evaluation before the first one.
 STAGE_ORDER = ("init", "sft", "rl", "eval")
-
-Row = dict[str, Any]
 
 
 def say(message: str) -> None:
@@ -34,32 +33,6 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
-def read_rows(path: epath.Path) -> list[Row]:
-  """Complete rows of a JSON-lines file; [] if it does not exist.
-
-  Raises:
-    UserError: a line other than the last is not JSON.
-  """
-  if not path.exists():
-    return []
-  lines = path.read_text().splitlines()
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      if number < len(lines):
-        raise UserError(f"{path}:{number}: not a JSON line; mend or move the file") from None
-  return rows
-
-
-def write_rows(path: epath.Path, rows: Iterable[Row]) -> None:
-  """Replaces a file at once: a kill leaves the old one or the new one."""
-  temporary = path.parent / f"{path.name}.tmp"
-  temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  temporary.replace(path)
-
-
 def until(stage: str, step: int) -> Callable[[Row], bool]:
   """Keeps the rows that a run at `step` of `stage` has behind it."""
   position = (STAGE_ORDER.index(stage), step)
@@ -67,47 +40,60 @@ def until(stage: str, step: int) -> Callable[[Row], bool]:
 
 
 class RunLog:
-  """The files of one workdir; only the first process writes.
+  """The files of one workdir; only the first process reads and writes them.
 
   Args:
     workdir: made if need be.
     cfg: which writers are on.
+
+  Attributes:
+    rows: of metrics.jsonl, on the first process; [] on the others.
   """
 
   def __init__(self, workdir: epath.Path, cfg: LogConfig):
     self.cfg, self.workdir = cfg, workdir
     self.metrics_path = workdir / "metrics.jsonl"
-    self.samples_path = workdir / "samples.jsonl"
+    self.rows: list[Row] = []
     self._writes = jax.process_index() == 0
     self._tensorboard = self._wandb = None
-    if self._writes and cfg.tensorboard:
+    if not self._writes:
+      return
+    self._metrics, self._samples = row_file(self.metrics_path), row_file(workdir / "samples.jsonl")
+    self.rows = self._metrics.read()
+    if cfg.tensorboard and can_append(workdir):
       from tensorboardX import SummaryWriter
 
       self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-    if self._writes and cfg.wandb:
+    elif cfg.tensorboard:
+      say(f"no TensorBoard files: {workdir} cannot be appended to; metrics.jsonl has the numbers")
+    if cfg.wandb:
       try:
         import wandb
       except ImportError:
         raise UserError("config.log.wandb is on, but wandb is not installed") from None
-      self._wandb = wandb.init(project=cfg.wandb_project, dir=str(workdir), resume="allow")
-    self.rows = read_rows(self.metrics_path)
+      folder = str(workdir) if can_append(workdir) else None
+      self._wandb = wandb.init(project=cfg.wandb_project, dir=folder, resume="allow")
+
+  def has(self, stage: str) -> bool:
+    """Whether there is a row of `stage`; the same on every process. A collective."""
+    return from_first(lambda: any(row["stage"] == stage for row in self.rows))
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops every row beyond `step` of `stage`, from both files."""
     keep = until(stage, step)
     self.rows = [row for row in self.rows if keep(row)]
-    if not self._writes:
-      return
-    for path in (self.metrics_path, self.samples_path):
-      if path.exists():
-        write_rows(path, [row for row in read_rows(path) if keep(row)])
+    if self._writes:
+      self._metrics.cut(keep)
+      self._samples.cut(keep)
 
   def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
     """Appends one row; values that are not finite are written as null."""
     clean = {name: _plain(value) for name, value in values.items()}
+    if not self._writes:
+      return
     row = {"stage": stage, "step": step, **clean}
     self.rows.append(row)
-    self._append(self.metrics_path, [row])
+    self._metrics.add([row])
     if self._tensorboard:
       for name, value in clean.items():
         if isinstance(value, (int, float)):
@@ -116,18 +102,30 @@ class RunLog:
     if self._wandb:
       self._wandb.log({f"{stage}/step": step, **clean})
 
-  def samples(self, stage: str, step: int, rows: list[Row]) -> None:
-    """Appends completions to samples.jsonl."""
-    self._append(self.samples_path, [{"stage": stage, "step": step, **row} for row in rows])
+  def samples(self, stage: str, step: int, rows: list[Row], limit: int = 0) -> None:
+    """Appends completions of all processes to samples.jsonl, in the order of the batch.
 
-  def _append(self, path: epath.Path, rows: list[Row]) -> None:
-    if not self._writes:
-      return
-    with path.open("a") as file:
-      file.write("".join(json.dumps(row) + "\n" for row in rows))
+    Args:
+      rows: this process's share of a batch, as many as every other's. A collective.
+      limit: write only so many of the whole batch; 0: all.
+    """
+    if limit:
+      rows = rows[: max(0, limit - jax.process_index() * len(rows))]
+    rows = share([{"stage": stage, "step": step, **row} for row in rows])
+    if self._writes:
+      self._samples.add(rows)
+
+  def flush(self) -> None:
+    """Every row is in its file, wherever that is: call it before a checkpoint is saved."""
+    if self._writes:
+      self._metrics.flush()
+      self._samples.flush()
 
   def close(self) -> None:
-    """Flushes and closes the writers."""
+    """Finishes the files and closes the writers."""
+    if self._writes:
+      self._metrics.close()
+      self._samples.close()
     if self._tensorboard:
       self._tensorboard.close()
     if self._wandb:

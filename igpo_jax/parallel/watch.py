@@ -1,0 +1,203 @@
+"""A line between the processes of a run: when one ends, all end, and all say why.
+
+Without it a collective with a dead process hangs (TPU, GPU) or fails with words about
+sockets (CPU) until jax's heartbeats stop everything with a stack trace. Process 0 keeps a
+connection to every other one. The kernel closes it the moment a process is killed, and
+its keep-alive probes when a machine is lost; a process that fails says so first. Then
+every process prints one line and leaves at once: what it was doing cannot be finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+CONNECT_SECONDS = 10.0
+# A lost machine is noticed after IDLE + INTERVAL * COUNT seconds without an answer.
+KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
+PARTING_SECONDS = 5.0
+LOST = 1  # the exit code of a process that another one's death ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+  """How a process ended.
+
+  Attributes:
+    index, host: which process, and the name of its machine.
+    code: exit code that all processes take over.
+    text: what it had to say; "" where it was killed.
+  """
+
+  index: int
+  host: str
+  code: int = LOST
+  text: str = ""
+
+  def __str__(self) -> str:
+    who = f"process {self.index} on {self.host}"
+    if self.text:
+      return f"error: {who} failed, and with it this one: {self.text}"
+    return (
+      f"error: {who} was killed or its machine is lost, and with it this one ends; "
+      "start all processes again to continue from the last checkpoint"
+    )
+
+
+class Watch:
+  """One process's end of the line.
+
+  Args:
+    index, count: this process, and how many there are.
+    share: a collective that gives every process the JSON values of all (`distributed.share`).
+    near: a name of process 0 that the others are known to reach; "" if there is none.
+    leave: ends the process with an exit code; `os._exit`, whatever is under way.
+  """
+
+  def __init__(
+    self,
+    index: int,
+    count: int,
+    share: Callable[[list[Any]], list[Any]],
+    near: str = "",
+    leave: Callable[[int], Any] = os._exit,
+  ):
+    self.index, self.host, self._leave = index, socket.gethostname(), leave
+    self._lines: dict[int, socket.socket] = {}
+    self._done: set[int] = set()
+    self._closed: set[int] = set()
+    self._lock = threading.Lock()
+    self._ending = False
+    if index == 0:
+      server = socket.create_server(("", 0), backlog=count)
+      token = secrets.token_hex(16)
+      names = [name for name in (near, _own_address(), self.host) if name]
+      share([{"names": names, "port": server.getsockname()[1], "token": token}])
+      _thread(self._accept, server, token)
+    else:
+      self._connect(share([])[0])
+    share([])  # all are connected
+
+  # --- called by the main thread ---------------------------------------------------------
+
+  def done(self) -> None:
+    """Says that this process leaves in peace."""
+    self._tell({"done": True})
+
+  def fail(self, code: int, text: str) -> None:
+    """Says why this process failed, and leaves; all others end with `code`, too."""
+    self._end(Ending(self.index, self.host, code, text), shown=True)
+    time.sleep(2 * PARTING_SECONDS)  # another thread is leaving already
+    self._leave(code)
+
+  # --- the line ---------------------------------------------------------------------------
+
+  def _accept(self, server: socket.socket, token: str) -> None:
+    while True:
+      line, _ = server.accept()
+      _thread(self._greet, line, token)
+
+  def _greet(self, line: socket.socket, token: str) -> None:
+    line.settimeout(CONNECT_SECONDS)
+    messages = line.makefile("r", encoding="utf-8")
+    try:
+      hello = json.loads(messages.readline(4096))
+      known = secrets.compare_digest(hello["token"], token)
+    except (OSError, ValueError, KeyError, TypeError):
+      known = False
+    if not known:  # a stranger: some scan the ports of their network
+      line.close()
+      return
+    self._follow(line, messages, hello["index"], hello["host"])
+
+  def _connect(self, where: dict[str, Any]) -> None:
+    for name in where["names"]:
+      try:
+        line = socket.create_connection((name, where["port"]), CONNECT_SECONDS)
+        hello = {"token": where["token"], "index": self.index, "host": self.host}
+        line.sendall(json.dumps(hello).encode() + b"\n")
+      except OSError:
+        continue
+      self._lines[0] = line
+      messages = line.makefile("r", encoding="utf-8")
+      _thread(self._follow, line, messages, 0, where["names"][-1])
+      return
+    _print(
+      f"process {self.index}: process 0 cannot be reached on port {where['port']} of "
+      f"{', '.join(where['names'])}; if a process is lost, it takes longer to notice"
+    )
+
+  def _follow(self, line: socket.socket, messages, index: int, host: str) -> None:
+    """Reads what process `index` says until its line is closed."""
+    line.settimeout(None)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE:
+      if hasattr(socket, name):
+        line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    self._lines[index] = line
+    ending = Ending(index, host)
+    try:
+      for text in messages:
+        message = json.loads(text)
+        if "done" in message:
+          self._done.add(index)
+        else:
+          ending = Ending(**message)
+          break
+    except (OSError, ValueError):
+      pass  # cut off: the same as closed
+    if index not in self._done or ending.text:
+      self._end(ending)
+    self._closed.add(index)
+
+  def _tell(self, message: dict[str, Any], but: int = -1) -> None:
+    """Sends to process 0, or from process 0 to all others."""
+    data = json.dumps(message).encode() + b"\n"
+    for index, line in list(self._lines.items()):
+      if index != but:
+        try:
+          line.sendall(data)
+        except OSError:
+          self._closed.add(index)
+
+  def _end(self, ending: Ending, shown: bool = False) -> None:
+    """Hands the news on, prints it and leaves; whoever comes second waits for the first."""
+    with self._lock:
+      second, self._ending = self._ending, True
+    if second:
+      return
+    self._tell(dataclasses.asdict(ending), but=ending.index)
+    if not shown:
+      _print(str(ending))
+    if self.index == 0:
+      # jax's coordination service is in this process: the others should be gone before it.
+      until = time.monotonic() + PARTING_SECONDS
+      others = set(self._lines) - {ending.index}
+      while others - self._closed - self._done and time.monotonic() < until:
+        time.sleep(0.01)
+    self._leave(ending.code)
+
+
+def _own_address() -> str:
+  """This machine's address in its network; "" without a network."""
+  try:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+      probe.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent
+      return probe.getsockname()[0]
+  except OSError:
+    return ""
+
+
+def _thread(function: Callable, *args) -> None:
+  threading.Thread(target=function, args=args, daemon=True).start()
+
+
+def _print(line: str) -> None:
+  os.write(2, f"{line}\n".encode())  # no lock that a thread under way could hold

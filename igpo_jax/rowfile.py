@@ -1,0 +1,208 @@
+"""JSON rows on a disk, or where objects cannot be appended to (gs://): in parts.
+
+    disk    X.jsonl, appended to row by row
+    gs://   X-00000.jsonl, X-00001.jsonl, ... while a run writes; X.jsonl once it is done
+
+A part is an object of bounded size that is replaced as a whole; rows wait in memory until
+a part has been silent for a while, or `flush`. Rows come in order, so what a continued
+run has to drop is a tail: it is found from the end, and nothing before it is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+
+Row = dict[str, Any]
+
+FLUSH_SECONDS = 30.0  # between two writes of a part: an object may change about once a second
+PART_BYTES = 1 << 20
+TAIL_BYTES = 1 << 20  # how much of a file on a disk is read at a time, from its end
+
+
+def can_append(path: epath.PathLike) -> bool:
+  """True for a disk, False for an object store."""
+  return "://" not in os.fspath(path)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a small file at once: a kill leaves the old one or the new one."""
+  if not can_append(path):
+    path.write_text(text)  # an object appears when it is complete
+    return
+  temporary = path.parent / f".{path.name}.tmp"
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def row_file(path: epath.PathLike) -> DiskRows | PartRows:
+  """The rows at `path` (X.jsonl), which need not exist; one process at a time writes."""
+  path = epath.Path(path)
+  return DiskRows(path) if can_append(path) else PartRows(path)
+
+
+class DiskRows:
+  """Rows in one file of a file system."""
+
+  def __init__(self, path: epath.Path):
+    self.path = path
+
+  def read(self) -> list[Row]:
+    """All complete rows.
+
+    Raises:
+      UserError: a line other than the last is not JSON.
+    """
+    return [row for _, row in _parse(self.path, _text(self.path)) if row is not None]
+
+  def add(self, rows: Sequence[Row]) -> None:
+    """Appends rows."""
+    with self.path.open("a") as file:
+      file.write(_lines(rows))
+
+  def cut(self, keep: Callable[[Row], bool] = lambda row: True) -> None:
+    """Drops the rows after the last one to keep, and half a line that a kill left.
+
+    Raises:
+      UserError: a line among them, other than the last, is not JSON.
+    """
+    if not self.path.exists():
+      return
+    with open(self.path, "r+b") as file:
+      size = start = file.seek(0, os.SEEK_END)
+      tail = b""
+      while start > 0:
+        step = min(start, TAIL_BYTES)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+        # Before the first line's end it may be half a line; more of the file will tell.
+        whole = 0 if start == 0 else tail.find(b"\n") + 1
+        if start and not whole:
+          continue
+        kept = _kept(self.path, tail[whole:], keep)
+        if kept or start == 0:
+          end = start + whole + kept
+          if end < size:
+            file.truncate(end)
+          return
+
+  def flush(self) -> None:
+    """Every row that was added is in the file."""
+
+  def close(self) -> None:
+    """No row will follow for now."""
+
+
+class PartRows:
+  """Rows in objects that can only be replaced. The methods are those of `DiskRows`."""
+
+  def __init__(self, path: epath.Path):
+    self.path = path
+    self._forget_merged()
+    self._start_part()
+
+  def read(self) -> list[Row]:
+    self.flush()
+    files = [self.path, *self._parts()]
+    return [row for file in files for _, row in _parse(file, _text(file)) if row is not None]
+
+  def add(self, rows: Sequence[Row]) -> None:
+    self._lines.append(_lines(rows))
+    self._waiting = True
+    if (
+      time.monotonic() - self._written >= FLUSH_SECONDS or sum(map(len, self._lines)) >= PART_BYTES
+    ):
+      self.flush()
+
+  def cut(self, keep: Callable[[Row], bool] = lambda row: True) -> None:
+    self.flush()
+    for file in reversed([self.path, *self._parts()]):
+      data = _text(file).encode()
+      kept = _kept(file, data, keep)
+      if kept == 0:
+        file.unlink(missing_ok=True)
+      elif kept < len(data):
+        file.write_text(data[:kept].decode())
+      if kept:
+        break
+    self._start_part()
+
+  def flush(self) -> None:
+    if not self._waiting:
+      return
+    text = "".join(self._lines)
+    self._part(self._number).write_text(text)
+    self._written, self._waiting = time.monotonic(), False
+    if len(text) >= PART_BYTES:
+      self._number, self._lines = self._number + 1, []
+
+  def close(self) -> None:
+    """Puts the parts together in one object."""
+    self.flush()
+    parts = self._parts()
+    if parts:
+      self.path.write_text("".join(_text(file) for file in (self.path, *parts)))
+      self._remove(parts)
+    self._start_part()
+
+  def _part(self, number: int) -> epath.Path:
+    return self.path.parent / f"{self.path.stem}-{number:05d}{self.path.suffix}"
+
+  def _parts(self) -> list[epath.Path]:
+    """The parts there are, in order. A part is never missing between two others."""
+    return list(itertools.takewhile(lambda part: part.exists(), map(self._part, itertools.count())))
+
+  def _start_part(self) -> None:
+    self._number = len(self._parts())
+    self._lines: list[str] = []
+    self._waiting, self._written = False, -FLUSH_SECONDS
+
+  def _forget_merged(self) -> None:
+    """Ends what a kill in `close` left undone: parts that are in the whole file already."""
+    parts = self._parts()
+    if parts and self.path.exists() and _text(parts[0]) in _text(self.path):
+      self._remove(parts)
+
+  def _remove(self, parts: list[epath.Path]) -> None:
+    for part in reversed(parts):  # the first one last: by it, unfinished work is seen
+      part.unlink()
+
+
+def _lines(rows: Sequence[Row]) -> str:
+  return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _text(path: epath.Path) -> str:
+  return path.read_text() if path.exists() else ""
+
+
+def _parse(path: epath.Path, text: str) -> Iterator[tuple[str, Row | None]]:
+  """Lines with their ends, and rows; None for a last line that a kill cut."""
+  lines = text.splitlines(keepends=True)
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+      row = None
+    if row is None and number < len(lines):
+      raise UserError(f"{path}: not a JSON line: {line[:60]!r}; mend or move the file")
+    yield line, row
+
+
+def _kept(path: epath.Path, data: bytes, keep: Callable[[Row], bool]) -> int:
+  """How many bytes of whole lines go up to the last row to keep; 0 if there is none."""
+  end = at = 0
+  for line, row in _parse(path, data.decode()):
+    at += len(line.encode())
+    if row is not None and keep(row):
+      end = at
+  return end
