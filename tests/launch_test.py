@@ -6,6 +6,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ if not (sys.platform == "linux" and shutil.which("git") and shutil.which("setsid
 
 TPU = {"IGPO_PROJECT": "proj", "IGPO_ZONE": "zone-a", "IGPO_NAME": "pod"}
 ALL = {**TPU, "IGPO_SLICE": "v5e-64", "IGPO_WORKDIR": "gs://bucket/run"}
-PROGRAM = ("--", "--config=configs/math500.py", "--config.mesh=v5e-64")
+PROGRAM = ("--", "--config=configs/math500.py", "--config.mesh.slice=v5e-64")
 SCRIPTS = ("create", "install", "run", "status", "logs", "stop", "fetch", "delete", "resume")
 
 
@@ -237,6 +238,18 @@ def test_a_program_that_runs_is_not_started_twice_and_saves_when_stopped(world):
   assert done.stdout.count(" stopped") == WORKERS
   assert len(list(world.folder.glob("saved_*"))) == WORKERS
   assert [len(world.starts(k)) for k in range(WORKERS)] == [1] * WORKERS
+
+
+def test_a_machine_that_goes_down_leaves_the_programs_exit_code(world):
+  """A shut-down ends all processes at once; the one that watches has to be the last."""
+  call("create", world, "--wait", **ALL)
+  call("install", world, **ALL)
+  call("run", world, **ALL)
+  until(lambda: len(list(world.folder.glob("waiting_*"))) == WORKERS)
+  for pid in world.folder.glob("worker*/igpo_run/pid"):
+    os.killpg(int(pid.read_text()), signal.SIGTERM)
+  until(lambda: call("status", world, **ALL).stdout.count(" exit 143") == WORKERS)
+  assert len(list(world.folder.glob("saved_*"))) == WORKERS
 
 
 def test_uncommitted_changes_are_told_and_stay_here(world):
