@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
@@ -59,15 +60,55 @@ class Checkpoints:
     Raises:
       UserError: there is no such checkpoint, or its arrays do not fit `like`.
     """
-    if step not in self._manager.all_steps():
-      raise UserError(f"no checkpoint of step {step} in {self._manager.directory}")
+    directory = self._directory(step)
     try:
       return self._manager.restore(step, args=ocp.args.StandardRestore(like))
     except (ValueError, KeyError) as error:
-      raise UserError(
-        f"the checkpoint {self._manager.directory}/{step} does not fit this config: {error}"
-      ) from error
+      raise UserError(f"the checkpoint {directory} does not fit this config: {error}") from error
+
+  def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    """Some entries of the pytree saved at `step`, as `restore`; the others are not read.
+
+    Args:
+      like: name -> arrays or jax.ShapeDtypeStructs with a sharding.
+
+    Raises:
+      UserError: as `restore`.
+    """
+    path = self._directory(step) / "default"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      saved = reader.metadata(path).item_metadata.tree
+      missing = _leaves(like) - _leaves(saved)  # Orbax would leave them as they are
+      if missing:
+        raise UserError(f"the checkpoint {path} has no {', '.join(sorted(missing)[:3])}")
+      args = ocp.checkpoint_utils.construct_restore_args(like)
+      try:
+        return reader.restore(
+          path, args=ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+        )
+      except (ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint {path} does not fit this config: {error}") from error
+
+  def _directory(self, step: int) -> epath.Path:
+    """Where the checkpoint of `step` is.
+
+    Raises:
+      UserError: there is none.
+    """
+    if step not in self._manager.all_steps():
+      self._manager.reload()  # another process may have written it
+    if step not in self._manager.all_steps():
+      raise UserError(f"no checkpoint of step {step} in {self._manager.directory}")
+    return epath.Path(self._manager.directory) / str(step)
 
   def close(self) -> None:
     """Releases the manager's threads."""
     self._manager.close()
+
+
+def _leaves(tree: Any) -> set[str]:
+  """Names of a tree's arrays, such as "params/blocks/q_proj/kernel"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  }

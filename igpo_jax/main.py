@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import time
 
@@ -37,12 +36,11 @@ from igpo_jax.train.setup import (
   Model,
   load_source,
   make_model,
-  make_optimizer,
-  make_state,
   make_tokenizer,
   purpose_key,
 )
 from igpo_jax.train.sft import train_sft
+from igpo_jax.train.workdir import open_workdir
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=FLAGS)
@@ -52,12 +50,6 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
   "distributed", False, "Join the processes of a TPU pod or cluster.", flag_values=FLAGS
 )
-
-# What may differ between the run that a workdir holds and the one that continues it:
-# nothing that decides the numbers.
-MAY_CHANGE = ("stages", "log", "mesh", "checkpoint")
-# What makes the model of a workdir that is only evaluated.
-MODEL = ("model", "init_from")
 
 
 def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
@@ -97,43 +89,6 @@ def _config_file(argv: list[str]) -> epath.Path:
   return path
 
 
-def open_workdir(workdir: epath.Path, config: Config) -> None:
-  """Makes the workdir, or checks that the run in it is this one; writes config.json.
-
-  Raises:
-    UserError: the workdir holds a run with other settings.
-  """
-  path = workdir / "config.json"
-  current = json.loads(json.dumps(dataclasses.asdict(config)))
-  only_eval = config.stages == ("eval",)
-  # A mistake that ended the program before it made anything leaves the workdir free.
-  begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
-  if path.exists() and begun:
-    previous = json.loads(path.read_text())
-    for name in MODEL if only_eval else current:
-      if name not in MAY_CHANGE and current[name] != previous.get(name):
-        old, new = _difference(previous.get(name), current[name])
-        raise UserError(
-          f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
-          "choose another --workdir, or the same settings"
-        )
-  if only_eval and path.exists() and begun:
-    return  # the run's own settings stay, so that it can be continued
-  workdir.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    partial = workdir / ".config.json.partial"
-    partial.write_text(json.dumps(current, indent=2) + "\n")
-    partial.replace(path)  # at once: other processes may be reading it
-
-
-def _difference(old, new):
-  """The parts of two settings that differ."""
-  if not (isinstance(old, dict) and isinstance(new, dict)):
-    return old, new
-  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
-  return {n: old.get(n) for n in names}, {n: new.get(n) for n in names}
-
-
 def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
   """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
   evaluation = Evaluation(
@@ -171,13 +126,15 @@ def newest_params(run: Run, model: Model):
   """
   for stage in ("rl", "sft"):
     checkpoints = run.checkpoints(stage)
-    step = checkpoints.latest()
+    step = distributed.from_first(checkpoints.latest)
     if step is not None:
-      optimizer = make_optimizer(getattr(run.config, f"{stage}_optimizer"), 1)
-      trainable, frozen = lora.split(model.params)
-      like = make_state(optimizer, trainable, lora.split(model.shardings)[0], run.mesh)
       say(f"eval: the checkpoint of {stage} step {step}")
-      return lora.combine(frozen, checkpoints.restore(step, like).params), f"{stage} {step}"
+      trainable, frozen = lora.split(model.params)
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                          trainable)  # fmt: skip
+      jax.tree.map(lambda x: x.delete(), trainable)  # their memory is for the trained ones
+      params = checkpoints.restore_part(step, {"params": like})["params"]
+      return lora.combine(frozen, params), f"{stage} {step}"
   if not run.config.init_from:
     raise UserError(
       f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"
@@ -224,7 +181,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
     run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh, workdir))
 
     training = "sft" in config.stages or "rl" in config.stages
-    if training and config.eval.initial and not any(r["stage"] == "init" for r in log.rows):
+    if training and config.eval.initial and not log.has("init"):
       log.metrics("init", 0, run.evaluate(model.params, "init"))
     if "sft" in config.stages:
       model = dataclasses.replace(model, params=train_sft(run, model))
@@ -249,8 +206,8 @@ def train(config: Config, workdir: epath.Path) -> dict:
 
 def main() -> None:
   config, workdir = parse_flags(sys.argv)
-  distributed.start(detect=FLAGS.distributed)
-  train(config, workdir)
+  with distributed.joined(detect=FLAGS.distributed):
+    train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import CheckpointConfig, Config
+from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import over_processes
 from igpo_jax.train.runlog import RunLog, say
 from igpo_jax.types import Params, TrainState
@@ -125,7 +126,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   """
   cfg = run.config
   checkpoints = run.checkpoints(stage.name)
-  start = checkpoints.latest() or 0
+  start = from_first(checkpoints.latest) or 0
   if start:
     state = checkpoints.restore(start, state)
     say(f"{stage.name}: continues from its checkpoint of step {start}")

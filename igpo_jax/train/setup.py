@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from igpo_jax.data.tokenizer import (
 )
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.distributed import agree, from_first
 from igpo_jax.parallel.sharding import replicated, tree_shardings
 from igpo_jax.types import LM, Array, Params, TrainState
 
@@ -48,8 +50,17 @@ class Model:
 
 
 def load_source(uri: str, log: Any = None) -> list[Record]:
-  """Records of a source; what could not be used is reported, never dropped in silence."""
+  """Records of a source; what could not be used is reported, never dropped in silence.
+
+  Raises:
+    UserError: they cannot be read, or another process read other ones.
+  """
   records, dropped = load_records(uri)
+  if jax.process_count() > 1:
+    digest = hashlib.blake2s()
+    for record in records:
+      digest.update(repr(dataclasses.astuple(record)).encode())
+    agree(f"what {uri} holds", [len(records), digest.hexdigest()])
   if dropped and log is not None:
     log(f"{uri}: {len(records)} records, left out: {describe(dropped)}")
   return records
@@ -60,29 +71,28 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
 
   "char" is the alphabet of the synthetic tasks; "sentencepiece:N" trains N pieces on
   the sft (else rl) source; anything else is a directory to load. The result is saved
-  in the workdir, so a run keeps its tokenizer.
+  in the workdir, so a run keeps its tokenizer. Process 0 makes it, all read it there.
   """
   kept = workdir / "tokenizer"
-  if has_tokenizer(kept):
-    return load_tokenizer(kept)
+  from_first(lambda: None if has_tokenizer(kept) else _new_tokenizer(config).save(kept))
+  return load_tokenizer(kept)
+
+
+def _new_tokenizer(config: Config) -> Tokenizer:
   spec = config.data.tokenizer
   if config.init_from and spec == "char":
     spec = str(open_source(config.init_from).tokenizer or spec)  # the weights' own
   if spec == "char":
-    tokenizer = CharTokenizer(ALPHABET)
-  elif spec.startswith("sentencepiece:"):
+    return CharTokenizer(ALPHABET)
+  if spec.startswith("sentencepiece:"):
     size = spec.partition(":")[2]
     if not size.isdigit():
       raise UserError(f"config: data.tokenizer={spec!r}: give a number of pieces after the colon")
     source = config.data.sft or config.data.rl
     records = load_records(source).records
     texts = [text for record in records for text in (record.question, record.trace)]
-    tokenizer = train_sentencepiece(texts, int(size))
-  else:
-    tokenizer = load_tokenizer(spec)
-  if jax.process_index() == 0:
-    tokenizer.save(kept)
-  return tokenizer
+    return train_sentencepiece(texts, int(size))
+  return load_tokenizer(spec)
 
 
 def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Model:

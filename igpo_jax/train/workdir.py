@@ -1,0 +1,107 @@
+"""The workdir of a run: made once, checked against the config, seen by all processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.parallel.distributed import agree, from_first, share
+from igpo_jax.rowfile import write_whole
+
+# What may differ between the run that a workdir holds and the one that continues it:
+# nothing that decides the numbers.
+MAY_CHANGE = ("stages", "log", "mesh", "checkpoint")
+# What makes the model of a workdir that is only evaluated.
+MODEL = ("model", "init_from")
+
+SIGHT_SECONDS = 60.0  # network disks show a new file after a while
+
+
+def open_workdir(workdir: epath.Path, config: Config) -> None:
+  """Makes the workdir, or checks that the run in it is this one; writes config.json.
+
+  A collective: process 0 looks and decides for all.
+
+  Raises:
+    UserError: the workdir holds a run with other settings, cannot be used, or is not the
+      same for all processes; or the processes were started with different configs.
+  """
+  current = json.loads(json.dumps(dataclasses.asdict(config)))
+  for index, other in enumerate(configs := share([current])):
+    for name in current:
+      if other[name] != configs[0][name]:
+        first, here = difference(configs[0][name], other[name])
+        raise UserError(
+          f"process {index} was started with another config.{name} than process 0: {here}, {first}"
+        )
+  agree("--workdir", str(workdir))
+  try:
+    from_first(lambda: _open(workdir, config, current))
+  except ImportError as error:
+    raise UserError(f"workdir {workdir}: {error}; pip install 'igpo_jax[gs]' for gs://") from error
+  except OSError as error:
+    raise UserError(f"workdir {workdir}: {error}") from error
+  if jax.process_count() > 1:
+    _check_shared(workdir)
+
+
+def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
+  path = workdir / "config.json"
+  only_eval = config.stages == ("eval",)
+  # A mistake that ended the program before it made anything leaves the workdir free.
+  begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
+  if path.exists() and begun:
+    previous = json.loads(path.read_text())
+    for name in MODEL if only_eval else current:
+      if name not in MAY_CHANGE and current[name] != previous.get(name):
+        old, new = difference(previous.get(name), current[name])
+        raise UserError(
+          f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
+          "choose another --workdir, or the same settings"
+        )
+  if only_eval and path.exists() and begun:
+    return  # the run's own settings stay, so that it can be continued
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_whole(path, json.dumps(current, indent=2) + "\n")
+
+
+def difference(old: Any, new: Any) -> tuple[Any, Any]:
+  """The parts of two settings that differ."""
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return old, new
+  names = [n for n in {**old, **new} if old.get(n) != new.get(n)]
+  return {n: old.get(n) for n in names}, {n: new.get(n) for n in names}
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises `UserError` unless every process sees a file that process 0 makes there.
+
+  Checkpoints are written by all processes into one directory: on a disk of each machine
+  they would be in pieces, which shows only when a run is to be continued.
+  """
+
+  def mark() -> str:
+    name = f".seen-{secrets.token_hex(4)}"
+    (workdir / name).write_text("")
+    return name
+
+  file = workdir / from_first(mark)
+  until = time.monotonic() + SIGHT_SECONDS
+  while not (seen := file.exists()) and time.monotonic() < until:
+    time.sleep(1)
+  blind = share([] if seen else [jax.process_index()])
+  if jax.process_index() == 0:
+    file.unlink()
+  if blind:
+    raise UserError(
+      f"workdir {workdir}: process {blind[0]} does not see what process 0 writes there; "
+      "give a --workdir that all machines share, on a network disk or gs://"
+    )
