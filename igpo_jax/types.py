@@ -36,10 +36,13 @@ class LM(NamedTuple):
   Attributes:
     init: `init(key) -> params`.
     hidden: `hidden(params, tokens i32[B,t], valid bool[B,T] = None, *, start=0,
-      cache=None) -> (h [B,t,D], cache)`, normalised, ready for the head. Without
-      a cache t == T. With one, `tokens` sit at positions start..start+t of a
-      canvas whose other keys and values come from the cache.
-      `dropout_key=` turns the adapters' dropout on, if there is any.
+      cache=None, read=None) -> (h [B,t,D], cache)`, normalised, ready for the head.
+      Without a cache t == T. With one, `tokens` sit at positions start..start+t of a
+      canvas whose other keys and values come from the cache, and theirs are put there.
+      `read=(first, width)` returns those of the t positions only, [B,width,D], and
+      saves the rest of the last layer; `width` is static. For sampling: gradients
+      are better taken without either. `dropout_key=` turns the adapters' dropout on,
+      if there is any.
     head: `head(params, h [...,D]) -> f32[...,V]`.
     logits: `logits(params, tokens i32[B,T], valid bool[B,T] = None) -> f32[B,T,V]`.
     init_cache: `init_cache(batch, length) -> cache`, zeros.

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from igpo_jax.config import ModelConfig
 from igpo_jax.models import lora
 from igpo_jax.models.attention import attend
+from igpo_jax.models.cache import Cache, write
+from igpo_jax.models.cache import empty as empty_cache
 from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, low_rank, rope_tables
 from igpo_jax.parallel.sharding import constrain
-from igpo_jax.types import LM, Params
+from igpo_jax.types import LM, Array, Params
 
 # What the backward pass may keep of a block's forward pass, by name.
 REMAT_POLICIES = {
@@ -33,13 +35,18 @@ REMAT_POLICIES = {
 }
 
 
+def _at(read: tuple[Array, int], x: Array, axis: int) -> Array:
+  """The positions read[0] .. read[0] + read[1] - 1 of an axis."""
+  return jax.lax.dynamic_slice_in_dim(x, *read, axis=axis)
+
+
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)): one step of the scan over layers."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, cache, valid, start):
+  def __call__(self, x, cache, valid, start, layer=None, read=None):
     c = self.config
     kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
     linear = functools.partial(Linear, lora=c.lora, **kw)
@@ -47,23 +54,23 @@ class Block(nn.Module):
     # size does not grow with depth.
     linear_out = functools.partial(linear, init_scale=1.0 / (2 * c.n_layers))
     b, t, d = x.shape
-    query_heads, kv_heads = (b, t, c.n_heads, c.head_size), (b, t, c.kv_heads, c.head_size)
+    query_heads, kv_heads = (b, -1, c.n_heads, c.head_size), (b, t, c.kv_heads, c.head_size)
 
     h = RMSNorm(c.rms_norm_eps, name="attn_norm", **kw)(x)
-    q = linear(c.n_heads * c.head_size, ("embed", "heads"), name="q_proj")(h)
+    asking, positions = h, start + jnp.arange(t)
+    if read is not None:  # every position has keys and values, few are asked for
+      x, asking, positions = _at(read, x, 1), _at(read, h, 1), _at(read, positions, 0)
+    q = linear(c.n_heads * c.head_size, ("embed", "heads"), name="q_proj")(asking)
     k = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="k_proj")(h)
     v = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="v_proj")(h)
     q = constrain(q.reshape(query_heads), "act_batch", "act_length", "act_heads", None)
     k = constrain(k.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
     v = constrain(v.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
-    sin, cos = rope_tables(start + jnp.arange(t), c.head_size, c.rope_theta)
-    q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
+    k = apply_rope(k, *rope_tables(start + jnp.arange(t), c.head_size, c.rope_theta))
+    q = apply_rope(q, *rope_tables(positions, c.head_size, c.rope_theta))
     if cache is not None:
-      # Positions are absolute, so rotated keys may be stored as they are.
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=1)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=1)
-      cache = (k, v)
-    h = attend(q, k, v, valid, c.attention).reshape(b, t, c.n_heads * c.head_size)
+      k, v, cache = write(cache, layer, k, v, start)
+    h = attend(q, k, v, valid, c.attention).reshape(b, -1, c.n_heads * c.head_size)
     h = linear_out(d, ("heads", "embed"), name="attn_out")(h)
     x = constrain(x + h, "act_batch", "act_length", "act_embed")
 
@@ -81,7 +88,7 @@ class Transformer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens, valid, start, cache):
+  def __call__(self, tokens, valid):
     c = self.config
     kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
     embedding_init = nn.with_logical_partitioning(
@@ -96,15 +103,40 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.n_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    x, cache = blocks(c, name="blocks")(x, cache, valid, start)
+    x, _ = blocks(c, name="blocks")(x, None, valid, 0)
     x = RMSNorm(c.rms_norm_eps, name="ln_f", **kw)(x)
     if self.is_initializing() and not c.tie_embeddings:
       Linear(c.vocab_size, ("embed", "vocab"), name="head", **kw)(x)
-    return x, cache
+    return x
+
+
+def read_hidden(
+  config: ModelConfig, params: Params, tokens, valid, start, cache, read
+) -> tuple[Array, Cache | None]:
+  """`Transformer` for sampling: with a cache, and only what is read of the last layer.
+
+  The layers are a loop that indexes the stacked parameters and writes to the cache in
+  place; a scan would copy the whole cache at every call.
+  """
+  kw = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+  block, last = Block(config), config.n_layers - 1
+
+  def layer(i, carry, read=None):
+    x, cache = carry
+    weights = jax.tree.map(lambda w: w[i], params["blocks"])
+    return block.apply({"params": weights}, x, cache, valid, start, i, read)
+
+  embed = nn.Embed(config.vocab_size, config.d_model, **kw)
+  x = constrain(
+    embed.apply({"params": params["wte"]}, tokens), "act_batch", "act_length", "act_embed"
+  )
+  carry = jax.lax.fori_loop(0, last, layer, (x, cache))
+  x, cache = layer(last, carry, read)
+  return RMSNorm(config.rms_norm_eps, **kw).apply({"params": params["ln_f"]}, x), cache
 
 
 @functools.lru_cache(maxsize=32)
@@ -120,7 +152,7 @@ def make_lm(config: ModelConfig) -> LM:
   dummy = jnp.zeros((1, 2), jnp.int32)
 
   def init_boxed(key) -> Any:
-    return dict(plain.init(key, dummy, None, 0, None)["params"])
+    return dict(plain.init(key, dummy, None)["params"])
 
   def init(key) -> Params:
     return lora.add(nn.meta.unbox(init_boxed(key)), key, config.lora)
@@ -131,9 +163,11 @@ def make_lm(config: ModelConfig) -> LM:
     axes = jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
     return lora.add_axes(axes, config.lora)
 
-  def hidden(params, tokens, valid=None, *, start=0, cache=None, dropout_key=None):
+  def hidden(params, tokens, valid=None, *, start=0, cache=None, read=None, dropout_key=None):
+    if cache is not None or read is not None:
+      return read_hidden(config, params, tokens, valid, start, cache, read)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply({"params": params}, tokens, valid, start, cache, rngs=rngs)
+    return model.apply({"params": params}, tokens, valid, rngs=rngs), None
 
   def head(params, h):
     if config.tie_embeddings:
@@ -151,17 +185,12 @@ def make_lm(config: ModelConfig) -> LM:
     h, _ = hidden(params, tokens, valid)
     return head(params, h)
 
-  def init_cache(batch, length):
-    shape = (config.n_layers, batch, length, config.kv_heads, config.head_size)
-    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    return zeros, zeros
-
   return LM(
     init=init,
     hidden=hidden,
     head=head,
     logits=logits,
-    init_cache=init_cache,
+    init_cache=functools.partial(empty_cache, config),
     logical_axes=logical_axes,
     mask_id=config.mask_id,
     eos_id=config.eos_id,
