@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from igpo_jax import cli
-from igpo_jax.align import lengths, prompts
+from igpo_jax.align import lengths, prompts, trim
 from igpo_jax.align.client import ChatClient, completions_url
 from igpo_jax.align.engine import Engine, Rewriter, Trimmer
 from igpo_jax.align.journal import Journal
@@ -134,6 +134,7 @@ def check(args: argparse.Namespace) -> None:
     raise UserError("--extra: expected a JSON object, such as '{\"top_p\": 0.9}'")
   if args.endpoint is not None:
     completions_url(args.endpoint)
+  trim.rules(args.rules)
 
 
 def read_key(name: str) -> str:
@@ -217,7 +218,9 @@ class Bar:
     self.bar.update()
 
 
-async def align(args: argparse.Namespace, journal: Journal, tokenizer: Tokenizer, bar: Bar) -> int:
+async def align(
+  args: argparse.Namespace, key: str, journal: Journal, tokenizer: Tokenizer, bar: Bar
+) -> int:
   """Decides every record; returns the number of the signal that ended it early, else 0."""
   rules = ("boxed",) if args.mode == "rewrite" else answers.DEFAULT_RULES
   loop, received = asyncio.get_running_loop(), []
@@ -228,7 +231,7 @@ async def align(args: argparse.Namespace, journal: Journal, tokenizer: Tokenizer
       write = Trimmer(args.rules, judge.count, args.max_tokens)
     else:
       client = ChatClient(
-        args.endpoint, args.model, read_key(args.key_env), options=request_options(args),
+        args.endpoint, args.model, key, options=request_options(args),
         concurrency=args.concurrency, timeout=args.timeout, retries=args.retries,
         backoff=args.backoff, proven=journal.accepted > 0,
       )  # fmt: skip
@@ -270,12 +273,13 @@ def main() -> int:
   if args.dry_run:
     dry_run(args)
     return 0
+  key = read_key(args.key_env) if args.mode == "rewrite" else ""
   tokenizer = open_tokenizer(args.tokenizer)
   notes = {"endpoint": args.endpoint} if args.mode == "rewrite" else {}
   with Journal(args.output, settings_of(args, tokenizer), notes) as journal:
     bar = Bar(journal, args)
     with bar.bar:
-      stopped = asyncio.run(align(args, journal, tokenizer, bar))
+      stopped = asyncio.run(align(args, key, journal, tokenizer, bar))
   decided = len(journal)
   counts = f" ({sources.describe(journal.reasons)})" if journal.rejected else ""
   print(f"accepted {journal.accepted} of {decided}, rejected {journal.rejected}{counts}")

@@ -9,6 +9,7 @@ OUT.report.json, .png   lengths before and after (`lengths`)
 from __future__ import annotations
 
 import collections
+import contextlib
 import fcntl
 import json
 import os
@@ -57,31 +58,33 @@ class Journal:
   """
 
   def __init__(self, output: pathlib.Path, settings: Row, notes: Row | None = None):
+    if output.is_dir():
+      raise UserError(f"--output: {output} is a directory; give a file, {output / 'aligned.jsonl'}")
     self.paths = Paths(output)
     self.accepted = self.rejected = 0
     self.reasons: collections.Counter[str] = collections.Counter()
     self.usage: collections.Counter[str] = collections.Counter()
     self._ids: set[str] = set()
     self._synced = time.monotonic()
-    if output.is_dir():
-      raise UserError(f"--output: {output} is a directory; give a file, {output / 'aligned.jsonl'}")
-    try:
-      output.parent.mkdir(parents=True, exist_ok=True)
-      self._files: dict[str, BinaryIO] = {
-        name: open(getattr(self.paths, name), "ab+", buffering=0)  # noqa: SIM115  see `close`
-        for name in ("accepted", "rejected")
-      }
-    except OSError as error:
-      raise UserError(f"--output: cannot write {error.filename}: {error.strerror}") from error
-    try:
-      fcntl.flock(self._files["accepted"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise UserError(f"--output: another process is writing to {output}") from None
-    self._check_settings(settings, notes or {})
-    for name, file in self._files.items():
-      mend(file)
-      for row in read_rows(getattr(self.paths, name)):
-        self._count(name, row)
+    with contextlib.ExitStack() as opened:
+      try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._files = {
+          name: opened.enter_context(open(getattr(self.paths, name), "ab+", buffering=0))
+          for name in ("accepted", "rejected")
+        }
+      except OSError as error:
+        raise UserError(f"--output: cannot write {error.filename}: {error.strerror}") from error
+      try:
+        fcntl.flock(self._files["accepted"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        raise UserError(f"--output: another process is writing to {output}") from None
+      self._check_settings(settings, notes or {})
+      for name, file in self._files.items():
+        mend(file)
+        for row in read_rows(getattr(self.paths, name)):
+          self._count(name, row)
+      self._opened = opened.pop_all()
 
   def __enter__(self) -> Journal:
     return self
@@ -130,8 +133,7 @@ class Journal:
   def close(self) -> None:
     """Syncs and gives the files free."""
     self.sync()
-    for file in self._files.values():
-      file.close()
+    self._opened.close()
 
   def _check_settings(self, settings: Row, notes: Row) -> None:
     path = self.paths.settings

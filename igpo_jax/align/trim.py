@@ -127,7 +127,7 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
   1. Of a reasoning model's output, what follows its thinking.
   2. What follows the last new start, if a derivation is left then.
   3. Without reflections, and without sentences that were there before.
-  4. Without as many of the first sentences as it takes to fit.
+  4. Without as many of the first sentences as it takes to fit; one always stays.
 
   Args:
     trace: reasoning that ends in the answer.
@@ -136,7 +136,7 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
     max_tokens: the most that are allowed.
 
   Returns:
-    The trimmed trace; it is too long only if the statement of the answer alone is.
+    The trimmed trace; it is still too long where its last sentences are.
   """
   body, ending = split_ending(_without_thinking(trace), answer)
   parts = sentences(body)
@@ -152,7 +152,7 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
       seen.add(plain)
   first = 0
   text = "".join(kept) + ending
-  while first < len(kept) and count(text.strip()) > max_tokens:
+  while first < len(kept) - 1 and count(text.strip()) > max_tokens:
     first += 1
     text = "".join(kept[first:]) + ending
   return text.strip()
