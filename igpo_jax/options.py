@@ -110,7 +110,13 @@ class SamplerConfig:
     remasking: which candidates are committed first: the most confident, or at random.
     cfg_scale: classifier-free guidance, logits = un + (scale + 1) (cond - un).
     threshold: also commit every candidate whose confidence exceeds it.
-    cache: "none" recomputes every position at every step.
+    factor: also commit the n surest, n the largest with (n + 1) (1 - c_(n)) < factor.
+    cache: "none" recomputes every position at every step, and is exact; "prefix" keeps
+      what lies before the active block, "dual" all but the block (diffusion/network.py).
+    refresh_every: steps after which a cache is renewed within a block; 0: only at the
+      beginning of each block.
+    batch_sizes: how many static batch sizes are compiled, each half of the one before:
+      rows that are finished leave the batch between blocks.
     early_stop: "row": a row whose finished block is all end-of-text is filled with
       it; "batch": only when all rows are (official code); "none": never.
     allow_mask: the mask token may be chosen (official code).
@@ -124,7 +130,10 @@ class SamplerConfig:
   remasking: Literal["low_confidence", "random"] = "low_confidence"
   cfg_scale: float = 0.0
   threshold: float | None = None
-  cache: Literal["none"] = "none"
+  factor: float | None = None
+  cache: Literal["none", "prefix", "dual"] = "none"
+  refresh_every: int = 0
+  batch_sizes: int = 1
   early_stop: Literal["row", "batch", "none"] = "row"
   allow_mask: bool = False
   suppress_eos: bool = False
@@ -148,6 +157,17 @@ class SamplerConfig:
     require(
       self.threshold is None or 0 < self.threshold <= 1, "sampler.threshold must be in (0, 1]"
     )
+    require(self.factor is None or self.factor > 0, "sampler.factor must be positive")
+    require(
+      self.threshold is None or self.factor is None,
+      "sampler.threshold and sampler.factor are two rules for one thing: give one of them",
+    )
+    require(self.refresh_every >= 0, "sampler.refresh_every must not be negative")
+    require(
+      not self.refresh_every or self.cache != "none",
+      "sampler.refresh_every needs a cache: sampler.cache='prefix' or 'dual'",
+    )
+    require(self.batch_sizes >= 1, "sampler.batch_sizes must be at least 1")
 
   @property
   def num_blocks(self) -> int:

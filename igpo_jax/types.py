@@ -91,11 +91,13 @@ class Denoised:
       position was committed; -1 where it was fixed (or, with `allow_mask`, where
       a mask was left).
     forwards: i32[], calls of the network that the loop made.
+    refreshes: i32[], how many of them saw the whole canvas: all, without a cache.
   """
 
   tokens: Array
   commit_step: Array
   forwards: Array
+  refreshes: Array
 
 
 @flax.struct.dataclass

@@ -111,7 +111,7 @@ MISTAKES = [
   ("sampler.threshold", 1.5, "sampler.threshold must be in"),
   ("sampler.remasking", "entropy", "sampler.remasking='entropy' is not one of"),
   ("sampler.early_stop", "always", "sampler.early_stop"),
-  ("sampler.cache", "prefix", "sampler.cache='prefix' is not one of none"),
+  ("sampler.cache", "suffix", "sampler.cache='suffix' is not one of none, prefix, dual"),
   ("hints.ratio_low", 0.7, "need 0 <= low <= high <= 1"),
   ("hints.ratio_high", 1.2, "need 0 <= low <= high <= 1"),
   ("hints.chunk_min", 0, "need 1 <= min <= max"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,7 @@ if not (sys.platform == "linux" and shutil.which("git") and shutil.which("setsid
 
 TPU = {"IGPO_PROJECT": "proj", "IGPO_ZONE": "zone-a", "IGPO_NAME": "pod"}
 ALL = {**TPU, "IGPO_SLICE": "v5e-64", "IGPO_WORKDIR": "gs://bucket/run"}
-PROGRAM = ("--", "--config=configs/math500.py", "--config.mesh.slice=v5e-64")
+PROGRAM = ("--", "--config=configs/math500.py:data,v5e-64", "--config.seed=1")
 SCRIPTS = ("create", "install", "run", "status", "logs", "stop", "fetch", "delete", "resume")
 
 
@@ -84,7 +85,7 @@ SAYS = {
   "create": ["gcloud compute tpus queued-resources create pod", "v5litepod-64", "--zone=zone-a",
              "v2-alpha-tpuv5-lite", "--node-id=pod", "--project=proj"],
   "install": ["git", "archive", "scp", "--worker=all", "worker.sh install"],
-  "run": ["--worker=all", "start gs://bucket/run --config=configs/math500.py"],
+  "run": ["--worker=all", "start gs://bucket/run --config=configs/math500.py:data,v5e-64"],
   "status": ["queued-resources describe pod", "tpu-vm describe pod", "worker.sh state"],
   "logs": ["--worker=0", "tail", "run.log"],
   "stop": ["--worker=all", "worker.sh stop"],
@@ -353,6 +354,30 @@ def test_deleting_nothing_is_fine(world):
   done = call("delete", world, **ALL)
   assert done.returncode == 0 and "no pod" in done.stderr
   assert world.actions() == []
+
+
+DOCS = (REPO / "docs" / "launch.md").read_text()
+DOCUMENTED = re.findall(r"^(launch/tpu/.*|bash launch/slurm.*)$", DOCS, re.MULTILINE)
+
+
+def test_the_documents_name_files_that_exist():
+  for text in (DOCS, (REPO / "README.md").read_text()):
+    names = set(re.findall(r"\blaunch/[\w/]+\.\w+", text))
+    assert names
+    for name in names:
+      assert (REPO / name).is_file(), name
+  assert len(DOCUMENTED) >= 10
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_the_commands_of_the_documents_work_with_their_settings(world, line):
+  block = DOCS.partition("# pod.env\n")[2].partition("```")[0]
+  settings = dict(w.split("=", 1) for w in block.replace("export", "").split())
+  words = shlex.split(line, comments=True)
+  words = [w for w in words if w not in ("bash", "--dry-run")]
+  done = world.launch(words[0].removeprefix("launch/"), "--dry-run", *words[1:], **settings)
+  assert done.returncode == 0, done
+  assert shown(done)
 
 
 def test_one_gpu(world):

@@ -48,9 +48,10 @@ def tiny_model(vocab_size=12, sharpness=4.0, seed=0):
 def table_lm(stop_ids=(EOS,)):
   """An LM whose parameters are its logits: f32[V] for every position, or f32[T,V]."""
 
-  def hidden(params, tokens, valid=None, *, start=0, cache=None):
+  def hidden(params, tokens, valid=None, *, start=0, cache=None, read=None):
     del valid, start
-    return jnp.broadcast_to(params, (*tokens.shape, params.shape[-1])), cache
+    h = jnp.broadcast_to(params, (*tokens.shape, params.shape[-1]))
+    return h if read is None else jax.lax.dynamic_slice_in_dim(h, *read, axis=1), cache
 
   return LM(
     init=lambda key: jnp.zeros(6),

@@ -2,8 +2,9 @@
 
 One jitted program (METHOD 2). An outer `while_loop` walks the blocks from left to
 right; an inner one makes the denoising steps of a block, no more than its fullest
-row needs. Each step runs the network on the whole canvas, the head on the active
-block only, and commits every row's share of its most confident candidates.
+row needs. Each step asks the network (`network`), on the whole canvas unless there is a
+cache, and commits every row's share of its most confident candidates (`choose`).
+Rows that are finished leave the batch between blocks, where enough of them are.
 
 Nothing about a row depends on its neighbours: its noise comes from its own key
 and the step, its commits from its own masks, and (with `early_stop="row"`) its
@@ -16,13 +17,15 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
+from igpo_jax.diffusion.choose import choose
+from igpo_jax.diffusion.network import block_logits, init_cache, region
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
-from igpo_jax.ops.masked import topk_mask
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params
 
@@ -52,7 +55,7 @@ def denoise(
 
   Returns:
     The filled canvas, the step at which each position was committed (-1 where
-    fixed), and the number of forwards made.
+    fixed), and the number of calls of the network.
 
   Raises:
     UserError: shapes that do not fit, or a canvas shorter than the completion.
@@ -85,157 +88,155 @@ def _row_keys(key: Array, rows: int) -> Array:
   return key
 
 
-class _Carry(NamedTuple):
-  """What the loops hand from step to step."""
+@flax.struct.dataclass
+class _Rows:
+  """All that belongs to a row, and goes with it into a smaller batch."""
 
   tokens: Array  # i32[B,T]
   commit_step: Array  # i32[B,T]
+  fixed: Array  # bool[B,T]
+  valid: Array  # bool[B,T]
+  keys: Array  # key[B]
+  number: Array  # i32[B], the row's place in the canvas
+
+
+class _Count(NamedTuple):
+  """What the loops hand from step to step beside the rows."""
+
   forwards: Array  # i32[]
+  refreshes: Array  # i32[]
   stopped: Array  # bool[]: early_stop="batch" has ended the run
+
+
+def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
+  """Static sizes that the rows which are not finished are batched in, largest first.
+
+  Each half of the one before, as long as it divides over the devices. Example: of 64
+  rows on 8 devices with `cfg.batch_sizes=3` they are 64, 32 and 16.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+  sizes = [rows]
+  # What the batch as a whole decides needs the whole batch.
+  most = 1 if cfg.early_stop == "batch" else cfg.batch_sizes
+  while len(sizes) < most and sizes[-1] % (2 * ways) == 0:
+    sizes.append(sizes[-1] // 2)
+  return sizes
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   b, t = canvas.tokens.shape
-  first = t - cfg.gen_length  # where the completion begins
-  per_block = cfg.steps_per_block
-  position = jnp.arange(t)
-  fillable = ~canvas.fixed & (position >= first)
-
-  def masks_of(tokens):
-    return (tokens == lm.mask_id) & fillable
-
-  def in_block(block):
-    begin = first + block * cfg.block_length
-    return (position >= begin) & (position < begin + cfg.block_length)
-
-  def run_block(block, carry: _Carry) -> _Carry:
-    here = in_block(block)
-    had = jnp.sum(masks_of(carry.tokens) & here, axis=1)  # i32[B]
-    needed = forwards_needed(had, per_block)
-
-    def unfinished(state):
-      i, carry = state
-      # A threshold may finish a block before its share of steps is used up.
-      return (i < needed) & jnp.any(masks_of(carry.tokens) & here)
-
-    def step(state):
-      i, carry = state
-      now = block * per_block + i
-      commit, chosen = _choose(
-        lm, params, canvas, keys, cfg, noise_table, carry, masks_of(carry.tokens), block, now,
-        commits_at(had, per_block, i),
-      )  # fmt: skip
-      tokens = jnp.where(commit, chosen, carry.tokens)
-      filled = commit & (tokens != lm.mask_id)  # allow_mask may commit a mask: still to do
-      commit_step = jnp.where(filled, now, carry.commit_step)
-      carry = carry._replace(
-        tokens=constrain(tokens, "act_batch", "act_length"),
-        commit_step=commit_step,
-        forwards=carry.forwards + 1,
-      )
-      if cfg.early_stop == "row":
-        ends = (had > 0) & jnp.all((carry.tokens == lm.eos_id) | ~here, axis=1)
-        carry = fill(carry, ends, now)
-      return i + 1, carry
-
-    def fill(carry: _Carry, rows, now) -> _Carry:
-      rest = masks_of(carry.tokens) & rows[:, None]
-      return carry._replace(
-        tokens=jnp.where(rest, lm.eos_id, carry.tokens),
-        commit_step=jnp.where(rest, now, carry.commit_step),
-      )
-
-    steps, carry = jax.lax.while_loop(unfinished, step, (jnp.int32(0), carry))
-    if cfg.early_stop == "batch":
-      ends = jnp.any(had > 0) & jnp.all((carry.tokens == lm.eos_id) | ~here)
-      carry = fill(carry, jnp.broadcast_to(ends, (b,)), block * per_block + steps - 1)
-      carry = carry._replace(stopped=ends)
-    return carry
-
-  def blocks_left(state):
-    block, carry = state
-    return (block < cfg.num_blocks) & ~carry.stopped & jnp.any(masks_of(carry.tokens))
-
-  carry = _Carry(
+  rows = _Rows(
     tokens=constrain(canvas.tokens, "act_batch", "act_length"),
     commit_step=jnp.full((b, t), -1, jnp.int32),
-    forwards=jnp.int32(0),
-    stopped=jnp.bool_(False),
+    fixed=canvas.fixed,
+    valid=canvas.valid,
+    keys=keys,
+    number=jnp.arange(b),
   )
-  _, carry = jax.lax.while_loop(
-    blocks_left, lambda s: (s[0] + 1, run_block(*s)), (jnp.int32(0), carry)
-  )
-  return Denoised(carry.tokens, carry.commit_step, carry.forwards)
+  zero = jnp.int32(0)
+  count = _Count(zero, zero, jnp.bool_(False))
+  sizes = batch_sizes(b, cfg)
+
+  def blocks_left(state):
+    block, rows, count = state
+    return (block < cfg.num_blocks) & ~count.stopped & jnp.any(_masks(lm, cfg, rows))
+
+  def run_block(state):
+    block, rows, count = state
+    unfinished = jnp.any(_masks(lm, cfg, rows), axis=1)
+    order = jnp.argsort(~unfinished, stable=True)
+
+    def with_batch(size, rows, count):
+      if size == b:
+        return _run_block(lm, params, cfg, noise_table, rows, block, count)
+      chosen = order[:size]
+      some = jax.tree.map(lambda x: x[chosen], rows)
+      some, count = _run_block(lm, params, cfg, noise_table, some, block, count)
+      put = lambda x, new: constrain(x.at[chosen].set(new), "act_batch", "act_length")
+      return rows.replace(
+        tokens=put(rows.tokens, some.tokens), commit_step=put(rows.commit_step, some.commit_step)
+      ), count
+
+    smallest = jnp.sum(jnp.sum(unfinished) <= jnp.asarray(sizes)) - 1
+    programs = [functools.partial(with_batch, size) for size in sizes]
+    return block + 1, *jax.lax.switch(smallest, programs, rows, count)
+
+  _, rows, count = jax.lax.while_loop(blocks_left, run_block, (zero, rows, count))
+  return Denoised(rows.tokens, rows.commit_step, count.forwards, count.refreshes)
 
 
-def _choose(lm, params, canvas, keys, cfg, noise_table, carry, masked, block, now, count):
-  """One step's decision: (commit bool[B,T], chosen tokens i32[B,T]).
-
-  Args:
-    masked: bool[B,T], what is still to be filled anywhere.
-    block: i32[], the active block.
-    now: i32[], the step's number in the whole run: it seeds the noise.
-    count: i32[B], how many positions each row commits.
-  """
-  b, t = carry.tokens.shape
-  first = t - cfg.gen_length
-  begin = first + block * cfg.block_length
-  if cfg.allow_mask:
-    # The model may have left masks in earlier blocks; they compete again.
-    start, width = first, cfg.gen_length
-  else:
-    start, width = begin, cfg.block_length
-
-  def region(x):
-    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-
-  logits = _guided_logits(lm, params, canvas, cfg, carry.tokens, region)  # f32[B,width,V]
-  step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, now)
-  scores = logits
-  if cfg.temperature > 0:
-    if noise_table is not None:
-      gumbel = region(noise_table[carry.forwards])
-    else:
-      draw = lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32, mode="high")
-      gumbel = jax.vmap(draw)(step_keys)
-    scores = logits + cfg.temperature * gumbel
-  if not cfg.allow_mask:
-    scores = jnp.where(jnp.arange(lm.vocab_size) == lm.mask_id, -jnp.inf, scores)
-  chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-
-  # The probability of the choice under the plain softmax: no noise, nothing suppressed.
-  picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-  log_confidence = picked - jax.nn.logsumexp(logits, axis=-1)
-  if cfg.remasking == "random":
-    uniform = lambda k: jax.random.uniform(jax.random.fold_in(k, 1), (width,))
-    rank_by = jax.vmap(uniform)(step_keys)
-  else:
-    rank_by = log_confidence
-  if cfg.suppress_eos:
-    stops = jnp.isin(chosen, jnp.asarray(lm.stop_ids))
-    rank_by = jnp.where(stops, rank_by - 1e4, rank_by)  # last, but still in order
-
-  candidates = region(masked) & (start + jnp.arange(width) < begin + cfg.block_length)
-  commit = topk_mask(rank_by, candidates, count)
-  if cfg.threshold is not None:
-    # Never less than the schedule's share, so a run still ends in `steps` steps.
-    commit |= candidates & (jnp.exp(log_confidence) > cfg.threshold)
-
-  def scatter(x, fill):
-    return jax.lax.dynamic_update_slice_in_dim(jnp.full((b, t), fill, x.dtype), x, start, axis=1)
-
-  return scatter(commit, False), scatter(chosen, 0)
+def _masks(lm, cfg, rows: _Rows) -> Array:
+  """bool[B,T], what is still to be filled."""
+  t = rows.tokens.shape[1]
+  return (rows.tokens == lm.mask_id) & ~rows.fixed & (jnp.arange(t) >= t - cfg.gen_length)
 
 
-def _guided_logits(lm, params, canvas, cfg, tokens, region) -> Array:
-  """Logits f32[B,width,V] of a region, with classifier-free guidance if asked for."""
-  if cfg.cfg_scale == 0:
-    h, _ = lm.hidden(params, tokens, canvas.valid)
-    return lm.head(params, region(h))
-  # The unconditional input hides all that was given: prompt and hints.
-  hidden_prompt = jnp.where(canvas.fixed, lm.mask_id, tokens)
-  both = jnp.concatenate([tokens, hidden_prompt])
-  h, _ = lm.hidden(params, both, jnp.concatenate([canvas.valid, canvas.valid]))
-  conditional, unconditional = jnp.split(lm.head(params, region(h)), 2)
-  return unconditional + (cfg.cfg_scale + 1) * (conditional - unconditional)
+def _run_block(lm, params, cfg, noise_table, rows: _Rows, block, count: _Count):
+  """All steps of one block: (rows, count)."""
+  b, t = rows.tokens.shape
+  per_block = cfg.steps_per_block
+  position = jnp.arange(t)
+  begin = t - cfg.gen_length + block * cfg.block_length
+  here = (position >= begin) & (position < begin + cfg.block_length)
+  masks_of = functools.partial(_masks, lm, cfg)
+  had = jnp.sum(masks_of(rows) & here, axis=1)  # i32[B]
+  needed = forwards_needed(had, per_block)
+
+  def unfinished(state):
+    i, rows, _, _ = state
+    # A threshold may finish a block before its share of steps is used up.
+    return (i < needed) & jnp.any(masks_of(rows) & here)
+
+  def fill(rows, which, now) -> _Rows:
+    rest = masks_of(rows) & which[:, None]
+    return rows.replace(
+      tokens=jnp.where(rest, lm.eos_id, rows.tokens),
+      commit_step=jnp.where(rest, now, rows.commit_step),
+    )
+
+  def step(state):
+    i, rows, count, cache = state
+    now = block * per_block + i
+    refresh = i == 0
+    if cfg.refresh_every:
+      refresh = i % cfg.refresh_every == 0
+    logits, cache = block_logits(
+      lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, refresh
+    )
+    start, width = region(cfg, t, block)
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+    gumbel = None if noise_table is None else part(noise_table[count.forwards, rows.number])
+    keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, now)
+    candidates = part(masks_of(rows) & (position < begin + cfg.block_length))
+    share = commits_at(had, per_block, i)
+    commit, chosen = choose(lm, cfg, logits, candidates, share, keys, gumbel)
+
+    old = part(rows.tokens)
+    new = jnp.where(commit, chosen, old)
+    filled = commit & (new != lm.mask_id)  # allow_mask may commit a mask: still to do
+    put = lambda x, new: constrain(
+      jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1), "act_batch", "act_length"
+    )
+    rows = rows.replace(
+      tokens=put(rows.tokens, new),
+      commit_step=put(rows.commit_step, jnp.where(filled, now, part(rows.commit_step))),
+    )
+    count = count._replace(
+      forwards=count.forwards + 1,
+      refreshes=count.refreshes + (refresh if cfg.cache != "none" else 1),
+    )
+    if cfg.early_stop == "row":
+      ends = (had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here, axis=1)
+      rows = fill(rows, ends, now)
+    return i + 1, rows, count, cache
+
+  # Every block begins with a refresh: nothing of the cache outlives its block.
+  cache = init_cache(lm, cfg, b, t)
+  steps, rows, count, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, count, cache))
+  if cfg.early_stop == "batch":
+    ends = jnp.any(had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here)
+    rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * per_block + steps - 1)
+    count = count._replace(stopped=ends)
+  return rows, count

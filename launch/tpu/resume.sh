@@ -6,7 +6,7 @@
 #
 #     launch/tpu/resume.sh --project=P --zone=Z --name=N --slice=v5e-64 --spot \
 #         --workdir=gs://BUCKET/RUN [--data=gs://BUCKET/DIR] -- \
-#         --config=configs/math500.py --config.mesh.slice=v5e-64
+#         --config=configs/math500.py:data,v5e-64
 #
 # --delete-when-done  also deletes the TPU when the run has finished
 # --max-crashes=N     gives up at the N-th crash on one TPU; default 3

@@ -5,7 +5,7 @@
 # from its last checkpoint.
 #
 #     launch/tpu/run.sh --project=P --zone=Z --name=N --workdir=gs://BUCKET/RUN -- \
-#         --config=configs/math500.py --config.mesh.slice=v5e-64
+#         --config=configs/math500.py:data,v5e-64
 # shellcheck source=launch/tpu/common.sh
 source "$(dirname "$0")/common.sh"
 

@@ -1,0 +1,125 @@
+"""How the denoising loop asks the network: exactly, or with a cache of keys and values.
+
+    none    every call sees the whole canvas
+    prefix  a block's first call does and fills the cache; the others see the canvas from
+            the block on, and what lies before it as it was then
+    dual    the others see the active block only; what lies after it is as it was, too
+
+    canvas     prompt   block 0   block 1   block 2
+    active                        ^^^^^^^
+    none       fresh    fresh     fresh     fresh
+    prefix     cached   cached    fresh     fresh
+    dual       cached   cached    fresh     cached
+
+(Fast-dLLM, arXiv 2505.22618.) Hints in later blocks are tokens like any other: their
+keys and values are in the cache. Positions that are not `valid` are never seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from igpo_jax.config import SamplerConfig
+from igpo_jax.types import LM, Array, Params
+
+PREFIX_PROGRAMS = 4  # widths that the calls of a prefix-cached run are compiled for
+
+
+def prefix_widths(cfg: SamplerConfig) -> tuple[int, ...]:
+  """How many positions a call sees in each block: its own and the later ones.
+
+  Few different widths, so that few programs are compiled: with more blocks than
+  `PREFIX_PROGRAMS` they are rounded up, past the end of the canvas.
+
+  Example: of 8 blocks the widths are 8, 8, 6, 6, 4, 4, 2, 2 blocks.
+  """
+  unit = -(-cfg.num_blocks // PREFIX_PROGRAMS)
+  left = np.arange(cfg.num_blocks, 0, -1)
+  return tuple(int(n) * cfg.block_length for n in -(-left // unit) * unit)
+
+
+def overhang(cfg: SamplerConfig) -> int:
+  """Positions past the end of the canvas that the widest call of some block reaches."""
+  if cfg.cache != "prefix":
+    return 0
+  ends = [block * cfg.block_length + w for block, w in enumerate(prefix_widths(cfg))]
+  return max(ends) - cfg.gen_length
+
+
+def init_cache(lm: LM, cfg: SamplerConfig, rows: int, length: int) -> Any:
+  """An empty cache for a canvas i32[rows, length]; () where none is kept."""
+  if cfg.cache == "none":
+    return ()
+  rows = 2 * rows if cfg.cfg_scale else rows
+  return lm.init_cache(rows, length + overhang(cfg))
+
+
+def region(cfg: SamplerConfig, length: int, block: Array) -> tuple[Array | int, int]:
+  """(start, width) of the positions whose logits a step needs."""
+  first = length - cfg.gen_length
+  if cfg.allow_mask and cfg.cache == "none":
+    # The model may have left masks in earlier blocks; they compete again.
+    return first, cfg.gen_length
+  return first + block * cfg.block_length, cfg.block_length
+
+
+def block_logits(
+  lm: LM,
+  params: Params,
+  cfg: SamplerConfig,
+  tokens: Array,
+  fixed: Array,
+  valid: Array,
+  cache: Any,
+  block: Array,
+  refresh: Array,
+) -> tuple[Array, Any]:
+  """One call of the network.
+
+  Args:
+    tokens: i32[B,T].
+    fixed: bool[B,T]; with guidance, what the unconditional input hides.
+    valid: bool[B,T].
+    cache: as `init_cache` or the last call left it.
+    block: i32[], the active block.
+    refresh: bool[], whether this call sees the whole canvas and renews the cache.
+
+  Returns:
+    (logits f32[B,width,V] of `region`, cache).
+  """
+  start, width = region(cfg, tokens.shape[1], block)
+  if cfg.cfg_scale:
+    # The unconditional input hides all that was given: prompt and hints.
+    tokens = jnp.concatenate([tokens, jnp.where(fixed, lm.mask_id, tokens)])
+    valid = jnp.concatenate([valid, valid])
+  if cfg.cache == "none":
+    h, _ = lm.hidden(params, tokens, valid, read=(start, width))
+  else:
+    past_end = ((0, 0), (0, overhang(cfg)))
+    valid = jnp.pad(valid, past_end)
+    padded = jnp.pad(tokens, past_end)
+
+    def whole(cache):
+      return lm.hidden(params, tokens, valid, cache=cache, read=(start, width))
+
+    def part(seen, cache):
+      window = jax.lax.dynamic_slice_in_dim(padded, start, seen, axis=1)
+      return lm.hidden(params, window, valid, start=start, cache=cache, read=(0, width))
+
+    widths = prefix_widths(cfg) if cfg.cache == "prefix" else (width,) * cfg.num_blocks
+    programs = sorted(set(widths))
+    which = jnp.asarray([programs.index(w) for w in widths])[block]
+    parts = [functools.partial(part, w) for w in programs]
+    h, cache = jax.lax.cond(
+      refresh, whole, lambda cache: jax.lax.switch(which, parts, cache), cache
+    )
+  logits = lm.head(params, h)
+  if cfg.cfg_scale:
+    conditional, unconditional = jnp.split(logits, 2)
+    logits = unconditional + (cfg.cfg_scale + 1) * (conditional - unconditional)
+  return logits, cache
