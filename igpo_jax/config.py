@@ -90,18 +90,36 @@ class SFTConfig:
 
   Attributes:
     steps, batch_size: updates, and rows of each.
+    epochs: above 0: so many passes over the records, in place of `steps`.
     micro_batches: the gradient is summed over this many slices of the batch.
     eps: p = (1 - eps) t + eps.
+    response_lengths: lengths that responses are padded to; (): `sampler.gen_length`.
+      With several, a batch is made of responses of like length.
+    group_batches: with several lengths, so many batches are sorted by length together.
     eval_every: steps between evaluations; 0: only at the end.
+    hand_on: which parameters the next stage gets: the "last", or the "best" by
+      `checkpoint.best_metric`.
   """
 
   steps: int = 1000
   batch_size: int = 64
+  epochs: float = 0.0
   micro_batches: int = 1
   eps: float = 1e-3
+  response_lengths: tuple[int, ...] = ()
+  group_batches: int = 16
   eval_every: int = 0
+  hand_on: Literal["last", "best"] = "last"
 
   def __post_init__(self):
+    check_choices(self, "sft")
+    lengths = self.response_lengths
+    require(
+      list(lengths) == sorted(set(lengths)) and all(length > 0 for length in lengths),
+      f"sft.response_lengths={lengths}: give increasing positive lengths",
+    )
+    require(self.epochs >= 0, f"sft.epochs={self.epochs} must not be negative")
+    require(self.group_batches >= 1, "sft.group_batches must be at least 1")
     require(self.batch_size >= 1, "sft.batch_size must be at least 1")
     require(
       self.micro_batches >= 1 and self.batch_size % self.micro_batches == 0,
@@ -333,6 +351,13 @@ def check(config: Config) -> None:
   for stage in ("sft", "rl"):
     if stage in config.stages:
       require(getattr(config.data, stage), f"stages has {stage!r} but data.{stage} names no source")
+  best = config.checkpoint.best_metric
+  names = [item.partition("=")[0] for item in config.data.eval]
+  require(
+    config.sft.hand_on == "last" or any(best.startswith(f"eval/{name}") for name in names),
+    f"sft.hand_on='best' goes by checkpoint.best_metric={best!r}: name an evaluation, such as "
+    "'eval/NAME/accuracy' with a NAME of data.eval",
+  )
   require(
     math.floor(config.hints.replace_fraction * config.rl.group_size) >= 1
     or config.rl.exploration == "none",
