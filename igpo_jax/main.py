@@ -39,7 +39,7 @@ from igpo_jax.train.setup import (
   make_tokenizer,
   purpose_key,
 )
-from igpo_jax.train.sft import train_sft
+from igpo_jax.train.sft import handed_on, train_sft
 from igpo_jax.train.workdir import open_workdir
 
 FLAGS = flags.FlagValues()
@@ -190,7 +190,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
     if "eval" in config.stages:
       if training:
         stage = config.stages[-2]
-        params, label = model.params, f"{stage} {getattr(config, stage).steps}"
+        params, label = model.params, f"{stage} {handed_on(run, stage)}"
       else:
         params, label = newest_params(run, model)
       log.rewind("rl", 10**12)
