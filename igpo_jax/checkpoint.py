@@ -44,6 +44,10 @@ class Checkpoints:
     """The step of the newest complete checkpoint; None where there is none."""
     return self._manager.latest_step()
 
+  def best(self) -> int | None:
+    """The step of the best checkpoint; None where none has the metric."""
+    return self._manager.best_step() if self.best_metric else None
+
   def steps(self) -> list[int]:
     """Steps of all checkpoints kept, ascending."""
     return sorted(self._manager.all_steps())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -287,11 +288,18 @@ class PromptStream(_Stream):
 
 
 class SFTStream(_Stream):
-  """Prompts with their traces as responses of one length, for fine-tuning.
+  """Prompts with their traces as responses of a few lengths, for fine-tuning.
+
+  With several lengths a batch is made of responses of like length, so that short ones are
+  not padded as far as long ones: of every `group_batches` batches the rows are sorted by
+  the length they need, cut into batches anew, and the batches shuffled. Every record still
+  comes once an epoch, and the batch of a step still follows from (records, seed, step).
 
   Args: as `PromptStream`, and
-    response_length: room for the trace and the token that ends it. A record whose trace
-      is empty or does not fit is left out and counted.
+    response_length: room for the trace and the token that ends it, or growing lengths of
+      which a batch takes the smallest that fits. A record whose trace is empty or does not
+      fit the last is left out and counted.
+    group_batches: how many batches are sorted together.
   """
 
   def __init__(
@@ -301,12 +309,21 @@ class SFTStream(_Stream):
     batch_size: int,
     buckets: Sequence[int],
     seed: int,
-    response_length: int,
+    response_length: int | Sequence[int],
     process_index: int = 0,
     process_count: int = 1,
+    *,
+    group_batches: int = 16,
   ):
-    self.response_length = response_length
+    single = isinstance(response_length, int)
+    self.response_lengths = (response_length,) if single else tuple(response_length)
+    self.group_batches = group_batches
+    self._group: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
     super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
+
+  def num_steps(self, epochs: float) -> int:
+    """Steps until every record has been seen `epochs` times on average, rounded up."""
+    return math.ceil(epochs * len(self) / self.batch_size)
 
   def _keep(self, item: _Item) -> bool:
     if not super()._keep(item):
@@ -315,25 +332,46 @@ class SFTStream(_Stream):
       EMPTY_TRACE
       if not len(item.trace)
       else RESPONSE_TOO_LONG
-      if len(item.trace) + 1 > self.response_length
+      if len(item.trace) + 1 > self.response_lengths[-1]
       else None
     )
     if reason:
       self._dropped[reason] += 1
     return reason is None
 
+  def _padded(self, rows: Sequence[tuple[int, int]]) -> int:
+    """The smallest response length that holds every trace of the rows, and its end."""
+    longest = max(len(self._items[i].trace) + 1 for i, _ in rows)
+    return next(length for length in self.response_lengths if length >= longest)
+
+  def _global_rows(self, step: int) -> list[tuple[int, int]]:
+    if len(self.response_lengths) == 1:
+      return super()._global_rows(step)
+    group, place = divmod(step, self.group_batches)
+    if self._group[0] != group:
+      self._group = (group, self._grouped(group))
+    return self._group[1][place]
+
+  def _grouped(self, group: int) -> list[list[tuple[int, int]]]:
+    """The batches of a group: rows sorted by padded length, batches in a random order."""
+    steps = range(group * self.group_batches, (group + 1) * self.group_batches)
+    rows = [row for step in steps for row in super(SFTStream, self)._global_rows(step)]
+    rows.sort(key=lambda row: (self._padded([row]), self._bucket([row])))
+    order = np.random.default_rng([self.seed % 2**32, group]).permutation(self.group_batches)
+    return [rows[k * self.batch_size : (k + 1) * self.batch_size] for k in order]
+
   def batch(self, step: int) -> SFTBatch:
     """This process's rows of the batch of `step`."""
     rows = self._global_rows(step)
-    bucket = self._bucket(rows)
+    bucket, room = self._bucket(rows), self._padded(rows)
     rows = self._share(rows)
     items = [self._items[i] for i, _ in rows]
     prompts, valid = self._pad_prompts(items, bucket)
-    responses = np.full((len(items), self.response_length), self.tokenizer.eos_id, np.int32)
+    responses = np.full((len(items), room), self.tokenizer.eos_id, np.int32)
     length = np.array([len(item.trace) + 1 for item in items], np.int32)
     for row, item in enumerate(items):
       responses[row, : length[row]] = [*item.trace, self.tokenizer.turn_id]
-    on_response = np.zeros((len(items), bucket + self.response_length), bool)
+    on_response = np.zeros((len(items), bucket + room), bool)
     on_response[:, bucket:] = True
     return SFTBatch(
       tokens=np.concatenate([prompts, responses], axis=1),

@@ -6,6 +6,7 @@ import functools
 
 import jax
 
+from igpo_jax.cli import UserError
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
@@ -18,7 +19,7 @@ from igpo_jax.types import Params
 
 
 def train_sft(run: Run, model: Model) -> Params:
-  """Fine-tunes from `model.params` on `data.sft`; returns the final parameters."""
+  """Fine-tunes from `model.params` on `data.sft`; returns the parameters to go on with."""
   config = run.config
 
   # data: the batch of a step is a function of (seed, step)
@@ -28,14 +29,20 @@ def train_sft(run: Run, model: Model) -> Params:
     config.sft.batch_size,
     config.data.prompt_buckets,
     config.seed,
-    config.sampler.gen_length,
+    config.sft.response_lengths or config.sampler.gen_length,
     jax.process_index(),
     jax.process_count(),
+    group_batches=config.sft.group_batches,
   )
-  say(f"sft: {len(stream)} records, left out: {describe(stream.dropped)}")
+  steps = stream.num_steps(config.sft.epochs) if config.sft.epochs else config.sft.steps
+  epochs = steps * config.sft.batch_size / len(stream)
+  say(
+    f"sft: {len(stream)} records, left out: {describe(stream.dropped)};"
+    f" {steps} steps are {epochs:.1f} epochs"
+  )
 
   # optimizer and state: of the adapters only under LoRA
-  optimizer = make_optimizer(config.sft_optimizer, config.sft.steps)
+  optimizer = make_optimizer(config.sft_optimizer, steps)
   state, frozen = start_state(model, optimizer, run.mesh)
   update = make_sft_update(model.lm, optimizer, config.sft)
 
@@ -48,5 +55,29 @@ def train_sft(run: Run, model: Model) -> Params:
 
   whole = functools.partial(lora.combine, frozen)
   shown = ("loss", "grad_norm")
-  stage = Stage("sft", config.sft.steps, config.sft.eval_every, step, whole, shown)
-  return whole(run_stage(run, stage, state).params)
+  stage = Stage("sft", steps, config.sft.eval_every, step, whole, shown)
+  state = run_stage(run, stage, state)
+  if config.sft.hand_on == "last":
+    return whole(state.params)
+  best = handed_on(run, "sft")
+  say(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  del state  # there may be no room for two
+  return whole(run.checkpoints("sft").restore(best, like).params)
+
+
+def handed_on(run: Run, stage: str) -> int:
+  """The step whose parameters a finished stage hands on.
+
+  Raises:
+    UserError: the best is asked for, and `checkpoint.best_metric` was never measured.
+  """
+  checkpoints = run.checkpoints(stage)
+  best = stage == "sft" and run.config.sft.hand_on == "best"
+  step = checkpoints.best() if best else checkpoints.latest()
+  if step is None:
+    raise UserError(
+      f"no checkpoint of {stage} in {run.workdir} has the metric"
+      f" checkpoint.best_metric={run.config.checkpoint.best_metric!r}"
+    )
+  return step
