@@ -44,7 +44,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
   """A mesh over all devices (or the given ones) with axes data, fsdp and tensor."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(data, fsdp, tensor, len(devices))
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  check_rows(mesh.devices)
+  return mesh
+
+
+def check_rows(devices: np.ndarray) -> None:
+  """Checks that every process can have rows of its own, as the data and the graders do.
+
+  Args:
+    devices: [data,fsdp,tensor].
+
+  Raises:
+    UserError: several processes would have to hold the same rows.
+  """
+  for block in devices.reshape(-1, devices.shape[-1]):
+    processes = sorted({device.process_index for device in block})
+    if len(processes) > 1:
+      raise UserError(
+        f"config.mesh: tensor={len(block)} spreads the same rows over processes "
+        f"{', '.join(map(str, processes))}; a process has rows of its own: make tensor a divisor "
+        "of the devices of one process"
+      )
 
 
 def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -200,4 +200,5 @@ def _thread(function: Callable, *args) -> None:
 
 
 def _print(line: str) -> None:
-  os.write(2, f"{line}\n".encode())  # no lock that a thread under way could hold
+  # A line of its own below any progress bar; no lock that a thread under way could hold.
+  os.write(2, f"\n{line}\n".encode())

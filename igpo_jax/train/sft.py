@@ -10,6 +10,7 @@ from igpo_jax.cli import UserError
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
+from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
@@ -74,7 +75,7 @@ def handed_on(run: Run, stage: str) -> int:
   """
   checkpoints = run.checkpoints(stage)
   best = stage == "sft" and run.config.sft.hand_on == "best"
-  step = checkpoints.best() if best else checkpoints.latest()
+  step = from_first(checkpoints.best if best else checkpoints.latest)
   if step is None:
     raise UserError(
       f"no checkpoint of {stage} in {run.workdir} has the metric"

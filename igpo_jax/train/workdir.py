@@ -34,7 +34,7 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
     UserError: the workdir holds a run with other settings, cannot be used, or is not the
       same for all processes; or the processes were started with different configs.
   """
-  current = json.loads(json.dumps(dataclasses.asdict(config)))
+  current = _plain(config)
   for index, other in enumerate(configs := share([current])):
     for name in current:
       if other[name] != configs[0][name]:
@@ -59,7 +59,7 @@ def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
   # A mistake that ended the program before it made anything leaves the workdir free.
   begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
   if path.exists() and begun:
-    previous = json.loads(path.read_text())
+    previous = _filled(json.loads(path.read_text()), _plain(Config()))
     for name in MODEL if only_eval else current:
       if name not in MAY_CHANGE and current[name] != previous.get(name):
         old, new = difference(previous.get(name), current[name])
@@ -71,6 +71,18 @@ def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
     return  # the run's own settings stay, so that it can be continued
   workdir.mkdir(parents=True, exist_ok=True)
   write_whole(path, json.dumps(current, indent=2) + "\n")
+
+
+def _plain(config: Config) -> dict[str, Any]:
+  """The config as JSON gives it back."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _filled(old: Any, defaults: Any) -> Any:
+  """Old settings with the defaults of options that did not exist then."""
+  if not (isinstance(old, dict) and isinstance(defaults, dict)):
+    return old
+  return {**defaults, **{n: _filled(v, defaults.get(n)) for n, v in old.items()}}
 
 
 def difference(old: Any, new: Any) -> tuple[Any, Any]:
