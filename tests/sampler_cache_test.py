@@ -1,0 +1,241 @@
+"""Denoising with cached keys and values: goldens, a twin without any cache code, invariants.
+
+The goldens are the official IGPO code's prefix-cached generation, and Fast-dLLM's dual
+cache (rows one by one). The twin keeps no cache: it remembers the hidden inputs that a
+cache would have seen and computes their keys and values again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import SamplerConfig
+from igpo_jax.diffusion import network
+from igpo_jax.diffusion.sampler import batch_sizes, denoise
+from igpo_jax.parallel.mesh import AXES
+from igpo_jax.types import Canvas
+from tests.sampler_test import MASK, PROMPT, ROWS, VOCAB, options, random_canvas, run
+from tests.tiny_lm import GOLDENS, golden_model, tiny_model
+
+CASES = sorted((GOLDENS / "generate_cache").glob("*.npz"))
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+# --- the official code and Fast-dLLM ------------------------------------------------------
+
+
+def golden_run(case, **kw):
+  model = golden_model("llada_tiny")
+  sizes = {name: int(case[name]) for name in ("gen_length", "block_length", "steps")}
+  tokens = jnp.asarray(case["initial_x"])
+  canvas = Canvas(tokens, jnp.asarray(case["fixed_mask"]), jnp.ones(tokens.shape, bool))
+  return denoise(model.lm, model.params, canvas, jax.random.key(0), SamplerConfig(**sizes, **kw))
+
+
+def test_all_golden_cases_are_here():
+  assert len(CASES) == 8
+  assert sum("fastdllm_dual_final_x" in np.load(path) for path in CASES) == 4
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def test_every_token_of_a_prefix_cached_run_is_the_official_codes(path):
+  case = np.load(path)
+  out = golden_run(case, cache="prefix", early_stop="batch")
+  np.testing.assert_array_equal(out.tokens, case["prefix_final_x"])
+  assert int(out.forwards) == int(case["prefix_model_calls"])
+  assert int(out.refreshes) == int(case["gen_length"]) // int(case["block_length"])
+
+
+@pytest.mark.parametrize(
+  "path", [p for p in CASES if p.stem.startswith("no")], ids=lambda p: p.stem
+)
+def test_every_token_of_a_dual_cached_run_is_fast_dllms(path):
+  case = np.load(path)
+  out = golden_run(case, cache="dual", early_stop="none")
+  np.testing.assert_array_equal(out.tokens, case["fastdllm_dual_final_x"])
+  assert (int(out.forwards) == case["fastdllm_dual_nfe"]).all()
+
+
+# --- what a cache may and may not change ------------------------------------------------
+
+
+# What is cached in which way, so that each kind of option meets a cache once.
+EXACT_CASES = {
+  "row_stop": {"early_stop": "row", "cache": "prefix"},
+  "noise": {"remasking": "random", "temperature": 1.3, "cache": "dual"},
+  "factor": {"factor": 2.0, "steps": 12, "cache": "dual"},
+  "guidance": {"cfg_scale": 1.5, "temperature": 0.7, "cache": "dual"},
+  "six_blocks": {"block_length": 2, "threshold": 0.5, "steps": 12, "cache": "prefix"},
+}
+
+
+@pytest.mark.parametrize("name", EXACT_CASES)
+def test_with_one_layer_nothing_goes_stale(name):
+  """Its keys depend on the tokens alone, and outside the active block these stay."""
+  cached = options(**EXACT_CASES[name])
+  exact = dataclasses.replace(cached, cache="none")
+  for seed in range(2):
+    canvas = random_canvas(np.random.default_rng([seed, 7]))
+    expected = run(exact, canvas, seed)
+    out = run(cached, canvas, seed)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_array_equal(out.commit_step, expected.commit_step)
+    assert out.forwards == expected.forwards == expected.refreshes
+    assert 0 < out.refreshes <= exact.num_blocks
+
+
+def deep_canvas(seed, rows=ROWS):
+  """Hinted and padded rows for the golden model of three layers, 24 + 24 positions."""
+  rng = np.random.default_rng(seed)
+  canvas = random_canvas(rng, rows=rows, prompt=24, length=24)
+  tokens = np.where(canvas.tokens == MASK, 511, rng.integers(0, 510, canvas.tokens.shape))
+  return canvas.replace(tokens=tokens.astype(np.int32))
+
+
+def deep_run(canvas, seed=0, keys=None, **kw):
+  model = golden_model("llada_tiny")
+  cfg = SamplerConfig(**({"gen_length": 24, "block_length": 4, "steps": 24} | kw))
+  return run(cfg, canvas, seed, keys, (model.lm, model.params))
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_that_is_always_renewed_is_exact(cache):
+  kw = {"cfg_scale": 0.5, "temperature": 1.0, "block_length": 12}
+  canvas = deep_canvas(0)
+  exact = deep_run(canvas, **kw)
+  renewed = deep_run(canvas, cache=cache, refresh_every=1, **kw)
+  np.testing.assert_array_equal(renewed.tokens, exact.tokens)
+  assert renewed.refreshes == renewed.forwards == exact.forwards
+  never, sometimes = (deep_run(canvas, cache=cache, refresh_every=n, **kw) for n in (0, 2))
+  assert (never.tokens != exact.tokens).any() and (sometimes.tokens != never.tokens).any()
+  assert never.refreshes == 2 < sometimes.refreshes <= 12
+
+
+def test_few_widths_are_the_same_as_one_for_each_block(monkeypatch):
+  """Six blocks in calls of six, four and two: those reach past the end, where nobody looks."""
+  cfg = SamplerConfig(24, 4, 24, cache="prefix")
+  assert network.prefix_widths(cfg) == (24, 24, 16, 16, 8, 8)
+  assert network.overhang(cfg) == 4
+  assert network.prefix_widths(dataclasses.replace(cfg, block_length=6)) == (24, 18, 12, 6)
+  assert network.overhang(dataclasses.replace(cfg, cache="dual")) == 0
+  canvas = deep_canvas(1)
+  few = deep_run(canvas, cache="prefix")
+  monkeypatch.setattr(network, "PREFIX_PROGRAMS", 6)
+  jax.clear_caches()
+  assert network.prefix_widths(cfg) == (24, 20, 16, 12, 8, 4)
+  each = deep_run(canvas, cache="prefix")
+  jax.clear_caches()
+  np.testing.assert_array_equal(few.tokens, each.tokens)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_cached_rows_keep_the_promises_of_exact_ones(cache):
+  """Fixed tokens, noise of one's own, neighbours, padding."""
+  kw = {"cache": cache, "temperature": 0.8, "steps": 12, "early_stop": "row"}
+  canvas = deep_canvas(3)
+  keys = jax.random.split(jax.random.key(3), ROWS)
+  out = deep_run(canvas, keys=keys, **kw)
+  np.testing.assert_array_equal(out.tokens[canvas.fixed], canvas.tokens[canvas.fixed])
+  assert (out.tokens[~canvas.fixed] != 511).all()
+  np.testing.assert_array_equal(out.commit_step >= 0, ~canvas.fixed)
+
+  order = np.array([2, 0, 3, 2])  # one row twice, one row gone
+  moved = deep_run(jax.tree.map(lambda x: x[order], canvas), keys=keys[order], **kw)
+  np.testing.assert_array_equal(moved.tokens, out.tokens[order])
+  np.testing.assert_array_equal(moved.commit_step, out.commit_step[order])
+
+  garbage = np.where(canvas.valid, canvas.tokens, 7)
+  unseen = deep_run(canvas.replace(tokens=garbage), keys=keys, **kw)
+  np.testing.assert_array_equal(unseen.tokens[canvas.valid], out.tokens[canvas.valid])
+
+
+def test_hints_in_later_blocks_are_seen_through_the_cache():
+  """With one layer a dual-cached block sees a later hint only as a cached key and value."""
+  canvas = random_canvas(np.random.default_rng(2), hint_share=0.0)
+  hinted = canvas.fixed.copy()
+  hinted[:, -3:] = True
+  outs = []
+  for token in (5, 9):
+    tokens = np.where(hinted & ~canvas.fixed, token, canvas.tokens)
+    outs.append(run(options(cache="dual"), Canvas(tokens, hinted, canvas.valid)).tokens)
+  first = slice(PROMPT, PROMPT + 4)
+  assert (outs[0][:, first] != outs[1][:, first]).any()
+
+
+# --- rows that are finished --------------------------------------------------------------
+
+
+def counting_model():
+  """The tiny model, and the batch sizes of the calls it gets."""
+  lm, params = tiny_model(VOCAB)
+  seen = []
+
+  def hidden(params, tokens, valid=None, **kw):
+    jax.debug.callback(lambda tokens: seen.append(len(tokens)), tokens)
+    return lm.hidden(params, tokens, valid, **kw)
+
+  return lm._replace(hidden=hidden), params, seen
+
+
+@pytest.mark.parametrize("name", ["row_stop", "guidance"])
+def test_finished_rows_leave_the_batch_and_change_nothing(name):
+  cfg = options(**EXACT_CASES[name])
+  canvas = random_canvas(np.random.default_rng(6), rows=8)
+  # Rows 0, 2, 3, 5 and 7 are done after the first block, row 4 after the second.
+  for row, last in ((0, 4), (2, 4), (3, 0), (5, 4), (7, 3), (4, 8)):
+    canvas.fixed[row, PROMPT + last :] = True
+    canvas.tokens[row, PROMPT + last :] = 3
+  whole = run(cfg, canvas, 5)
+  halves = run(dataclasses.replace(cfg, batch_sizes=2), canvas, 5)
+  np.testing.assert_array_equal(halves.tokens, whole.tokens)
+  np.testing.assert_array_equal(halves.commit_step, whole.commit_step)
+  assert halves.forwards == whole.forwards
+
+
+def test_finished_rows_cost_no_calls():
+  lm, params, seen = counting_model()
+  canvas = random_canvas(np.random.default_rng(6), rows=8, hint_share=0.0)
+  canvas.fixed[2:, PROMPT + 4 :] = True
+  canvas.tokens[2:, PROMPT + 4 :] = 3
+  for sizes, expected in ((1, [8] * 6), (3, [8] * 2 + [2] * 4)):
+    seen.clear()
+    run(options(batch_sizes=sizes), canvas, model=(lm, params))
+    jax.effects_barrier()
+    assert seen == expected
+
+
+def test_batches_are_halved_while_they_divide_over_the_devices():
+  assert batch_sizes(8, options(batch_sizes=3)) == [8, 4, 2]
+  assert batch_sizes(6, options(batch_sizes=3)) == [6, 3]
+  assert batch_sizes(8, options(batch_sizes=3, early_stop="batch")) == [8]
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 2), AXES)):
+    assert batch_sizes(24, options(batch_sizes=9)) == [24, 12]
+
+
+# --- options -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("kw", "complaint"),
+  [
+    ({"refresh_every": 2}, "sampler.refresh_every needs a cache"),
+    ({"refresh_every": -1, "cache": "dual"}, "must not be negative"),
+    ({"threshold": 0.9, "factor": 1.0}, "two rules for one thing"),
+    ({"factor": 0.0}, "sampler.factor must be positive"),
+    ({"batch_sizes": 0}, "sampler.batch_sizes must be at least 1"),
+  ],
+)
+def test_options_that_cannot_be_are_told(kw, complaint):
+  with pytest.raises(UserError, match=complaint):
+    options(**kw)
