@@ -13,8 +13,9 @@ import optax
 import pytest
 from etils import epath
 
+from igpo_jax import rewrite
 from igpo_jax.cli import UserError
-from igpo_jax.config import CheckpointConfig, SFTConfig, freeze
+from igpo_jax.config import CheckpointConfig, SFTConfig, freeze, load_config_file
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
@@ -29,6 +30,7 @@ from igpo_jax.train.setup import make_model
 from igpo_jax.train.update import make_sft_update
 from igpo_jax.types import TrainState
 from tests import tiny_config
+from tests.fakes import REPO
 from tests.tiny_lm import tiny_model
 
 TOKENIZER = CharTokenizer(ALPHABET)
@@ -204,3 +206,29 @@ def test_a_best_that_was_never_measured_is_told(tmp_path):
     sft.handed_on(run, "sft")
   with pytest.raises(UserError, match=r"sft.hand_on='best' goes by checkpoint.best_metric=''"):
     tiny(**{"sft.hand_on": "best"})
+
+
+@pytest.mark.slow
+def test_traces_are_aligned_fine_tuned_on_and_rl_goes_on_from_there(tmp_path, monkeypatch):
+  """configs/sft_tiny.py, as its caption says."""
+  aligned = tmp_path / "aligned.jsonl"
+  argv = ["--mode=trim", "--rules=chains", "--verifier=exact", "--tokenizer=char", "--window=24",
+          "--source=synthetic:chains?min_steps=2&max_steps=4&detours=1&n=200",
+          f"--output={aligned}", "--max-tokens=24"]  # fmt: skip
+  monkeypatch.setattr("sys.argv", ["rewrite", *argv])
+  assert rewrite.main() == 0
+  lengths = json.loads((tmp_path / "aligned.report.json").read_text())["lengths"]
+  assert lengths["before"]["within"]["24"] < 0.3 and lengths["after"]["within"]["24"] == 1
+  rows = [json.loads(line) for line in aligned.read_text().splitlines()]
+  assert {row["made_by"] for row in rows} == {"rule-based trim (chains), no language model"}
+
+  config = load_config_file(REPO / "configs" / "sft_tiny.py", str(aligned))
+  summary = train(freeze(config), epath.Path(tmp_path / "sft"))
+  assert summary["steps"]["sft"] == 13 and summary["eval"]["sft/test"]["n"] == 32
+  steps = [int(p.name) for p in (tmp_path / "sft" / "checkpoints" / "sft").iterdir()]
+  assert set(steps) <= {10, 13}
+  config.stages = ("rl",)
+  config.init_from = str(tmp_path / "sft" / "checkpoints" / "sft" / str(min(steps)))
+  summary = train(freeze(config), epath.Path(tmp_path / "rl"))
+  assert summary["steps"]["rl"] == 2 and summary["eval"]["rl/test"]["n"] == 32
+  assert (tmp_path / "rl" / "samples.jsonl").exists()

@@ -117,10 +117,13 @@ def draw(
   bins = np.unique(np.round(space(max(low, 1), high + 1, 61)))
   if len(bins) < 2:
     bins = np.array([low, low + 1])
-  colors = {"before": "#8a8a8a", "after": "#1f6fb4"}
+  looks = {
+    "before": {"color": "#c4c4c4"},
+    "after": {"histtype": "step", "color": "#1f6fb4", "lw": 1.8},
+  }
   for name, values in shown.items():
     label = f"{name}: {len(values):,} traces, median {np.median(values):.0f}"
-    axes.hist(values, bins, alpha=0.6, color=colors[name], label=label)
+    axes.hist(values, bins, label=label, **looks[name])
   marks = {w: f"window of {w}" for w in windows if low < w < 1.2 * high}
   for number, (at, label) in enumerate(marks.items()):
     axes.axvline(at, color="#b03030", lw=1.2, ls=("-", "--", ":")[number % 3], label=label)
@@ -131,6 +134,6 @@ def draw(
   axes.set_xlabel("tokens of a trace" + (", logarithmic" if wide else ""))
   axes.set_ylabel("traces")
   axes.set_title(f"Lengths before and after alignment ({mode})")
-  axes.legend(frameon=False)
+  axes.legend(framealpha=1, edgecolor="none")
   axes.spines[["top", "right"]].set_visible(False)
   figure.savefig(path, dpi=120)
