@@ -1,8 +1,8 @@
 """IGPO on LLaDA-8B-Instruct: trained on MetaMathQA, evaluated on Minerva's 272 problems.
 
-    python -m igpo_jax.main --config=configs/minerva.py:DATA --workdir=DIR
+    python -m igpo_jax.main --config=configs/minerva.py:DATA,HARDWARE --workdir=DIR
 
-What DATA holds: see llada_math.py.
+What DATA holds and what HARDWARE may be: see llada_math.py.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import pathlib
 from igpo_jax.config import load_config_file
 
 
-def get_config(data="data"):
-  config = load_config_file(pathlib.Path(__file__).with_name("llada_math.py"), data)
+def get_config(argument="data"):
+  config = load_config_file(pathlib.Path(__file__).with_name("llada_math.py"), argument)
   config.data.eval = tuple(e for e in config.data.eval if e.startswith("minerva="))
   return config

@@ -272,8 +272,14 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 takes the rest of the devices."""
+  """Sizes of the mesh axes; -1 takes the rest of the devices.
 
+  Attributes:
+    slice: the name of a TPU slice, such as "v5e-64": its sizes (parallel/slices.py) in
+      place of these.
+  """
+
+  slice: str = ""
   data: int = -1
   fsdp: int = 1
   tensor: int = 1

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from igpo_jax import cli
 from igpo_jax.cli import UserError
-from igpo_jax.config import Config, freeze
+from igpo_jax.config import Config
 from igpo_jax.data.sources import check_files
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
+from igpo_jax.flags import config_flag, parse
 from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
-from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.loop import Run
 from igpo_jax.train.report import table, write_report
@@ -42,8 +41,7 @@ from igpo_jax.train.setup import (
 from igpo_jax.train.sft import handed_on, train_sft
 from igpo_jax.train.workdir import open_workdir
 
-FLAGS = flags.FlagValues()
-config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=FLAGS)
+FLAGS = config_flag()
 flags.DEFINE_string(
   "workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS
 )
@@ -56,37 +54,10 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
   """The frozen config and the workdir of a command line.
 
   Raises:
-    UserError: an unknown flag, option or file, or a value of the wrong type.
+    UserError: see `flags.parse`.
   """
-  if "--help" in argv or "-h" in argv:
-    print(__doc__)
-    raise SystemExit(0)
-  file = _config_file(argv)
-  try:
-    rest = FLAGS(argv)
-  except (AttributeError, KeyError) as error:
-    reason = error
-    while isinstance(reason, Exception):  # one wraps the other
-      reason = reason.args[0]
-    raise UserError(f"command line: the config has no such option: {reason}") from None
-  except (flags.Error, TypeError, ValueError) as error:
-    raise UserError(f"command line: {error}") from None
-  if len(rest) > 1:
-    raise UserError(f"command line: unexpected argument {rest[1]!r}")
-  return freeze(FLAGS.config), epath.Path(FLAGS.workdir or f"runs/{file.stem}")
-
-
-def _config_file(argv: list[str]) -> epath.Path:
-  """The file that --config names; the flag would tell by a traceback that it is missing."""
-  values = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
-  values += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-  if not values:
-    raise UserError("command line: --config=configs/X.py is missing")
-  # "configs/X.py:ARGUMENT": what follows the colon goes to get_config(ARGUMENT).
-  path = epath.Path(values[-1].partition(":")[0])
-  if not path.is_file():
-    raise UserError(f"--config={path}: no such file")
-  return path
+  config, name = parse(FLAGS, argv, __doc__)
+  return config, epath.Path(FLAGS.workdir or f"runs/{name}")
 
 
 def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
@@ -163,7 +134,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
   """Runs every stage of a config; returns the summary that summary.json holds."""
   check_inputs(config)
   open_workdir(workdir, config)
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = configured_mesh(config.mesh)
   with (
     jax.set_mesh(mesh),
     Scorer(

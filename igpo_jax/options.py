@@ -78,6 +78,7 @@ class ModelConfig:
   dtype: str = "float32"  # compute
   param_dtype: str = "float32"
   remat: Literal["none", "full", "dots"] = "none"
+  shard_sequence: bool = False  # positions of the residual stream over the tensor axis
   attention: Literal["einsum", "dot_product", "splash"] = "einsum"  # models/attention.py
   lora: LoRAConfig = LoRAConfig()
 

@@ -162,10 +162,10 @@ def simple(tmp_path_factory):
 def parse(argv, monkeypatch):
   """`parse_flags` as in a process of its own: absl's flags are parsed once."""
   from absl import flags
-  from ml_collections import config_flags
 
-  fresh = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
+  from igpo_jax.flags import config_flag
+
+  fresh = config_flag()
   flags.DEFINE_string("workdir", "", "", flag_values=fresh)
   monkeypatch.setattr(program, "FLAGS", fresh)
   monkeypatch.setattr(sys, "argv", ["main", *argv])  # where config_flags looks for overrides

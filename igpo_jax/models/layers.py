@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from igpo_jax.config import LoRAConfig
+from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import Array
 
 
@@ -65,7 +66,9 @@ class Linear(nn.Module):
     # that sums over two axes (docs/LOG.md).
     rows = x.shape[:-1]
     x = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    y = jnp.dot(x, kernel.astype(self.dtype))
+    # In the parameters' own layout after the cast: what is gathered is in the compute
+    # dtype, and the gradient is reduced straight into this layout, never whole.
+    y = jnp.dot(x, constrain(kernel.astype(self.dtype), *self.axes))
     if self.has_variable("params", "lora_a"):
       if self.lora.dropout and self.has_rng("dropout"):
         x = nn.Dropout(self.lora.dropout, deterministic=False)(x)

@@ -54,9 +54,13 @@ class Block(nn.Module):
     # size does not grow with depth.
     linear_out = functools.partial(linear, init_scale=1.0 / (2 * c.n_layers))
     b, t, d = x.shape
+    # Between the branches the stream may be split by position over the devices that share
+    # a row's heads: norms are then shared out, too, and what is kept for the backward pass.
+    stream = ("act_batch", "act_sequence" if c.shard_sequence else "act_length", "act_embed")
     query_heads, kv_heads = (b, -1, c.n_heads, c.head_size), (b, t, c.kv_heads, c.head_size)
 
     h = RMSNorm(c.rms_norm_eps, name="attn_norm", **kw)(x)
+    h = constrain(h, "act_batch", "act_length", "act_embed")
     asking, positions = h, start + jnp.arange(t)
     if read is not None:  # every position has keys and values, few are asked for
       x, asking, positions = _at(read, x, 1), _at(read, h, 1), _at(read, positions, 0)
@@ -72,14 +76,15 @@ class Block(nn.Module):
       k, v, cache = write(cache, layer, k, v, start)
     h = attend(q, k, v, valid, c.attention).reshape(b, -1, c.n_heads * c.head_size)
     h = linear_out(d, ("heads", "embed"), name="attn_out")(h)
-    x = constrain(x + h, "act_batch", "act_length", "act_embed")
+    x = constrain(x + h, *stream)
 
     h = RMSNorm(c.rms_norm_eps, name="ff_norm", **kw)(x)
+    h = constrain(h, "act_batch", "act_length", "act_embed")
     gate = linear(c.mlp_hidden, ("embed", "mlp"), name="ff_proj")(h)
     up = linear(c.mlp_hidden, ("embed", "mlp"), name="up_proj")(h)
     h = constrain(jax.nn.silu(gate) * up, "act_batch", "act_length", "act_mlp")
     h = linear_out(d, ("mlp", "embed"), name="ff_out")(h)
-    return constrain(x + h, "act_batch", "act_length", "act_embed"), cache
+    return constrain(x + h, *stream), cache
 
 
 class Transformer(nn.Module):
@@ -176,7 +181,7 @@ def make_lm(config: ModelConfig) -> LM:
       weights = params["head"]
     dtype, kw = jnp.dtype(config.dtype), {"preferred_element_type": jnp.float32}
     h = h.astype(dtype)
-    y = jnp.dot(h, weights["kernel"].astype(dtype), **kw)
+    y = jnp.dot(h, constrain(weights["kernel"].astype(dtype), "embed", "vocab"), **kw)
     if "lora_a" in weights:
       y = y + low_rank(h, weights["lora_a"], weights["lora_b"], config.lora.alpha, **kw)
     return y

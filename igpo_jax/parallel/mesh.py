@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igpo_jax.cli import UserError
+from igpo_jax.config import MeshConfig
+from igpo_jax.parallel.slices import find_slice
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -66,6 +68,26 @@ def check_rows(devices: np.ndarray) -> None:
         f"{', '.join(map(str, processes))}; a process has rows of its own: make tensor a divisor "
         "of the devices of one process"
       )
+
+
+def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:
+  """The sizes a config gives, or those of the slice it names."""
+  return find_slice(cfg.slice).mesh if cfg.slice else (cfg.data, cfg.fsdp, cfg.tensor)
+
+
+def configured_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
+  """The mesh of a config, over all devices or the given ones.
+
+  Raises:
+    UserError: an unknown slice, or sizes that do not fit the devices.
+  """
+  return make_mesh(*_sizes(cfg), devices=devices)
+
+
+def abstract_mesh(cfg: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
+  """The same without devices, to ask where things would live."""
+  shape = mesh_shape(*_sizes(cfg), num_devices)
+  return jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:

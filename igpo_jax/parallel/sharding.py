@@ -9,9 +9,11 @@ out-of-memory error on a pod.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from igpo_jax.types import Array
@@ -31,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   # activations
   "act_batch": ("data", "fsdp"),
   "act_length": None,
+  "act_sequence": "tensor",  # the same dimension where ModelConfig.shard_sequence is on
   "act_embed": None,
   "act_heads": "tensor",
   "act_kv_heads": "tensor",
@@ -88,3 +91,22 @@ def batch_sharding(mesh: jax.sharding.Mesh, rows: int) -> NamedSharding:
   if rows % ways:
     return replicated(mesh)
   return NamedSharding(mesh, partition_spec(("act_batch",)))
+
+
+def layout_table(arrays: Any) -> str:
+  """Where every array of a tree lives, as Markdown: shape, spec, and MiB on each device.
+
+  Args:
+    arrays: of arrays or ShapeDtypeStructs with NamedShardings.
+  """
+  lines = ["| parameter | shape | dtype | over | MiB a chip |", "|---|---|---|---|---|"]
+  total = 0
+  for path, x in jax.tree_util.tree_leaves_with_path(arrays):
+    name = "/".join(str(key.key) for key in path)
+    size = math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    total += size
+    spec = ", ".join("-" if axis is None else str(axis) for axis in x.sharding.spec)
+    shape = " x ".join(map(str, x.shape))
+    lines.append(f"| {name} | {shape} | {x.dtype} | {spec} | {size / 2**20:.3f} |")
+  lines.append(f"| in all | | | | {total / 2**20:.3f} |")
+  return "\n".join(lines)

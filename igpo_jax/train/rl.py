@@ -48,12 +48,15 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
 
   # policy, reference, optimizer
   optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
-  state, frozen = start_state(model, optimizer, run.mesh)
-  whole = functools.partial(lora.combine, frozen)
   # What is only read is kept in the compute dtype. Under LoRA policy and reference share
   # the base; only the small adapters exist twice.
   readable = functools.partial(compute_copy, dtype=config.model.dtype)
   reference = readable(model.params) if config.objective.beta > 0 else None
+  # A float32 master must not stay around unused beside the state and the reference.
+  trained = jax.tree.leaves(lora.split(model.params)[0])
+  is_cast = all(x.dtype != jnp.dtype(config.model.dtype) for x in trained)
+  state, frozen = start_state(model, optimizer, run.mesh, donate=is_cast)
+  whole = functools.partial(lora.combine, frozen)
   programs = make_policy_programs(model.lm, optimizer, config)
   explorer = Explorer(model.lm, model.tokenizer, scorer, config, run.mesh)
 

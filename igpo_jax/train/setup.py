@@ -120,6 +120,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     dtype=config.model.dtype,
     remat=config.model.remat,
     attention=config.model.attention,
+    shard_sequence=config.model.shard_sequence,
     lora=pre.config.lora if has_adapters else config.model.lora,
   )
   lm, params = make_lm(model_config), pre.params
@@ -178,9 +179,16 @@ def state_shardings(
 
 
 def make_state(
-  optimizer: optax.GradientTransformation, params: Params, shardings: Any, mesh
+  optimizer: optax.GradientTransformation,
+  params: Params,
+  shardings: Any,
+  mesh: jax.sharding.Mesh,
+  donate: bool = False,
 ) -> TrainState:
-  """A fresh TrainState around a copy of `params`, so that donating it leaves them alone."""
+  """A fresh TrainState around a copy of `params`, so that updates leave them alone.
+
+  With `donate` around `params` themselves, which are of no use to the caller any more.
+  """
 
   def create(params) -> TrainState:
     zero = lambda: jnp.zeros((), jnp.int32)
@@ -193,15 +201,22 @@ def make_state(
     )
 
   out = state_shardings(optimizer, params, shardings, mesh)
-  return jax.jit(create, out_shardings=out)(params)
+  return jax.jit(create, out_shardings=out, donate_argnums=(0,) if donate else ())(params)
 
 
 def start_state(
-  model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  donate: bool = False,
 ) -> tuple[TrainState, Params]:
-  """(a fresh state of what is trained, the rest): adapters and base under LoRA, else all and {}."""
+  """(a fresh state of what is trained, the rest): adapters and base under LoRA, else all and {}.
+
+  With `donate` the trained part of `model.params` is used up.
+  """
   trainable, frozen = lora.split(model.params)
-  return make_state(optimizer, trainable, lora.split(model.shardings)[0], mesh), frozen
+  state = make_state(optimizer, trainable, lora.split(model.shardings)[0], mesh, donate)
+  return state, frozen
 
 
 def compute_copy(params: Params, dtype: str) -> Params:

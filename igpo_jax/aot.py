@@ -1,0 +1,238 @@
+"""python -m igpo_jax.aot --config=configs/X.py --topology=v5e:8x8 [--config.a.b=value]
+
+Compiles a config's programs for a TPU slice, ahead of time and without having one. It
+needs libtpu (pip install -e '.[tpu]', best in an environment of its own), but no data,
+tokenizer or weights. For every program: memory of a chip and whether it fits, FLOPs,
+bytes, what the chips send each other, and the least time all that can take.
+
+  --topology   such as v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: the one of config.mesh.slice
+  --programs   only these, separated by commas: sft, rollout, likelihood, update
+  --layout     instead of compiling, prints where every parameter lives; needs no libtpu
+
+A table goes to stderr; the last line of stdout is one JSON object. Exit code 0 also where
+a program does not fit: the object says so ("fits": false).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags
+
+from igpo_jax import cli
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.flags import config_flag, parse
+from igpo_jax.parallel.hlo import KINDS, Collective, collectives
+from igpo_jax.parallel.mesh import abstract_mesh, configured_mesh
+from igpo_jax.parallel.sharding import layout_table
+from igpo_jax.parallel.slices import GIB, Chip, find_chip, find_slice
+from igpo_jax.train.programs import Program, abstract_params, programs
+
+FLAGS = config_flag()
+flags.DEFINE_string("topology", "", "Of the slice, such as v5e:8x8.", flag_values=FLAGS)
+flags.DEFINE_list("programs", [], "Only these programs.", flag_values=FLAGS)
+flags.DEFINE_bool("layout", False, "Print the layout of the parameters.", flag_values=FLAGS)
+
+
+def topology_devices(name: str) -> list[Any]:
+  """The devices of a slice that is not there.
+
+  Raises:
+    UserError: libtpu is not installed, or knows no such topology.
+  """
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  except Exception as error:  # whatever libtpu says: RuntimeError, ValueError, NotImplementedError
+    reason = str(error).strip().splitlines()
+    raise UserError(
+      f"--topology={name}: {reason[0] if reason else type(error).__name__}; names look like "
+      "v5e:8x8 or v5p:2x2x4, and the libtpu package has to be installed: pip install -e '.[tpu]'"
+    ) from error
+
+
+def chips_of(topology: str) -> int:
+  """How many chips a topology has: chips_of("v5e:8x8") == 64.
+
+  Raises:
+    UserError: it is no such name.
+  """
+  if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
+    raise UserError(f"--topology={topology}: names look like v5e:8x8 or v5p:2x2x4")
+  return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+
+
+def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) -> int:
+  """Bytes that a chip reads and writes at least: weights, and what passes between layers.
+
+  Every pass reads the chip's share of each layer's weights after they were gathered, and
+  writes and reads each product's result once. Attention is counted as if its scores never
+  left the chip.
+  """
+  cfg = config.model
+  item = jax.numpy.dtype(cfg.dtype).itemsize
+  heads = (cfg.n_heads + cfg.kv_heads) * cfg.head_size
+  weights = cfg.n_layers * cfg.d_model * (2 * heads + 3 * cfg.mlp_hidden)
+  weights += 2 * cfg.d_model * cfg.vocab_size
+  tokens = program.rows * program.positions * tensor / chips
+  passing = cfg.n_layers * (4 * cfg.d_model + (2 * heads + 3 * cfg.mlp_hidden) / tensor)
+  return int(program.forwards * item * (weights / tensor + 2 * tokens * passing))
+
+
+def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> bool:
+  """Whether it moves values of the vocabulary for a position, not a row of some weight."""
+  cfg = config.model
+  vocab = {cfg.vocab_size, cfg.vocab_size // chips_tensor}
+  if collective.kind == "all-reduce" or not vocab & set(collective.dims):
+    return False
+  rest = [d for d in collective.dims if d not in vocab and d != 1]
+  weights = {cfg.d_model // n for n in range(1, cfg.d_model + 1) if cfg.d_model % n == 0}
+  return not (len(rest) == 1 and rest[0] in weights | {cfg.lora.rank})
+
+
+def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any]:
+  """Compiles a program and returns what the JSON object says of it."""
+  chips, tensor = mesh.size, mesh.shape["tensor"]
+  began = time.perf_counter()
+  with jax.set_mesh(mesh):
+    lowered = program.lower()
+  facts: dict[str, Any] = {"flops": program.flops, "resident": program.resident}
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    used = re.search(r"[Uu]sed ([0-9.]+)([GM]) of|temporaries \(([0-9.]+)([GM])\)", str(error))
+    number, unit = [g for g in used.groups() if g] if used else ("inf", "G")
+    size = float(number) * (GIB if unit == "G" else GIB / 1024)
+    return facts | {"bytes": size, "fits": False, "headroom": 1 - size / chip.hbm_bytes}
+  seconds = time.perf_counter() - began
+
+  memory = compiled.memory_analysis()
+  allocated = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  total = allocated + program.resident
+  moved: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+  found = collectives(compiled.as_text(), program.loops)
+  for one in found:
+    moved[one.kind]["count"] += one.times
+    moved[one.kind]["bytes"] += one.times * one.bytes
+  received = sum(entry["bytes"] for entry in moved.values())
+  largest = max(found, key=lambda c: c.bytes, default=None)
+  accessed = estimate_bytes(program, config, chips, tensor)
+  times = {
+    "compute": program.flops / chips / chip.flops,
+    "memory": accessed / chip.hbm_bandwidth,
+    "network": received / chip.ici_bandwidth,
+  }
+  return facts | {
+    "bytes": total,
+    "arguments": memory.argument_size_in_bytes,
+    "outputs": memory.output_size_in_bytes,
+    "aliased": memory.alias_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "peak": memory.peak_memory_in_bytes,
+    "fits": total <= chip.hbm_bytes,
+    "headroom": 1 - total / chip.hbm_bytes,
+    "bytes_accessed": accessed,
+    "collectives": {kind: moved[kind] for kind in KINDS if kind in moved},
+    "bytes_received": received,
+    "largest_collective": largest and f"{largest.kind} {largest.shape}",
+    "moves_logits": any(moves_logits(c, config, tensor) for c in found),
+    "seconds": times | {"least": max(times.values())},
+    "compile_seconds": round(seconds, 1),
+  }
+
+
+def table(report: dict[str, Any]) -> str:
+  """The report for people, as Markdown."""
+  columns = ("program", "memory, GiB a chip", "of it arguments", "temporaries", "beside it",
+             "to spare", "PFLOP", "received, GiB a chip", "least seconds (bound by)")  # fmt: skip
+  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+  gib = lambda facts, name: f"{facts[name] / GIB:.2f}" if name in facts else "-"
+  for name, facts in report["programs"].items():
+    times = facts.get("seconds")
+    bound = max((k for k in times if k != "least"), key=times.get) if times else ""
+    cells = (
+      name, gib(facts, "bytes"), gib(facts, "arguments"), gib(facts, "temporaries"),
+      gib(facts, "resident"), f"{facts['headroom']:.0%}" if facts["fits"] else "does not fit",
+      f"{facts['flops'] / 1e15:.3g}", gib(facts, "bytes_received"),
+      f"{times['least']:.3g} ({bound})" if times else "-",
+    )  # fmt: skip
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -> dict[str, Any]:
+  """Compiles the programs of a config for a topology; returns the JSON object."""
+  devices = topology_devices(topology)
+  chip = find_chip(devices[0].device_kind)
+  mesh = configured_mesh(config.mesh, devices=devices)
+  all_programs = programs(config, mesh)
+  unknown = sorted(set(names) - set(all_programs))
+  if unknown:
+    raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(all_programs)}")
+  report = {
+    "topology": topology,
+    "device": devices[0].device_kind,
+    "chips": len(devices),
+    "mesh": dict(mesh.shape),
+    "hbm_bytes": chip.hbm_bytes,
+    "jax": jax.__version__,
+    "programs": {},
+  }
+  for name in names or all_programs:
+    print(f"aot: compiling {name} for {topology} ...", file=out, flush=True)
+    report["programs"][name] = inspect(all_programs[name], config, mesh, chip)
+  report["fits"] = all(facts["fits"] for facts in report["programs"].values())
+  return report
+
+
+def with_vocabulary(config: Config) -> Config:
+  """The config with a vocabulary, which a tokenizer would have brought.
+
+  Raises:
+    UserError: weights would bring it, and the config does not say how large it is.
+  """
+  if config.model.vocab_size:
+    return config
+  if config.init_from or config.data.tokenizer not in ("char",):
+    raise UserError("config: model.vocab_size is needed to compile without the tokenizer")
+  model = dataclasses.replace(config.model, vocab_size=32, mask_id=31)
+  return dataclasses.replace(config, model=model)
+
+
+def main() -> None:
+  config, _ = parse(FLAGS, sys.argv, __doc__)
+  config = with_vocabulary(config)
+  topology = FLAGS.topology or (find_slice(config.mesh.slice).topology if config.mesh.slice else "")
+  if not topology:
+    raise UserError("command line: --topology=v5e:8x8 is missing, and config.mesh.slice is empty")
+  jax.config.update("jax_platforms", "cpu")  # what little runs here needs no accelerator
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # off Google Cloud there is nobody to ask
+  if FLAGS.layout:
+    print(layout_table(abstract_params(config, abstract_mesh(config.mesh, chips_of(topology)))))
+    return
+  report = report_on(config, topology, FLAGS.programs)
+  print(table(report), file=sys.stderr)
+  print(json.dumps(report))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,224 @@
+"""The device programs of a config, with the shapes and layouts of their arguments.
+
+What the loops run, described without data, weights or devices, so that it can be
+compiled ahead of time for a slice nobody has at hand, and its memory and work counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from igpo_jax.config import Config
+from igpo_jax.models import lora
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
+from igpo_jax.rl.sampling import sample_groups
+from igpo_jax.train.setup import make_optimizer, state_shardings
+from igpo_jax.train.update import RolloutScores, make_policy_programs, make_sft_update
+from igpo_jax.types import Params, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One jitted program of a training step.
+
+  Attributes:
+    lower: () -> jax's lowered program; call it with the mesh in context.
+    loops: most turns of its data-dependent loops, outermost first (parallel/hlo.py).
+    flops: products it needs, over all chips, at most (models/flops.py).
+    forwards: how often it reads every layer's weights, forward and backward.
+    rows, positions: of the canvases that go through the layers at a time.
+    resident: bytes per chip that stay allocated while it runs and are no argument.
+  """
+
+  lower: Callable[[], Any]
+  loops: tuple[int, ...]
+  flops: int
+  forwards: int
+  rows: int
+  positions: int
+  resident: int
+
+
+def bytes_per_chip(tree: Any) -> int:
+  """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, tree, shardings)
+
+
+def abstract_params(config: Config, mesh) -> Params:
+  """The parameters of `config.model`, as ShapeDtypeStructs laid out over the mesh."""
+  lm = make_lm(config.model)
+  shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
+  return _abstract(shapes, tree_shardings(lm.logical_axes(), mesh))
+
+
+def abstract_state(optimizer, params: Params, mesh) -> TrainState:
+  """`make_state` of abstract parameters."""
+
+  def create(params) -> TrainState:
+    zero = jnp.int32(0)
+    return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+  shardings = jax.tree.map(lambda x: x.sharding, params)
+  return _abstract(
+    jax.eval_shape(create, params), state_shardings(optimizer, params, shardings, mesh)
+  )
+
+
+def training_flops(config: Config, forward: int) -> int:
+  """FLOPs of a forward and a backward pass, of which `forward` are the forward's.
+
+  Backward needs the gradient of every product's input, and of its weights where they are
+  trained: with LoRA those of the adapters only, which are left out (below 2% at r = 128).
+  """
+  return forward * (2 if config.model.lora.rank else 3)
+
+
+def programs(config: Config, mesh) -> dict[str, Program]:
+  """The programs of a config's stages: "sft" of SFT; "rollout", "likelihood" and "update" of RL.
+
+  Prompts have the longest bucket's length.
+
+  Args:
+    config: with `model.vocab_size` set.
+    mesh: of real devices, or of a topology's.
+  """
+  cfg, lm = config.model, make_lm(config.model)
+  params = abstract_params(config, mesh)
+  trainable, frozen = lora.split(params)
+  rows = NamedSharding(mesh, partition_spec(("act_batch",)))
+  whole = replicated(mesh)
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  length, bucket = config.sampler.gen_length, config.data.prompt_buckets[-1]
+  total = bucket + length
+  out: dict[str, Program] = {}
+
+  if "sft" in config.stages:
+    optimizer = make_optimizer(config.sft_optimizer, 1)
+    state = abstract_state(optimizer, trainable, mesh)
+    batch = config.sft.batch_size
+    tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    update = make_sft_update(lm, optimizer, config.sft)
+    out["sft"] = Program(
+      lambda: update.lower(state, frozen, tokens, flag, flag, key),
+      (),
+      training_flops(config, forward_flops(cfg, batch, total, total, length, read=length)),
+      _passes(config) * config.sft.micro_batches,
+      batch // config.sft.micro_batches,
+      total,
+      0,
+    )
+  if "rl" in config.stages:
+    out |= _policy_programs(config, mesh, lm, params, array)
+  return out
+
+
+def _passes(config: Config) -> int:
+  """Times an update reads the weights: forward, its repetition, backward."""
+  return 2 + (config.model.remat != "none")
+
+
+def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[str, Program]:
+  cfg, rl, sampler = config.model, config.rl, config.sampler
+  p, g, length = rl.prompts_per_step, rl.group_size, sampler.gen_length
+  bucket = config.data.prompt_buckets[-1]
+  total = bucket + length
+  trainable, frozen = lora.split(params)
+  compute = jnp.dtype(cfg.dtype)
+  readable = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, compute, sharding=x.sharding), params
+  )
+  optimizer = make_optimizer(config.rl_optimizer, 1)
+  state = abstract_state(optimizer, trainable, mesh)
+  reference = readable if config.objective.beta > 0 else None
+
+  def batch(prompts: int) -> Rollout:
+    groups = (prompts, g, length)
+    return Rollout(
+      prompt=array(jnp.int32, prompts, bucket),
+      prompt_valid=array(jnp.bool_, prompts, bucket),
+      completion=array(jnp.int32, *groups),
+      hinted=array(jnp.bool_, *groups),
+      commit_step=array(jnp.int32, *groups),
+      advantages=array(jnp.float32, prompts, g),
+    )
+
+  def keys(prompts: int):
+    typed = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+    return array(typed.dtype, prompts)
+
+  policy = make_policy_programs(lm, optimizer, config)
+  slice_size = p // rl.sample_slices
+  some, everything = batch(slice_size), batch(p)
+  mean_field = rl.estimator == "mean_field"
+  corruptions = 1 if mean_field else rl.inner_updates
+  views = 2 if rl.estimator == "coupled" else 1
+  read_rows = p if mean_field else p * g * views
+  by_prompt = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("act_batch",))))
+  score = jax.ShapeDtypeStruct((corruptions, p, g, length), jnp.float32, sharding=by_prompt)
+  scores = RolloutScores(score, score if reference is not None else None, score)
+  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+  read = forward_flops(cfg, read_rows, total, total, length, read=length)
+  step = forward_flops(
+    cfg, slice_size * g, total, total, sampler.block_length, read=sampler.block_length
+  )
+
+  # What is there besides a program's own arguments: the state, the reference's own part,
+  # and the policy's copy in the compute dtype where it is one.
+  is_cast = any(x.dtype != compute for x in jax.tree.leaves(trainable))
+  own = bytes_per_chip(lora.split(readable)[0])
+  held_reference = 0 if reference is None else own
+  copy = own if is_cast else 0
+  elsewhere = bytes_per_chip(state) - (0 if is_cast else own)
+  guidance = 2 if sampler.cfg_scale else 1
+  scored_twice = 1 if reference is None else 2
+  return {
+    "rollout": Program(
+      lambda: sample_groups.lower(
+        lm, readable, some.prompt, some.prompt_valid, some.completion, some.hinted,
+        keys(slice_size), sampler,
+      ),
+      (sampler.num_blocks, sampler.steps_per_block),
+      step * sampler.steps * guidance,
+      sampler.steps,
+      slice_size * g * guidance,
+      total,
+      elsewhere + held_reference,
+    ),
+    "likelihood": Program(
+      lambda: policy.score.lower(readable, reference, everything, keys(p)),
+      (),
+      read * corruptions * scored_twice,
+      corruptions * scored_twice * views * rl.micro_batches,
+      read_rows // rl.micro_batches,
+      total,
+      elsewhere,
+    ),
+    "update": Program(
+      lambda: policy.update.lower(state, frozen, everything, scores, keys(p), number),
+      (),
+      training_flops(config, read),
+      _passes(config) * views * rl.micro_batches,
+      read_rows // rl.micro_batches,
+      total,
+      copy + held_reference,
+    ),
+  }  # fmt: skip
