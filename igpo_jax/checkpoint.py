@@ -80,18 +80,19 @@ class Checkpoints:
       UserError: as `restore`.
     """
     path = self._directory(step) / "default"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      saved = reader.metadata(path).item_metadata.tree
-      missing = _leaves(like) - _leaves(saved)  # Orbax would leave them as they are
-      if missing:
-        raise UserError(f"the checkpoint {path} has no {', '.join(sorted(missing)[:3])}")
-      args = ocp.checkpoint_utils.construct_restore_args(like)
-      try:
-        return reader.restore(
-          path, args=ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-        )
-      except (ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint {path} does not fit this config: {error}") from error
+    reader = ocp.PyTreeCheckpointHandler()
+    missing = _leaves(like) - _leaves(reader.metadata(path).tree)
+    if missing:  # Orbax would leave them as they are
+      raise UserError(f"the checkpoint {path} has no {', '.join(sorted(missing)[:3])}")
+    args = ocp.checkpoint_utils.construct_restore_args(like)
+    try:
+      return reader.restore(
+        path, args=ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+      )
+    except (ValueError, KeyError) as error:
+      raise UserError(f"the checkpoint {path} does not fit this config: {error}") from error
+    finally:
+      reader.close()
 
   def _directory(self, step: int) -> epath.Path:
     """Where the checkpoint of `step` is.
