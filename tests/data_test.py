@@ -292,6 +292,18 @@ def test_a_path_with_brackets_in_its_name_is_that_file(tmp_path):
   assert len(sources.load_records(uri).records) == 1
 
 
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
+  path = tmp_path / "s.jsonl"
+  rows = [{"question": "q", "answer": str(k)} for k in range(2)] + [{"question": ""}]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
+  stream = sources.stream_records(f"jsonl:{path}")
+  records = iter(stream)
+  assert [next(records).answer, next(records).answer] == ["0", "1"] and not stream.dropped
+  with pytest.raises(UserError, match="line 4: not JSON"):
+    next(records)
+  assert stream.dropped == {"no question": 1}
+
+
 def test_limit_counts_usable_records(tmp_path):
   rows = [{"question": q, "answer": "1"} for q in ("", "q0", "q1", "q2", "q3")]
   loaded = sources.load_records(write_jsonl(tmp_path / "x.jsonl", rows), limit=2)

@@ -8,6 +8,7 @@ registered by name.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable
 
@@ -150,12 +151,9 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
     if plain not in seen and not REFLECTIONS.match(part.lstrip()):
       kept.append(part)
       seen.add(plain)
-  first = 0
-  text = "".join(kept) + ending
-  while first < len(kept) - 1 and count(text.strip()) > max_tokens:
-    first += 1
-    text = "".join(kept[first:]) + ending
-  return text.strip()
+  text = lambda first: ("".join(kept[first:]) + ending).strip()
+  fits = lambda first: count(text(first)) <= max_tokens
+  return text(bisect.bisect_left(range(len(kept) - 1), True, key=fits))
 
 
 @register_rules("chains")
