@@ -91,7 +91,7 @@ class Engine:
     self.stopping = asyncio.Event()
     self._reading = asyncio.Lock()
     self._running: set[str] = set()
-    self._failed: list[dict] = []
+    self._failed: list[tuple[dict, list[str], list[Attempt], dict]] = []
     self._error: UserError | None = None
     self._tasks: list[asyncio.Task] = []
 
