@@ -125,15 +125,15 @@ def test_a_cache_that_is_always_renewed_is_exact(cache):
 def test_few_widths_are_the_same_as_one_for_each_block(monkeypatch):
   """Six blocks in calls of six, four and two: those reach past the end, where nobody looks."""
   cfg = SamplerConfig(24, 4, 24, cache="prefix")
-  assert network.prefix_widths(cfg) == (24, 24, 16, 16, 8, 8)
+  assert network.cached_widths(cfg) == (24, 24, 16, 16, 8, 8)
   assert network.overhang(cfg) == 4
-  assert network.prefix_widths(dataclasses.replace(cfg, block_length=6)) == (24, 18, 12, 6)
+  assert network.cached_widths(dataclasses.replace(cfg, block_length=6)) == (24, 18, 12, 6)
   assert network.overhang(dataclasses.replace(cfg, cache="dual")) == 0
   canvas = deep_canvas(1)
   few = deep_run(canvas, cache="prefix")
   monkeypatch.setattr(network, "PREFIX_PROGRAMS", 6)
   jax.clear_caches()
-  assert network.prefix_widths(cfg) == (24, 20, 16, 12, 8, 4)
+  assert network.cached_widths(cfg) == (24, 20, 16, 12, 8, 4)
   each = deep_run(canvas, cache="prefix")
   jax.clear_caches()
   np.testing.assert_array_equal(few.tokens, each.tokens)

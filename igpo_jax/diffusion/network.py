@@ -17,7 +17,6 @@ keys and values are in the cache. Positions that are not `valid` are never seen.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -30,14 +29,16 @@ from igpo_jax.types import LM, Array, Params
 PREFIX_PROGRAMS = 4  # widths that the calls of a prefix-cached run are compiled for
 
 
-def prefix_widths(cfg: SamplerConfig) -> tuple[int, ...]:
-  """How many positions a call sees in each block: its own and the later ones.
+def cached_widths(cfg: SamplerConfig) -> tuple[int, ...]:
+  """How many positions, from the active block on, a call with a cache sees in each block.
 
-  Few different widths, so that few programs are compiled: with more blocks than
-  `PREFIX_PROGRAMS` they are rounded up, past the end of the canvas.
+  A program is compiled for each different one, so with "prefix" they are few: with more
+  blocks than `PREFIX_PROGRAMS` they are rounded up, past the end of the canvas.
 
-  Example: of 8 blocks the widths are 8, 8, 6, 6, 4, 4, 2, 2 blocks.
+  Example: "prefix", of 8 blocks: 8, 8, 6, 6, 4, 4, 2, 2 blocks.
   """
+  if cfg.cache != "prefix":
+    return (cfg.block_length,) * cfg.num_blocks
   unit = -(-cfg.num_blocks // PREFIX_PROGRAMS)
   left = np.arange(cfg.num_blocks, 0, -1)
   return tuple(int(n) * cfg.block_length for n in -(-left // unit) * unit)
@@ -45,16 +46,14 @@ def prefix_widths(cfg: SamplerConfig) -> tuple[int, ...]:
 
 def overhang(cfg: SamplerConfig) -> int:
   """Positions past the end of the canvas that the widest call of some block reaches."""
-  if cfg.cache != "prefix":
-    return 0
-  ends = [block * cfg.block_length + w for block, w in enumerate(prefix_widths(cfg))]
+  ends = [block * cfg.block_length + w for block, w in enumerate(cached_widths(cfg))]
   return max(ends) - cfg.gen_length
 
 
 def init_cache(lm: LM, cfg: SamplerConfig, rows: int, length: int) -> Any:
-  """An empty cache for a canvas i32[rows, length]; () where none is kept."""
+  """An empty cache for a canvas i32[rows, length]; None where none is kept."""
   if cfg.cache == "none":
-    return ()
+    return None
   rows = 2 * rows if cfg.cfg_scale else rows
   return lm.init_cache(rows, length + overhang(cfg))
 
@@ -77,7 +76,7 @@ def block_logits(
   valid: Array,
   cache: Any,
   block: Array,
-  refresh: Array,
+  seen: int | None = None,
 ) -> tuple[Array, Any]:
   """One call of the network.
 
@@ -87,7 +86,8 @@ def block_logits(
     valid: bool[B,T].
     cache: as `init_cache` or the last call left it.
     block: i32[], the active block.
-    refresh: bool[], whether this call sees the whole canvas and renews the cache.
+    seen: how many positions from the block's first on the call sees; None for the whole
+      canvas, which renews the cache.
 
   Returns:
     (logits f32[B,width,V] of `region`, cache).
@@ -97,27 +97,14 @@ def block_logits(
     # The unconditional input hides all that was given: prompt and hints.
     tokens = jnp.concatenate([tokens, jnp.where(fixed, lm.mask_id, tokens)])
     valid = jnp.concatenate([valid, valid])
-  if cfg.cache == "none":
-    h, _ = lm.hidden(params, tokens, valid, read=(start, width))
-  else:
+  if cfg.cache != "none":
     past_end = ((0, 0), (0, overhang(cfg)))
     valid = jnp.pad(valid, past_end)
-    padded = jnp.pad(tokens, past_end)
-
-    def whole(cache):
-      return lm.hidden(params, tokens, valid, cache=cache, read=(start, width))
-
-    def part(seen, cache):
-      window = jax.lax.dynamic_slice_in_dim(padded, start, seen, axis=1)
-      return lm.hidden(params, window, valid, start=start, cache=cache, read=(0, width))
-
-    widths = prefix_widths(cfg) if cfg.cache == "prefix" else (width,) * cfg.num_blocks
-    programs = sorted(set(widths))
-    which = jnp.asarray([programs.index(w) for w in widths])[block]
-    parts = [functools.partial(part, w) for w in programs]
-    h, cache = jax.lax.cond(
-      refresh, whole, lambda cache: jax.lax.switch(which, parts, cache), cache
-    )
+  if seen is None:
+    h, cache = lm.hidden(params, tokens, valid, cache=cache, read=(start, width))
+  else:
+    window = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, past_end), start, seen, axis=1)
+    h, cache = lm.hidden(params, window, valid, start=start, cache=cache, read=(0, width))
   logits = lm.head(params, h)
   if cfg.cfg_scale:
     conditional, unconditional = jnp.split(logits, 2)

@@ -14,6 +14,7 @@ end from its own text.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
-from igpo_jax.diffusion.network import block_logits, init_cache, region
+from igpo_jax.diffusion.network import block_logits, cached_widths, init_cache, region
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params
@@ -137,7 +138,8 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   )
   zero = jnp.int32(0)
   count = _Count(zero, zero, jnp.bool_(False))
-  sizes = batch_sizes(b, cfg)
+  sizes, widths = batch_sizes(b, cfg), cached_widths(cfg)
+  programs = list(itertools.product(sizes, sorted(set(widths))))
 
   def blocks_left(state):
     block, rows, count = state
@@ -148,20 +150,23 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
     unfinished = jnp.any(_masks(lm, cfg, rows), axis=1)
     order = jnp.argsort(~unfinished, stable=True)
 
-    def with_batch(size, rows, count):
+    def with_program(size, seen, rows, count):
+      run = functools.partial(_run_block, lm, params, cfg, noise_table, block, seen)
       if size == b:
-        return _run_block(lm, params, cfg, noise_table, rows, block, count)
+        return run(rows, count)
       chosen = order[:size]
-      some = jax.tree.map(lambda x: x[chosen], rows)
-      some, count = _run_block(lm, params, cfg, noise_table, some, block, count)
+      some, count = run(jax.tree.map(lambda x: x[chosen], rows), count)
       put = lambda x, new: constrain(x.at[chosen].set(new), "act_batch", "act_length")
       return rows.replace(
         tokens=put(rows.tokens, some.tokens), commit_step=put(rows.commit_step, some.commit_step)
       ), count
 
-    smallest = jnp.sum(jnp.sum(unfinished) <= jnp.asarray(sizes)) - 1
-    programs = [functools.partial(with_batch, size) for size in sizes]
-    return block + 1, *jax.lax.switch(smallest, programs, rows, count)
+    # The smallest batch that holds the unfinished rows, and the block's width.
+    fits = jnp.asarray([size for size, _ in programs]) >= jnp.sum(unfinished)
+    fits &= jnp.asarray([seen for _, seen in programs]) == jnp.asarray(widths)[block]
+    which = jnp.max(jnp.where(fits, jnp.arange(len(programs)), 0))
+    branches = [functools.partial(with_program, *program) for program in programs]
+    return block + 1, *jax.lax.switch(which, branches, rows, count)
 
   _, rows, count = jax.lax.while_loop(blocks_left, run_block, (zero, rows, count))
   return Denoised(rows.tokens, rows.commit_step, count.forwards, count.refreshes)
@@ -173,8 +178,8 @@ def _masks(lm, cfg, rows: _Rows) -> Array:
   return (rows.tokens == lm.mask_id) & ~rows.fixed & (jnp.arange(t) >= t - cfg.gen_length)
 
 
-def _run_block(lm, params, cfg, noise_table, rows: _Rows, block, count: _Count):
-  """All steps of one block: (rows, count)."""
+def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, count: _Count):
+  """All steps of one block, in which calls with a cache see `seen` positions: (rows, count)."""
   b, t = rows.tokens.shape
   per_block = cfg.steps_per_block
   position = jnp.arange(t)
@@ -185,7 +190,7 @@ def _run_block(lm, params, cfg, noise_table, rows: _Rows, block, count: _Count):
   needed = forwards_needed(had, per_block)
 
   def unfinished(state):
-    i, rows, _, _ = state
+    i, rows, *_ = state
     # A threshold may finish a block before its share of steps is used up.
     return (i < needed) & jnp.any(masks_of(rows) & here)
 
@@ -196,14 +201,11 @@ def _run_block(lm, params, cfg, noise_table, rows: _Rows, block, count: _Count):
       commit_step=jnp.where(rest, now, rows.commit_step),
     )
 
-  def step(state):
+  def step(state, seen=None):
     i, rows, count, cache = state
     now = block * per_block + i
-    refresh = i == 0
-    if cfg.refresh_every:
-      refresh = i % cfg.refresh_every == 0
     logits, cache = block_logits(
-      lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, refresh
+      lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, seen
     )
     start, width = region(cfg, t, block)
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
@@ -223,18 +225,25 @@ def _run_block(lm, params, cfg, noise_table, rows: _Rows, block, count: _Count):
       tokens=put(rows.tokens, new),
       commit_step=put(rows.commit_step, jnp.where(filled, now, part(rows.commit_step))),
     )
-    count = count._replace(
-      forwards=count.forwards + 1,
-      refreshes=count.refreshes + (refresh if cfg.cache != "none" else 1),
-    )
+    count = count._replace(forwards=count.forwards + 1, refreshes=count.refreshes + (seen is None))
     if cfg.early_stop == "row":
       ends = (had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here, axis=1)
       rows = fill(rows, ends, now)
     return i + 1, rows, count, cache
 
-  # Every block begins with a refresh: nothing of the cache outlives its block.
-  cache = init_cache(lm, cfg, b, t)
-  steps, rows, count, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, count, cache))
+  def with_cache(state):
+    """One call that fills a cache, and those that use it."""
+    i, rows, count = state
+    state = step((i, rows, count, init_cache(lm, cfg, b, t)))
+    fresh = lambda state: state[0] % (cfg.refresh_every or per_block) != 0
+    state = jax.lax.while_loop(
+      lambda state: unfinished(state) & fresh(state), functools.partial(step, seen=seen), state
+    )
+    return state[:3]
+
+  # A loop for each kind of call: a conditional would copy the whole cache at every step.
+  once = with_cache if cfg.cache != "none" else lambda state: step((*state, None))[:3]
+  steps, rows, count = jax.lax.while_loop(unfinished, once, (jnp.int32(0), rows, count))
   if cfg.early_stop == "batch":
     ends = jnp.any(had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here)
     rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * per_block + steps - 1)
