@@ -1,0 +1,166 @@
+"""Denoising: seconds, tokens per second and utilisation, exact and cached.
+
+    python -m benchmarks.denoise [--model=bench] [--rows=8] [--prompt=128] [--gen-length=128]
+        [--block-length=32] [--steps=64] [--cases=none,prefix,dual] [--repeats=3]
+
+Random weights, no early stop, temperature 0 unless told otherwise: every run makes all
+its steps. A case is a cache ("none", "prefix", "dual"), with "+threshold=X", "+factor=X",
+"+refresh=N" or "+temperature=X" behind it. The cases are taken in turns, the machine's
+matrix-product peak is measured between them, and utilisation is the FLOPs that a case
+needs by its seconds and that peak. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from igpo_jax import cli
+from igpo_jax.config import ModelConfig, SamplerConfig
+from igpo_jax.diffusion.network import cached_widths, overhang
+from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.models.llada import make_lm
+from igpo_jax.types import Canvas
+
+OPTIONS = {"threshold": float, "factor": float, "refresh": int, "temperature": float}
+
+
+def parse_case(text: str, base: SamplerConfig) -> SamplerConfig:
+  """A sampler from "dual+threshold=0.9+refresh=8"."""
+  cache, *options = text.split("+")
+  changes = {"cache": cache}
+  for option in options:
+    name, _, value = option.partition("=")
+    if name not in OPTIONS:
+      raise cli.UserError(f"--cases: {option!r} is not one of {', '.join(OPTIONS)} with a value")
+    try:
+      changes["refresh_every" if name == "refresh" else name] = OPTIONS[name](value)
+    except ValueError:
+      raise cli.UserError(f"--cases: {option!r}: {value!r} is no number") from None
+  return dataclasses.replace(base, **changes)
+
+
+def needed_flops(
+  model: ModelConfig, cfg: SamplerConfig, rows: int, length: int, calls: list[tuple[int, int]]
+) -> int:
+  """FLOPs of a run that made (refreshes, other calls) in each block."""
+  total = 0
+  for (refreshes, others), width in zip(calls, seen_widths(cfg), strict=True):
+    whole = forward_flops(model, rows, length, length, cfg.block_length, cfg.block_length)
+    part = forward_flops(model, rows, width, length, cfg.block_length, cfg.block_length)
+    total += refreshes * whole + others * part
+  return total
+
+
+def seen_widths(cfg: SamplerConfig) -> list[int]:
+  """Positions that a call which is no refresh has to see, for each block."""
+  left = [cfg.gen_length - block * cfg.block_length for block in range(cfg.num_blocks)]
+  return left if cfg.cache == "prefix" else [cfg.block_length] * cfg.num_blocks
+
+
+def calls_by_block(cfg: SamplerConfig, commit_step) -> list[tuple[int, int]]:
+  """(refreshes, other calls) of each block, from the steps at which tokens were committed."""
+  per_block, out = cfg.steps_per_block, []
+  for block in range(cfg.num_blocks):
+    steps = commit_step[(commit_step >= 0) & (commit_step // per_block == block)]
+    made = int(steps.max()) % per_block + 1 if steps.size else 0
+    every = cfg.refresh_every or per_block
+    refreshes = made if cfg.cache == "none" else -(-made // every)
+    out.append((refreshes, made - refreshes))
+  return out
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  common.add_arguments(parser)
+  parser.add_argument("--rows", type=int, default=8)
+  parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
+  parser.add_argument("--gen-length", type=int, default=128)
+  parser.add_argument("--block-length", type=int, default=32)
+  parser.add_argument("--steps", type=int, default=64)
+  parser.add_argument("--cases", default="none,prefix,dual")
+  args = parser.parse_args()
+
+  model = common.model_config(args)
+  base = SamplerConfig(args.gen_length, args.block_length, args.steps, early_stop="none")
+  cases = {name: parse_case(name, base) for name in args.cases.split(",")}
+  counter = common.CompileCounter()
+
+  lm = make_lm(model)
+  params = jax.jit(lm.init)(jax.random.key(0))
+  length = args.prompt + args.gen_length
+  prompt = common.random_prompts(jax.random.key(1), args.rows, args.prompt, model.vocab_size)
+  masks = jnp.full((args.rows, args.gen_length), model.mask_id, jnp.int32)
+  given = jnp.broadcast_to(jnp.arange(length) < args.prompt, (args.rows, length))
+  valid = jnp.ones((args.rows, length), bool)
+  canvas = Canvas(jnp.concatenate([prompt, masks], axis=1), given, valid)
+  keys = jax.random.split(jax.random.key(2), args.rows)
+  run = jax.jit(lambda params, canvas, keys, cfg: denoise(lm, params, canvas, keys, cfg),
+                static_argnums=3)  # fmt: skip
+
+  programs, results, outs = {}, {}, {}
+  for name, cfg in cases.items():
+    compiled, facts = common.compile_facts(run, params, canvas, keys, cfg)
+    programs[name] = lambda compiled=compiled: compiled(params, canvas, keys)
+    outs[name] = jax.device_get(programs[name]())
+    results[name] = facts
+  peak = common.MatmulPeak(model.dtype)
+  before = counter.count
+  seconds = {name: [] for name in cases}
+  for _ in range(args.repeats):
+    peak.sample()
+    for name, values in common.interleave(programs, 1).items():
+      seconds[name] += values
+  peak.sample()
+  recompiled = counter.count - before
+
+  for name, cfg in cases.items():
+    out = outs[name]
+    calls = calls_by_block(cfg, out.commit_step)
+    assert sum(map(sum, calls)) == out.forwards and sum(c[0] for c in calls) == out.refreshes
+    flops = needed_flops(model, cfg, args.rows, length, calls)
+    times = common.spread(seconds[name])
+    rates = {k: args.rows * args.gen_length / t for k, t in times.items()}
+    results[name] |= {
+      "seconds": times,
+      "tokens_per_second": rates["median"],
+      "flops": flops,
+      "flops_per_second": flops / times["median"],
+      "utilisation": flops / times["median"] / peak.flops_per_second,
+      "forwards": int(out.forwards),
+      "refreshes": int(out.refreshes),
+      "equal_to_first": float(
+        (out.tokens == outs[next(iter(cases))].tokens)[:, args.prompt :].mean()
+      ),
+    }
+    if cfg.cache == "prefix":
+      results[name]["widths"] = cached_widths(cfg)
+      results[name]["overhang"] = overhang(cfg)
+  common.emit(
+    {
+      "benchmark": "denoise",
+      "model": dataclasses.asdict(model),
+      "parameters": common.count_parameters(params),
+      "rows": args.rows,
+      "prompt": args.prompt,
+      "sampler": dataclasses.asdict(base),
+      "cases": results,
+      "peak_flops_per_second": peak.flops_per_second,
+      "peak_by_shape": peak.best,
+      "compilations": counter.count,
+      "compile_seconds": counter.seconds,
+      "compilations_while_timing": recompiled,
+    },
+    args.output,
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main)
