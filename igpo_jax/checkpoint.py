@@ -12,6 +12,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from igpo_jax.cli import UserError
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root; a gs:// path, which epath's own method would spoil, as it is."""
+  path = epath.Path(path)
+  return path if "://" in str(path) else path.absolute()
+
+
 class Checkpoints:
   """The checkpoints of one stage, in `directory`/<step>.
 
@@ -38,7 +44,7 @@ class Checkpoints:
       enable_async_checkpointing=False,
       step_prefix=None,
     )
-    self._manager = ocp.CheckpointManager(epath.Path(directory).absolute(), options=options)
+    self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint; None where there is none."""

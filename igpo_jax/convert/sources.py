@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from igpo_jax.checkpoint import absolute
 from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig, ModelConfig
 from igpo_jax.convert import families, peft
@@ -174,7 +175,7 @@ def _with_adapter(source: Source, adapter: epath.Path) -> Source:
 def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   """A step of a run: the parameters of its TrainState, on the base if they are adapters."""
   workdir = next(
-    (d for d in path.absolute().parents if (d / CONFIG_FILE).exists() and
+    (d for d in absolute(path).parents if (d / CONFIG_FILE).exists() and
      "stages" in tokenizer_lib.read_json(d / CONFIG_FILE)), None,
   )  # fmt: skip
   if workdir is None:
