@@ -58,6 +58,7 @@ class RunLog:
     self._tensorboard = self._wandb = None
     if not self._writes:
       return
+    workdir.mkdir(parents=True, exist_ok=True)
     self._metrics, self._samples = row_file(self.metrics_path), row_file(workdir / "samples.jsonl")
     self.rows = self._metrics.read()
     if cfg.tensorboard and can_append(workdir):
