@@ -1,0 +1,206 @@
+"""How processes find each other, and how all end when one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from igpo_jax.cli import UserError
+from igpo_jax.parallel import distributed, watch
+from igpo_jax.parallel.watch import Watch
+from tests.fakes import REPO
+
+# --- the line between processes -----------------------------------------------------------
+
+
+class Left(BaseException):
+  """Stands for the end of a process."""
+
+
+class Team:
+  """Three ends of the line in one process; `left` says who ended with which code."""
+
+  def __init__(self, monkeypatch, count=3):
+    self.left, self.said, self._values = queue.Queue(), queue.Queue(), [[], []]
+    self._calls, self._barrier = threading.local(), threading.Barrier(count)
+    monkeypatch.setattr(watch, "PARTING_SECONDS", 0.3)
+    monkeypatch.setattr(watch, "_print", self.said.put)
+    self.ends: list[Watch | None] = [None] * count
+    threads = [threading.Thread(target=self._make, args=(i, count)) for i in range(count)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(20)
+    until = time.monotonic() + 10
+    while len(self.ends[0]._lines) < count - 1 and time.monotonic() < until:
+      time.sleep(0.01)
+
+  def _make(self, index, count):
+    def leave(code):
+      self.left.put((index, code))
+      for line in list(self.ends[index]._lines.values()):
+        line.shutdown(socket.SHUT_RDWR)  # as the kernel does
+      raise Left
+
+    self.ends[index] = Watch(index, count, self._share, "127.0.0.1", leave)
+
+  def _share(self, rows):
+    """A collective of threads: every one gets the values of all, call by call."""
+    number = self._calls.number = getattr(self._calls, "number", -1) + 1
+    self._values[number] += rows
+    self._barrier.wait(20)
+    return self._values[number]
+
+  def kill(self, index):
+    self.ends[index]._ending = True  # the dead say nothing
+    for line in self.ends[index]._lines.values():
+      line.shutdown(socket.SHUT_RDWR)
+
+  def codes(self, count):
+    return dict(self.left.get(timeout=10) for _ in range(count))
+
+  def lines(self, count):
+    return [self.said.get(timeout=10) for _ in range(count)]
+
+
+@pytest.fixture
+def team(monkeypatch):
+  monkeypatch.setattr(threading, "excepthook", lambda args: None)  # `Left` ends threads
+  return Team(monkeypatch)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_when_one_is_killed_all_others_leave_and_say_who_it_was(victim, team):
+  team.kill(victim)
+  others = {0, 1, 2} - {victim}
+  assert team.codes(2) == dict.fromkeys(others, 1)
+  for line in team.lines(2):
+    assert line.startswith(f"error: process {victim} on ") and "was killed" in line
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_when_one_fails_all_others_take_over_its_code_and_its_reason(index, team):
+  with pytest.raises(Left):
+    team.ends[index].fail(2, "x.jsonl: no such file")
+  assert team.codes(3) == {0: 2, 1: 2, 2: 2}
+  for line in team.lines(2):  # the one that failed has said it itself
+    assert line.startswith(f"error: process {index} on ")
+    assert line.endswith("failed, and with it this one: x.jsonl: no such file")
+
+
+def test_leaving_in_peace_ends_nobody(team):
+  for end in team.ends:
+    end.done()
+  time.sleep(0.1)
+  for index in (1, 2, 0):
+    for line in team.ends[index]._lines.values():
+      line.shutdown(socket.SHUT_RDWR)
+  time.sleep(0.3)
+  assert team.left.empty() and team.said.empty()
+
+
+def test_strangers_on_the_port_are_ignored(team):
+  (address,) = {line.getsockname()[1] for line in team.ends[0]._lines.values()}
+  for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "x", "index": 1, "host": "h"}\n', b"\xff\n"):
+    with socket.create_connection(("127.0.0.1", address), 5) as stranger:
+      stranger.sendall(text)
+      assert stranger.recv(1) == b""  # hung up
+  assert team.left.empty() and set(team.ends[0]._lines) == {1, 2}
+
+
+# --- start-up ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch):
+  for name in (distributed.ADDRESS, distributed.COUNT, distributed.INDEX, "SLURM_STEP_NUM_TASKS"):
+    monkeypatch.delenv(name, raising=False)
+  return monkeypatch
+
+
+@pytest.mark.parametrize(
+  ("address", "count", "index", "complaint"),
+  [
+    ("127.0.0.1:1", "two", "0", r"JAX_NUM_PROCESSES \(how many processes\)"),
+    ("127.0.0.1:1", "2", None, r"JAX_PROCESS_ID \(which one this is"),
+    ("127.0.0.1:1", "2", "2", "JAX_PROCESS_ID=2 is not one of JAX_NUM_PROCESSES=2"),
+    ("127.0.0.1", "2", "1", "'127.0.0.1' should be HOST:PORT"),
+    (":123", "2", "1", "':123' should be HOST:PORT"),
+  ],
+)
+def test_variables_that_make_no_sense_are_told(address, count, index, complaint, alone):
+  values = {distributed.ADDRESS: address, distributed.COUNT: count, distributed.INDEX: index}
+  for name, value in values.items():
+    if value is not None:
+      alone.setenv(name, value)
+  with pytest.raises(UserError, match=complaint):
+    distributed.start()
+
+
+def test_a_port_that_is_taken_is_told(alone):
+  with socket.create_server(("", 0)) as taken:
+    port = taken.getsockname()[1]
+    alone.setenv(distributed.ADDRESS, f"127.0.0.1:{port}")
+    alone.setenv(distributed.COUNT, "2")
+    alone.setenv(distributed.INDEX, "0")
+    with pytest.raises(UserError, match=f"process 0 cannot listen on port {port}"):
+      distributed.start()
+
+
+def test_alone_nothing_happens_but_a_word_on_forgotten_slurm_tasks(alone, capsys):
+  distributed.start()
+  assert capsys.readouterr().err == ""
+  alone.setenv("SLURM_STEP_NUM_TASKS", "4")
+  distributed.start()
+  assert "one of several Slurm tasks; without --distributed" in capsys.readouterr().err
+
+
+def start_in_a_process(*arguments, **environment):
+  code = (
+    "from igpo_jax import cli\nfrom igpo_jax.parallel import distributed\n"
+    f"cli.run(lambda: distributed.start({', '.join(map(str, arguments))}))"
+  )
+  began = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, timeout=120,
+  )  # fmt: skip
+  return done, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come_are_told_in_one_line():
+  with socket.create_server(("", 0)) as probe:
+    port = probe.getsockname()[1]
+  done, seconds = start_in_a_process(
+    False, 1, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1"
+  )
+  (line,) = [line for line in done.stderr.splitlines() if line]
+  assert done.returncode == 1 and seconds < 60
+  assert line.startswith(
+    f"error: the processes of this run did not come together at 127.0.0.1:{port} within 1 s; "
+    "this one (process 1 of 2) waited."
+  )
+
+
+@pytest.mark.slow
+def test_nothing_to_detect_is_told_in_one_line():
+  done, _ = start_in_a_process(True)
+  (line,) = [line for line in done.stderr.splitlines() if line]
+  assert done.returncode == 2
+  assert line.startswith("error: --distributed: jax finds no TPU pod, Slurm step or other cluster")
+
+
+def test_one_process_shares_with_itself():
+  rows = [{"a": 1}, "é", None]
+  assert distributed.share(rows) == json.loads(json.dumps(rows))
+  assert distributed.from_first(lambda: 3) == 3
+  distributed.agree("anything", {"x": 1})
