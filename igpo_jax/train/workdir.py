@@ -46,7 +46,7 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
   try:
     from_first(lambda: _open(workdir, config, current))
   except ImportError as error:
-    raise UserError(f"workdir {workdir}: {error}; pip install 'igpo_jax[gs]' for gs://") from error
+    raise UserError(f"workdir {workdir}: {error} (pip install gcsfs)") from error
   except OSError as error:
     raise UserError(f"workdir {workdir}: {error}") from error
   if jax.process_count() > 1:
