@@ -54,8 +54,8 @@ def fit_to(config, hardware):
   if hardware not in ("", *HARDWARE):
     raise UserError(f"--config: hardware {hardware!r} is not one of {', '.join(HARDWARE)}")
   if hardware in ("v5e-8", "gpu"):
-    config.rl.sample_slices = 8
-    config.rl.micro_batches = 2
+    config.rl.sample_slices = 2 if hardware == "v5e-8" else 16
+    config.rl.micro_batches = 2 if hardware == "v5e-8" else 8
   else:
     # Full fine-tuning: a float32 master, of which the devices read a bfloat16 copy.
     config.model.lora.rank = 0

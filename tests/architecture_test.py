@@ -23,7 +23,8 @@ FLOORS = (
   ("eval", "convert", "align"),
   ("rl",),
   ("diffusion", "models", "data", "hints", "rewards"),
-  ("ops", "parallel", "checkpoint", "rowfile"),
+  ("ops",),
+  ("parallel", "checkpoint", "rowfile"),
   ("types", "config", "options", "cli", "flags"),
 )
 # Along a floor: commands and definitions among themselves, and graders read records.

@@ -147,9 +147,9 @@ def test_logical_axes_mirror_the_parameters(lm, params):
   axes = lm.logical_axes()
   shardings = tree_shardings(axes, make_mesh(devices=jax.devices()[:1]))
   assert paths(shardings) == paths(params)
-  assert axes["blocks"]["q_proj"]["lora_a"] == ("layers", "embed", "lora_rank")
-  assert axes["blocks"]["attn_out"]["lora_b"] == ("layers", "lora_rank", "embed")
-  assert axes["head"]["lora_b"] == ("lora_rank", "vocab")
+  assert axes["blocks"]["q_proj"]["lora_a"] == ("layers", "lora_fan", "lora_rank")
+  assert axes["blocks"]["attn_out"]["lora_b"] == ("layers", "lora_rank", "lora_fan")
+  assert axes["head"]["lora_b"] == ("lora_rank", "lora_fan")
 
 
 def test_dropout_acts_only_where_a_key_is_given(trained):

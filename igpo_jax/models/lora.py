@@ -81,8 +81,11 @@ def add_axes(axes: Any, cfg: LoRAConfig) -> Any:
     return axes
   out = axes
   for path in find_targets(axes, cfg):
-    *stack, fan_in, fan_out = _get(axes, path)["kernel"]
-    pair = {"lora_a": (*stack, fan_in, "lora_rank"), "lora_b": (*stack, "lora_rank", fan_out)}
+    *stack, _, _ = _get(axes, path)["kernel"]
+    pair = {
+      "lora_a": (*stack, "lora_fan", "lora_rank"),
+      "lora_b": (*stack, "lora_rank", "lora_fan"),
+    }
     out = combine(out, _nest(path, pair))
   return out
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.types import Array
 
-LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32
+LOGITS_AT_ONCE = 2**26  # elements on one device: 256 MiB in float32
 
 
 def token_stats(
@@ -27,7 +28,7 @@ def token_stats(
     h: [X, L, D] hidden states.
     targets: i32[X, G, L]: G sequences read from the same distributions.
     chunk: positions per application of the head; 0 picks a chunk whose logits
-      are at most `LOGITS_AT_ONCE` elements.
+      are at most `LOGITS_AT_ONCE` elements on a device.
 
   Returns:
     (log p f32[X, G, L], entropy in nats f32[X, L]). The entropy carries no gradient.
@@ -35,7 +36,9 @@ def token_stats(
   x, length, _ = h.shape
   if chunk == 0:
     vocab = jax.eval_shape(head, h[:1, :1]).shape[-1]
-    chunk = max(1, LOGITS_AT_ONCE // (x * vocab))
+    # The rows a device holds count, not all: else every further device would make the
+    # chunks shorter, and the head's weights be gathered once for each of them.
+    chunk = max(1, LOGITS_AT_ONCE * num_shards("act_batch", "act_vocab") // (x * vocab))
   chunk = min(chunk, length)
   chunks = -(-length // chunk)
   padding = chunks * chunk - length
@@ -44,7 +47,7 @@ def token_stats(
 
   @jax.checkpoint
   def stats(h, targets):  # [X,c,D], [X,G,c]
-    logits = head(h)
+    logits = constrain(head(h), "act_batch", "act_length", "act_vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)  # [X,c]
     picked = jnp.take_along_axis(logits, jnp.swapaxes(targets, 1, 2), axis=-1)  # [X,c,G]
     log_p = jnp.swapaxes(picked - log_z[..., None], 1, 2)

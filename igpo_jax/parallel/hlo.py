@@ -17,7 +17,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 ITEM_BITS = {"pred": 8, "bf16": 16} | {f"{k}{n}": n for k in "suf" for n in (4, 8, 16, 32, 64)}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|body|condition|branch_computations)=(%?[\w.\-]+|\{[^}]*\})")
 
@@ -45,14 +45,18 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+  name: str
   result: str
   opcode: str
   rest: str
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+Computations = dict[str, list[_Instruction]]
+
+
+def _parse(text: str) -> tuple[Computations, str]:
   """Computations by name, and the name of the entry."""
-  computations: dict[str, list[_Instruction]] = {}
+  computations: Computations = {}
   current, entry = None, ""
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
@@ -76,22 +80,26 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...], int]]:
   return out
 
 
-def group_size(attributes: str) -> int:
-  """How many chips a collective spans, from its replica groups.
+def group_size(attributes: str, everyone: int) -> int:
+  """How many chips a collective spans, from its replica groups; `everyone` if it names none.
 
   Raises:
     ValueError: they are written in no form that is known here.
   """
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+  order = r"(?:, device_ids=\(\[[^\]]*\](?:T\([^)]*\))?\))?"
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\]" + order + r" \{([^}]*)\}", attributes):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found.group(2)))
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
     return int(found.group(1))
   if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", attributes):
     return len(found.group(1).split(","))
-  if found := re.search(r"source_target_pairs=", attributes):
+  if "replica_groups={}" in attributes:
+    return everyone
+  if "source_target_pairs=" in attributes:
     return 2
-  raise ValueError(f"replica groups in an unknown form: {attributes[:200]}")
+  groups = attributes[max(attributes.find("replica_groups"), 0) :]
+  raise ValueError(f"replica groups in an unknown form: {groups[:100]}")
 
 
 def _received(kind: str, largest: int, chips: int) -> int:
@@ -101,18 +109,63 @@ def _received(kind: str, largest: int, chips: int) -> int:
   return {"all-reduce": 2 * share, "collective-permute": largest}.get(kind, share)
 
 
-def _trips(condition: Sequence[_Instruction]) -> int | None:
+def _operands(instruction: _Instruction) -> list[str]:
+  """Names of an instruction's operands, in order."""
+  return re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])
+
+
+def _called(instruction: _Instruction) -> list[str]:
+  """Names of the computations an instruction runs."""
+  found = _CALLED.findall(instruction.rest)
+  return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
+
+
+def _constant(instruction: _Instruction) -> int | None:
+  """The value of an integer constant."""
+  value = instruction.rest.split(")")[0]
+  is_integer = instruction.result.startswith(("s32[]", "u32[]"))
+  return int(value) if instruction.opcode == "constant" and is_integer else None
+
+
+def _trips(computations: Computations, condition: str, body: str) -> int | None:
   """How often a loop turns whose condition is `counter < constant` and nothing else."""
-  constants = {
-    int(i.rest.split(")")[0])
-    for i in condition
-    if i.opcode == "constant" and i.result.startswith(("s32[]", "u32[]"))
-  }
-  plain = {"constant", "parameter", "get-tuple-element", "compare", "bitcast", "copy"}
-  less = any(i.opcode == "compare" and "direction=LT" in i.rest for i in condition)
-  if less and len(constants) == 1 and {i.opcode for i in condition} <= plain:
-    return constants.pop()
-  return None
+  tests = _flat(computations, condition)
+  plain = {"constant", "parameter", "get-tuple-element", "compare", "bitcast", "copy", "fusion"}
+  compares = [i for i in tests if i.opcode == "compare"]
+  limits = [_constant(i) for i in tests if i.opcode == "constant"]
+  if len(compares) != 1 or "direction=LT" not in compares[0].rest or len(limits) != 1:
+    return None
+  if not {i.opcode for i in tests} <= plain or limits[0] is None:
+    return None
+  counter = next(i for i in tests if i.opcode == "get-tuple-element")
+  index = int(re.search(r"index=(\d+)", counter.rest).group(1))
+  return -(-limits[0] // _increment(computations, body, index))
+
+
+def _flat(computations: Computations, name: str) -> list[_Instruction]:
+  """A computation's instructions with those of the computations it calls."""
+  own = computations[name]
+  return [*own, *(i for one in own for c in _called(one) for i in _flat(computations, c))]
+
+
+def _increment(computations: Computations, body: str, index: int) -> int:
+  """What a turn adds to the counter, element `index` of the carry; 1 where it is not plain."""
+  by_name = {i.name: i for i in computations[body]}
+  root = next((i for i in reversed(computations[body]) if i.opcode == "tuple"), None)
+  operands = _operands(root) if root else []
+  updated = by_name.get(operands[index]) if index < len(operands) else None
+  if updated is None:
+    return 1
+  inside = [i for name in _called(updated) for i in _flat(computations, name)]
+  if not {updated.opcode, *(i.opcode for i in inside)} <= {
+    "add",
+    "fusion",
+    "parameter",
+    "constant",
+  }:
+    return 1
+  beside = [by_name[name] for name in _operands(updated) if name in by_name]
+  return next((step for i in (*beside, *inside) if (step := _constant(i))), 1)
 
 
 def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
@@ -132,10 +185,11 @@ def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
   def visit(name: str, times: int, depth: int, seen: set[str]) -> None:
     for instruction in computations.get(name, ()):
       opcode, rest = instruction.opcode, instruction.rest
-      called = [c for names in _CALLED.findall(rest) for c in re.findall(r"[\w.\-]+", names)]
+      called = _called(instruction)
       if opcode == "while":
         condition = re.search(r"condition=%?([\w.\-]+)", rest).group(1)
-        turns, deeper = _trips(computations[condition]), depth
+        body = re.search(r"body=%?([\w.\-]+)", rest).group(1)
+        turns, deeper = _trips(computations, condition, body), depth
         if turns is None:
           if depth >= len(loops):
             raise ValueError(f"the turns of loop {condition} of the program are not known")
@@ -152,16 +206,17 @@ def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
         seen.add(channel.group(1) if channel else "")
         if name.startswith("all-reduce-scatter"):
           kind = "reduce-scatter"  # how the TPU compiler writes one
-        found.append(_collective(kind, instruction, times))
+        found.append(_collective(kind, instruction, times, everyone))
       for computation in called:
         visit(computation, times, depth, seen)
 
+  everyone = int(re.search(r"num_partitions=(\d+)|$", text.split("\n", 1)[0]).group(1) or 1)
   visit(entry, 1, 0, set())
   return found
 
 
-def _collective(kind: str, instruction: _Instruction, times: int) -> Collective:
-  chips = group_size(instruction.rest)
+def _collective(kind: str, instruction: _Instruction, times: int, everyone: int) -> Collective:
+  chips = group_size(instruction.rest, everyone)
   arrays = _arrays(instruction.result)
   shape, dims, _ = max(arrays, key=lambda a: a[2])
   # Several arrays in one collective add up; most starts give (operands, results).

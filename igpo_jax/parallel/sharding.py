@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "mlp": "tensor",
   "norm": None,
   "lora_rank": None,
+  "lora_fan": ("fsdp", "tensor"),  # an adapter's other dimension, whatever the kernel's is
   # activations
   "act_batch": ("data", "fsdp"),
   "act_length": None,
@@ -66,6 +67,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def num_shards(*axes: str) -> int:
+  """Into how many parts the mesh in context cuts an array with these logical axes; 1 without."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  names = [
+    name
+    for axis in partition_spec(axes)
+    for name in ((axis,) if isinstance(axis, str) else axis or ())
+  ]
+  return math.prod(sizes.get(name, 1) for name in names)
 
 
 def is_axes(leaf: Any) -> bool:
