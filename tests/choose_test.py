@@ -57,3 +57,9 @@ def test_the_largest_of_a_row_is_found_and_the_first_of_equals(seed, size):
   x = rng.integers(0, 4, (3, 2, size)).astype(np.float32)  # many equals
   x = np.where(rng.random(x.shape) < 0.2, -np.inf, x)
   np.testing.assert_array_equal(argmax_last(jnp.asarray(x)), np.argmax(x, axis=-1))
+  but = int(rng.integers(size))
+  x[..., but] = 9
+  others = np.where(np.arange(size) == but, -np.inf, x)
+  if np.isfinite(others).any(axis=-1).all():
+    found = argmax_last(jnp.asarray(x), but)
+    np.testing.assert_array_equal(found, np.argmax(others, axis=-1))

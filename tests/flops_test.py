@@ -65,5 +65,5 @@ def test_the_program_makes_the_products_that_are_counted():
     traced = jax.make_jaxpr(read)(params, tokens)
     assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 10, 10, head_positions=4, read=4)
     cached = lambda params, cache: lm.hidden(params, tokens[:, 4:7], start=4, cache=cache)
-    traced = jax.make_jaxpr(cached)(params, jax.eval_shape(lambda: lm.init_cache(2, 10)))
+    traced = jax.make_jaxpr(cached)(params, jax.eval_shape(lambda: lm.init_cache(params, 2, 10)))
     assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 3, 10)

@@ -152,36 +152,39 @@ def test_grouped_heads_in_the_wrong_order_would_be_noticed(monkeypatch):
   assert error(pre.lm, pre.params, np.load(GOLDENS / "llada_tiny_gqa" / "golden.npz")) > 1.0
 
 
-def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden):
+@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden, form):
+  params = pre.lm.unstack(pre.params) if form == "unstacked" else pre.params
+  assert isinstance(params["blocks"], tuple) == (form == "unstacked")
   tokens = jnp.asarray(golden["padded_input_ids"])
   valid = jnp.asarray(golden["padded_attention_mask"] == 1)
   everything, _ = pre.lm.hidden(pre.params, tokens, valid)
   read = jax.jit(
-    lambda begin, cache: pre.lm.hidden(pre.params, tokens, valid, read=(begin, 5), cache=cache)
+    lambda begin, cache: pre.lm.hidden(params, tokens, valid, read=(begin, 5), cache=cache)
   )
   for begin in (0, 11, tokens.shape[1] - 5):
     h, _ = read(begin, None)
-    np.testing.assert_allclose(h, everything[:, begin : begin + 5], atol=1e-5, rtol=0)
-    h, cache = read(begin, pre.lm.init_cache(*tokens.shape))
-    np.testing.assert_allclose(h, everything[:, begin : begin + 5], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(h, everything[:, begin : begin + 5], atol=5e-5, rtol=0)
+    h, cache = read(begin, pre.lm.init_cache(params, *tokens.shape))
+    np.testing.assert_allclose(h, everything[:, begin : begin + 5], atol=5e-5, rtol=0)
 
   # The cache now holds this text: any part of it may be asked again, alone.
   part = jax.jit(
     lambda begin, cache: pre.lm.hidden(
-      pre.params, tokens[:, 20:32], valid, start=20, read=(begin, 4), cache=cache
+      params, tokens[:, 20:32], valid, start=20, read=(begin, 4), cache=cache
     )
   )
   for begin in (0, 8):
     h, after = part(begin, cache)
     expected = everything[:, 20 + begin : 24 + begin]
-    np.testing.assert_allclose(h, expected, atol=1e-5, rtol=0)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, cache)
+    np.testing.assert_allclose(h, expected, atol=5e-5, rtol=0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), after, cache)
 
 
 def test_what_is_not_asked_again_stays_in_the_cache(pre, golden):
   """Other tokens at 20..31 change nothing at the positions outside, stale as those become."""
   tokens = jnp.asarray(golden["input_ids"])
-  _, cache = pre.lm.hidden(pre.params, tokens, cache=pre.lm.init_cache(*tokens.shape))
+  _, cache = pre.lm.hidden(pre.params, tokens, cache=pre.lm.init_cache(pre.params, *tokens.shape))
   other = (tokens[:, 20:32] + 1) % 500
   h, after = pre.lm.hidden(pre.params, other, start=20, cache=cache)
   inside = np.isin(np.arange(tokens.shape[1]), np.arange(20, 32))

@@ -9,7 +9,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.ops.masked import topk_mask
 from igpo_jax.types import LM, Array
 
-ARGMAX_CHUNK = 512  # the longest run that is searched element by element
+ARGMAX_RUN = 512  # the longest run that is searched element by element
 
 
 def choose(
@@ -42,9 +42,7 @@ def choose(
       draw = lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32, mode="high")
       gumbel = jax.vmap(draw)(keys)
     scores = logits + cfg.temperature * gumbel
-  if not cfg.allow_mask:
-    scores = jnp.where(jnp.arange(lm.vocab_size) == lm.mask_id, -jnp.inf, scores)
-  chosen = argmax_last(scores)
+  chosen = argmax_last(scores, None if cfg.allow_mask else lm.mask_id)
 
   # The probability of the choice under the plain softmax: no noise, nothing suppressed.
   picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
@@ -92,15 +90,22 @@ def factor_count(log_confidence: Array, candidates: Array, factor: float) -> Arr
   return jnp.sum(passes, axis=-1).astype(jnp.int32)  # both factors grow with n: a prefix
 
 
-def argmax_last(x: Array) -> Array:
-  """`jnp.argmax(x, axis=-1)` as i32, the first of equals.
+def argmax_last(x: Array, but: int | None = None) -> Array:
+  """`jnp.argmax(x, axis=-1)` as i32, the first of equals; never `but`.
 
   Maxima of runs first, then the place within the best run: XLA's CPU backend takes ten
   times as long for one argmax over a whole vocabulary (docs/LOG.md).
   """
   size = x.shape[-1]
-  run = max(n for n in range(1, min(size, ARGMAX_CHUNK) + 1) if size % n == 0)
+  run = max(n for n in range(1, min(size, ARGMAX_RUN) + 1) if size % n == 0)
   runs = x.reshape(*x.shape[:-1], size // run, run)
-  best = jnp.argmax(jnp.max(runs, axis=-1), axis=-1)
+  highest = jnp.max(runs, axis=-1)
+  if but is not None:  # its run is looked at again: a pass over all of x would cost more
+    there = jnp.where(jnp.arange(run) == but % run, -jnp.inf, runs[..., but // run, :])
+    highest = highest.at[..., but // run].set(jnp.max(there, axis=-1))
+  best = jnp.argmax(highest, axis=-1)
   inside = jnp.take_along_axis(runs, best[..., None, None], axis=-2)[..., 0, :]
+  place = best[..., None] * run + jnp.arange(run)
+  if but is not None:
+    inside = jnp.where(place == but, -jnp.inf, inside)
   return (best * run + jnp.argmax(inside, axis=-1)).astype(jnp.int32)

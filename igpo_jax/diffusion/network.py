@@ -50,12 +50,12 @@ def overhang(cfg: SamplerConfig) -> int:
   return max(ends) - cfg.gen_length
 
 
-def init_cache(lm: LM, cfg: SamplerConfig, rows: int, length: int) -> Any:
+def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: int) -> Any:
   """An empty cache for a canvas i32[rows, length]; None where none is kept."""
   if cfg.cache == "none":
     return None
   rows = 2 * rows if cfg.cfg_scale else rows
-  return lm.init_cache(rows, length + overhang(cfg))
+  return lm.init_cache(params, rows, length + overhang(cfg))
 
 
 def region(cfg: SamplerConfig, length: int, block: Array) -> tuple[Array | int, int]:

@@ -128,6 +128,7 @@ def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   b, t = canvas.tokens.shape
+  params = lm.unstack(params)
   rows = _Rows(
     tokens=constrain(canvas.tokens, "act_batch", "act_length"),
     commit_step=jnp.full((b, t), -1, jnp.int32),
@@ -234,7 +235,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
   def with_cache(state):
     """One call that fills a cache, and those that use it."""
     i, rows, count = state
-    state = step((i, rows, count, init_cache(lm, cfg, b, t)))
+    state = step((i, rows, count, init_cache(lm, params, cfg, b, t)))
     fresh = lambda state: state[0] % (cfg.refresh_every or per_block) != 0
     state = jax.lax.while_loop(
       lambda state: unfinished(state) & fresh(state), functools.partial(step, seen=seen), state

@@ -21,12 +21,14 @@ import jax.numpy as jnp
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.models import lora
-from igpo_jax.models.attention import attend
+from igpo_jax.models.attention import attend, platform
 from igpo_jax.models.cache import Cache, write
 from igpo_jax.models.cache import empty as empty_cache
 from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, low_rank, rope_tables
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Array, Params
+
+UNSTACKED_LAYERS = 16  # the most that `unstack` takes apart
 
 # What the backward pass may keep of a block's forward pass, by name.
 REMAT_POLICIES = {
@@ -119,27 +121,49 @@ class Transformer(nn.Module):
     return x
 
 
+def unstack(config: ModelConfig, params: Params) -> Params:
+  """`params` with a tuple of layers, on the CPU and if they are few; else as they are.
+
+  XLA's CPU backend copies a layer's weights out of the stack at every use. A caller with
+  a loop around `LM.hidden` has that done once, before the loop, and pays with a copy of
+  the layers and a program that grows with their number.
+  """
+  if platform() != "cpu" or config.n_layers > UNSTACKED_LAYERS:
+    return params
+  layers = tuple(
+    jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(config.n_layers)
+  )
+  return {**params, "blocks": layers}
+
+
 def read_hidden(
   config: ModelConfig, params: Params, tokens, valid, start, cache, read
 ) -> tuple[Array, Cache | None]:
   """`Transformer` for sampling: with a cache, and only what is read of the last layer.
 
   The layers are a loop that indexes the stacked parameters and writes to the cache in
-  place; a scan would copy the whole cache at every call.
+  place (a scan would copy the whole cache at every call), or unrolled if `unstack`ed.
   """
   kw = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-  block, last = Block(config), config.n_layers - 1
+  block, last, stack = Block(config), config.n_layers - 1, params["blocks"]
 
   def layer(i, carry, read=None):
     x, cache = carry
-    weights = jax.tree.map(lambda w: w[i], params["blocks"])
+    weights = stack[i] if isinstance(stack, tuple) else jax.tree.map(lambda w: w[i], stack)
     return block.apply({"params": weights}, x, cache, valid, start, i, read)
 
   embed = nn.Embed(config.vocab_size, config.d_model, **kw)
-  x = constrain(
-    embed.apply({"params": params["wte"]}, tokens), "act_batch", "act_length", "act_embed"
+  carry = (
+    constrain(
+      embed.apply({"params": params["wte"]}, tokens), "act_batch", "act_length", "act_embed"
+    ),
+    cache,
   )
-  carry = jax.lax.fori_loop(0, last, layer, (x, cache))
+  if isinstance(stack, tuple):
+    for i in range(last):
+      carry = layer(i, carry)
+  else:
+    carry = jax.lax.fori_loop(0, last, layer, carry)
   x, cache = layer(last, carry, read)
   return RMSNorm(config.rms_norm_eps, **kw).apply({"params": params["ln_f"]}, x), cache
 
@@ -195,6 +219,7 @@ def make_lm(config: ModelConfig) -> LM:
     hidden=hidden,
     head=head,
     logits=logits,
+    unstack=functools.partial(unstack, config),
     init_cache=functools.partial(empty_cache, config),
     logical_axes=logical_axes,
     mask_id=config.mask_id,
