@@ -5,9 +5,11 @@
 
 Random weights, no early stop, temperature 0 unless told otherwise: every run makes all
 its steps. A case is a cache ("none", "prefix", "dual"), with "+threshold=X", "+factor=X",
-"+refresh=N" or "+temperature=X" behind it. The cases are taken in turns, the machine's
-matrix-product peak is measured between them, and utilisation is the FLOPs that a case
-needs by its seconds and that peak. Prints one JSON object.
+"+refresh=N", "+temperature=X", "+steps=N" or "+batches=N" (see `SamplerConfig.batch_sizes`)
+behind it. With --ragged the rows are finished after different blocks, evenly spread. The
+cases are taken in turns, the machine's matrix-product peak is measured between them, and
+utilisation is the FLOPs that a case needs by its seconds and that peak. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.types import Canvas
 
-OPTIONS = {"threshold": float, "factor": float, "refresh": int, "temperature": float}
+OPTIONS = {  # of a case: the sampler's option, and its type
+  "threshold": ("threshold", float),
+  "factor": ("factor", float),
+  "refresh": ("refresh_every", int),
+  "temperature": ("temperature", float),
+  "batches": ("batch_sizes", int),
+  "steps": ("steps", int),
+}
 
 
 def parse_case(text: str, base: SamplerConfig) -> SamplerConfig:
@@ -39,20 +48,25 @@ def parse_case(text: str, base: SamplerConfig) -> SamplerConfig:
     if name not in OPTIONS:
       raise cli.UserError(f"--cases: {option!r} is not one of {', '.join(OPTIONS)} with a value")
     try:
-      changes["refresh_every" if name == "refresh" else name] = OPTIONS[name](value)
+      field, kind = OPTIONS[name]
+      changes[field] = kind(value)
     except ValueError:
       raise cli.UserError(f"--cases: {option!r}: {value!r} is no number") from None
   return dataclasses.replace(base, **changes)
 
 
 def needed_flops(
-  model: ModelConfig, cfg: SamplerConfig, rows: int, length: int, calls: list[tuple[int, int]]
+  model: ModelConfig,
+  cfg: SamplerConfig,
+  rows: list[int],
+  length: int,
+  calls: list[tuple[int, int]],
 ) -> int:
-  """FLOPs of a run that made (refreshes, other calls) in each block."""
+  """FLOPs of a run that made (refreshes, other calls) for so many rows in each block."""
   total = 0
-  for (refreshes, others), width in zip(calls, seen_widths(cfg), strict=True):
-    whole = forward_flops(model, rows, length, length, cfg.block_length, cfg.block_length)
-    part = forward_flops(model, rows, width, length, cfg.block_length, cfg.block_length)
+  for active, (refreshes, others), width in zip(rows, calls, seen_widths(cfg), strict=True):
+    whole = forward_flops(model, active, length, length, cfg.block_length, cfg.block_length)
+    part = forward_flops(model, active, width, length, cfg.block_length, cfg.block_length)
     total += refreshes * whole + others * part
   return total
 
@@ -86,6 +100,7 @@ def main() -> None:
   parser.add_argument("--block-length", type=int, default=32)
   parser.add_argument("--steps", type=int, default=64)
   parser.add_argument("--cases", default="none,prefix,dual")
+  parser.add_argument("--ragged", action="store_true", help="rows end after different blocks")
   args = parser.parse_args()
 
   model = common.model_config(args)
@@ -98,9 +113,17 @@ def main() -> None:
   length = args.prompt + args.gen_length
   prompt = common.random_prompts(jax.random.key(1), args.rows, args.prompt, model.vocab_size)
   masks = jnp.full((args.rows, args.gen_length), model.mask_id, jnp.int32)
-  given = jnp.broadcast_to(jnp.arange(length) < args.prompt, (args.rows, length))
-  valid = jnp.ones((args.rows, length), bool)
-  canvas = Canvas(jnp.concatenate([prompt, masks], axis=1), given, valid)
+  ends = jnp.full((args.rows,), length)
+  if args.ragged:
+    blocks = (jnp.arange(args.rows) * base.num_blocks) // args.rows + 1
+    ends = args.prompt + blocks * args.block_length
+  position = jnp.arange(length)
+  given = (position < args.prompt) | (position >= ends[:, None])
+  tokens = jnp.where(given, 1, jnp.concatenate([prompt, masks], axis=1))
+  tokens = tokens.at[:, : args.prompt].set(prompt)
+  canvas = Canvas(tokens, given, jnp.ones((args.rows, length), bool))
+  begins = args.prompt + jnp.arange(base.num_blocks) * args.block_length
+  active = [int(n) for n in jnp.sum(ends[:, None] > begins, axis=0)]  # rows in each block
   keys = jax.random.split(jax.random.key(2), args.rows)
   run = jax.jit(lambda params, canvas, keys, cfg: denoise(lm, params, canvas, keys, cfg),
                 static_argnums=3)  # fmt: skip
@@ -125,12 +148,11 @@ def main() -> None:
     out = outs[name]
     calls = calls_by_block(cfg, out.commit_step)
     assert sum(map(sum, calls)) == out.forwards and sum(c[0] for c in calls) == out.refreshes
-    flops = needed_flops(model, cfg, args.rows, length, calls)
+    flops = needed_flops(model, cfg, active, length, calls)
     times = common.spread(seconds[name])
-    rates = {k: args.rows * args.gen_length / t for k, t in times.items()}
     results[name] |= {
       "seconds": times,
-      "tokens_per_second": rates["median"],
+      "tokens_per_second": int((~given).sum()) / times["median"],
       "flops": flops,
       "flops_per_second": flops / times["median"],
       "utilisation": flops / times["median"] / peak.flops_per_second,

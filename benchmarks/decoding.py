@@ -1,0 +1,180 @@
+"""What caches and parallel commits cost in accuracy and buy in calls, on a trained model.
+
+    python -m benchmarks.decoding --workdir=runs/quickstart [--config=configs/quickstart.py]
+        [--cases=none,prefix,dual,none+threshold=0.9,...] [--rows=64] [--problems=0]
+
+Takes the newest checkpoint of a finished run and completes its test problems greedily in
+each case (benchmarks/denoise.py tells how a case is written; every case makes at most one
+step for each position, so that thresholds and factors have something to save). The cases
+are taken in turns, batch by batch. "calls" are those that a batch of `--rows` made, on
+average; "alone" those that a row would have needed by itself. Prints a table, and one JSON
+object as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from benchmarks import common
+from benchmarks.denoise import parse_case
+from igpo_jax import cli
+from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.config import Config, freeze, load_config_file
+from igpo_jax.diffusion.network import cached_widths
+from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.eval.evaluate import make_stream, problems_of
+from igpo_jax.eval.metrics import wilson
+from igpo_jax.eval.protocols import plain_setting, plan
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewards.score import Scorer
+from igpo_jax.train.setup import load_source, make_model, make_tokenizer
+from igpo_jax.types import Canvas
+
+CASES = (
+  "none+steps=16,none,none+threshold=0.9,none+threshold=0.7,none+factor=0.5,none+factor=1.0,"
+  "prefix,dual,dual+refresh=4,dual+refresh=2,prefix+threshold=0.9,dual+threshold=0.9,"
+  "dual+refresh=2+threshold=0.9,dual+factor=1.0"
+)
+
+
+def trained_params(workdir: epath.Path, model, stage: str):
+  """The newest parameters of a stage's checkpoints, in place of the model's own."""
+  directory = workdir / "checkpoints" / stage
+  step = Checkpoints(directory).latest() if directory.exists() else None
+  if step is None:
+    raise cli.UserError(f"--workdir: {directory} holds no checkpoint of a finished run")
+  return Checkpoints(directory).restore_part(step, {"params": model.params})["params"]
+
+
+def canvas_of(batch, lm, length: int) -> Canvas:
+  """A batch of prompts with everything after them masked."""
+  masks = np.full((len(batch.tokens), length), lm.mask_id, np.int32)
+  no, yes = np.zeros(masks.shape, bool), np.ones(batch.tokens.shape, bool)
+  return Canvas(
+    np.concatenate([batch.tokens, masks], axis=1),
+    np.concatenate([yes, no], axis=1),
+    np.concatenate([batch.valid, ~no], axis=1),
+  )
+
+
+def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict:
+  """Every case on every problem: {case: results}."""
+  mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+  tokenizer = make_tokenizer(config, workdir)
+  model = make_model(config, tokenizer, mesh)
+  lm, params = model.lm, trained_params(workdir, model, args.stage)
+  setting = plain_setting(config)
+  length = setting.sampler.gen_length
+  base = dataclasses.replace(setting.sampler, steps=length)
+  cases = {name: parse_case(name, base) for name in args.cases.split(",")}
+  records = load_source(plan(config)[0].uri)[: args.problems or None]
+  problems = problems_of(setting, records)
+  stream = make_stream(problems, tokenizer, args.rows, config.data.prompt_buckets, mesh)
+
+  sums = {name: dict.fromkeys(("calls", "refreshes", "alone", "seconds"), 0.0) for name in cases}
+  texts: dict[str, list[str]] = {name: [] for name in cases}
+  tokens: dict[str, list[np.ndarray]] = {name: [] for name in cases}
+  asked, batches = [], stream.num_ordered_batches()
+  warm = set()
+  for number in range(batches):
+    batch = next(stream.ordered_batches(number))
+    canvas = canvas_of(batch, lm, length)
+    real = np.flatnonzero(batch.real)
+    asked += [batch.records[i] for i in real]
+    for name, cfg in cases.items():
+      run = lambda canvas=canvas, cfg=cfg: jax.device_get(
+        denoise(lm, params, canvas, jax.random.key(0), cfg)
+      )
+      if (name, canvas.tokens.shape) not in warm:  # compiled outside the clock
+        warm.add((name, canvas.tokens.shape))
+        run()
+      began = time.perf_counter()
+      out = run()
+      total = sums[name]
+      total["seconds"] += time.perf_counter() - began
+      total["calls"] += out.forwards / batches
+      total["refreshes"] += out.refreshes / batches
+      steps = out.commit_step[real]
+      total["alone"] += sum(len(np.unique(row[row >= 0])) for row in steps) / len(problems)
+      tokens[name].append(out.tokens[real, -length:])
+      texts[name] += [tokenizer.decode(row) for row in tokens[name][-1]]
+    print(f"batch {number + 1} of {batches}", file=sys.stderr, flush=True)
+
+  results = {}
+  exact = np.concatenate(tokens[next(iter(cases))])
+  positions = canvas.tokens.shape[1]
+  with Scorer(config.reward.verifier, dict(config.reward.parts), config.reward.workers) as scorer:
+    for name, cfg in cases.items():
+      correct = scorer(texts[name], asked).correct
+      low, high = wilson(float(np.mean(correct)), len(correct))
+      # What a call with a cache sees, on average over the blocks.
+      seen = sum(cached_widths(cfg)) // cfg.num_blocks if cfg.cache != "none" else positions
+      whole, part = (
+        forward_flops(lm_config(model, config), 1, n, positions, cfg.block_length, cfg.block_length)
+        for n in (positions, seen)
+      )
+      others = sums[name]["calls"] - sums[name]["refreshes"]
+      results[name] = {
+        "accuracy": float(np.mean(correct)),
+        "low": low,
+        "high": high,
+        "same_tokens_as_first": float(np.mean(np.concatenate(tokens[name]) == exact)),
+        **sums[name],
+        "gflops_per_row": (sums[name]["refreshes"] * whole + others * part) / 1e9,
+      }
+  return results
+
+
+def lm_config(model, config: Config):
+  """The model's sizes, as `forward_flops` wants them."""
+  return dataclasses.replace(config.model, vocab_size=model.lm.vocab_size)
+
+
+def table(results: dict) -> str:
+  """The results as a Markdown table."""
+  lines = [
+    "| case | accuracy | calls (refreshes) | alone | same tokens | GFLOP a row | seconds |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for name, r in results.items():
+    error = (r["high"] - r["low"]) / 2 / 1.96
+    refreshes = f" ({r['refreshes']:.0f})" if r["refreshes"] < r["calls"] else ""
+    lines.append(
+      f"| {name} | {r['accuracy']:.3f} ± {error:.3f} | {r['calls']:.1f}{refreshes} |"
+      f" {r['alone']:.1f} | {r['same_tokens_as_first']:.3f} | {r['gflops_per_row']:.2f} |"
+      f" {r['seconds']:.1f} |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, help="of a finished run of the config")
+  parser.add_argument("--config", default="configs/quickstart.py")
+  parser.add_argument("--stage", choices=("sft", "rl"), default="rl")
+  parser.add_argument("--cases", default=CASES)
+  parser.add_argument("--rows", type=int, default=64)
+  parser.add_argument("--problems", type=int, default=0, help="the first so many; 0: all")
+  args = parser.parse_args()
+  for path in (args.config, args.workdir):
+    if not epath.Path(path).exists():
+      raise cli.UserError(f"no such file or directory: {path}")
+  config = freeze(load_config_file(args.config))
+  results = study(config, epath.Path(args.workdir), args)
+  print(table(results))
+  print(json.dumps({"rows": args.rows, "cases": results, "machine": common.machine()}))
+
+
+if __name__ == "__main__":
+  cli.run(main)
