@@ -201,6 +201,8 @@ class EvalConfig:
       above 0 to differ.
     steps: denoising steps; 0: as in `sampler`.
     temperature: usually 0; the rollouts' temperature is `sampler.temperature`.
+    cache: of keys and values, with a protocol as without. "none" is exact and what all
+      published numbers but Fast-dLLM's mean; results say which it was.
     initial: also evaluate before the first training stage.
   """
 
@@ -212,9 +214,11 @@ class EvalConfig:
   samples: int = 1
   steps: int = 0
   temperature: float = 0.0
+  cache: Literal["none", "prefix", "dual"] = "none"
   initial: bool = True
 
   def __post_init__(self):
+    check_choices(self, "eval")
     require(self.batch_size >= 1, "eval.batch_size must be at least 1")
     require(self.limit >= 0, "eval.limit must not be negative")
     require(self.samples >= 1, "eval.samples must be at least 1")

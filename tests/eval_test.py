@@ -68,6 +68,21 @@ def eval_config(*items, **options):
   return config
 
 
+def test_evaluations_are_exact_unless_a_cache_is_asked_for():
+  """Whatever the rollouts use; with a protocol as without."""
+  config = eval_config(f"gsm8k={TASK}")
+  config.sampler.cache, config.sampler.refresh_every = "dual", 4
+  for protocol in ("", "igpo"):
+    config.eval.protocol = protocol
+    for cache in ("none", "prefix"):
+      config.eval.cache = cache
+      (task,) = plan(freeze(config))
+      assert task.setting.sampler.cache == cache
+  config.eval.protocol = ""
+  assert task.setting.sampler.refresh_every == 0  # the protocol's
+  assert plan(freeze(config))[0].setting.sampler.refresh_every == 4
+
+
 def test_a_plan_names_every_length_once():
   config = eval_config(f"gsm8k={TASK}", f"math500={TASK}", protocol="d1")
   assert [task.name for task in plan(freeze(config))] == [

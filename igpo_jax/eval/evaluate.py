@@ -265,6 +265,7 @@ class Evaluation:
         self.lm, params, self.tokenizer, scorer, setting, problems, self._streams[task.name],
         self.mesh, self.key, generations, lambda left: self.progress(left, task.name),
       )  # fmt: skip
+    result["cache"] = setting.sampler.cache
     if task.protocol != PLAIN:
       result["protocol"] = task.protocol
       if setting.published is not None:

@@ -179,13 +179,18 @@ class Task(NamedTuple):
 
 
 def plain_setting(config: Config) -> Setting:
-  """The rollouts' sampler at the evaluation's own temperature and steps."""
+  """The rollouts' sampler at the evaluation's own temperature, steps and cache."""
   sampler = dataclasses.replace(
     config.sampler,
     temperature=config.eval.temperature,
     steps=config.eval.steps or config.sampler.steps,
   )
-  return Setting(sampler, config.eval.samples)
+  return Setting(_with_cache(sampler, config.eval.cache), config.eval.samples)
+
+
+def _with_cache(sampler: SamplerConfig, cache: str) -> SamplerConfig:
+  every = sampler.refresh_every if cache != "none" else 0
+  return dataclasses.replace(sampler, cache=cache, refresh_every=every)
 
 
 def plan(config: Config) -> list[Task]:
@@ -215,6 +220,8 @@ def plan(config: Config) -> list[Task]:
     for setting in _of_lengths(settings, config.eval.lengths, f"protocol {chosen!r} runs {name}"):
       label = f"{name}@{setting.sampler.gen_length}" if several else name
       shown = examples.get(name, "") if setting.shots else ""
+      sampler = _with_cache(setting.sampler, config.eval.cache)
+      setting = dataclasses.replace(setting, sampler=sampler)
       tasks.append(Task(label, uri, shown, chosen, setting))
   for name in examples:
     if not any(task.examples == examples[name] for task in tasks):
