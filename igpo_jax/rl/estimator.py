@@ -64,6 +64,15 @@ def corruption(estimator: str, keys: Array, update: Array, shape: tuple[int, int
   return jnp.stack([masked, ~masked]) if estimator == "coupled" else masked[None]
 
 
+def scored_positions(
+  estimator: str, keys: Array, update: Array, shape: tuple[int, int, int]
+) -> Array:
+  """bool[P,G,L], where `estimate` will have log-probabilities; arguments as `corruption`."""
+  if estimator == "random_ratio":
+    return corruption(estimator, keys, update, shape)[0]
+  return jnp.ones(shape, bool)
+
+
 def estimate(
   lm: LM,
   params: Params,

@@ -174,8 +174,10 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   read_rows = p if mean_field else p * g * views
   by_prompt = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("act_batch",))))
   score = jax.ShapeDtypeStruct((corruptions, p, g, length), jnp.float32, sharding=by_prompt)
-  scores = RolloutScores(score, score if reference is not None else None, score)
-  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+  whole = replicated(mesh)
+  denominator = jax.ShapeDtypeStruct((corruptions,), jnp.float32, sharding=whole)
+  scores = RolloutScores(score, score if reference is not None else None, score, denominator)
+  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   read = forward_flops(cfg, read_rows, total, total, length, read=length)
   step = forward_flops(
     cfg, slice_size * g, total, total, sampler.block_length, read=sampler.block_length

@@ -21,7 +21,7 @@ from igpo_jax.models import lora
 from igpo_jax.ops.masked import masked_sum
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.parallel.sharding import constrain
-from igpo_jax.rl.estimator import corruption, estimate, loss_region
+from igpo_jax.rl.estimator import estimate, loss_region, scored_positions
 from igpo_jax.rl.objective import loss_denominator, metrics_from_sums, policy_loss_sums
 from igpo_jax.types import LM, Array, Params, Rollout, TrainState
 
@@ -147,30 +147,40 @@ class RolloutScores(NamedTuple):
     old: f32[U,P,G,L], log-probabilities of the policy that sampled.
     ref: f32[U,P,G,L], of the reference; None where beta is 0.
     entropy: f32[U,P,G,L], of the policy that sampled.
+    denominator: f32[U], what the summed loss is divided by.
   """
 
   old: Array
   ref: Array | None
   entropy: Array
+  denominator: Array
 
 
 class PolicyPrograms(NamedTuple):
-  """The two jitted programs of a step's learning.
+  """The jitted programs of a step's learning.
 
   Attributes:
-    score: (params, ref_params or None, rollout, keys) -> RolloutScores.
+    score: (params, ref_params or None, rollout, keys, whole=None) -> RolloutScores. Where
+      `rollout` and `keys` are some groups of a step's batch, `whole` is (rollout, keys) of
+      all: the loss is a mean over the whole batch.
+    gradient: (trained params, frozen, rollout, scores, keys, u i32[]) -> (loss, sums, gradient).
     update: (state, frozen, rollout, scores, keys, u i32[]) -> (state, metrics); donates
       state. `frozen` is what is not trained: the base under LoRA, else {}.
   """
 
   score: Callable
+  gradient: Callable
   update: Callable
 
 
 def make_policy_programs(
   lm: LM, optimizer: optax.GradientTransformation, config: Config
 ) -> PolicyPrograms:
-  """Compiles the estimator and the objective of a config into its two programs."""
+  """Compiles the estimator and the objective of a config into its programs.
+
+  Without a KL term a group whose advantages are all zero adds nothing to the loss: its
+  share is exactly 0, it is left out of the metrics, and it may be left out of the rollout.
+  """
   rl, objective = config.rl, config.objective
   corruptions = 1 if rl.estimator == "mean_field" else rl.inner_updates
 
@@ -187,44 +197,52 @@ def make_policy_programs(
     out = jax.lax.map(fn, split_micro_batches((rollout, keys), rl.micro_batches))
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), out)
 
-  def score(params, ref_params, rollout: Rollout, keys) -> RolloutScores:
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+
+  def denominator_of(rollout: Rollout, keys, u):
+    region = loss_region(rollout.completion, lm.stop_ids, rl.region)
+    region &= scored_positions(rl.estimator, keys, u, region.shape)
+    return loss_denominator(flat(region), flat(rollout.hinted), objective)
+
+  def score(params, ref_params, rollout: Rollout, keys, whole=None) -> RolloutScores:
     def of_update(u):
+      denominator = denominator_of(*(whole or (rollout, keys)), u)
       old = in_slices(lambda part: estimate_of(params, *part, u), rollout, keys)
       if ref_params is None:
-        return old.logp, None, old.entropy
+        return old.logp, None, old.entropy, denominator
       ref = in_slices(lambda part: estimate_of(ref_params, *part, u), rollout, keys)
-      return old.logp, ref.logp, old.entropy
+      return old.logp, ref.logp, old.entropy, denominator
 
     return RolloutScores(*jax.lax.map(of_update, jnp.arange(corruptions)))
 
-  def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
+  def gradient(trained, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
     now = jax.tree.map(lambda x: x[jnp.minimum(u, corruptions - 1)], scores)
-    region = loss_region(rollout.completion, lm.stop_ids, rl.region)
-    if rl.estimator == "random_ratio":
-      # Only masked positions have a log-probability; they are the loss region.
-      region &= corruption(rl.estimator, keys, u, region.shape)[0]
-    flat = lambda x: x.reshape(-1, x.shape[-1])
-    denominator = loss_denominator(flat(region), flat(rollout.hinted), objective)
 
     def loss_sums(trainable, part):
-      rollout, now, keys, region = part
+      rollout, (old, ref, old_entropy), keys = part
       policy = estimate_of(lora.combine(frozen, trainable), rollout, keys, u)
-      entropy = policy.entropy if rl.entropy == "current" else now.entropy
+      entropy = policy.entropy if rl.entropy == "current" else old_entropy
+      region = loss_region(rollout.completion, lm.stop_ids, rl.region) & policy.scored
+      if objective.beta == 0:
+        region &= jnp.any(rollout.advantages != 0, axis=1)[:, None, None]
       numerator, sums = policy_loss_sums(
         flat(policy.logp),
         flat(entropy),
-        flat(now.old),
-        None if now.ref is None else flat(now.ref),
+        flat(old),
+        None if ref is None else flat(ref),
         rollout.advantages.reshape(-1),
         flat(region),
         flat(rollout.hinted),
         objective,
       )
-      return numerator / denominator, sums
+      return numerator / now.denominator, sums
 
-    slices = split_micro_batches((rollout, now, keys, region), rl.micro_batches)
-    loss, sums, grads = accumulate(loss_sums, state.params, slices)
+    parts = (rollout, (now.old, now.ref, now.entropy), keys)
+    return accumulate(loss_sums, trained, split_micro_batches(parts, rl.micro_batches))
+
+  def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
+    loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u)
     state, metrics = apply_gradient(state, optimizer, loss, grads)
     return state, metrics | metrics_from_sums(sums)
 
-  return PolicyPrograms(jax.jit(score), jax.jit(update, donate_argnums=0))
+  return PolicyPrograms(jax.jit(score), jax.jit(gradient), jax.jit(update, donate_argnums=0))

@@ -1,0 +1,178 @@
+"""The policy gradient of one group: the plain way against the programs that train.
+
+    python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen-length=128]
+        [--repeats=5] [--cases=plain,plain_completion,ours]
+
+Mean-field likelihoods, forward and backward, without the optimizer. `plain` is how the
+method is usually written: G masked rows through the model, logits at every position,
+log-softmax, gather, entropy. `plain_completion` applies the head to the completion only.
+`ours` is `PolicyPrograms.gradient`: all masked rows of a group are the same row, so one
+goes through the model, and its logits are never all held. Prints one JSON object: seconds,
+compiled temporaries, utilisation, and how far the gradients are apart (relative L2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import common
+from igpo_jax import cli
+from igpo_jax.config import Config, ModelConfig, ObjectiveConfig, RLConfig
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.models.llada import make_lm
+from igpo_jax.rl.estimator import loss_region
+from igpo_jax.rl.objective import policy_loss
+from igpo_jax.train.update import make_policy_programs
+from igpo_jax.types import LM, Rollout
+
+CASES = ("plain", "plain_completion", "ours")
+
+
+def make_rollout(model: ModelConfig, group: int, prompt: int, length: int) -> Rollout:
+  """One group of random completions with advantages and a fifth of hints."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  shape = (1, group, length)
+  hinted = jax.random.uniform(keys[3], shape) < 0.2
+  return Rollout(
+    prompt=common.random_prompts(keys[0], 1, prompt, model.vocab_size),
+    prompt_valid=jnp.ones((1, prompt), bool),
+    completion=jax.random.randint(keys[1], shape, 1, model.vocab_size - 1, jnp.int32),
+    hinted=hinted,
+    commit_step=jnp.where(hinted, -1, 0),
+    advantages=jax.random.normal(keys[2], (1, group)),
+  )
+
+
+def plain_gradient(lm: LM, objective: ObjectiveConfig, completion_only: bool):
+  """(params, rollout, old, ref f32[G,L]) -> (loss, gradient), every row and logit on its own."""
+
+  def loss(params, rollout: Rollout, old, ref):
+    completion, hinted = rollout.completion[0], rollout.hinted[0]
+    group, length = completion.shape
+    start = rollout.prompt.shape[1]
+    prompt = jnp.broadcast_to(rollout.prompt, (group, start))
+    masks = jnp.full((group, length), lm.mask_id, jnp.int32)
+    tokens = jnp.concatenate([prompt, masks], axis=1)
+    if completion_only:
+      h, _ = lm.hidden(params, tokens)
+      logits = lm.head(params, h[:, start:])
+    else:
+      logits = lm.logits(params, tokens)[:, start:]
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, completion[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    region = loss_region(completion, lm.stop_ids, "through_eos")
+    return policy_loss(
+      picked, entropy, old, ref, rollout.advantages[0], region, hinted, objective
+    )[0]  # fmt: skip
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+def distance(left, right) -> float:
+  """Relative L2 of two gradients."""
+  apart = jax.tree.map(jnp.subtract, left, right)
+  return float(optax.tree.norm(apart) / optax.tree.norm(right))
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  common.add_arguments(parser)
+  parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
+  parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
+  parser.add_argument("--gen-length", type=int, default=128)
+  parser.add_argument("--cases", default=",".join(CASES))
+  args = parser.parse_args()
+  names = args.cases.split(",")
+  for name in names:
+    if name not in CASES:
+      raise cli.UserError(f"--cases: {name!r} is not one of {', '.join(CASES)}")
+
+  model = common.model_config(args)
+  group, length, total = args.group, args.gen_length, args.prompt + args.gen_length
+  config = Config(stages=(), model=model, rl=RLConfig(prompts_per_step=1, group_size=group))
+  lm = make_lm(model)
+  params = jax.jit(lm.init)(jax.random.key(0))
+  rollout = make_rollout(model, group, args.prompt, length)
+  programs = make_policy_programs(lm, optax.identity(), config)
+  # A reference and an old policy that are not quite the policy: ratios off 1, a KL.
+  other = jax.tree.map(lambda x: 0.995 * x, params)
+  row_keys = jax.random.split(jax.random.key(2), 1)
+  scores = programs.score(other, other, rollout, row_keys)
+
+  jitted, arguments = {}, {}
+  for name in names:
+    if name == "ours":
+      jitted[name] = programs.gradient
+      arguments[name] = (params, {}, rollout, scores, row_keys, jnp.int32(0))
+    else:
+      jitted[name] = plain_gradient(lm, config.objective, name == "plain_completion")
+      arguments[name] = (params, rollout, scores.old[0, 0], scores.ref[0, 0])
+  counter = common.CompileCounter()
+  cases, results, gradients, losses = {}, {}, {}, {}
+  for name in names:
+    compiled, results[name] = common.compile_facts(jitted[name], *arguments[name])
+    cases[name] = lambda run=compiled, given=arguments[name]: run(*given)
+    loss, *_, gradients[name] = cases[name]()
+    losses[name] = float(loss)
+  peak, seconds = common.MatmulPeak(model.dtype), {name: [] for name in names}
+  before = counter.count
+  for _ in range(args.repeats):
+    peak.sample()
+    for name, values in common.interleave(cases, 1).items():
+      seconds[name] += values
+  peak.sample()
+  recompiled = counter.count - before
+
+  for name in names:
+    rows = 1 if name == "ours" else group
+    head = total if name == "plain" else length
+    # Backward: the gradient of each product's input and of its weights.
+    flops = 3 * forward_flops(model, rows, total, total, head, read=total)
+    times = common.spread(seconds[name])
+    results[name] |= {
+      "seconds": times,
+      "flops": flops,
+      "utilisation": flops / times["median"] / peak.flops_per_second,
+      "loss": losses[name],
+    }
+    if name != names[0]:
+      results[name]["gradient_distance_to_first"] = distance(gradients[name], gradients[names[0]])
+  ours = results.get("ours", {})
+  ratios = {
+    f"{name}_to_ours": {
+      "seconds": results[name]["seconds"]["median"] / ours["seconds"]["median"],
+      "temp_bytes": results[name]["temp_bytes"] / ours["temp_bytes"],
+    }
+    for name in names
+    if ours and name != "ours"
+  }
+  common.emit(
+    {
+      "benchmark": "update",
+      "model": dataclasses.asdict(model),
+      "parameters": common.count_parameters(params),
+      "group": group,
+      "prompt": args.prompt,
+      "gen_length": length,
+      "objective": dataclasses.asdict(config.objective),
+      "cases": results,
+      "ratios": ratios,
+      "peak_flops_per_second": peak.flops_per_second,
+      "peak_by_shape": peak.best,
+      "compilations": counter.count,
+      "compilations_while_timing": recompiled,
+    },
+    args.output,
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main)
