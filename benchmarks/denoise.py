@@ -134,7 +134,7 @@ def main() -> None:
     programs[name] = lambda compiled=compiled: compiled(params, canvas, keys)
     outs[name] = jax.device_get(programs[name]())
     results[name] = facts
-  peak = common.MatmulPeak(model.dtype)
+  peak = common.matmul_peak(args, model)
   before = counter.count
   seconds = {name: [] for name in cases}
   for _ in range(args.repeats):

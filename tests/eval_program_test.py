@@ -40,17 +40,8 @@ def trained(tmp_path_factory):
 def test_metric_keys_and_summary_keep_the_contract(trained):
   rows = read(trained / "metrics.jsonl")
   final = next(row for row in rows if row["stage"] == "sft" and row["step"] == 2)
-  for name in (
-    "accuracy",
-    "stderr",
-    "low",
-    "high",
-    "n",
-    "samples",
-    "unparseable",
-    "timeout",
-    "cache",
-  ):
+  numbers = "accuracy stderr low high n samples unparseable timeout"
+  for name in (*numbers.split(), "cache"):
     assert f"eval/test/{name}" in final
   summary = json.loads((trained / "summary.json").read_text())
   assert set(summary["eval"]) == {"init/test", "sft/test"}

@@ -1,0 +1,57 @@
+"""Every benchmark runs at a tiny size, and counts what it says it counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import denoise
+from benchmarks.common import TINY_MODEL
+from igpo_jax.cli import UserError
+from igpo_jax.config import SamplerConfig
+from igpo_jax.models.flops import forward_flops
+
+
+def run(module, monkeypatch, capsys, *options):
+  monkeypatch.setattr(sys, "argv", [module.__name__, *options])
+  module.main()
+  return json.loads(capsys.readouterr().out)
+
+
+def test_denoise_at_a_tiny_size(monkeypatch, capsys):
+  sizes = "--model=tiny --rows=4 --prompt=6 --gen-length=8 --block-length=4 --steps=8".split()
+  cases = "--cases=none,dual+refresh=2+threshold=0.9,none+batches=2"
+  out = run(denoise, monkeypatch, capsys, *sizes, cases, "--ragged", "--repeats=2")
+  none, dual, halves = out["cases"].values()
+  assert none["forwards"] == none["refreshes"] == 8 and dual["refreshes"] < dual["forwards"]
+  assert halves["equal_to_first"] == 1.0
+  for case in (none, dual, halves):
+    assert 0 < case["seconds"]["min"] <= case["seconds"]["median"] <= case["seconds"]["max"]
+    assert case["utilisation"] == pytest.approx(
+      case["flops"] / case["seconds"]["median"] / out["peak_flops_per_second"]
+    )
+    assert case["temp_bytes"] > 0 and case["compile_seconds"] > 0
+  # Four rows in the first block, of which two are finished after it.
+  call = lambda rows: forward_flops(TINY_MODEL, rows, 14, 14, head_positions=4, read=4)
+  assert none["flops"] == halves["flops"] == 4 * call(4) + 4 * call(2)
+  assert out["compilations_while_timing"] == 0 and out["memory"]["peak_rss_bytes"] > 0
+
+
+def test_flops_of_cached_calls_by_hand():
+  sampler = SamplerConfig(8, 4, 8)
+  whole = forward_flops(TINY_MODEL, 2, 10, 10, 4, 4)
+  prefix = denoise.parse_case("prefix", sampler)
+  assert denoise.seen_widths(prefix) == [8, 4]
+  flops = denoise.needed_flops(TINY_MODEL, prefix, [2, 2], 10, [(1, 3), (1, 2)])
+  eight, four = (forward_flops(TINY_MODEL, 2, n, 10, 4, 4) for n in (8, 4))
+  assert flops == 2 * whole + 3 * eight + 2 * four
+  dual = denoise.parse_case("dual+factor=0.5", sampler)
+  assert dual.factor == 0.5 and denoise.seen_widths(dual) == [4, 4]
+
+
+@pytest.mark.parametrize("case", ["dual+speed=9", "dual+threshold=high", "triple"])
+def test_a_case_that_cannot_be_is_told(case):
+  with pytest.raises(UserError):
+    denoise.parse_case(case, SamplerConfig(8, 4, 8))
