@@ -366,6 +366,13 @@ def test_a_masked_mean_of_nothing_is_zero_and_infinities_do_not_leak():
 # --- advantages -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["mean", "std", "leave_one_out"])
+@pytest.mark.parametrize("size", [3, 6, 7])
+def test_equal_rewards_are_no_advantage_to_the_last_bit(kind, size):
+  rewards = np.repeat(np.linspace(0.05, 1.3, 40, dtype=np.float32), size)
+  np.testing.assert_array_equal(group_advantages(rewards, size, kind), 0.0)
+
+
 @pytest.mark.parametrize("correct", range(9))
 def test_advantages_are_one_minus_rho_and_minus_rho(correct):
   rewards = np.zeros(8, np.float32)

@@ -301,6 +301,34 @@ def test_idle_seconds_are_those_without_queued_work(monkeypatch):
 # --- into the update ------------------------------------------------------------------
 
 
+def test_groups_without_advantage_are_left_out_of_what_is_learnt(none, inpaint):
+  for explored in (none, inpaint):
+    advantages = np.asarray(explored.rollout.advantages)
+    live = np.flatnonzero((advantages != 0).any(axis=1))
+    assert 0 < len(live) < P
+    assert len(explored.groups) == next(size for size in (1, 2, 4, 6) if size >= len(live))
+    assert set(live) <= set(explored.groups) and list(explored.groups) == sorted(explored.groups)
+    for name in ("prompt", "completion", "hinted", "advantages"):
+      learnt = np.asarray(getattr(explored.rollout, name))[explored.groups]
+      np.testing.assert_array_equal(getattr(explored.learnt, name), learnt)
+    assert explored.metrics["no_advantage"] == pytest.approx(1 - len(live) / P)
+
+
+def test_with_a_kl_term_every_group_is_learnt_from(inpaint):
+  explored = explore(config=dataclasses.replace(CONFIG, objective=ObjectiveConfig(beta=0.01)))
+  np.testing.assert_array_equal(explored.groups, np.arange(P))
+  jax.tree.map(np.testing.assert_array_equal, host(explored.learnt), host(inpaint.rollout))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_what_is_learnt_divides_into_micro_batches(micro_batches):
+  rl = dataclasses.replace(CONFIG.rl, micro_batches=micro_batches)
+  explore_with = explorer(dataclasses.replace(CONFIG, rl=rl))
+  for live in range(P + 1):
+    groups = explore_with._groups_to_learn(np.arange(P)[:, None] < live)
+    assert len(groups) % micro_batches == 0 and len(groups) >= live
+
+
 def gradient_norm(explored, beta=0.0):
   config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(beta=beta))
   lm, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)

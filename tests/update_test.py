@@ -267,6 +267,62 @@ def test_without_a_weight_the_reference_is_not_needed():
   assert metrics["kl"] == 0
 
 
+def with_equal_groups(*which):
+  """A rollout in which these groups have no advantage."""
+  rollout = make_rollout()
+  return dataclasses.replace(rollout, advantages=rollout.advantages.at[np.array(which)].set(0.0))
+
+
+def learn_from(groups, rollout, config, optimizer):
+  """(parameters, metrics, operations of the gradient) of an update with some of the groups."""
+  lm, params = tiny_model(VOCAB)
+  programs = make_policy_programs(lm, optimizer, config)
+  learnt, keys = jax.tree.map(lambda x: x[np.array(groups)], (rollout, KEYS))
+  scores = programs.score(params, None, learnt, keys, (rollout, KEYS))
+  arguments = ({}, learnt, scores, keys, jnp.int32(1))
+  flops = programs.gradient.lower(params, *arguments).cost_analysis()["flops"]
+  state, metrics = programs.update(fresh_state(optimizer, params), *arguments)
+  return state.params, jax.device_get(metrics), flops
+
+
+@pytest.mark.parametrize(
+  ("normalize", "estimator", "micro_batches", "groups"),
+  [
+    ("row", "mean_field", 1, [0, 2]),
+    ("token", "mean_field", 1, [0, 1, 2]),
+    ("token", "random_ratio", 1, [0, 2]),
+    ("row", "coupled", 2, [0, 2]),
+  ],
+)
+def test_groups_without_advantage_may_leave_the_batch(normalize, estimator, micro_batches, groups):
+  config = dataclasses.replace(
+    BASE,
+    rl=dataclasses.replace(BASE.rl, estimator=estimator, micro_batches=micro_batches),
+    objective=ObjectiveConfig(beta=0.0, normalize=normalize, entropy_keep=0.5),
+  )
+  rollout, optimizer = with_equal_groups(1, 3), optax.sgd(0.5)
+  whole, expected, all_flops = learn_from(range(P), rollout, config, optimizer)
+  part, metrics, flops = learn_from(groups, rollout, config, optimizer)
+  assert relative_error(part, whole, tiny_model(VOCAB)[1]) < 1e-6
+  for name, value in expected.items():
+    assert metrics[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+  assert expected["grad_norm"] > 1e-3 and expected["entropy"] > 0
+  assert flops < (len(groups) / P + 0.05) * all_flops
+
+
+def test_an_update_without_any_advantage_is_the_whole_batchs():
+  """The optimizer goes on: its moments and the decay of the weights."""
+  config = dataclasses.replace(BASE, objective=ObjectiveConfig(beta=0.0))
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.1), 1)
+  rollout = with_equal_groups(0, 1, 2, 3)
+  whole, expected, _ = learn_from(range(P), rollout, config, optimizer)
+  part, metrics, _ = learn_from([0], rollout, config, optimizer)
+  jax.tree.map(np.testing.assert_array_equal, part, whole)
+  assert metrics == expected and metrics["grad_norm"] == 0
+  kernel = tiny_model(VOCAB)[1]["head"]["kernel"]
+  np.testing.assert_allclose(part["head"]["kernel"], (1 - 0.1 * 0.1) * kernel, rtol=1e-6)
+
+
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted():
   programs, optimizer, params = programs_of(BASE)
   good = make_rollout()

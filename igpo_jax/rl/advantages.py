@@ -32,7 +32,9 @@ def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Arr
   if rewards.shape[0] % group_size:
     raise UserError(f"{rewards.shape[0]} rewards are not a multiple of group_size={group_size}")
   groups = rewards.reshape(-1, group_size)
-  centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+  equal = jnp.max(groups, axis=1, keepdims=True) == jnp.min(groups, axis=1, keepdims=True)
+  # The mean of equal numbers is not quite that number in float32.
+  centred = jnp.where(equal, 0.0, groups - jnp.mean(groups, axis=1, keepdims=True))
   if kind == "std":
     centred = centred / (jnp.std(groups, axis=1, keepdims=True) + 1e-4)
   elif kind == "leave_one_out":

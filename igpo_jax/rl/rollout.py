@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from igpo_jax.config import Config
@@ -21,7 +22,7 @@ from igpo_jax.hints.leak import segments, value_spans, value_tokens
 from igpo_jax.parallel.mesh import over_processes, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import group_advantages
-from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
 from igpo_jax.types import LM, Array, Params, Rollout
 
 
@@ -30,12 +31,17 @@ class Exploration:
   """One step's experience.
 
   Attributes:
-    rollout: on the devices, for the update.
+    rollout: on the devices.
+    learnt: the groups of it that go into the update: all, or without a KL term those whose
+      advantages are not all zero, filled up to one of a few sizes.
+    groups: which of this process's groups they are, i64[X].
     metrics: means over all hosts.
     rows: one dict per completion of this host, for samples.jsonl.
   """
 
   rollout: Rollout
+  learnt: Rollout
+  groups: np.ndarray
   metrics: dict[str, float]
   rows: list[dict[str, Any]]
 
@@ -51,6 +57,10 @@ class Explorer:
     self.lm, self.tokenizer, self.scorer = lm, tokenizer, scorer
     self.config, self.mesh = config, mesh
     self.sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
+    ways, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    # Micro-batches of the update share out over the devices, too.
+    multiple = config.rl.micro_batches * max(1, ways // processes)
+    self.learnt_sizes = group_buckets(config.rl.prompts_per_step // processes, multiple)
 
   def __call__(
     self,
@@ -108,9 +118,14 @@ class Explorer:
         mixed.put(group, target, extra, row, source)
         replaced[group, target] = True
 
-    rollout = self._to_device(batch, mixed)
-    metrics = self._metrics(batch, own, mixed, extra, wrong, replaced)
-    return Exploration(rollout, metrics, self._rows(batch, mixed, replaced))
+    # 4. To the devices: everything, and what there is to learn from.
+    arrays = self._rollout(batch, mixed)
+    groups = self._groups_to_learn(arrays.advantages)
+    rollout = learnt = shard_rows(self.mesh, arrays)
+    if len(groups) < p:
+      learnt = shard_rows(self.mesh, jax.tree.map(lambda x: x[groups], arrays))
+    metrics = self._metrics(batch, own, mixed, extra, wrong, replaced, arrays.advantages)
+    return Exploration(rollout, learnt, groups, metrics, self._rows(batch, mixed, replaced))
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -126,10 +141,11 @@ class Explorer:
       cfg.sampler.gen_length, cfg.hints, rng, self.lm.mask_id, forbidden,
     )  # fmt: skip
 
-  def _to_device(self, batch: PromptBatch, samples: Samples) -> Rollout:
+  def _rollout(self, batch: PromptBatch, samples: Samples) -> Rollout:
+    """This process's rows, on the host."""
     p, g = samples.reward.shape
     advantages = group_advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
-    arrays = Rollout(
+    return Rollout(
       prompt=batch.tokens,
       prompt_valid=batch.valid,
       completion=samples.completion,
@@ -137,7 +153,22 @@ class Explorer:
       commit_step=samples.commit_step,
       advantages=np.asarray(advantages).reshape(p, g),
     )
-    return shard_rows(self.mesh, arrays)
+
+  def _groups_to_learn(self, advantages: np.ndarray) -> np.ndarray:
+    """Which of this process's groups go into the update, in their order: i64[X].
+
+    Without a KL term a group whose advantages are all zero adds nothing to the gradient.
+    X is one of a few sizes and the same on every process; such groups fill it up.
+
+    Args:
+      advantages: f32[P,G].
+    """
+    if self.config.objective.beta > 0:
+      return np.arange(len(advantages))
+    live = np.any(advantages != 0, axis=1)
+    most = int(over_processes(live.sum(), np.max))
+    size = next(size for size in self.learnt_sizes if size >= most)
+    return np.sort(np.argsort(~live, kind="stable")[:size])
 
   def _answer_shown(self, batch, extra: Samples, wrong) -> int:
     """How many hinted canvases show the answer's value in a run of hint tokens."""
@@ -149,7 +180,7 @@ class Explorer:
         shown += any(value_spans(run, answer) for run in runs)
     return shown
 
-  def _metrics(self, batch, own, mixed, extra, wrong, replaced) -> dict[str, float]:
+  def _metrics(self, batch, own, mixed, extra, wrong, replaced, advantages) -> dict[str, float]:
     """Shares and means over the rows of all processes."""
     p, g = own.reward.shape
     stops = np.isin(own.completion, self.lm.stop_ids)
@@ -164,6 +195,7 @@ class Explorer:
       "reward_after": (mixed.reward.sum(), p * g),
       "all_wrong_before": (len(wrong), p),
       "all_wrong_after": ((~mixed.correct.any(axis=1)).sum(), p),
+      "no_advantage": ((advantages == 0).all(axis=1).sum(), p),
       "extra_correct": (extra_correct, tried),
       "answer_shown": (shown, tried),
       "replaced": (replaced.sum(), p * g),

@@ -66,11 +66,13 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
     key = lambda purpose: purpose_key(config.seed, n, purpose)
     policy, batch = readable(whole(state.params)), stream.batch(n)
     explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
-    keys = prompt_keys(key("estimate"), shard_rows(run.mesh, batch.row_id))
-    scores = programs.score(policy, reference, explored.rollout, keys)
+    keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(run.mesh, ids))
+    learnt, keys = explored.learnt, keys_of(batch.row_id[explored.groups])
+    whole_batch = (explored.rollout, keys_of(batch.row_id))
+    scores = programs.score(policy, reference, learnt, keys, whole_batch)
     clock.dispatched()
     for u in range(config.rl.inner_updates):
-      state, metrics = programs.update(state, frozen, explored.rollout, scores, keys, jnp.int32(u))
+      state, metrics = programs.update(state, frozen, learnt, scores, keys, jnp.int32(u))
     idle = {"time/device_idle_seconds": clock.idle_seconds}
     return state, {**metrics, **explored.metrics, **idle}, explored.rows
 
