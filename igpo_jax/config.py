@@ -291,12 +291,19 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The whole program. `stages` run in order; `init_from` is a Hugging Face LLaDA
-  directory, or "" for a randomly initialised model."""
+  """The whole program.
+
+  Attributes:
+    stages: run in order.
+    init_from: a Hugging Face LLaDA directory, or "" for a randomly initialised model.
+    compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
+      (the user's cache folder, parallel/compile_cache.py) or "off".
+  """
 
   seed: int = 0
   stages: tuple[str, ...] = ("sft", "rl")
   init_from: str = ""
+  compilation_cache: str = "auto"
   model: ModelConfig = ModelConfig()  # noqa: RUF009  frozen
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()

@@ -29,6 +29,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.convert.pretrained import DTYPES, Pretrained, load_pretrained
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.types import Canvas
 
@@ -239,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
   rows = read_rows(args.input) if args.input else [{"prompt": args.prompt}]
   rows = [{**row, "hints": [*row.get("hints", ()), *args.hint]} for row in rows]
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  use_cache()
   mesh = make_mesh(data=1, fsdp=-1) if jax.device_count() > 1 else None
   pre = load_pretrained(args.model, dtype=dtype, mesh=mesh, adapter=args.adapter)
   if pre.tokenizer is None:

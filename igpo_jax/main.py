@@ -25,6 +25,7 @@ from igpo_jax.eval.protocols import plan
 from igpo_jax.flags import config_flag, parse
 from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
+from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.loop import Run
@@ -178,6 +179,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
 def main() -> None:
   config, workdir = parse_flags(sys.argv)
   with distributed.joined(detect=FLAGS.distributed):
+    use_cache(config.compilation_cache)
     train(config, workdir)
 
 

@@ -8,3 +8,5 @@ import os
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Tests neither read nor write the user's cache of compiled programs.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

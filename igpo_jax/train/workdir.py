@@ -18,7 +18,7 @@ from igpo_jax.rowfile import write_whole
 
 # What may differ between the run that a workdir holds and the one that continues it:
 # nothing that decides the numbers.
-MAY_CHANGE = ("stages", "log", "mesh", "checkpoint")
+MAY_CHANGE = ("stages", "log", "mesh", "checkpoint", "compilation_cache")
 # What makes the model of a workdir that is only evaluated.
 MODEL = ("model", "init_from")
 
