@@ -23,16 +23,16 @@ from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.hlo import collectives
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings
-from igpo_jax.rl.sampling import prompt_keys, sample_groups
+from igpo_jax.rl.sampling import prompt_keys, row_keys, sample_rows
 from igpo_jax.train.setup import make_state
 from igpo_jax.train.update import make_policy_programs, make_sft_update
 from igpo_jax.types import Rollout
 
 MODEL = ModelConfig(
-  d_model=32, n_layers=2, n_heads=4, mlp_hidden=64, vocab_size=24, mask_id=1, eos_id=0, remat="full"
+  d_model=32, n_layers=2, n_heads=4, mlp_hidden=64, vocab_size=24, mask_id=1, eos_id=0
 )
-SEQUENCE = dataclasses.replace(MODEL, shard_sequence=True)
-LORA = dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, targets="blocks/.*|head"))
+SEQUENCE = dataclasses.replace(MODEL, shard_sequence=True, remat="full")
+LORA = dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, alpha=4.0, targets="blocks/.*|head"))
 RUNS = {
   "one": (MODEL, (1, 1, 1)),
   "8x1x1": (MODEL, (8, 1, 1)),
@@ -73,7 +73,8 @@ def run(config: ModelConfig, shape, data) -> dict:
 
     # SFT: three steps of SGD and of AdamW
     sft = SFTConfig(batch_size=16, micro_batches=2)
-    for name, optimizer in (("sgd", sgd_with_gradient(0.1)), ("adamw", optax.adamw(1e-3))):
+    optimizers = {"sgd": sgd_with_gradient(0.1), "adamw": optax.adamw(1e-3)}
+    for name, optimizer in optimizers.items() if config is MODEL else [*optimizers.items()][:1]:
       state, update = state_of(optimizer), make_sft_update(lm, optimizer, sft)
       for i in range(3):
         state, metrics = update(state, frozen, *rows, jax.random.key(i))
@@ -81,19 +82,20 @@ def run(config: ModelConfig, shape, data) -> dict:
           out["sft_gradient"], out["sft_loss"] = flat(state.opt_state), float(metrics["loss"])
       out[f"sft_{name}"] = flat(state.params)
 
-    # rollouts
+    # rollouts: 8 prompts x 4
     canvas = np.full((8, 4, 16), lm.mask_id, np.int32)
     nothing = np.zeros_like(canvas, bool)
     ids = np.arange(8, dtype=np.uint32)
-    prompt, prompt_valid, blank, hinted, ids = shard_rows(
-      mesh, (tokens[:8, :8], valid[:8, :8], canvas, nothing, ids)
-    )
-    keys = prompt_keys(jax.random.key(5), ids)
-    for temperature in (0.0, 1.0):
+    by_row = lambda x: np.repeat(x[:8], 4, axis=0)
+    sampled = shard_rows(
+      mesh,
+      (by_row(tokens[:, :8]), by_row(valid[:, :8]), canvas.reshape(32, 16),
+       nothing.reshape(32, 16), by_row(ids), np.tile(np.arange(4), 8)),
+    )  # fmt: skip
+    noise = row_keys(jax.random.key(5), *sampled[-2:])
+    for temperature in (0.0, 1.0) if config is MODEL else (1.0,):
       sampler = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=temperature)
-      completion, commit_step = sample_groups(
-        lm, params, prompt, prompt_valid, blank, hinted, keys, sampler
-      )
+      completion, commit_step = sample_rows(lm, params, *sampled[:4], noise, sampler)
       out[f"completion_{temperature}"] = np.asarray(completion).ravel().tolist()
 
     # policy: one update
@@ -101,9 +103,13 @@ def run(config: ModelConfig, shape, data) -> dict:
     whole.stages = ()
     whole.rl.micro_batches = 2 if shape[0] * shape[1] <= 4 else 1
     whole = freeze(whole)
-    rollout = Rollout(
-      prompt, prompt_valid, completion, hinted, commit_step, shard_rows(mesh, advantages)
-    )
+    in_groups = lambda x: np.asarray(x).reshape(8, 4, 16)
+    rollout, ids = shard_rows(
+      mesh,
+      (Rollout(tokens[:8, :8], valid[:8, :8], in_groups(completion), nothing,
+               in_groups(commit_step), advantages), ids),
+    )  # fmt: skip
+    keys = prompt_keys(jax.random.key(6), ids)
     optimizer = sgd_with_gradient(0.1)
     programs, state = make_policy_programs(lm, optimizer, whole), state_of(optimizer)
     scores = programs.score(params, params, rollout, keys)
@@ -113,11 +119,16 @@ def run(config: ModelConfig, shape, data) -> dict:
     out["rl_gradient"], out["rl_sgd"] = flat(state.opt_state), flat(state.params)
     out["rl_loss"], out["grad_norm"] = float(metrics["loss"]), float(metrics["grad_norm"])
 
-  kernel = params["blocks"]["ff_proj"]["kernel"]
+  share = lambda x: x.addressable_shards[0].data.nbytes / x.nbytes
+  kernel = lora.combine(frozen, state.params)["blocks"]["ff_proj"]["kernel"]
   return out | {
     "kernel_spec": list(kernel.sharding.spec),
-    "kernel_bytes": kernel.addressable_shards[0].data.nbytes / kernel.nbytes,
-    "rows_per_device": completion.sharding.shard_shape(completion.shape)[0],
+    "kernel_share": share(kernel),
+    "largest_shares": [
+      max(share(x) for x in jax.tree.leaves(tree) if x.size > 64)
+      for tree in (state.params, state.opt_state)
+    ],
+    "rows_per_device": completion.sharding.shard_shape(completion.shape)[0] // 4,
     "collectives": [[c.kind, c.shape] for c in collectives(update.as_text(), loops=(1,) * 8)],
   }
 

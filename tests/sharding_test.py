@@ -49,6 +49,8 @@ def test_updated_parameters_are_the_same_on_every_mesh(results, mesh):
   for name in ("sft_sgd", "rl_sgd"):
     expected, found = np.array(one[name]), np.array(other[name])
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected), name
+  if "sft_adamw" not in one or "sft_adamw" not in other:
+    return
   # AdamW divides by the gradient's size: where that is rounding error, so is the step.
   gradient = np.abs(np.array(one["sft_gradient"]))
   plain = gradient > 1e-3 * gradient.max()
@@ -58,24 +60,29 @@ def test_updated_parameters_are_the_same_on_every_mesh(results, mesh):
   )
 
 
-@pytest.mark.parametrize("temperature", ["0.0", "1.0"])
 @pytest.mark.parametrize("mesh", OTHERS)
-def test_samples_are_the_same_on_every_mesh(results, mesh, temperature):
+def test_samples_are_the_same_on_every_mesh(results, mesh):
   one, other = pair(results, mesh)
-  assert other[f"completion_{temperature}"] == one[f"completion_{temperature}"]
-  assert len(set(one[f"completion_{temperature}"])) > 3
+  names = [name for name in other if name.startswith("completion")]
+  assert names
+  for name in names:
+    assert other[name] == one[name] and len(set(one[name])) > 3, name
 
 
 def test_parameters_and_rows_are_laid_out_over_the_mesh(results):
-  assert results["one"]["kernel_spec"] == []
   assert results["1x8x1"]["kernel_spec"] == [None, "fsdp"]
   for mesh in ("2x2x2", "1x2x4", "lora 2x2x2"):
     assert results[mesh]["kernel_spec"] == [None, "fsdp", "tensor"]
   shares = {"one": 1, "8x1x1": 1, "1x8x1": 1 / 8, "2x2x2": 1 / 4, "1x2x4": 1 / 8}
   prompts = {"one": 8, "8x1x1": 1, "1x8x1": 1, "2x2x2": 2, "1x2x4": 4}
   for mesh in shares:
-    assert results[mesh]["kernel_bytes"] == shares[mesh], mesh
+    assert results[mesh]["kernel_share"] == shares[mesh], mesh
+    assert max(results[mesh]["largest_shares"]) == shares[mesh], mesh  # of the optimizer, too
     assert results[mesh]["rows_per_device"] == prompts[mesh], mesh
+
+
+def test_adapters_are_split_over_all_devices_that_split_anything(results):
+  assert results["lora 2x2x2"]["largest_shares"] == [1 / 4, 1 / 4]
 
 
 def moved(results, mesh, kinds):
@@ -100,5 +107,8 @@ def test_parameters_are_gathered_a_layer_at_a_time(results):
 
 def test_sharded_sequences_are_gathered_before_the_branches(results):
   # a device of 1x2x4 has 2 of a micro-batch's 4 prompts, 24 positions and width 32
-  plain, sequence = (moved(results, mesh, ("all-gather",)) for mesh in ("1x2x4", "1x2x4 sequence"))
-  assert ("all-gather", "f32[2,24,32]") in sequence - plain
+  plain, sequence = (
+    results[mesh]["collectives"].count(["all-gather", "f32[2,24,32]"])
+    for mesh in ("1x2x4", "1x2x4 sequence")
+  )
+  assert sequence >= plain + 4  # before two branches, forward and backward

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -28,7 +29,7 @@ from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.rl.sampling import prompt_keys, sample_groups
+from igpo_jax.rl.sampling import row_keys, sample_rows
 from igpo_jax.rowfile import Row
 from igpo_jax.types import LM, Params
 
@@ -113,13 +114,12 @@ def generate_rows(
     key: noise at temperature above 0, folded with each row's identity.
   """
   p, length = len(batch.records), setting.sampler.gen_length
-  canvas = np.full((p, 1, length), lm.mask_id, np.int32)
+  canvas = np.full((p, length), lm.mask_id, np.int32)
   arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
   prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
-  completion, _ = sample_groups(
-    lm, params, prompt, valid, canvas, fixed, prompt_keys(key, ids), setting.sampler
-  )
-  completion = local_rows(completion)[:, 0]
+  keys = row_keys(key, ids, jnp.zeros(ids.shape, jnp.int32))
+  completion, _ = sample_rows(lm, params, prompt, valid, canvas, fixed, keys, setting.sampler)
+  completion = local_rows(completion)
   real = np.flatnonzero(batch.real)
   texts = [tokenizer.decode(completion[i]) for i in real]
   made = [problems[batch.records[i].id] for i in real]

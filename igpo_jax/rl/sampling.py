@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 
@@ -92,7 +93,7 @@ class DeviceClock:
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
-def sample_groups(
+def sample_rows(
   lm: LM,
   params: Params,
   prompt: Array,
@@ -102,28 +103,29 @@ def sample_groups(
   keys: Array,
   cfg: SamplerConfig,
 ) -> tuple[Array, Array]:
-  """Denoises G completions for each prompt.
+  """Denoises completions. Rows stand alone, so a group may lie on several devices.
 
   Args:
-    prompt, prompt_valid: i32/bool[P,Tp].
-    canvas: i32[P,G,L], masks and hints.
-    hinted: bool[P,G,L], fixed positions of the canvas.
-    keys: key[P]; completion g of a prompt draws its noise from fold_in(key, g).
+    prompt, prompt_valid: i32/bool[B,Tp].
+    canvas: i32[B,L], masks and hints.
+    hinted: bool[B,L], fixed positions of the canvas.
+    keys: key[B], see `row_keys`.
 
   Returns:
-    (completion i32[P,G,L], commit_step i32[P,G,L]).
+    (completion i32[B,L], commit_step i32[B,L]).
   """
-  p, g, length = canvas.shape
-  rows = lambda x: jnp.repeat(x, g, axis=0)
-  flat = lambda x: x.reshape(p * g, length)
-  tokens = jnp.concatenate([rows(prompt), flat(canvas)], axis=1)
-  fixed = jnp.concatenate([jnp.ones((p * g, prompt.shape[1]), bool), flat(hinted)], axis=1)
-  valid = jnp.concatenate([rows(prompt_valid), jnp.ones((p * g, length), bool)], axis=1)
-  row_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(g))
-  out = denoise(lm, params, Canvas(tokens, fixed, valid), row_keys.reshape(p * g), cfg)
+  tokens = jnp.concatenate([prompt, canvas], axis=1)
+  fixed = jnp.concatenate([jnp.ones_like(prompt_valid), hinted], axis=1)
+  valid = jnp.concatenate([prompt_valid, jnp.ones_like(hinted)], axis=1)
+  out = denoise(lm, params, Canvas(tokens, fixed, valid), keys, cfg)
   begin = prompt.shape[1]
-  groups = lambda x: x[:, begin:].reshape(p, g, length)
-  return groups(out.tokens), groups(out.commit_step)
+  return out.tokens[:, begin:], out.commit_step[:, begin:]
+
+
+@jax.jit
+def row_keys(key: Array, row_ids: Array, numbers: Array) -> Array:
+  """key[B] of completions `numbers` i32[B] of the prompts with identities u32[B]."""
+  return jax.vmap(jax.random.fold_in)(prompt_keys(key, row_ids), numbers)
 
 
 @jax.jit
@@ -166,7 +168,9 @@ class GroupSampler:
         f"rl.sample_slices={slices} x {processes} process(es)"
       )
     self.slice_size = config.rl.prompts_per_step // slices // processes
-    self.buckets = group_buckets(self.slice_size, max(1, ways // processes))
+    # Few groups are enough to give every device a row.
+    rows = processes * self.group_size
+    self.buckets = group_buckets(self.slice_size, ways // math.gcd(ways, rows))
 
   def padded(self, groups: int) -> int:
     """The number of groups that is sampled where `groups` are wanted."""
@@ -192,15 +196,21 @@ class GroupSampler:
     for begin in range(0, len(groups), self.slice_size):
       part = slice(begin, begin + self.slice_size)
       i = groups[part]
-      arrays = (batch.tokens[i], batch.valid[i], canvas[part], hinted[part], batch.row_id[i])
-      prompt, valid, blank, fixed, ids = shard_rows(self.mesh, arrays)
-      keys = prompt_keys(key, ids)
-      out = sample_groups(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
+      rows = np.repeat(i, self.group_size)
+      flat = lambda x, part=part: x[part].reshape(-1, x.shape[-1])
+      prompt, valid, blank, fixed, ids, numbers = shard_rows(
+        self.mesh,
+        (batch.tokens[rows], batch.valid[rows], flat(canvas), flat(hinted), batch.row_id[rows],
+         np.tile(np.arange(self.group_size), len(i))),
+      )  # fmt: skip
+      keys = row_keys(key, ids, numbers)
+      out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
       clock.dispatched()
       queued.append((part, out))
     waiting = []
     for number, (part, out) in enumerate(queued, start=1):
-      completion, commit_step = local_rows(out)
+      in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
+      completion, commit_step = (in_groups(x) for x in local_rows(out))
       if number == len(queued):
         clock.drained()
       texts = [self.tokenizer.decode(row) for row in completion.reshape(-1, completion.shape[-1])]

@@ -20,7 +20,7 @@ from igpo_jax.models import lora
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
-from igpo_jax.rl.sampling import sample_groups
+from igpo_jax.rl.sampling import sample_rows
 from igpo_jax.train.setup import make_optimizer, state_shardings
 from igpo_jax.train.update import RolloutScores, make_policy_programs, make_sft_update
 from igpo_jax.types import Params, Rollout, TrainState
@@ -93,7 +93,7 @@ def training_flops(config: Config, forward: int) -> int:
 def programs(config: Config, mesh) -> dict[str, Program]:
   """The programs of a config's stages: "sft" of SFT; "rollout", "likelihood" and "update" of RL.
 
-  Prompts have the longest bucket's length.
+  Prompts have the longest bucket's length, responses the longest there is.
 
   Args:
     config: with `model.vocab_size` set.
@@ -105,14 +105,14 @@ def programs(config: Config, mesh) -> dict[str, Program]:
   rows = NamedSharding(mesh, partition_spec(("act_batch",)))
   whole = replicated(mesh)
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-  length, bucket = config.sampler.gen_length, config.data.prompt_buckets[-1]
-  total = bucket + length
   out: dict[str, Program] = {}
 
   if "sft" in config.stages:
     optimizer = make_optimizer(config.sft_optimizer, 1)
     state = abstract_state(optimizer, trainable, mesh)
-    batch = config.sft.batch_size
+    batch, length = config.sft.batch_size, config.sampler.gen_length
+    length = config.sft.response_lengths[-1] if config.sft.response_lengths else length
+    total = config.data.prompt_buckets[-1] + length
     tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
@@ -167,7 +167,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
 
   policy = make_policy_programs(lm, optimizer, config)
   slice_size = p // rl.sample_slices
-  some, everything = batch(slice_size), batch(p)
+  sampled, everything = slice_size * g, batch(p)
   mean_field = rl.estimator == "mean_field"
   corruptions = 1 if mean_field else rl.inner_updates
   views = 2 if rl.estimator == "coupled" else 1
@@ -179,9 +179,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   scores = RolloutScores(score, score if reference is not None else None, score, denominator)
   number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   read = forward_flops(cfg, read_rows, total, total, length, read=length)
-  step = forward_flops(
-    cfg, slice_size * g, total, total, sampler.block_length, read=sampler.block_length
-  )
+  step = forward_flops(cfg, sampled, total, total, sampler.block_length, read=sampler.block_length)
 
   # What is there besides a program's own arguments: the state, the reference's own part,
   # and the policy's copy in the compute dtype where it is one.
@@ -194,14 +192,16 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   scored_twice = 1 if reference is None else 2
   return {
     "rollout": Program(
-      lambda: sample_groups.lower(
-        lm, readable, some.prompt, some.prompt_valid, some.completion, some.hinted,
-        keys(slice_size), sampler,
+      lambda: sample_rows.lower(
+        lm, readable,
+        array(jnp.int32, sampled, bucket), array(jnp.bool_, sampled, bucket),
+        array(jnp.int32, sampled, length), array(jnp.bool_, sampled, length),
+        keys(sampled), sampler,
       ),
       (sampler.num_blocks, sampler.steps_per_block),
       step * sampler.steps * guidance,
       sampler.steps,
-      slice_size * g * guidance,
+      sampled * guidance,
       total,
       elsewhere + held_reference,
     ),
