@@ -56,6 +56,7 @@ def fit_to(config, hardware):
   if hardware in ("v5e-8", "gpu"):
     config.rl.sample_slices = 2 if hardware == "v5e-8" else 16
     config.rl.micro_batches = 2 if hardware == "v5e-8" else 8
+    config.sft.micro_batches = 4 if hardware == "v5e-8" else 32
   else:
     # Full fine-tuning: a float32 master, of which the devices read a bfloat16 copy.
     config.model.lora.rank = 0

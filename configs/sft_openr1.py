@@ -30,7 +30,6 @@ def get_config(argument="data"):
 
   config.sft.epochs = 3.0
   config.sft.batch_size = 64
-  config.sft.micro_batches = 8
   # The first is the canvas of RL; the last holds what was accepted.
   config.sft.response_lengths = (256, 512, 1024, 1536)
   config.sft_optimizer.learning_rate = 1e-5

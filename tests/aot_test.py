@@ -125,6 +125,12 @@ def test_the_layout_of_math500_is_as_documented(hardware):
   assert all(x.size <= 32 * 4096 for x in whole)
 
 
+def test_micro_batches_smaller_than_the_mesh_are_refused():
+  mesh = abstract_mesh(dataclasses.replace(tiny().mesh, data=1, fsdp=4), 4)
+  with pytest.raises(UserError, match=r"rl\.micro_batches=2 leaves 2 of 4 rows.* 4 devices"):
+    programs(tiny(stages=("rl",), **{"rl.micro_batches": 2}), mesh)
+
+
 def test_mistakes_are_told():
   with pytest.raises(UserError, match="names look like v5e:8x8"):
     aot.chips_of("v5e-64")

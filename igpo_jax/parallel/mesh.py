@@ -70,6 +70,22 @@ def check_rows(devices: np.ndarray) -> None:
       )
 
 
+def check_micro_batches(mesh: jax.sharding.Mesh, rows: int, count: int, name: str) -> None:
+  """Checks that every device has a row in each of `count` micro-batches of `rows` rows.
+
+  With fewer the program would run, in pieces that the devices pass around.
+
+  Raises:
+    UserError: names the option, such as "rl.micro_batches".
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if count > 1 and (rows // count) % ways:
+    raise UserError(
+      f"config: {name}={count} leaves {rows // count} of {rows} rows, which do not divide over "
+      f"{ways} devices (mesh data x fsdp): lower it, or raise mesh.tensor"
+    )
+
+
 def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:
   """The sizes a config gives, or those of the slice it names."""
   return find_slice(cfg.slice).mesh if cfg.slice else (cfg.data, cfg.fsdp, cfg.tensor)

@@ -19,6 +19,7 @@ from igpo_jax.config import Config
 from igpo_jax.models import lora
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
 from igpo_jax.rl.sampling import sample_rows
 from igpo_jax.train.setup import make_optimizer, state_shardings
@@ -116,6 +117,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    check_micro_batches(mesh, batch, config.sft.micro_batches, "sft.micro_batches")
     update = make_sft_update(lm, optimizer, config.sft)
     out["sft"] = Program(
       lambda: update.lower(state, frozen, tokens, flag, flag, key),
@@ -165,6 +167,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     typed = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
     return array(typed.dtype, prompts)
 
+  check_micro_batches(mesh, p, rl.micro_batches, "rl.micro_batches")
   policy = make_policy_programs(lm, optimizer, config)
   slice_size = p // rl.sample_slices
   sampled, everything = slice_size * g, batch(p)

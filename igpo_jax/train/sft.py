@@ -11,7 +11,7 @@ from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first
-from igpo_jax.parallel.mesh import shard_rows
+from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
 from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
@@ -45,6 +45,9 @@ def train_sft(run: Run, model: Model) -> Params:
   # optimizer and state: of the adapters only under LoRA
   optimizer = make_optimizer(config.sft_optimizer, steps)
   state, frozen = start_state(model, optimizer, run.mesh)
+  check_micro_batches(
+    run.mesh, config.sft.batch_size, config.sft.micro_batches, "sft.micro_batches"
+  )
   update = make_sft_update(model.lm, optimizer, config.sft)
 
   # step
