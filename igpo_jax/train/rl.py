@@ -7,10 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
-from igpo_jax.parallel.mesh import shard_rows
+from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import Explorer
 from igpo_jax.rl.sampling import DeviceClock, prompt_keys
@@ -24,14 +25,18 @@ from igpo_jax.train.setup import (
   purpose_key,
   start_state,
 )
-from igpo_jax.train.update import make_policy_programs
-from igpo_jax.types import Params
+from igpo_jax.train.update import make_policy_programs, shardings_of
+from igpo_jax.types import Params, TrainState
 
 
 def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
   """Trains the policy from `model.params`, which stay as the KL reference."""
-  config = run.config
+  stage, state = make_stage(run.config, run.mesh, model, scorer)
+  return stage.whole(run_stage(run, stage, state).params)
 
+
+def make_stage(config: Config, mesh, model: Model, scorer: Scorer) -> tuple[Stage, TrainState]:
+  """The stage's steps, and the state they start from."""
   # data: prompts with their traces
   stream = PromptStream(
     load_source(config.data.rl, say),
@@ -55,10 +60,12 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
   # A float32 master must not stay around unused beside the state and the reference.
   trained = jax.tree.leaves(lora.split(model.params)[0])
   is_cast = all(x.dtype != jnp.dtype(config.model.dtype) for x in trained)
-  state, frozen = start_state(model, optimizer, run.mesh, donate=is_cast)
+  state, frozen = start_state(model, optimizer, mesh, donate=is_cast)
   whole = functools.partial(lora.combine, frozen)
-  programs = make_policy_programs(model.lm, optimizer, config)
-  explorer = Explorer(model.lm, model.tokenizer, scorer, config, run.mesh)
+  prompts, micro_batches = config.rl.prompts_per_step, config.rl.micro_batches
+  check_micro_batches(mesh, prompts, micro_batches, "rl.micro_batches")
+  programs = make_policy_programs(model.lm, optimizer, config, shardings_of(state))
+  explorer = Explorer(model.lm, model.tokenizer, scorer, config, mesh)
 
   # step
   def step(state, n):
@@ -66,7 +73,7 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
     key = lambda purpose: purpose_key(config.seed, n, purpose)
     policy, batch = readable(whole(state.params)), stream.batch(n)
     explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
-    keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(run.mesh, ids))
+    keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(mesh, ids))
     learnt, keys = explored.learnt, keys_of(batch.row_id[explored.groups])
     whole_batch = (explored.rollout, keys_of(batch.row_id))
     scores = programs.score(policy, reference, learnt, keys, whole_batch)
@@ -77,5 +84,4 @@ def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
     return state, {**metrics, **explored.metrics, **idle}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
-  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown)
-  return whole(run_stage(run, stage, state).params)
+  return Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown), state

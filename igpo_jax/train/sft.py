@@ -15,7 +15,7 @@ from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import say
 from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
-from igpo_jax.train.update import make_sft_update
+from igpo_jax.train.update import make_sft_update, shardings_of
 from igpo_jax.types import Params
 
 
@@ -48,7 +48,7 @@ def train_sft(run: Run, model: Model) -> Params:
   check_micro_batches(
     run.mesh, config.sft.batch_size, config.sft.micro_batches, "sft.micro_batches"
   )
-  update = make_sft_update(model.lm, optimizer, config.sft)
+  update = make_sft_update(model.lm, optimizer, config.sft, shardings_of(state))
 
   # step
   def step(state, n):

@@ -114,10 +114,24 @@ def nelbo_sum(lm: LM, params: Params, noisy, masked, p, tokens, valid, response)
   return jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
 
 
-def make_sft_update(lm: LM, optimizer: optax.GradientTransformation, cfg: SFTConfig):
+def shardings_of(state: TrainState) -> TrainState:
+  """Where every array of a state lives: an update that hands it back laid out the same way
+  is compiled once, and not again for a layout that says the same in other words."""
+  return jax.tree.map(lambda x: x.sharding, state)
+
+
+def make_sft_update(
+  lm: LM,
+  optimizer: optax.GradientTransformation,
+  cfg: SFTConfig,
+  shardings: TrainState | None = None,
+):
   """update(state, frozen, tokens, valid, response, key) -> (state, metrics), jitted.
 
   The state is donated. `frozen` is what is not trained: the base under LoRA, else {}.
+
+  Args:
+    shardings: of the state that goes in and comes out; None leaves them to the compiler.
   """
 
   def update(state: TrainState, frozen: Params, tokens, valid, response, key):
@@ -134,7 +148,7 @@ def make_sft_update(lm: LM, optimizer: optax.GradientTransformation, cfg: SFTCon
     state, metrics = apply_gradient(state, optimizer, loss, grads)
     return state, metrics | {"masked": jnp.sum(masked) / jnp.sum(response)}
 
-  return jax.jit(update, donate_argnums=0)
+  return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 # --- policy optimization --------------------------------------------------------------
@@ -174,12 +188,18 @@ class PolicyPrograms(NamedTuple):
 
 
 def make_policy_programs(
-  lm: LM, optimizer: optax.GradientTransformation, config: Config
+  lm: LM,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+  shardings: TrainState | None = None,
 ) -> PolicyPrograms:
   """Compiles the estimator and the objective of a config into its programs.
 
   Without a KL term a group whose advantages are all zero adds nothing to the loss: its
   share is exactly 0, it is left out of the metrics, and it may be left out of the rollout.
+
+  Args:
+    shardings: of the state that `update` takes and gives; None leaves them to the compiler.
   """
   rl, objective = config.rl, config.objective
   corruptions = 1 if rl.estimator == "mean_field" else rl.inner_updates
@@ -245,4 +265,7 @@ def make_policy_programs(
     state, metrics = apply_gradient(state, optimizer, loss, grads)
     return state, metrics | metrics_from_sums(sums)
 
-  return PolicyPrograms(jax.jit(score), jax.jit(gradient), jax.jit(update, donate_argnums=0))
+  out = (shardings, None)
+  return PolicyPrograms(
+    jax.jit(score), jax.jit(gradient), jax.jit(update, donate_argnums=0, out_shardings=out)
+  )

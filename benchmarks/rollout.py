@@ -1,0 +1,198 @@
+"""Whole RL steps: IGPO with k of P groups all wrong, against plain GRPO.
+
+    python -m benchmarks.rollout [--model=bench] [--prompts=8] [--group=4] [--prompt=32]
+        [--gen-length=32] [--block-length=16] [--steps=4] [--inner-updates=1] [--beta=0.01]
+        [--wrong=0,1,2,4,8] [--repeats=5]
+
+The steps are the trainer's own: sample, grade, inpaint the groups that are all wrong,
+score, update. The grader is told how many groups are to be wrong; of all others, and of
+the inpainted ones, it calls every second completion correct. `grpo` is a step with
+exploration "none", whose cost does not depend on the answers. Every round takes one step of
+each case on the same prompts. Prints one JSON object; `extra_share` is what a case costs
+beyond no wrong groups by what all P wrong cost, `bucket_share` the share of the prompts
+that are sampled again for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+
+import jax
+import numpy as np
+
+from benchmarks import common
+from igpo_jax import cli
+from igpo_jax.config import (
+  Config,
+  DataConfig,
+  HintConfig,
+  ModelConfig,
+  ObjectiveConfig,
+  RLConfig,
+  SamplerConfig,
+)
+from igpo_jax.data.synthetic import ALPHABET
+from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewards.score import PendingScores, Scores
+from igpo_jax.rl.sampling import group_buckets
+from igpo_jax.train.rl import make_stage
+from igpo_jax.train.setup import make_model
+
+SOURCE = "synthetic:chains?min_steps=6&max_steps=6&split=train&n=512&seed=2"
+
+
+class ToldGrader:
+  """Calls the first `wrong` groups of a step's own samples all wrong, and half of the rest right.
+
+  Attributes:
+    wrong: how many groups; set it before a step.
+  """
+
+  def __init__(self, group_size: int):
+    self.group_size, self.wrong, self.calls = group_size, 0, 0
+
+  def begin(self, wrong: int) -> None:
+    """A new step: its first call is for its own samples, the second for inpainted ones."""
+    self.wrong, self.calls = wrong, 0
+
+  def submit(self, texts, records) -> PendingScores:
+    del records
+    rows = np.arange(len(texts))
+    correct = rows % 2 == 0
+    if self.calls == 0:
+      correct &= rows >= self.wrong * self.group_size
+    self.calls += 1
+    reward = correct.astype(np.float32)
+    scores = Scores(reward, correct, ["ok"] * len(texts), list(texts), {})
+    return PendingScores(lambda: scores)
+
+
+def step_flops(config: Config, model: ModelConfig, sampled_again: int) -> int:
+  """FLOPs that a step needs, of products only."""
+  rl, sampler = config.rl, config.sampler
+  total = config.data.prompt_buckets[0] + sampler.gen_length
+  rows = (rl.prompts_per_step + sampled_again) * rl.group_size
+  call = forward_flops(model, rows, total, total, sampler.block_length, read=sampler.block_length)
+  read = forward_flops(model, rl.prompts_per_step, total, total, sampler.gen_length, read=total)
+  references = 1 if config.objective.beta else 0
+  return call * sampler.steps + read * (1 + references + 3 * rl.inner_updates)
+
+
+def make_config(args: argparse.Namespace, exploration: str) -> Config:
+  return Config(
+    stages=("rl",),
+    model=dataclasses.replace(common.model_config(args), mask_id=0),
+    data=DataConfig(rl=SOURCE, prompt_buckets=(args.prompt,)),
+    sampler=SamplerConfig(
+      args.gen_length, args.block_length, args.steps, temperature=1.0, early_stop="none"
+    ),
+    hints=HintConfig(chunk_min=2, chunk_max=4),
+    objective=ObjectiveConfig(beta=args.beta),
+    rl=RLConfig(
+      prompts_per_step=args.prompts,
+      group_size=args.group,
+      inner_updates=args.inner_updates,
+      exploration=exploration,
+    ),
+  )
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  common.add_arguments(parser)
+  parser.set_defaults(repeats=5)
+  parser.add_argument("--prompts", type=int, default=8, help="groups of a step")
+  parser.add_argument("--group", type=int, default=4, help="completions of a prompt")
+  parser.add_argument("--prompt", type=int, default=32, help="positions of the prompt")
+  parser.add_argument("--gen-length", type=int, default=32)
+  parser.add_argument("--block-length", type=int, default=16)
+  parser.add_argument("--steps", type=int, default=4)
+  parser.add_argument("--inner-updates", type=int, default=1)
+  parser.add_argument("--beta", type=float, default=0.01, help="0: no reference, no KL")
+  parser.add_argument("--wrong", default="0,1,2,4,8", help="numbers of all-wrong groups")
+  args = parser.parse_args()
+  try:
+    wrong = sorted({0, args.prompts, *map(int, args.wrong.split(","))})
+  except ValueError:
+    raise cli.UserError(f"--wrong={args.wrong}: give numbers with commas between") from None
+  if wrong[0] < 0 or wrong[-1] > args.prompts:
+    raise cli.UserError(f"--wrong={args.wrong}: between 0 and --prompts={args.prompts}")
+
+  config, grader = make_config(args, "inpaint"), ToldGrader(args.group)
+  mesh, counter = make_mesh(), common.CompileCounter()
+  with jax.set_mesh(mesh):
+    peak = common.MatmulPeak(config.model.dtype)
+    model = make_model(config, CharTokenizer(ALPHABET), mesh)
+    igpo, state = make_stage(config, mesh, model, grader)
+    grpo, _ = make_stage(make_config(args, "none"), mesh, model, grader)
+    cases = {"grpo": (grpo, 0)} | {f"igpo {k}": (igpo, k) for k in wrong}
+
+    def run(name: str, n: int):
+      nonlocal state
+      stage, k = cases[name]
+      grader.begin(k)
+      state, metrics, _ = stage.step(state, n)
+      shares = metrics["all_wrong_before"], metrics["replaced"]
+      assert shares[0] == k / args.prompts and (shares[1] > 0) == (name != "grpo" and k > 0)
+      return state
+
+    for name in cases:  # compiles everything
+      jax.block_until_ready(run(name, 0))
+    before, seconds = counter.count, {name: [] for name in cases}
+    for n in range(1, args.repeats + 1):
+      peak.sample()
+      timed = {name: (lambda name=name, n=n: run(name, n)) for name in cases}
+      for name, values in common.interleave(timed, 1).items():
+        seconds[name] += values
+    recompiled = counter.count - before
+
+  buckets = group_buckets(args.prompts, mesh.size)
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  everything = median[f"igpo {args.prompts}"] - median["igpo 0"]
+  results = {}
+  for name, (_, k) in cases.items():
+    again = next(b for b in buckets if b >= k) if k and name != "grpo" else 0
+    flops = step_flops(config, model_of(config, model), again)
+    results[name] = {
+      "seconds": common.spread(seconds[name]),
+      "to_grpo": statistics.median(
+        mine / plain for mine, plain in zip(seconds[name], seconds["grpo"], strict=True)
+      ),
+      "sampled_again": again,
+      "bucket_share": again / args.prompts,
+      "extra_share": (median[name] - median["igpo 0"]) / everything,
+      "utilisation": flops / median[name] / peak.flops_per_second,
+    }
+  common.emit(
+    {
+      "benchmark": "rollout",
+      "model": dataclasses.asdict(model_of(config, model)),
+      "parameters": common.count_parameters(model.params),
+      "rl": dataclasses.asdict(config.rl),
+      "sampler": dataclasses.asdict(config.sampler),
+      "prompt": args.prompt,
+      "beta": args.beta,
+      "cases": results,
+      "peak_flops_per_second": peak.flops_per_second,
+      "peak_by_shape": peak.best,
+      "compilations": counter.count,
+      "compile_seconds": counter.seconds,
+      "compilations_while_timing": recompiled,
+    },
+    args.output,
+  )
+
+
+def model_of(config: Config, model) -> ModelConfig:
+  """The model as it was made: special tokens are the tokenizer's."""
+  return dataclasses.replace(config.model, mask_id=model.lm.mask_id, eos_id=model.lm.eos_id)
+
+
+if __name__ == "__main__":
+  cli.run(main)
