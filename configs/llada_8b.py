@@ -29,6 +29,7 @@ def get_config():
   model.dtype = "bfloat16"
   model.param_dtype = "bfloat16"
   model.remat = "full"
+  model.attention = "auto"
   model.lora.rank = 128
   model.lora.alpha = 64.0
 

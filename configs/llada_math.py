@@ -63,6 +63,3 @@ def fit_to(config, hardware):
     config.model.param_dtype = "float32"
   if hardware.startswith("v5"):
     config.mesh.slice = hardware
-    config.model.attention = "splash"
-  if hardware == "gpu":
-    config.model.attention = "dot_product"

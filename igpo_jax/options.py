@@ -79,7 +79,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: Literal["none", "full", "dots"] = "none"
   shard_sequence: bool = False  # positions of the residual stream over the tensor axis
-  attention: Literal["einsum", "dot_product", "splash"] = "einsum"  # models/attention.py
+  attention: Literal["einsum", "dot_product", "splash", "auto"] = "einsum"  # models/attention.py
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):

@@ -133,3 +133,15 @@ def test_a_kernel_for_another_platform_is_refused():
   tokens = jnp.arange(8).reshape(2, 4)
   expected = make_lm(cfg).logits(params, tokens)
   np.testing.assert_allclose(other.logits(params, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("where", "chosen"), [("cpu", "einsum"), ("cuda", "dot_product"), ("tpu", "splash")]
+)
+def test_auto_is_the_kernel_of_the_platform(where, chosen, monkeypatch):
+  called = []
+  for name in ("einsum", "dot_product", "splash"):
+    monkeypatch.setattr(attention, name, lambda *args, name=name: called.append(name))
+  monkeypatch.setattr(attention, "platform", lambda: where)
+  attention.attend(None, None, None, None, "auto")
+  assert called == [chosen]

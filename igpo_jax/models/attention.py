@@ -4,7 +4,8 @@
     dot_product  jax.nn.dot_product_attention: cuDNN's fused kernel on GPU in 16 bits
     splash       the Pallas flash kernel for TPU; scores never leave the chip's memory
 
-All take and return the same arrays; `ModelConfig.attention` names one.
+All take and return the same arrays; `ModelConfig.attention` names one, or "auto": the last on
+a TPU, the second on a GPU, else the first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from igpo_jax.types import Array
 # Added to the scores of keys that nobody may see. Half of the lowest number, so that
 # no score can push the sum to infinity.
 HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
+BEST = {"tpu": "splash", "gpu": "dot_product", "cuda": "dot_product"}  # "auto", by platform
 SPLASH_BLOCKS = (512, 256, 128)  # of queries and keys; the chip's vectors have 128 lanes
 
 
@@ -36,7 +38,7 @@ def attend(
     k: [B,T,K,E] keys; key-value head j serves query heads j*H/K .. (j+1)*H/K - 1.
     v: [B,T,K,E] values.
     valid: bool[B,T], False on keys nobody may see; None where all are valid.
-    implementation: "einsum", "dot_product" or "splash".
+    implementation: "einsum", "dot_product", "splash" or "auto".
 
   Returns:
     [B,t,H,E]. A row without any valid key gets the mean of its values, not NaN.
@@ -44,6 +46,8 @@ def attend(
   Raises:
     UserError: the platform has no such implementation.
   """
+  if implementation == "auto":
+    implementation = BEST.get(platform(), "einsum")
   if implementation == "splash":
     if platform() != "tpu":
       raise UserError(
