@@ -492,3 +492,11 @@ def test_the_parser_reads_every_real_expression(name):
     if not equivalence._same_expression(text, other):
       unread[text] += 1
   assert not unread
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_lets_the_step_under_way_be_graded():
+  with Pool(1, 20.0) as pool:
+    assert pool.submit("x+1", "1+x").result() == ("ok", True)
+    pool._process.terminate()
+    assert pool.submit("x+2", "2+x").result() == ("ok", True)

@@ -102,12 +102,11 @@ def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
 
 def draw_curves(rows: list[Row], path: epath.Path) -> None:
   """Loss, reward, all-wrong groups and held-out accuracy over steps, as a PNG."""
-  import matplotlib
+  # Not pyplot: it would change the backend of a notebook that calls this.
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  fig, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+  fig = Figure(figsize=(10, 7), layout="constrained")
+  axes = fig.subplots(2, 2)
   _lines(axes[0, 0], rows, "sft", {"sft/loss": "NELBO"}, "SFT loss (nats per token)")
   _lines(axes[0, 1], rows, "rl", {"rl/reward": "reward"}, "Reward of the policy's own samples")
   _lines(
@@ -120,7 +119,6 @@ def draw_curves(rows: list[Row], path: epath.Path) -> None:
   _accuracies(axes[1, 1], rows)
   with path.open("wb") as file:
     fig.savefig(file, format="png", dpi=120)
-  plt.close(fig)
 
 
 def _lines(ax, rows, stage, names, title, window: int = 10) -> None:

@@ -61,7 +61,7 @@ def load_source(uri: str, log: Any = None) -> list[Record]:
     for record in records:
       digest.update(repr(dataclasses.astuple(record)).encode())
     agree(f"what {uri} holds", [len(records), digest.hexdigest()])
-  if dropped and log is not None:
+  if any(dropped.values()) and log is not None:
     log(f"{uri}: {len(records)} records, left out: {describe(dropped)}")
   return records
 
