@@ -8,6 +8,7 @@ turns (A B C A B C ...), so that a machine that slows down slows all of them.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -131,17 +132,23 @@ def matmul_peak(args: argparse.Namespace, config: ModelConfig) -> MatmulPeak:
 
 
 class CompileCounter:
-  """Counts the programs that XLA compiles, and the seconds it takes, from now on."""
+  """Counts the programs that XLA compiles, and the seconds it takes, from now on.
+
+  Attributes:
+    count, seconds: of all.
+    names: how many were compiled of each function.
+  """
 
   EVENT = "/jax/core/compile/backend_compile_duration"
 
   def __init__(self):
     self.count, self.seconds = 0, 0.0
+    self.names: collections.Counter[str] = collections.Counter()
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
   def _listen(self, event: str, duration: float, **kwargs) -> None:
-    del kwargs
     if event == self.EVENT:
+      self.names[kwargs.get("fun_name", "")] += 1
       self.count += 1
       self.seconds += duration
 

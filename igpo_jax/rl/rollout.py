@@ -25,6 +25,8 @@ from igpo_jax.rl.advantages import group_advantages
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
 from igpo_jax.types import LM, Array, Params, Rollout
 
+_advantages = jax.jit(group_advantages, static_argnums=(1, 2))
+
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
@@ -144,7 +146,7 @@ class Explorer:
   def _rollout(self, batch: PromptBatch, samples: Samples) -> Rollout:
     """This process's rows, on the host."""
     p, g = samples.reward.shape
-    advantages = group_advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
+    advantages = _advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
     return Rollout(
       prompt=batch.tokens,
       prompt_valid=batch.valid,

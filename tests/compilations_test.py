@@ -1,0 +1,99 @@
+"""What compiles and how much memory it takes: bounded, whatever the data are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.common import TINY_MODEL, CompileCounter
+from benchmarks.token_statistics import temporaries
+from igpo_jax.config import (
+  Config,
+  DataConfig,
+  HintConfig,
+  ObjectiveConfig,
+  RLConfig,
+  SamplerConfig,
+)
+from igpo_jax.data.synthetic import ALPHABET
+from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewards.score import PendingScores, Scores
+from igpo_jax.rl.sampling import group_buckets
+from igpo_jax.train.rl import make_stage
+from igpo_jax.train.setup import make_model
+
+# --- log-probabilities and entropies --------------------------------------------------
+
+VOCAB, ROWS, WIDTH = 126_464, 8, 64
+
+
+def test_memory_of_token_statistics_does_not_grow_with_positions_times_vocabulary():
+  short = temporaries(ROWS, 256, VOCAB, WIDTH)
+  long = temporaries(ROWS, 1024, VOCAB, WIDTH)
+  all_logits = 4 * ROWS * 1024 * VOCAB
+  for name in ("forward", "gradient"):
+    assert long[name] < 1.02 * short[name] and long[name] < all_logits / 7, name
+
+
+def test_all_positions_at_once_would_take_more_than_all_logits():
+  at_once = temporaries(ROWS, 1024, VOCAB, WIDTH, chunk=1024)
+  assert min(at_once.values()) > 4 * ROWS * 1024 * VOCAB * 0.99
+
+
+# --- a training run -------------------------------------------------------------------
+
+P, G = 4, 2
+CONFIG = Config(
+  stages=("rl",),
+  model=dataclasses.replace(TINY_MODEL, n_layers=1, vocab_size=0),
+  data=DataConfig(
+    rl="synthetic:chains?min_steps=2&max_steps=2&split=train&n=16&seed=2", prompt_buckets=(12,)
+  ),
+  sampler=SamplerConfig(8, 4, 2, temperature=1.0),
+  hints=HintConfig(chunk_min=1, chunk_max=2),
+  objective=ObjectiveConfig(beta=0.0),
+  rl=RLConfig(prompts_per_step=P, group_size=G, inner_updates=2),
+)
+
+
+class Told:
+  """Calls the first groups of a step wrong, however sampled, and one row of each other right."""
+
+  def __init__(self):
+    self.wrong = 0
+
+  def submit(self, texts, records):
+    del records
+    rows = np.arange(len(texts))
+    correct = (rows % G == 0) & (rows >= self.wrong * G) & (len(texts) == P * G)
+    scores = Scores(correct.astype(np.float32), correct, ["ok"] * len(texts), list(texts), {})
+    return PendingScores(lambda: scores)
+
+
+def test_a_run_compiles_a_program_for_each_bucket_and_nothing_after_warming_up():
+  mesh, grader, counter = make_mesh(), Told(), CompileCounter()
+  with jax.set_mesh(mesh):
+    model = make_model(CONFIG, CharTokenizer(ALPHABET), mesh)
+    stage, state = make_stage(CONFIG, mesh, model, grader)
+    before, counts = dict(counter.names), {}
+    buckets = group_buckets(P, 1)
+    assert buckets == [1, 2, 4]
+    for n, grader.wrong in enumerate([0, 1, 2, 3, 4, 1, 0, 3, 2, 4, 4, 0]):
+      state, metrics, _ = stage.step(state, n)
+      assert metrics["all_wrong_before"] == metrics["no_advantage"] == grader.wrong / P
+      counts[n] = counter.count
+  jax.block_until_ready(state)
+  compiled = {k: v - before.get(k, 0) for k, v in counter.names.items()}
+  for name in ("sample_rows", "score", "update"):
+    assert 2 <= compiled[f"jit({name})"] <= len(buckets), compiled
+  assert counts[11] == counts[4]  # five steps have seen every number of wrong groups
+  assert counter.count > 6
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 8, 48, 64, 1024])
+def test_buckets_grow_with_the_logarithm_of_the_prompts(prompts):
+  assert len(group_buckets(prompts, 1)) <= np.log2(prompts) + 2
