@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout [--model=bench] [--prompts=8] [--group=4] [--prompt=32]
         [--gen-length=32] [--block-length=16] [--steps=4] [--inner-updates=1] [--beta=0.01]
-        [--wrong=0,1,2,4,8] [--repeats=5]
+        [--wrong=0,1,2,4,8] [--repeats=3]
 
 The steps are the trainer's own: sample, grade, inpaint the groups that are all wrong,
 score, update. The grader is told how many groups are to be wrong; of all others, and of
@@ -106,7 +106,6 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   common.add_arguments(parser)
-  parser.set_defaults(repeats=5)
   parser.add_argument("--prompts", type=int, default=8, help="groups of a step")
   parser.add_argument("--group", type=int, default=4, help="completions of a prompt")
   parser.add_argument("--prompt", type=int, default=32, help="positions of the prompt")

@@ -1,7 +1,7 @@
 """The policy gradient of one group: the plain way against the programs that train.
 
     python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen-length=128]
-        [--repeats=5] [--cases=plain,plain_completion,ours]
+        [--repeats=3] [--cases=plain,plain_completion,ours]
 
 Mean-field likelihoods, forward and backward, without the optimizer. `plain` is how the
 method is usually written: G masked rows through the model, logits at every position,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import denoise
+from benchmarks import denoise, rollout, update
 from benchmarks.common import TINY_MODEL
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
@@ -55,3 +55,25 @@ def test_flops_of_cached_calls_by_hand():
 def test_a_case_that_cannot_be_is_told(case):
   with pytest.raises(UserError):
     denoise.parse_case(case, SamplerConfig(8, 4, 8))
+
+
+def test_update_at_a_tiny_size(monkeypatch, capsys):
+  """The gradient is that of the plain way, written out with all rows and all logits."""
+  sizes = "--model=tiny --group=4 --prompt=6 --gen-length=16 --repeats=1".split()
+  out = run(update, monkeypatch, capsys, *sizes, "--cases=plain,ours")
+  plain, ours = out["cases"].values()
+  assert ours["gradient_distance_to_first"] < 1e-5
+  assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5) and ours["loss"] != 0
+  assert ours["temp_bytes"] < 0.5 * plain["temp_bytes"]
+  whole = forward_flops(TINY_MODEL, 4, 22, 22, head_positions=22)
+  one = forward_flops(TINY_MODEL, 1, 22, 22, head_positions=16)
+  assert (plain["flops"], ours["flops"]) == (3 * whole, 3 * one)
+  assert out["compilations_while_timing"] == 0
+
+
+def test_rollout_at_a_tiny_size(monkeypatch, capsys):
+  sizes = "--model=tiny --prompts=2 --group=2 --prompt=32 --gen-length=8 --block-length=4"
+  out = run(rollout, monkeypatch, capsys, *sizes.split(), "--steps=2", "--wrong=0,1", "--repeats=2")
+  assert list(out["cases"]) == ["grpo", "igpo 0", "igpo 1", "igpo 2"]
+  assert [case["sampled_again"] for case in out["cases"].values()] == [0, 0, 1, 2]
+  assert out["compilations_while_timing"] == 0
