@@ -8,6 +8,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from igpo_jax.config import LoRAConfig, ModelConfig
 from igpo_jax.models.flops import forward_flops, product_flops
@@ -50,20 +51,24 @@ def test_the_bench_models_forward():
   assert forward_flops(BENCH_MODEL, 8, 256, 256) == expected
 
 
-def test_the_program_makes_the_products_that_are_counted():
-  for cfg in (
+@pytest.mark.parametrize(
+  "cfg",
+  [
     CONFIG,
     dataclasses.replace(CONFIG, n_kv_heads=1),
     dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2, targets="blocks/(q|up)_proj|head")),
-  ):
-    lm = make_lm(cfg)
-    params = jax.eval_shape(lm.init, jax.random.key(0))
-    tokens = jnp.zeros((2, 10), jnp.int32)
-    traced = jax.make_jaxpr(lm.logits)(params, tokens)
-    assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 10, 10, head_positions=10)
-    read = lambda params, tokens: lm.head(params, lm.hidden(params, tokens, read=(3, 4))[0])
-    traced = jax.make_jaxpr(read)(params, tokens)
-    assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 10, 10, head_positions=4, read=4)
-    cached = lambda params, cache: lm.hidden(params, tokens[:, 4:7], start=4, cache=cache)
-    traced = jax.make_jaxpr(cached)(params, jax.eval_shape(lambda: lm.init_cache(params, 2, 10)))
-    assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 3, 10)
+  ],
+  ids=["plain", "grouped", "lora"],
+)
+def test_the_program_makes_the_products_that_are_counted(cfg):
+  lm = make_lm(cfg)
+  params = jax.eval_shape(lm.init, jax.random.key(0))
+  tokens = jnp.zeros((2, 10), jnp.int32)
+  traced = jax.make_jaxpr(lm.logits)(params, tokens)
+  assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 10, 10, head_positions=10)
+  read = lambda params, tokens: lm.head(params, lm.hidden(params, tokens, read=(3, 4))[0])
+  traced = jax.make_jaxpr(read)(params, tokens)
+  assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 10, 10, head_positions=4, read=4)
+  cached = lambda params, cache: lm.hidden(params, tokens[:, 4:7], start=4, cache=cache)
+  traced = jax.make_jaxpr(cached)(params, jax.eval_shape(lambda: lm.init_cache(params, 2, 10)))
+  assert traced_flops(traced.jaxpr) == forward_flops(cfg, 2, 3, 10)

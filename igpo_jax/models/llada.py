@@ -145,7 +145,9 @@ def read_hidden(
   place (a scan would copy the whole cache at every call), or unrolled if `unstack`ed.
   """
   kw = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-  block, last, stack = Block(config), config.n_layers - 1, params["blocks"]
+  # Few positions need not divide over the devices, and nothing is kept for a backward pass.
+  block = Block(dataclasses.replace(config, shard_sequence=False))
+  last, stack = config.n_layers - 1, params["blocks"]
 
   def layer(i, carry, read=None):
     x, cache = carry
@@ -153,12 +155,8 @@ def read_hidden(
     return block.apply({"params": weights}, x, cache, valid, start, i, read)
 
   embed = nn.Embed(config.vocab_size, config.d_model, **kw)
-  carry = (
-    constrain(
-      embed.apply({"params": params["wte"]}, tokens), "act_batch", "act_length", "act_embed"
-    ),
-    cache,
-  )
+  x = embed.apply({"params": params["wte"]}, tokens)
+  carry = constrain(x, "act_batch", "act_length", "act_embed"), cache
   if isinstance(stack, tuple):
     for i in range(last):
       carry = layer(i, carry)
