@@ -23,7 +23,12 @@ from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
 from igpo_jax.rl.sampling import sample_rows
 from igpo_jax.train.setup import make_optimizer, state_shardings
-from igpo_jax.train.update import RolloutScores, make_policy_programs, make_sft_update
+from igpo_jax.train.update import (
+  RolloutScores,
+  make_policy_programs,
+  make_sft_update,
+  shardings_of,
+)
 from igpo_jax.types import Params, Rollout, TrainState
 
 
@@ -118,7 +123,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     check_micro_batches(mesh, batch, config.sft.micro_batches, "sft.micro_batches")
-    update = make_sft_update(lm, optimizer, config.sft)
+    update = make_sft_update(lm, optimizer, config.sft, shardings_of(state))
     out["sft"] = Program(
       lambda: update.lower(state, frozen, tokens, flag, flag, key),
       (),
@@ -168,7 +173,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     return array(typed.dtype, prompts)
 
   check_micro_batches(mesh, p, rl.micro_batches, "rl.micro_batches")
-  policy = make_policy_programs(lm, optimizer, config)
+  policy = make_policy_programs(lm, optimizer, config, shardings_of(state))
   slice_size = p // rl.sample_slices
   sampled, everything = slice_size * g, batch(p)
   mean_field = rl.estimator == "mean_field"
