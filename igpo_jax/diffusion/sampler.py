@@ -27,7 +27,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
 from igpo_jax.diffusion.network import block_logits, cached_widths, init_cache, region
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
-from igpo_jax.parallel.sharding import constrain
+from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params
 
 NoiseFn = Callable[[int, tuple[int, int, int]], Array]
@@ -115,9 +115,7 @@ def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
   Each half of the one before, as long as it divides over the devices. Example: of 64
   rows on 8 devices with `cfg.batch_sizes=3` they are 64, 32 and 16.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-  sizes = [rows]
+  sizes, ways = [rows], num_shards("act_batch")
   # What the batch as a whole decides needs the whole batch.
   most = 1 if cfg.early_stop == "batch" else cfg.batch_sizes
   while len(sizes) < most and sizes[-1] % (2 * ways) == 0:

@@ -28,6 +28,7 @@ from igpo_jax.eval.metrics import summarize
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
+from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.sampling import row_keys, sample_rows
 from igpo_jax.rowfile import Row
@@ -80,7 +81,7 @@ def make_stream(
     buckets: prompt lengths; one is added where the longest prompt needs it.
   """
   processes = jax.process_count()
-  ways = math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], processes)
+  ways = math.lcm(num_shards("act_batch", mesh=mesh), processes)
   longest = max(len(tokenizer.encode_prompt(p.asked.prompt)) for p in problems if p.sample == 0)
   if longest > buckets[-1]:
     buckets = (*buckets, -(-longest // BUCKET_STEP) * BUCKET_STEP)

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from igpo_jax.cli import UserError
-from igpo_jax.parallel.sharding import partition_spec
+from igpo_jax.parallel.sharding import num_shards, partition_spec
 from igpo_jax.types import Array
 
 # Added to the scores of keys that nobody may see. Half of the lowest number, so that
@@ -108,8 +108,8 @@ def splash(q: Array, k: Array, v: Array, valid: Array | None, interpret: bool = 
     return local(q, k, v, valid)
   # A kernel is opaque to the partitioner, which would gather its operands.
   rows = partition_spec(("act_batch",))[0]
-  if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-    rows = None  # too few rows to share: whole on every device, as `batch_sharding` has it
+  if q.shape[0] % num_shards("act_batch", mesh=mesh):
+    rows = None  # too few rows to share: whole on every device
   heads = partition_spec(("act_heads",))[0]
   spec = jax.sharding.PartitionSpec(rows, None, heads, None)
   return jax.shard_map(

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import MeshConfig
+from igpo_jax.parallel.sharding import num_shards, partition_spec
 from igpo_jax.parallel.slices import find_slice
 
 AXES = ("data", "fsdp", "tensor")
@@ -78,7 +79,7 @@ def check_micro_batches(mesh: jax.sharding.Mesh, rows: int, count: int, name: st
   Raises:
     UserError: names the option, such as "rl.micro_batches".
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = num_shards("act_batch", mesh=mesh)
   if count > 1 and (rows // count) % ways:
     raise UserError(
       f"config: {name}={count} leaves {rows // count} of {rows} rows, which do not divide over "
@@ -112,8 +113,8 @@ def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   Raises:
     UserError: the rows of all processes do not divide over data x fsdp.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  ways = num_shards("act_batch", mesh=mesh)
+  sharding = NamedSharding(mesh, partition_spec(("act_batch",)))
 
   def place(x):
     rows = x.shape[0] * jax.process_count()

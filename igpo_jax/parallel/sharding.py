@@ -69,9 +69,15 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def num_shards(*axes: str) -> int:
-  """Into how many parts the mesh in context cuts an array with these logical axes; 1 without."""
-  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+def num_shards(*axes: str, mesh: Any = None) -> int:
+  """Into how many parts a mesh cuts an array with these logical axes.
+
+  Example: `num_shards("act_batch", mesh=mesh)` devices have rows of their own.
+
+  Args:
+    mesh: a Mesh or AbstractMesh; None is the one in context, which may be none (1).
+  """
+  sizes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
   names = [
     name
     for axis in partition_spec(axes)
@@ -95,14 +101,6 @@ def tree_shardings(logical_axes: Any, mesh: jax.sharding.Mesh) -> Any:
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The layout of what every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(mesh: jax.sharding.Mesh, rows: int) -> NamedSharding:
-  """Rows over `data` and `fsdp`; whole on every device where they do not divide."""
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % ways:
-    return replicated(mesh)
-  return NamedSharding(mesh, partition_spec(("act_batch",)))
 
 
 def layout_table(arrays: Any) -> str:

@@ -20,6 +20,7 @@ from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.hints.inject import hinted_group
 from igpo_jax.hints.leak import segments, value_spans, value_tokens
 from igpo_jax.parallel.mesh import over_processes, shard_rows
+from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import group_advantages
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
@@ -59,7 +60,7 @@ class Explorer:
     self.lm, self.tokenizer, self.scorer = lm, tokenizer, scorer
     self.config, self.mesh = config, mesh
     self.sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
-    ways, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     # Micro-batches of the update share out over the devices, too.
     multiple = config.rl.micro_batches * max(1, ways // processes)
     self.learnt_sizes = group_buckets(config.rl.prompts_per_step // processes, multiple)

@@ -23,6 +23,7 @@ from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.parallel.mesh import local_rows, shard_rows
+from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, Scores
 from igpo_jax.types import LM, Array, Canvas, Params
 
@@ -160,7 +161,7 @@ class GroupSampler:
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
     self.lm, self.tokenizer, self.scorer, self.mesh = lm, tokenizer, scorer, mesh
     self.sampler, self.group_size = config.sampler, config.rl.group_size
-    ways, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     slices = config.rl.sample_slices
     if config.rl.prompts_per_step % (slices * processes):
       raise UserError(

@@ -22,7 +22,7 @@ from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
 from igpo_jax.rl.sampling import sample_rows
-from igpo_jax.train.setup import make_optimizer, state_shardings
+from igpo_jax.train.setup import make_optimizer, new_state, state_shardings
 from igpo_jax.train.update import (
   RolloutScores,
   make_policy_programs,
@@ -76,15 +76,9 @@ def abstract_params(config: Config, mesh) -> Params:
 
 def abstract_state(optimizer, params: Params, mesh) -> TrainState:
   """`make_state` of abstract parameters."""
-
-  def create(params) -> TrainState:
-    zero = jnp.int32(0)
-    return TrainState(zero, params, optimizer.init(params), zero, zero)
-
+  shapes = jax.eval_shape(lambda: new_state(optimizer, params))
   shardings = jax.tree.map(lambda x: x.sharding, params)
-  return _abstract(
-    jax.eval_shape(create, params), state_shardings(optimizer, params, shardings, mesh)
-  )
+  return _abstract(shapes, state_shardings(optimizer, params, shardings, mesh))
 
 
 def training_flops(config: Config, forward: int) -> int:
@@ -116,8 +110,8 @@ def programs(config: Config, mesh) -> dict[str, Program]:
   if "sft" in config.stages:
     optimizer = make_optimizer(config.sft_optimizer, 1)
     state = abstract_state(optimizer, trainable, mesh)
-    batch, length = config.sft.batch_size, config.sampler.gen_length
-    length = config.sft.response_lengths[-1] if config.sft.response_lengths else length
+    batch = config.sft.batch_size
+    length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
     total = config.data.prompt_buckets[-1] + length
     tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -157,16 +151,14 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   state = abstract_state(optimizer, trainable, mesh)
   reference = readable if config.objective.beta > 0 else None
 
-  def batch(prompts: int) -> Rollout:
-    groups = (prompts, g, length)
-    return Rollout(
-      prompt=array(jnp.int32, prompts, bucket),
-      prompt_valid=array(jnp.bool_, prompts, bucket),
-      completion=array(jnp.int32, *groups),
-      hinted=array(jnp.bool_, *groups),
-      commit_step=array(jnp.int32, *groups),
-      advantages=array(jnp.float32, prompts, g),
-    )
+  rollout = Rollout(
+    prompt=array(jnp.int32, p, bucket),
+    prompt_valid=array(jnp.bool_, p, bucket),
+    completion=array(jnp.int32, p, g, length),
+    hinted=array(jnp.bool_, p, g, length),
+    commit_step=array(jnp.int32, p, g, length),
+    advantages=array(jnp.float32, p, g),
+  )
 
   def keys(prompts: int):
     typed = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
@@ -174,8 +166,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
 
   check_micro_batches(mesh, p, rl.micro_batches, "rl.micro_batches")
   policy = make_policy_programs(lm, optimizer, config, shardings_of(state))
-  slice_size = p // rl.sample_slices
-  sampled, everything = slice_size * g, batch(p)
+  sampled = p // rl.sample_slices * g
   mean_field = rl.estimator == "mean_field"
   corruptions = 1 if mean_field else rl.inner_updates
   views = 2 if rl.estimator == "coupled" else 1
@@ -214,7 +205,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       elsewhere + held_reference,
     ),
     "likelihood": Program(
-      lambda: policy.score.lower(readable, reference, everything, keys(p)),
+      lambda: policy.score.lower(readable, reference, rollout, keys(p)),
       (),
       read * corruptions * scored_twice,
       corruptions * scored_twice * views * rl.micro_batches,
@@ -223,7 +214,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       elsewhere,
     ),
     "update": Program(
-      lambda: policy.update.lower(state, frozen, everything, scores, keys(p), number),
+      lambda: policy.update.lower(state, frozen, rollout, scores, keys(p), number),
       (),
       training_flops(config, read),
       _passes(config) * views * rl.micro_batches,

@@ -178,6 +178,12 @@ def state_shardings(
   return TrainState(whole, shardings, opt_shardings, whole, whole)
 
 
+def new_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+  """A TrainState that has seen no update."""
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+
 def make_state(
   optimizer: optax.GradientTransformation,
   params: Params,
@@ -190,16 +196,7 @@ def make_state(
   With `donate` around `params` themselves, which are of no use to the caller any more.
   """
 
-  def create(params) -> TrainState:
-    zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(
-      step=zero(),
-      params=jax.tree.map(jnp.copy, params),
-      opt_state=optimizer.init(params),
-      skipped=zero(),
-      skipped_in_a_row=zero(),
-    )
-
+  create = lambda params: new_state(optimizer, jax.tree.map(jnp.copy, params))
   out = state_shardings(optimizer, params, shardings, mesh)
   return jax.jit(create, out_shardings=out, donate_argnums=(0,) if donate else ())(params)
 
