@@ -45,8 +45,9 @@ class LM(NamedTuple):
       if there is any.
     head: `head(params, h [...,D]) -> f32[...,V]`.
     logits: `logits(params, tokens i32[B,T], valid bool[B,T] = None) -> f32[B,T,V]`.
-    unstack: `unstack(params) -> params` in the form that a loop around `hidden` reads
-      fastest on this platform; for `hidden`, `head` and `init_cache` only.
+    unstack: `unstack(params, length) -> params` in the form that a loop around `hidden`
+      reads fastest on this platform, on a canvas of so many positions; for `hidden`,
+      `head` and `init_cache` only.
     init_cache: `init_cache(params, batch, length) -> cache`, zeros.
     logical_axes: `logical_axes() ->` the parameter tree's logical axis names.
     mask_id: the absorbing token.
@@ -59,7 +60,7 @@ class LM(NamedTuple):
   hidden: Callable[..., tuple[Array, Any]]
   head: Callable[[Params, Array], Array]
   logits: Callable[..., Array]
-  unstack: Callable[[Params], Params]
+  unstack: Callable[[Params, int], Params]
   init_cache: Callable[[Params, int, int], Any]
   logical_axes: Callable[[], Any]
   mask_id: int

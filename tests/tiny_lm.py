@@ -58,7 +58,7 @@ def table_lm(stop_ids=(EOS,)):
     hidden=hidden,
     head=lambda params, h: h,
     logits=lambda params, tokens, valid=None: hidden(params, tokens)[0],
-    unstack=lambda params: params,
+    unstack=lambda params, length: params,
     init_cache=lambda params, batch, length: None,
     logical_axes=lambda: (None,),
     mask_id=MASK,

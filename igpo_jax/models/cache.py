@@ -14,14 +14,15 @@ from igpo_jax.config import ModelConfig
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import Array, Params
 
-AXES = ("layers", "act_batch", "act_length", "act_kv_heads", None)
+AXES = ("layers", "act_batch", "act_kv_heads", "act_length", None)
 
 
 @flax.struct.dataclass
 class Cache:
   """Rotated keys, and values, at their absolute positions.
 
-  Each [N,B,T,K,E], or a tuple of N [B,T,K,E] where the layers are a tuple, too.
+  Each [N,B,K,T,E], or a tuple of N [B,K,T,E] where the layers are a tuple, too. Heads first,
+  as attention multiplies them: else all of the cache is transposed at every call.
   """
 
   keys: Array | tuple[Array, ...]
@@ -30,7 +31,7 @@ class Cache:
 
 def empty(config: ModelConfig, params: Params, rows: int, length: int) -> Cache:
   """Zeros for `rows` of `length` positions, stacked as `params` are."""
-  shape = (rows, length, config.kv_heads, config.head_size)
+  shape = (rows, config.kv_heads, length, config.head_size)
 
   def zeros():
     if isinstance(params["blocks"], tuple):
@@ -45,10 +46,12 @@ def write(cache: Cache, layer: Array | int, k: Array, v: Array, start: Array):
   """Puts k, v [B,t,K,E] at positions from `start`: (k, v [B,T,K,E] of the layer, cache)."""
 
   def put(old, new):
+    new = jnp.swapaxes(new, 1, 2)
     if isinstance(old, tuple):
-      new = jax.lax.dynamic_update_slice(old[layer], new, (0, start, 0, 0))
+      new = jax.lax.dynamic_update_slice(old[layer], new, (0, 0, start, 0))
       return (*old[:layer], new, *old[layer + 1 :])
-    return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, start, 0, 0))
+    return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, start, 0))
 
   cache = Cache(put(cache.keys, k), put(cache.values, v))
-  return cache.keys[layer], cache.values[layer], cache
+  of_layer = lambda x: jnp.swapaxes(x[layer], 1, 2)  # which attention takes back
+  return of_layer(cache.keys), of_layer(cache.values), cache

@@ -48,7 +48,7 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, cache, valid, start, layer=None, read=None):
+  def __call__(self, x, cache, valid, start, tables, layer=None, read=None):
     c = self.config
     kw = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
     linear = functools.partial(Linear, lora=c.lora, **kw)
@@ -63,17 +63,17 @@ class Block(nn.Module):
 
     h = RMSNorm(c.rms_norm_eps, name="attn_norm", **kw)(x)
     h = constrain(h, "act_batch", "act_length", "act_embed")
-    asking, positions = h, start + jnp.arange(t)
+    asking, asked_tables = h, tables
     if read is not None:  # every position has keys and values, few are asked for
-      x, asking, positions = _at(read, x, 1), _at(read, h, 1), _at(read, positions, 0)
+      x, asking = _at(read, x, 1), _at(read, h, 1)
+      asked_tables = [_at(read, table, 0) for table in tables]
     q = linear(c.n_heads * c.head_size, ("embed", "heads"), name="q_proj")(asking)
     k = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="k_proj")(h)
     v = linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), name="v_proj")(h)
     q = constrain(q.reshape(query_heads), "act_batch", "act_length", "act_heads", None)
     k = constrain(k.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
     v = constrain(v.reshape(kv_heads), "act_batch", "act_length", "act_kv_heads", None)
-    k = apply_rope(k, *rope_tables(start + jnp.arange(t), c.head_size, c.rope_theta))
-    q = apply_rope(q, *rope_tables(positions, c.head_size, c.rope_theta))
+    k, q = apply_rope(k, *tables), apply_rope(q, *asked_tables)
     if cache is not None:
       k, v, cache = write(cache, layer, k, v, start)
     h = attend(q, k, v, valid, c.attention).reshape(b, -1, c.n_heads * c.head_size)
@@ -110,30 +110,35 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(nn.broadcast,) * 4,
       length=c.n_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    x, _ = blocks(c, name="blocks")(x, None, valid, 0)
+    # Before the loop: inside it, XLA's CPU backend fuses sine and cosine into every element
+    # of every query and key (docs/LOG.md).
+    tables = rope_tables(jnp.arange(tokens.shape[1]), c.head_size, c.rope_theta)
+    x, _ = blocks(c, name="blocks")(x, None, valid, 0, tables)
     x = RMSNorm(c.rms_norm_eps, name="ln_f", **kw)(x)
     if self.is_initializing() and not c.tie_embeddings:
       Linear(c.vocab_size, ("embed", "vocab"), name="head", **kw)(x)
     return x
 
 
-def unstack(config: ModelConfig, params: Params) -> Params:
+def unstack(config: ModelConfig, params: Params, length: int) -> Params:
   """`params` with a tuple of layers, on the CPU and if they are few; else as they are.
 
-  XLA's CPU backend copies a layer's weights out of the stack at every use. A caller with
-  a loop around `LM.hidden` has that done once, before the loop, and pays with a copy of
-  the layers and a program that grows with their number.
+  XLA's CPU backend copies a layer's weights out of the stack at every use, and fuses the
+  sines and cosines of RoPE into every element that they rotate. A caller with a loop around
+  `LM.hidden` has both done once, before the loop, and pays with a copy of the layers and a
+  program that grows with their number. The tables, for `length` positions, are at "rope".
   """
   if platform() != "cpu" or config.n_layers > UNSTACKED_LAYERS:
     return params
   layers = tuple(
     jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(config.n_layers)
   )
-  return {**params, "blocks": layers}
+  tables = rope_tables(jnp.arange(length), config.head_size, config.rope_theta)
+  return {**params, "blocks": layers, "rope": tables}
 
 
 def read_hidden(
@@ -148,11 +153,16 @@ def read_hidden(
   # Few positions need not divide over the devices, and nothing is kept for a backward pass.
   block = Block(dataclasses.replace(config, shard_sequence=False))
   last, stack = config.n_layers - 1, params["blocks"]
+  if "rope" in params:
+    tables = [_at((start, tokens.shape[1]), table, 0) for table in params["rope"]]
+  else:
+    positions = start + jnp.arange(tokens.shape[1])
+    tables = rope_tables(positions, config.head_size, config.rope_theta)
 
   def layer(i, carry, read=None):
     x, cache = carry
     weights = stack[i] if isinstance(stack, tuple) else jax.tree.map(lambda w: w[i], stack)
-    return block.apply({"params": weights}, x, cache, valid, start, i, read)
+    return block.apply({"params": weights}, x, cache, valid, start, tables, i, read)
 
   embed = nn.Embed(config.vocab_size, config.d_model, **kw)
   x = embed.apply({"params": params["wte"]}, tokens)
