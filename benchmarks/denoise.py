@@ -61,12 +61,16 @@ def needed_flops(
   rows: list[int],
   length: int,
   calls: list[tuple[int, int]],
+  decided: int,
 ) -> int:
-  """FLOPs of a run that made (refreshes, other calls) for so many rows in each block."""
-  total = 0
+  """FLOPs of a run that made (refreshes, other calls) for so many rows in each block.
+
+  The head is needed `decided` times: for a position once in each call until it is committed.
+  """
+  total = forward_flops(model, 1, 1, 1, decided, 0) - forward_flops(model, 1, 1, 1, 0, 0)
   for active, (refreshes, others), width in zip(rows, calls, seen_widths(cfg), strict=True):
-    whole = forward_flops(model, active, length, length, cfg.block_length, cfg.block_length)
-    part = forward_flops(model, active, width, length, cfg.block_length, cfg.block_length)
+    whole = forward_flops(model, active, length, length, 0, cfg.block_length)
+    part = forward_flops(model, active, width, length, 0, cfg.block_length)
     total += refreshes * whole + others * part
   return total
 
@@ -148,7 +152,9 @@ def main() -> None:
     out = outs[name]
     calls = calls_by_block(cfg, out.commit_step)
     assert sum(map(sum, calls)) == out.forwards and sum(c[0] for c in calls) == out.refreshes
-    flops = needed_flops(model, cfg, active, length, calls)
+    committed = out.commit_step[out.commit_step >= 0]
+    decided = int((committed % cfg.steps_per_block + 1).sum())
+    flops = needed_flops(model, cfg, active, length, calls, decided)
     times = common.spread(seconds[name])
     results[name] |= {
       "seconds": times,

@@ -34,19 +34,20 @@ def test_denoise_at_a_tiny_size(monkeypatch, capsys):
     )
     assert case["temp_bytes"] > 0 and case["compile_seconds"] > 0
   # Four rows in the first block, of which two are finished after it.
-  call = lambda rows: forward_flops(TINY_MODEL, rows, 14, 14, head_positions=4, read=4)
-  assert none["flops"] == halves["flops"] == 4 * call(4) + 4 * call(2)
+  call = lambda rows: forward_flops(TINY_MODEL, rows, 14, 14, read=4)
+  head = 2 * 16 * 64 * (4 + 3 + 2 + 1)  # of one row's block: a step commits one position
+  assert none["flops"] == halves["flops"] == 4 * call(4) + 4 * call(2) + head * (4 + 2)
   assert out["compilations_while_timing"] == 0 and out["memory"]["peak_rss_bytes"] > 0
 
 
 def test_flops_of_cached_calls_by_hand():
   sampler = SamplerConfig(8, 4, 8)
-  whole = forward_flops(TINY_MODEL, 2, 10, 10, 4, 4)
+  whole = forward_flops(TINY_MODEL, 2, 10, 10, 0, 4)
   prefix = denoise.parse_case("prefix", sampler)
   assert denoise.seen_widths(prefix) == [8, 4]
-  flops = denoise.needed_flops(TINY_MODEL, prefix, [2, 2], 10, [(1, 3), (1, 2)])
-  eight, four = (forward_flops(TINY_MODEL, 2, n, 10, 4, 4) for n in (8, 4))
-  assert flops == 2 * whole + 3 * eight + 2 * four
+  flops = denoise.needed_flops(TINY_MODEL, prefix, [2, 2], 10, [(1, 3), (1, 2)], 36)
+  eight, four = (forward_flops(TINY_MODEL, 2, n, 10, 0, 4) for n in (8, 4))
+  assert flops == 2 * whole + 3 * eight + 2 * four + 36 * 2 * 16 * 64
   dual = denoise.parse_case("dual+factor=0.5", sampler)
   assert dual.factor == 0.5 and denoise.seen_widths(dual) == [4, 4]
 

@@ -15,6 +15,7 @@ import scipy.stats
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
+from igpo_jax.diffusion import network, sampler
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
 from igpo_jax.types import Canvas
@@ -107,7 +108,6 @@ def twin_row(lm, logits_of, tokens, fixed, valid, key, cfg):
       count = had // cfg.steps_per_block + (i < had % cfg.steps_per_block)
       start = first if cfg.allow_mask else begin
       window = range(start, begin + cfg.block_length)
-      drawn = cfg.gen_length if cfg.allow_mask else cfg.block_length
       step_key = jax.random.fold_in(key, now)
 
       logits = logits_of(tokens, valid)
@@ -115,13 +115,14 @@ def twin_row(lm, logits_of, tokens, fixed, valid, key, cfg):
         blind = logits_of(np.where(fixed, lm.mask_id, tokens), valid)
         logits = blind + (cfg.cfg_scale + 1) * (logits - blind)
       scores = logits.copy()
+      streams = [jax.random.fold_in(step_key, stream) for stream in (0, 1)]
       if cfg.temperature:
-        shape = (drawn, lm.vocab_size)
-        gumbel = np.asarray(jax.random.gumbel(step_key, shape, mode="high"))
-        scores[start : start + drawn] += cfg.temperature * gumbel
+        for k in window:
+          noise_key = jax.random.fold_in(streams[0], k - first)
+          gumbel = jax.random.gumbel(noise_key, (lm.vocab_size,), mode="high")
+          scores[k] += cfg.temperature * np.asarray(gumbel)
       if not cfg.allow_mask:
         scores[:, lm.mask_id] = -np.inf
-      uniform = np.asarray(jax.random.uniform(jax.random.fold_in(step_key, 1), (drawn,)))
 
       candidates = []
       for k in window:
@@ -130,7 +131,9 @@ def twin_row(lm, logits_of, tokens, fixed, valid, key, cfg):
         token = int(np.argmax(scores[k]))
         shifted = logits[k].astype(np.float64) - logits[k].max()
         confidence = np.exp(shifted[token]) / np.exp(shifted).sum()
-        value = uniform[k - start] if cfg.remasking == "random" else confidence
+        value = confidence
+        if cfg.remasking == "random":
+          value = float(jax.random.uniform(jax.random.fold_in(streams[1], k - first)))
         last = cfg.suppress_eos and token in lm.stop_ids
         candidates.append((last, -value, k, token, confidence))
       candidates.sort()
@@ -214,6 +217,28 @@ def test_the_loop_equals_its_python_twin(name):
       forwards.append(calls)
     # A block takes as many forwards as its slowest row, and no more.
     assert out.forwards == np.max(forwards, axis=0).sum()
+
+
+@pytest.fixture
+def narrow_heads(monkeypatch):
+  """The head on few positions at this size, too, where it would not pay."""
+  monkeypatch.setattr(network, "FEW_LOGITS", 0)
+  sampler._denoise.clear_cache()
+  yield
+  sampler._denoise.clear_cache()
+
+
+@pytest.mark.parametrize(
+  "name", ["row_stop", "random_temperature", "threshold", "allow_mask_temperature", "all"]
+)
+def test_results_do_not_depend_on_how_many_positions_the_head_sees(name, narrow_heads):
+  assert network.head_widths(ROWS, 4, VOCAB) == [4, 3, 2, 1]
+  test_the_loop_equals_its_python_twin(name)
+
+
+@pytest.mark.parametrize("path", CASES[::3], ids=lambda p: p.stem)
+def test_the_official_tokens_with_a_narrow_head(path, narrow_heads):
+  test_every_token_is_the_official_codes(path)
 
 
 def test_the_twin_cases_reach_what_they_are_named_after():

@@ -19,9 +19,12 @@ def choose(
   candidates: Array,
   count: Array,
   keys: Array,
+  places: Array,
   gumbel: Array | None = None,
 ) -> tuple[Array, Array]:
   """Decides a step for w positions of each row (METHOD 2).
+
+  Noise belongs to a position: the same for it whichever others are decided with it.
 
   Args:
     lm: the model, for its special tokens.
@@ -30,17 +33,17 @@ def choose(
     candidates: bool[B,w], what may be committed.
     count: i32[B], how many positions each row commits at least.
     keys: key[B] of this step.
+    places: i32[B,w], names of the positions, ascending: what their noise is drawn for.
     gumbel: f32[B,w,V] standard noise in place of what `keys` would give; for tests.
 
   Returns:
     (commit bool[B,w], chosen tokens i32[B,w]).
   """
-  width = logits.shape[1]
   scores = logits
   if cfg.temperature > 0:
     if gumbel is None:
-      draw = lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32, mode="high")
-      gumbel = jax.vmap(draw)(keys)
+      draw = lambda k: jax.random.gumbel(k, logits.shape[2:], jnp.float32, mode="high")
+      gumbel = at_places(draw, keys, places, 0)
     scores = logits + cfg.temperature * gumbel
   chosen = argmax_last(scores, None if cfg.allow_mask else lm.mask_id)
 
@@ -48,8 +51,7 @@ def choose(
   picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   log_confidence = picked - jax.nn.logsumexp(logits, axis=-1)
   if cfg.remasking == "random":
-    uniform = lambda k: jax.random.uniform(jax.random.fold_in(k, 1), (width,))
-    rank_by = jax.vmap(uniform)(keys)
+    rank_by = at_places(jax.random.uniform, keys, places, 1)
   else:
     rank_by = log_confidence
   if cfg.suppress_eos:
@@ -64,6 +66,16 @@ def choose(
     sure = factor_count(log_confidence, candidates, cfg.factor)
     commit |= topk_mask(log_confidence, candidates, sure)
   return commit, chosen
+
+
+def at_places(draw, keys: Array, places: Array, stream: int) -> Array:
+  """`draw(key)` with a key for each of places i32[B,w], from key[B]: [B,w,...]."""
+
+  def of_row(key, places):
+    key = jax.random.fold_in(key, stream)
+    return jax.vmap(lambda place: draw(jax.random.fold_in(key, place)))(places)
+
+  return jax.vmap(of_row)(keys, places)
 
 
 def factor_count(log_confidence: Array, candidates: Array, factor: float) -> Array:

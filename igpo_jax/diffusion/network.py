@@ -27,6 +27,8 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.types import LM, Array, Params
 
 PREFIX_PROGRAMS = 4  # widths that the calls of a prefix-cached run are compiled for
+HEAD_PROGRAMS = 4  # widths that the head and the choice are compiled for, and
+FEW_LOGITS = 2**17  # how many logits a call has at least for that to pay
 
 
 def cached_widths(cfg: SamplerConfig) -> tuple[int, ...]:
@@ -67,7 +69,7 @@ def region(cfg: SamplerConfig, length: int, block: Array) -> tuple[Array | int, 
   return first + block * cfg.block_length, cfg.block_length
 
 
-def block_logits(
+def block_hidden(
   lm: LM,
   params: Params,
   cfg: SamplerConfig,
@@ -78,7 +80,7 @@ def block_logits(
   block: Array,
   seen: int | None = None,
 ) -> tuple[Array, Any]:
-  """One call of the network.
+  """One call of the network, up to the head.
 
   Args:
     tokens: i32[B,T].
@@ -90,13 +92,15 @@ def block_logits(
       canvas, which renews the cache.
 
   Returns:
-    (logits f32[B,width,V] of `region`, cache).
+    (h [C,B,width,D] of `region`, cache); C is 2 with guidance, the unconditional input
+    last, else 1.
   """
   start, width = region(cfg, tokens.shape[1], block)
+  inputs = 1
   if cfg.cfg_scale:
     # The unconditional input hides all that was given: prompt and hints.
     tokens = jnp.concatenate([tokens, jnp.where(fixed, lm.mask_id, tokens)])
-    valid = jnp.concatenate([valid, valid])
+    valid, inputs = jnp.concatenate([valid, valid]), 2
   if cfg.cache != "none":
     past_end = ((0, 0), (0, overhang(cfg)))
     valid = jnp.pad(valid, past_end)
@@ -105,8 +109,24 @@ def block_logits(
   else:
     window = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, past_end), start, seen, axis=1)
     h, cache = lm.hidden(params, window, valid, start=start, cache=cache, read=(0, width))
-  logits = lm.head(params, h)
+  return h.reshape(inputs, -1, *h.shape[1:]), cache
+
+
+def head_logits(lm: LM, params: Params, cfg: SamplerConfig, h: Array) -> Array:
+  """Logits f32[B,w,V] of h [C,B,w,D] from `block_hidden`, guided if the config says so."""
+  logits = lm.head(params, h.reshape(-1, *h.shape[2:]))
   if cfg.cfg_scale:
     conditional, unconditional = jnp.split(logits, 2)
     logits = unconditional + (cfg.cfg_scale + 1) * (conditional - unconditional)
-  return logits, cache
+  return logits
+
+
+def head_widths(rows: int, width: int, vocab_size: int) -> list[int]:
+  """To how many positions of a row the head may be applied, largest first.
+
+  A program is compiled for each, so they are few: quarters of `width`, and all of it
+  where the logits of a call are few. Example: of 32 positions 32, 24, 16 and 8.
+  """
+  if rows * width * vocab_size < FEW_LOGITS:
+    return [width]
+  return sorted({-(-width * n // HEAD_PROGRAMS) for n in range(1, HEAD_PROGRAMS + 1)})[::-1]

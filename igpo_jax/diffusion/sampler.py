@@ -25,7 +25,15 @@ import jax.numpy as jnp
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
-from igpo_jax.diffusion.network import block_logits, cached_widths, init_cache, region
+from igpo_jax.diffusion.network import (
+  block_hidden,
+  cached_widths,
+  head_logits,
+  head_widths,
+  init_cache,
+  overhang,
+  region,
+)
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
 from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params
@@ -126,7 +134,7 @@ def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   b, t = canvas.tokens.shape
-  params = lm.unstack(params)
+  params = lm.unstack(params, t + overhang(cfg))
   rows = _Rows(
     tokens=constrain(canvas.tokens, "act_batch", "act_length"),
     commit_step=jnp.full((b, t), -1, jnp.int32),
@@ -177,6 +185,49 @@ def _masks(lm, cfg, rows: _Rows) -> Array:
   return (rows.tokens == lm.mask_id) & ~rows.fixed & (jnp.arange(t) >= t - cfg.gen_length)
 
 
+def _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel):
+  """Head and choice where it matters: (commit bool[B,width], chosen i32[B,width]).
+
+  What is committed needs no logits, on average half of a block. Each row's candidates
+  come first, and as many positions are decided as the row with the most of them has,
+  rounded up to a few widths.
+
+  Args:
+    h: [C,B,width,D] from `block_hidden`.
+    candidates: bool[B,width].
+    share, keys: see `choose`.
+    first: the place of the first position in the completion.
+    gumbel: f32[B,width,V] or None.
+  """
+  b, width = candidates.shape
+  order = jnp.argsort(~candidates, axis=1, stable=True)  # i32[B,width]
+  sizes = head_widths(b, width, lm.vocab_size)
+
+  def with_width(size, h):
+    at = order[:, :size]
+    take = lambda x: jnp.take_along_axis(x, at, axis=1)
+    some = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
+    noise = gumbel
+    if size < width:
+      h = jax.vmap(some)(h)
+      noise = None if gumbel is None else some(gumbel)
+    else:
+      at, take = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
+    logits = head_logits(lm, params, cfg, h)
+    commit, chosen = choose(lm, cfg, logits, take(candidates), share, keys, first + at, noise)
+    if size == width:
+      return commit, chosen
+    put = lambda x: jax.vmap(lambda at, x: jnp.zeros(width, x.dtype).at[at].set(x))(at, x)
+    return put(commit), put(chosen)
+
+  if len(sizes) == 1:
+    return with_width(width, h)
+  # Only h goes in: a conditional that carried the cache would copy it.
+  most = jnp.max(jnp.sum(candidates, axis=1))
+  which = jnp.sum(jnp.asarray(sizes) >= most) - 1
+  return jax.lax.switch(which, [functools.partial(with_width, size) for size in sizes], h)
+
+
 def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, count: _Count):
   """All steps of one block, in which calls with a cache see `seen` positions: (rows, count)."""
   b, t = rows.tokens.shape
@@ -203,7 +254,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
   def step(state, seen=None):
     i, rows, count, cache = state
     now = block * per_block + i
-    logits, cache = block_logits(
+    h, cache = block_hidden(
       lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, seen
     )
     start, width = region(cfg, t, block)
@@ -212,7 +263,8 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, now)
     candidates = part(masks_of(rows) & (position < begin + cfg.block_length))
     share = commits_at(had, per_block, i)
-    commit, chosen = choose(lm, cfg, logits, candidates, share, keys, gumbel)
+    first = start - (t - cfg.gen_length)  # noise is named by places in the completion
+    commit, chosen = _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel)
 
     old = part(rows.tokens)
     new = jnp.where(commit, chosen, old)
