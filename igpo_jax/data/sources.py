@@ -302,11 +302,13 @@ def _load_tfds(
 def _load_synthetic(
   name: str, split: str = "train", n: int | str = 1000, seed: int | str = 0, **options: Any
 ) -> Loaded:
-  from igpo_jax.data import synthetic
+  from igpo_jax.data import maps, synthetic
 
-  if name:
-    options = {"name": name} | options
-  records = synthetic.make_records(
+  tasks = {"chains": synthetic.make_records, "maps": maps.make_records}
+  name = name or "chains"
+  if name not in tasks:
+    raise UserError(f"synthetic: no task {name!r}; known: {', '.join(tasks)}")
+  records = tasks[name](
     split,
     _integer("n", n),
     _integer("seed", seed),

@@ -1,6 +1,6 @@
 """Generated problems with a reasoning trace and a verifiable answer, at any difficulty.
 
-One task so far, `chains`: a number and a list of steps that change it digit by digit,
+The task `chains` (another is in data/maps.py): a number and a list of steps that change it digit by digit,
 with no carry. The trace restates the number after every step, then the answer:
 
     prompt   352+417^250_918          trace   769 769 718 =>718
@@ -122,7 +122,6 @@ def make_records(
   split: str,
   n: int,
   seed: int = 0,
-  name: str = "chains",
   min_steps: int | str = 2,
   max_steps: int | str = 8,
   digits: int | str = 3,
@@ -138,7 +137,6 @@ def make_records(
     split: "train" or "test".
     n: how many.
     seed: of the generator.
-    name: "chains".
     min_steps, max_steps: the number of steps is uniform in this range.
     digits: digits of the number, 1 to 6.
     ops: common kinds of steps, out of add, sub, max, min.
@@ -153,10 +151,8 @@ def make_records(
       problems are those of a source without.
 
   Raises:
-    UserError: an unknown split or task, or options out of range.
+    UserError: an unknown split, or options out of range.
   """
-  if name != "chains":
-    raise UserError(f"synthetic: no task {name!r}; known: chains")
   if split not in ("train", "test"):
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
   try:

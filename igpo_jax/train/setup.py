@@ -15,9 +15,9 @@ from igpo_jax.cli import UserError
 from igpo_jax.config import Config, OptimizerConfig
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.convert.sources import open_source
+from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
-from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import (
   CharTokenizer,
   Tokenizer,
@@ -30,6 +30,8 @@ from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.distributed import agree, from_first
 from igpo_jax.parallel.sharding import replicated, tree_shardings
 from igpo_jax.types import LM, Array, Params, TrainState
+
+CHARACTERS = {"char": synthetic.ALPHABET, "char:maps": maps.ALPHABET}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def load_source(uri: str, log: Any = None) -> list[Record]:
 def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
   """The run's tokenizer: the one in the workdir if there is one, else as configured.
 
-  "char" is the alphabet of the synthetic tasks; "sentencepiece:N" trains N pieces on
+  "char" has the alphabet of `synthetic:chains`, "char:maps" that of `synthetic:maps`; "sentencepiece:N" trains N pieces on
   the sft (else rl) source; anything else is a directory to load. The result is saved
   in the workdir, so a run keeps its tokenizer. Process 0 makes it, all read it there.
   """
@@ -82,8 +84,8 @@ def _new_tokenizer(config: Config) -> Tokenizer:
   spec = config.data.tokenizer
   if config.init_from and spec == "char":
     spec = str(open_source(config.init_from).tokenizer or spec)  # the weights' own
-  if spec == "char":
-    return CharTokenizer(ALPHABET)
+  if spec in CHARACTERS:
+    return CharTokenizer(CHARACTERS[spec])
   if spec.startswith("sentencepiece:"):
     size = spec.partition(":")[2]
     if not size.isdigit():
