@@ -154,7 +154,8 @@ class DataConfig:
   Attributes:
     sft, rl: sources of the two training stages.
     eval: benchmark name -> source, as "name=uri" strings.
-    tokenizer: a directory, "char" (built in), or "sentencepiece:VOCAB_SIZE" (trained
+    tokenizer: a directory, "char" or "char:maps" (built in: the characters of the
+      sources synthetic:chains and synthetic:maps), or "sentencepiece:VOCAB_SIZE" (trained
       on the sft source at the first run and kept in the workdir).
     prompt_buckets: prompt lengths that programs are compiled for.
   """

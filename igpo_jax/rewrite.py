@@ -102,7 +102,11 @@ def parse_arguments() -> argparse.Namespace:
   add("--price-in", type=float, default=0.0, help="per million tokens, to show the cost")
   add("--price-out", type=float, default=0.0, help="per million tokens")
   group = parser.add_argument_group("trim")
-  group.add_argument("--rules", default="english", help="whose notation to trim by (%(default)s)")
+  group.add_argument(
+    "--rules",
+    default="english",
+    help="whose notation to trim by; chains and maps are the generated tasks' (%(default)s)",
+  )
   args = parser.parse_args()
   check(args)
   return args

@@ -22,7 +22,7 @@ from igpo_jax.align.engine import Engine
 from igpo_jax.align.journal import Journal, Paths
 from igpo_jax.align.judge import Judge, Verdict
 from igpo_jax.cli import UserError
-from igpo_jax.data import synthetic
+from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
@@ -322,6 +322,19 @@ def test_alignment_of_verbose_chains_gives_back_the_concise_ones():
     assert long.trace[slice(*long.answer_span)] == f"=>{long.answer}"
   with Scorer("exact") as scorer:
     assert scorer([r.trace for r in verbose], verbose).correct.all()
+
+
+def test_alignment_of_verbose_maps_gives_back_the_concise_ones():
+  options = "synthetic:maps?steps=8&n=300&seed=5"
+  concise = load_records(options).records
+  verbose = load_records(f"{options}&detours=1").records
+  assert [(r.question, r.answer) for r in verbose] == [(r.question, r.answer) for r in concise]
+  count = lambda text: len(CharTokenizer(maps.ALPHABET).encode(text)) + 1
+  assert np.mean([count(r.trace) <= 11 for r in verbose]) < 0.1
+  rules = trim.rules("maps")
+  for short, long in zip(concise, verbose, strict=True):
+    assert rules(long.trace, long.answer, count, 11) == short.trace
+    assert count(short.trace) == 11
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 
 from igpo_jax.cli import UserError
-from igpo_jax.data import spans, synthetic
+from igpo_jax.data import maps, spans, synthetic
 
 Count = Callable[[str], int]
 Rules = Callable[[str, str, Count, int], str]
@@ -161,3 +161,10 @@ def trim_chain(trace: str, answer: str, count: Count, max_tokens: int) -> str:
   """The generated task's traces (`data.synthetic`) without their detours."""
   del answer, count, max_tokens
   return synthetic.without_detours(trace)
+
+
+@register_rules("maps")
+def trim_maps(trace: str, answer: str, count: Count, max_tokens: int) -> str:
+  """The other generated task's traces (`data.maps`) without their detours."""
+  del answer, count, max_tokens
+  return maps.without_detours(trace)

@@ -62,8 +62,8 @@ def with_detours(problem: str, path: str, mean: float, rng: np.random.Generator)
     again = 0
     for _ in range(rng.poisson(mean)):
       kind = rng.integers(3)
-      if kind == 0:
-        out.append(f"{before}{problem[1 + step]}=")
+      if kind == 0:  # not from the answer's letter, which may be the start
+        out.append(f"{before}{problem[1 + step]}=" if before != path[-1] else "")
       elif kind == 1:
         others = [x for x in LETTERS if x not in (letter, path[-1])]
         out.append(f"{others[rng.integers(len(others))]}-")
@@ -82,8 +82,10 @@ def without_detours(trace: str) -> str:
 def _number(option: str, value, kind, low, high):
   try:
     number = kind(value)
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise UserError(f"synthetic: {option}: {error}") from None
+  if kind is int and number != float(value):
+    raise UserError(f"synthetic: {option}={value} is not a whole number")
   if not low <= number <= high:
     raise UserError(f"synthetic: {option}={number} is not in [{low}, {high}]")
   return number
