@@ -191,6 +191,9 @@ class HintConfig:
       by up to 1.5 x, the last 30 positions free (official code).
     hide_answer_value: also drop chunks that overlap the answer's value in the
       trace. Off as in the paper, on for synthetic tasks.
+    leak_answer: every hinted canvas also shows the trace from its answer on, as the official
+      code's always-revealed last chunk does. A fault, here to be studied (benchmarks/claims):
+      the policy gets the answer without the reasoning.
   """
 
   ratio_low: float = 0.2
@@ -200,6 +203,7 @@ class HintConfig:
   replace_fraction: float = 0.5
   placement: Literal["index", "stretch"] = "index"
   hide_answer_value: bool = False
+  leak_answer: bool = False
 
   def __post_init__(self):
     check_choices(self, "hints")
@@ -213,6 +217,10 @@ class HintConfig:
       f"hints.chunk_min={self.chunk_min}, hints.chunk_max={self.chunk_max}: need 1 <= min <= max",
     )
     require(0 < self.replace_fraction <= 1, "hints.replace_fraction must be in (0, 1]")
+    require(
+      not (self.hide_answer_value and self.leak_answer),
+      "hints.hide_answer_value and hints.leak_answer contradict each other: give one of them",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Generated problems with a reasoning trace and a verifiable answer, at any difficulty.
 
-The task `chains` (another is in data/maps.py): a number and a list of steps that change it digit by digit,
-with no carry. The trace restates the number after every step, then the answer:
+The task `chains` (another is in data/maps.py): a number and a list of steps that change it
+digit by digit, with no carry. The trace restates the number after every step, then the answer:
 
     prompt   352+417^250_918          trace   769 769 718 =>718
     +417     add, each digit held at 9        ^250   the larger of the two digits

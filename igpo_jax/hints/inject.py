@@ -28,11 +28,12 @@ def hint_canvas(
   mask_id: int,
   placement: str = "index",
   forbidden: Sequence[Chunk] = (),
+  leak_answer: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """A completion canvas with a share of the trace's chunks in place.
 
   The trace is cut to the canvas and only what stands before the final answer is
-  segmented, so no hint ever shows the answer span or what follows it.
+  segmented, so no hint ever shows the answer span or what follows it (`leak_answer` aside).
 
   Args:
     trace_ids: the ground-truth trace, any length; empty gives an unhinted canvas.
@@ -46,6 +47,7 @@ def hint_canvas(
     placement: "index" or "stretch" (see `chunks`).
     forbidden: further token ranges of the trace; chunks that overlap one are never
       shown (they still count in N, as what the switch `hide_answer_value` drops).
+    leak_answer: also show the trace from the answer on, at its index, as far as the canvas goes.
 
   Returns:
     (tokens i32[L], hinted bool[L]).
@@ -75,6 +77,8 @@ def hint_canvas(
   else:
     raise UserError(f"hint placement {placement!r} is not one of index, stretch")
 
+  if leak_answer and answer_start < gen_length:
+    placed += place_index([(answer_start, min(len(trace), gen_length))])
   tokens = np.full(gen_length, mask_id, np.int32)
   hinted = np.zeros(gen_length, bool)
   for at, start, end in placed:
@@ -113,6 +117,7 @@ def hinted_group(
       mask_id,
       cfg.placement,
       forbidden if cfg.hide_answer_value else (),
+      cfg.leak_answer,
     )
     for _ in range(group_size)
   ]

@@ -71,9 +71,10 @@ def load_source(uri: str, log: Any = None) -> list[Record]:
 def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
   """The run's tokenizer: the one in the workdir if there is one, else as configured.
 
-  "char" has the alphabet of `synthetic:chains`, "char:maps" that of `synthetic:maps`; "sentencepiece:N" trains N pieces on
-  the sft (else rl) source; anything else is a directory to load. The result is saved
-  in the workdir, so a run keeps its tokenizer. Process 0 makes it, all read it there.
+  "char" has the alphabet of `synthetic:chains`, "char:maps" that of `synthetic:maps`;
+  "sentencepiece:N" trains N pieces on the sft (else rl) source; anything else is a directory
+  to load. The result is saved in the workdir, so a run keeps its tokenizer. Process 0 makes
+  it, all read it there.
   """
   kept = workdir / "tokenizer"
   from_first(lambda: None if has_tokenizer(kept) else _new_tokenizer(config).save(kept))

@@ -1,0 +1,123 @@
+"""The arms of the study: one base config, and what each arm changes of it.
+
+Arms are shared: "igpo" is run once a seed and compared with others in most claims. All
+arms of a seed start from the same SFT checkpoint (but the one that is about SFT), see the
+same prompts in the same order, and sample with the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from igpo_jax.config import Config, default_config, freeze
+
+STEPS, MAPS = 10, 2  # of a problem, and of the task (igpo_jax/data/maps.py)
+WINDOW = 14  # positions that RL samples; a concise trace has 12 tokens and its end
+LONG = 32  # positions that verbose traces are padded to
+DETOURS = 0.3  # of the verbose traces: 19 tokens on average, one in twenty fits the window
+TASK = "synthetic:maps?steps={steps}&maps={maps}&table={table}"
+CARELESS = "&doubtful=0.35&slips=0.7"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to train.
+
+  Attributes:
+    label: for tables and plots.
+    changes: options of the base config, by dotted name.
+    sft: whose SFT checkpoint it starts from.
+    rl: options of the RL stage's source, appended to its URI.
+  """
+
+  label: str
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  sft: str = "aligned"
+  rl: str = ""
+
+
+ARMS = {
+  "igpo": Arm("IGPO"),
+  "grpo": Arm("GRPO", {"rl.exploration": "none"}),
+  "resample": Arm("GRPO, as many samples as IGPO", {"rl.exploration": "resample"}),
+  "full_hints": Arm("full hints (eta 1)", {"hints.ratio_low": 1.0, "hints.ratio_high": 1.0}),
+  "tau_0.05": Arm("tau 0.05", {"objective.entropy_keep": 0.05}),
+  "tau_0.5": Arm("tau 0.5", {"objective.entropy_keep": 0.5}),
+  "tau_1": Arm("tau 1, no filter", {"objective.entropy_keep": 1.0}),
+  "verbose": Arm("IGPO after SFT on verbose traces", sft="verbose"),
+  "leak": Arm("answer leaked", {"hints.leak_answer": True}),
+  "official": Arm("sequence_official", {"objective.ratio": "sequence_official"}),
+  "official_tau_1": Arm(
+    "sequence_official, tau 1",
+    {"objective.ratio": "sequence_official", "objective.entropy_keep": 1.0},
+  ),
+  "mean_field": Arm("mean-field", {"rl.estimator": "mean_field"}),
+  "coupled": Arm("coupled masks", {"rl.estimator": "coupled"}),
+  "noise_0.1": Arm("a tenth of the trace wrong", rl="&noise=0.1"),
+  "noise_0.3": Arm("three tenths wrong", rl="&noise=0.3"),
+}
+SFT = {"aligned": "", "verbose": f"&detours={DETOURS}"}  # what is added to the SFT source
+
+
+def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
+  """The config of an arm: SFT and RL; its SFT stage is the same for all arms of one `sft`."""
+  spec = ARMS[arm]
+  config = default_config()
+  config.seed = seed
+  task = TASK.format(steps=4 if smoke else STEPS, maps=MAPS, table=seed)
+  records = 200 if smoke else 20_000
+  train = f"{task}&split=train&n={records}"
+  config.data.tokenizer = "char:maps"
+  config.data.sft = f"{train}&seed={10 * seed + 1}{CARELESS}{SFT[spec.sft]}"
+  config.data.rl = f"{train}&seed={10 * seed + 2}{spec.rl}"
+  config.data.eval = (f"test={task}&split=test&n={16 if smoke else 512}&seed={10 * seed + 3}",)
+  config.data.prompt_buckets = (STEPS + 2,)
+  config.reward.verifier = "exact"
+
+  config.model.d_model = 16 if smoke else 64
+  config.model.n_layers = 1 if smoke else 2
+  config.model.mlp_hidden = 32 if smoke else 256
+  config.model.rope_theta = 100.0  # sequences of 26 tokens: 500,000 wastes most frequencies
+
+  config.sampler.gen_length = WINDOW
+  config.sampler.block_length = WINDOW // 2
+  config.sampler.steps = WINDOW  # one token a step: a letter hangs on the one before
+  config.sampler.temperature = 1.0
+
+  config.sft.steps = 4 if smoke else 800
+  config.sft.batch_size = 8 if smoke else 64
+  config.sft.response_lengths = (LONG,) if spec.sft == "verbose" else ()
+  config.sft_optimizer.learning_rate = 5e-3
+  config.sft_optimizer.warmup_steps = 1 if smoke else 30
+  config.sft_optimizer.schedule = "cosine"
+  config.sft_optimizer.weight_decay = 0.01
+
+  config.hints.chunk_min, config.hints.chunk_max = 2, 4  # of 9 tokens before the answer
+  config.objective.beta = 0.0
+  config.rl.steps = 2 if smoke else 60
+  config.rl.prompts_per_step = 2 if smoke else 16
+  config.rl.group_size = 4 if smoke else 8
+  config.rl.inner_updates = 2
+  config.rl.estimator = "random_ratio"
+  config.rl.eval_every = 1 if smoke else 15
+  config.rl_optimizer.learning_rate = 4e-4
+  config.rl_optimizer.warmup_steps = 1 if smoke else 5
+  config.rl_optimizer.schedule = "linear"
+  config.rl_optimizer.weight_decay = 0.0
+  config.rl_optimizer.clip_norm = 1.0
+
+  config.eval.initial = False
+  config.eval.batch_size = 16 if smoke else 256
+  config.checkpoint.every = 20
+  config.checkpoint.keep = 1
+  config.log.tensorboard = False
+  config.log.samples_every = 0
+  config.update_from_flattened_dict(spec.changes)
+  return freeze(config)
+
+
+def sft_config(sft: str, seed: int, smoke: bool = False) -> Config:
+  """The config of an SFT run, the same whichever arms follow it."""
+  arm = next(name for name, spec in ARMS.items() if spec.sft == sft and not spec.changes)
+  return dataclasses.replace(make_config(arm, seed, smoke), stages=("sft",))

@@ -1,0 +1,203 @@
+"""What each claim compares, and the numbers that come of it: paired over seeds, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.claims.arms import ARMS
+from benchmarks.claims.runs import THEOREM
+
+Results = dict[tuple[str, int], dict]  # by (run, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """A number of one run.
+
+  Attributes:
+    label: for the table's column.
+    of: result -> number.
+  """
+
+  label: str
+  of: Callable[[dict], float]
+
+
+def _mean(curve: str) -> Callable[[dict], float]:
+  return lambda result: float(np.mean(result["curves"][curve]))
+
+
+def _fall(result: dict) -> float:
+  """The largest fall of accuracy from the best evaluation so far."""
+  values = [accuracy for _, accuracy in result["accuracy"]]
+  best = np.maximum.accumulate(values)
+  return float(np.max(best - values))
+
+
+AFTER = Measure("held-out accuracy after RL", lambda r: r["eval"]["rl/test"]["accuracy"])
+BEFORE = Measure("after SFT", lambda r: r["eval"]["sft/test"]["accuracy"])
+REWARD = Measure("reward, last quarter", lambda r: float(np.mean(
+  r["curves"]["rl/reward"][-max(len(r["curves"]["rl/reward"]) // 4, 1):])))  # fmt: skip
+LEFT = Measure("groups all wrong in the update", _mean("rl/all_wrong_after"))
+WRONG = Measure("groups all wrong as sampled", _mean("rl/all_wrong_before"))
+EXTRA = Measure("extra samples correct", _mean("rl/extra_correct"))
+SHOWN = Measure("canvases that show the answer", _mean("rl/answer_shown"))
+NORM = Measure("gradient norm", _mean("rl/grad_norm"))
+FALL = Measure("largest fall of accuracy", _fall)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One claim.
+
+  Attributes:
+    title: as a statement.
+    arms: the runs it compares, in the table's order.
+    measures: the table's columns.
+    pairs: (arm, other, measure): differences arm - other, paired over seeds.
+    seeds: how many the study takes.
+    curve: what its plot shows over the RL steps: "accuracy", or a metric.
+  """
+
+  title: str
+  arms: Sequence[str]
+  measures: Sequence[Measure]
+  pairs: Sequence[tuple[str, str, Measure]]
+  seeds: int = 5
+  curve: str = "accuracy"
+
+
+CLAIMS = {
+  1: Claim(
+    "IGPO has fewer all-wrong groups than GRPO (paper: about 60% fewer)",
+    ("igpo", "grpo"), (LEFT, WRONG, EXTRA),
+    (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), curve="rl/all_wrong_after",
+  ),
+  2: Claim(
+    "Held-out accuracy: IGPO > GRPO > no RL",
+    ("igpo", "grpo"), (BEFORE, AFTER, REWARD),
+    (("igpo", "grpo", AFTER), ("grpo", "", AFTER)),
+  ),
+  3: Claim(
+    "IGPO > GRPO with the same number of samples",
+    ("igpo", "resample", "grpo"), (AFTER, LEFT, EXTRA),
+    (("igpo", "resample", AFTER), ("resample", "grpo", AFTER)),
+  ),
+  4: Claim(
+    "Partial hints (eta in 0.2..0.6) > full hints > none",
+    ("igpo", "full_hints", "grpo"), (AFTER, LEFT, EXTRA),
+    (("igpo", "full_hints", AFTER), ("full_hints", "grpo", AFTER)),
+  ),
+  5: Claim(
+    "The entropy filter: tau 0.2 is best, tau 1 unstable",
+    ("tau_0.05", "igpo", "tau_0.5", "tau_1"), (AFTER, FALL, NORM),
+    (("igpo", "tau_0.05", AFTER), ("igpo", "tau_0.5", AFTER), ("igpo", "tau_1", AFTER),
+     ("tau_1", "igpo", FALL)),
+  ),
+  6: Claim(
+    "SFT on length-aligned traces > on verbose ones, and so is the RL after it",
+    ("igpo", "verbose"), (BEFORE, AFTER, LEFT),
+    (("igpo", "verbose", BEFORE), ("igpo", "verbose", AFTER)),
+  ),
+  7: Claim(
+    "What a leaked answer does (official code)",
+    ("igpo", "leak", "grpo"), (AFTER, REWARD, LEFT, EXTRA),
+    (("leak", "igpo", AFTER), ("leak", "grpo", AFTER)),
+  ),
+  8: Claim(
+    "What the void entropy filter does (official code)",
+    ("igpo", "official", "tau_1", "official_tau_1"), (AFTER, FALL, NORM),
+    (("igpo", "official", AFTER), ("official", "official_tau_1", AFTER)),
+  ),
+  9: Claim(
+    "Estimators: random-ratio, coupled masks, mean-field",
+    ("igpo", "coupled", "mean_field"), (AFTER, LEFT, NORM),
+    (("coupled", "igpo", AFTER), ("mean_field", "igpo", AFTER)), seeds=3,
+  ),
+  10: Claim(
+    "Noise in the traces",
+    ("igpo", "noise_0.1", "noise_0.3"), (AFTER, LEFT, EXTRA),
+    (("noise_0.1", "igpo", AFTER), ("noise_0.3", "igpo", AFTER)), seeds=3,
+  ),
+  11: Claim("The gradient's size is rho (1 - rho), largest at 1/2", (), (), (), curve=""),
+}  # fmt: skip
+
+
+def runs_of(number: int) -> list[str]:
+  """The runs a claim needs, SFT stages first."""
+  arms = CLAIMS[number].arms
+  sfts = sorted({ARMS[arm].sft for arm in arms} or {"aligned"})
+  return [*(f"sft:{sft}" for sft in sfts), *(arms or (THEOREM,))]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """(mean, half width of the 95% interval by Student's t); the width of one value is nan."""
+  n = len(values)
+  if n < 2:
+    return float(np.mean(values)), math.nan
+  width = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+  return float(np.mean(values)), float(width)
+
+
+def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]) -> list[float]:
+  return [measure.of(results[arm, seed]) for seed in seeds]
+
+
+def _shown(mean: float, width: float, signed: bool = False) -> str:
+  text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
+  return text if math.isnan(width) else f"{text} ± {width:.3f}"
+
+
+def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, list[dict]]:
+  """(Markdown tables, differences): of one claim that compares arms."""
+  claim = CLAIMS[number]
+  lines = [f"| arm | {' | '.join(m.label for m in claim.measures)} |",
+           "|---" * (1 + len(claim.measures)) + "|"]  # fmt: skip
+  for arm in claim.arms:
+    cells = [_shown(*interval(values_of(results, arm, m, seeds))) for m in claim.measures]
+    lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+  lines += [
+    "",
+    "| difference, paired by seed | of | mean, 95% interval | by seed |",
+    "|---|---|---|---|",
+  ]
+  differences = []
+  for arm, other, measure in claim.pairs:
+    first = values_of(results, arm, measure, seeds)
+    second = values_of(results, other or arm, measure if other else BEFORE, seeds)
+    by_seed = [a - b for a, b in zip(first, second, strict=True)]
+    mean, width = interval(by_seed)
+    against = ARMS[other].label if other else "the same before RL"
+    differences.append({
+      "arm": arm, "other": other or "before RL", "measure": measure.label, "mean": mean,
+      "low": mean - width, "high": mean + width, "by_seed": by_seed,
+      "relative": mean / max(float(np.mean(second)), 1e-9),
+    })  # fmt: skip
+    shown = ", ".join(f"{value:+.3f}" for value in by_seed)
+    lines.append(f"| {ARMS[arm].label} - {against} | {measure.label} "
+                 f"| {_shown(mean, width, signed=True)} | {shown} |")  # fmt: skip
+  return "\n".join(lines), differences
+
+
+def theorem(results: Results, seeds: Sequence[int]) -> tuple[str, list[dict]]:
+  """(Markdown table, rows): claim 11."""
+  runs = [results[THEOREM, seed] for seed in seeds]
+  lines = [
+    "| rho | gradient norm / largest predicted | rho (1 - rho) / its largest |",
+    "|---|---|---|",
+  ]
+  rows = []
+  for i, rho in enumerate(runs[0]["rho"]):
+    # Each seed by its own scale: policies differ in g_correct - g_wrong.
+    values = [run["norm"][i] / max(max(run["predicted"]), 1e-12) for run in runs]
+    predicted = runs[0]["rho"][i] * (1 - rho) / max(r * (1 - r) for r in runs[0]["rho"])
+    mean, width = interval(values)
+    rows.append({"rho": rho, "mean": mean, "low": mean - width, "high": mean + width,
+                 "predicted": predicted, "by_seed": values})  # fmt: skip
+    lines.append(f"| {rho:.3f} | {_shown(mean, width)} | {predicted:.3f} |")
+  return "\n".join(lines), rows

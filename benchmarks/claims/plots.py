@@ -1,0 +1,73 @@
+"""One picture a claim: curves over the RL steps with their 95% band, or the theorem's curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from benchmarks.claims.arms import ARMS
+from benchmarks.claims.claims import CLAIMS, Results, interval
+
+LABELS = {
+  "accuracy": "held-out accuracy, greedy (share of 512)",
+  "rl/all_wrong_after": "groups all wrong in the update (share)",
+}
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers, too
+DASHES = ("-", "--", "-.", ":")
+SMOOTH = 5  # RL steps that a metric is averaged over
+
+
+def _curve(result: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, values) of one run."""
+  if name == "accuracy":
+    steps, values = zip(*result["accuracy"], strict=True)
+    return np.array(steps), np.array(values)
+  values = np.array(result["curves"][name], float)
+  width = min(SMOOTH, len(values))
+  smooth = np.convolve(values, np.ones(width) / width, "valid")
+  return np.arange(width, len(values) + 1), smooth
+
+
+def _band(axes, steps, rows, label: str, style: int) -> None:
+  means, widths = np.array([interval(column) for column in np.transpose(rows)]).T
+  axes.plot(steps, means, DASHES[style], color=COLORS[style], label=label, linewidth=2)
+  axes.fill_between(steps, means - widths, means + widths, color=COLORS[style], alpha=0.18,
+                    linewidth=0)  # fmt: skip
+
+
+def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict],
+         path: epath.Path) -> None:  # fmt: skip
+  """Writes the picture of a claim as PNG."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  claim = CLAIMS[number]
+  figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+  if claim.arms:
+    for style, arm in enumerate(claim.arms):
+      curves = [_curve(results[arm, seed], claim.curve) for seed in seeds]
+      _band(axes, curves[0][0], [values for _, values in curves], ARMS[arm].label, style)
+    axes.set_xlabel("RL steps")
+    axes.set_ylabel(LABELS[claim.curve])
+    axes.set_ylim(0, 1)
+  else:
+    rho = np.array([row["rho"] for row in tables])
+    means = np.array([row["mean"] for row in tables])
+    errors = [0.0 if math.isnan(row["high"]) else row["high"] - row["mean"] for row in tables]
+    fine = np.linspace(0, 1, 101)
+    largest = max(r * (1 - r) for r in rho)
+    axes.plot(fine, fine * (1 - fine) / largest, "-", color=COLORS[1], label="rho (1 - rho)")
+    axes.errorbar(rho, means, errors, fmt="o", color=COLORS[0], capsize=3, label="measured")
+    axes.set_xlabel("rho, share of the group that is correct")
+    axes.set_ylabel("norm of the expected gradient\n(share of the largest predicted)")
+    axes.set_ylim(0, None)
+  axes.set_title(f"{claim.title}\nmean and 95% interval, n = {len(seeds)} seeds", fontsize=10)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=9)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

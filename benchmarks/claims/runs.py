@@ -1,0 +1,170 @@
+"""Runs of the study: each (arm, seed) once, on as many cores as asked for, across kills.
+
+A finished run leaves `seedS/ARM.json` with what tables and plots need; started again, only
+what is not there is run, and a run that was cut goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+
+from etils import epath
+
+from benchmarks.claims.arms import ARMS, LONG, make_config, sft_config
+from benchmarks.claims.theorem import measure
+from benchmarks.explorations import run_arm
+from igpo_jax import cli
+from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.main import train
+from igpo_jax.parallel.compile_cache import use_cache
+from igpo_jax.rowfile import write_whole
+
+THEOREM = "theorem"  # the run of claim 11
+CURVES = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/extra_correct",
+          "rl/answer_shown", "rl/grad_norm", "rl/entropy", "rl/hints_kept")  # fmt: skip
+# glibc gives freed memory back to the system at once; a training step then spends a third of
+# its time on page faults (docs/LOG.md). Read when a process starts.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432",
+          "MALLOC_TOP_PAD_": "200000000"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One run: an SFT stage ("sft:aligned"), an arm, or the theorem's measurement."""
+
+  name: str
+  seed: int
+  workdir: epath.Path
+  smoke: bool
+
+  @property
+  def root(self) -> epath.Path:
+    return self.workdir / f"seed{self.seed}"
+
+  @property
+  def result(self) -> epath.Path:
+    return self.root / f"{self.name.replace(':', '_')}.json"
+
+  @property
+  def config(self) -> Config:
+    stage, _, sft = self.name.partition(":")
+    if stage == "sft":
+      return sft_config(sft, self.seed, self.smoke)
+    return make_config("igpo" if self.name == THEOREM else self.name, self.seed, self.smoke)
+
+
+def settings_of(config: Config) -> dict:
+  """The config as JSON gives it back."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def finished(task: Task) -> dict | None:
+  """What a finished run left, or None.
+
+  Raises:
+    UserError: it was run with other settings.
+  """
+  if not task.result.exists():
+    return None
+  result = json.loads(task.result.read_text())
+  if result["config"] != settings_of(task.config):
+    raise cli.UserError(
+      f"{task.result} is of a run with other settings than these; give another --workdir"
+    )
+  return result
+
+
+def perform(task: Task) -> dict:
+  """Runs a task, or continues it, and writes its result."""
+  began = time.perf_counter()
+  config = task.config
+  stage, _, sft = task.name.partition(":")
+  if stage == "sft":
+    result = run_sft(config, task.root / f"sft_{sft}", sft)
+  elif task.name == THEOREM:
+    result = measure(config, task.root / "sft_aligned", task.smoke)
+  else:
+    run = task.root / task.name
+    summary = run_arm(config, run, task.root / f"sft_{ARMS[task.name].sft}")
+    result = {"eval": summary["eval"], "rl": summary["rl"], **curves(run)}
+    shutil.rmtree(run / "checkpoints" / "sft")  # a copy of what the SFT run has
+  result |= {"config": settings_of(config), "seconds": time.perf_counter() - began}
+  write_whole(task.result, json.dumps(result) + "\n")
+  return result
+
+
+def run_sft(config: Config, workdir: epath.Path, sft: str) -> dict:
+  """Fine-tunes; verbose traces are also evaluated on a canvas that holds them."""
+  result = {"eval": train(config, workdir)["eval"]}
+  if sft == "verbose":
+    longer = SamplerConfig(gen_length=LONG, block_length=config.sampler.block_length + 1,
+                           steps=LONG)  # fmt: skip
+    # A copy: the run itself goes on to RL, and its workdir knows one last evaluation.
+    copy = workdir.parent / f"{workdir.name}_long"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(workdir, copy)
+    whole = train(dataclasses.replace(config, stages=("eval",), sampler=longer), copy)
+    result["long"] = whole["eval"]["eval/test"]
+    shutil.rmtree(copy)
+  return result
+
+
+def curves(workdir: epath.Path) -> dict:
+  """{"curves": metric -> a value for each RL step, "accuracy": [[step, accuracy], ...]}."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rl = [row for row in rows if row["stage"] == "rl"]
+  name = "eval/test/accuracy"
+  start = [[0, row[name]] for row in rows if row["stage"] == "sft" and name in row]
+  accuracy = start[-1:] + [[row["step"], row[name]] for row in rl if name in row]
+  return {
+    "curves": {metric: [row.get(metric) for row in rl] for metric in CURVES},
+    "accuracy": accuracy,
+    "step_seconds": sum(row["time/step_seconds"] for row in rl),
+  }
+
+
+def run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, int], dict]:
+  """Results by (name, seed). SFT runs first: the others start from them."""
+  results = {(task.name, task.seed): finished(task) for task in tasks}
+  open_ = [task for task in tasks if results[task.name, task.seed] is None]
+  os.environ.update({k: v for k, v in MALLOC.items() if k not in os.environ})
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+  numbers = context.Queue()
+  for number in range(jobs):
+    numbers.put(number)
+  with concurrent.futures.ProcessPoolExecutor(
+    jobs, context, initializer=begin_worker, initargs=(numbers, cores, jobs, os.getpid())
+  ) as pool:
+    for first in (True, False):
+      phase = [task for task in open_ if task.name.startswith("sft:") is first]
+      futures = {pool.submit(perform, task): task for task in phase}
+      for done in concurrent.futures.as_completed(futures):
+        task = futures[done]
+        result = results[task.name, task.seed] = done.result()
+        left = sum(value is None for value in results.values())
+        print(f"{task.name}, seed {task.seed}: {result['seconds']:.0f} s; {left} runs left",
+              flush=True)  # fmt: skip
+  return results
+
+
+def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
+  """In each worker process: a share of the cores of its own, and an end with its parent."""
+  number = numbers.get()
+  if cores and jobs > 1:
+    os.sched_setaffinity(0, cores[number % len(cores) :: jobs])
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)  # the parent was killed: two must not write to one workdir
+
+  threading.Thread(target=watch, daemon=True).start()
+  use_cache()
