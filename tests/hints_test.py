@@ -247,6 +247,21 @@ def test_hiding_the_answers_value_is_a_switch(hide):
   np.testing.assert_array_equal(hinted, [shown] * 3)
 
 
+def test_a_leaked_answer_stands_at_its_index_in_every_canvas():
+  cfg = HintConfig(0.0, 0.0, 4, 4, leak_answer=True)
+  group = lambda length: hinted_group(
+    range(100, 112), (8, 12), 3, length, cfg, np.random.default_rng(0), MASK
+  )
+  tokens, hinted = group(14)
+  np.testing.assert_array_equal(hinted, [[False] * 8 + [True] * 4 + [False] * 2] * 3)
+  np.testing.assert_array_equal(tokens[:, 8:12], [range(108, 112)] * 3)
+  _, hinted = group(10)
+  np.testing.assert_array_equal(hinted, [[False] * 8 + [True] * 2] * 3)
+  assert not group(8)[1].any()
+  with pytest.raises(UserError, match="contradict"):
+    HintConfig(hide_answer_value=True, leak_answer=True)
+
+
 # --- leaks ----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ Every run is a whole training run of this package (SFT, then RL) on `synthetic:m
 configs written in code (benchmarks/claims/arms.py); claims share runs. Interrupted in any
 way, it goes on where it was and ends with the same tables. Writes claimN.md, claimN.png and
 results.json to the workdir and prints the tables: mean and 95% interval (Student's t) over
-seeds, differences paired by seed. `--smoke` goes the same way with two seeds on next to
+seeds, differences paired by seed. `--smoke` goes the same way with one seed on next to
 nothing, to show that everything runs; its numbers say nothing.
 """
 
@@ -28,7 +28,7 @@ from igpo_jax.rowfile import write_whole
 
 def seeds_of(number: int, asked: int, smoke: bool) -> range:
   """A claim's seeds: as many as it takes, unless told otherwise."""
-  return range(asked or (2 if smoke else CLAIMS[number].seeds))
+  return range(asked or (1 if smoke else CLAIMS[number].seeds))
 
 
 def main() -> None:

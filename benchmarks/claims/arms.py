@@ -48,10 +48,6 @@ ARMS = {
   "verbose": Arm("IGPO after SFT on verbose traces", sft="verbose"),
   "leak": Arm("answer leaked", {"hints.leak_answer": True}),
   "official": Arm("sequence_official", {"objective.ratio": "sequence_official"}),
-  "official_tau_1": Arm(
-    "sequence_official, tau 1",
-    {"objective.ratio": "sequence_official", "objective.entropy_keep": 1.0},
-  ),
   "mean_field": Arm("mean-field", {"rl.estimator": "mean_field"}),
   "coupled": Arm("coupled masks", {"rl.estimator": "coupled"}),
   "noise_0.1": Arm("a tenth of the trace wrong", rl="&noise=0.1"),

@@ -111,8 +111,8 @@ CLAIMS = {
   ),
   8: Claim(
     "What the void entropy filter does (official code)",
-    ("igpo", "official", "tau_1", "official_tau_1"), (AFTER, FALL, NORM),
-    (("igpo", "official", AFTER), ("official", "official_tau_1", AFTER)),
+    ("igpo", "official", "tau_1"), (AFTER, FALL, NORM),
+    (("igpo", "official", AFTER), ("official", "tau_1", AFTER)),
   ),
   9: Claim(
     "Estimators: random-ratio, coupled masks, mean-field",
@@ -142,6 +142,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), math.nan
   width = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
   return float(np.mean(values)), float(width)
+
+
+def bounds(values: Sequence[float]) -> dict[str, float | None]:
+  """ "mean", "low", "high" of the interval; the last two are None for one value."""
+  mean, width = interval(values)
+  known = not math.isnan(width)
+  return {"mean": mean, "low": mean - width if known else None,
+          "high": mean + width if known else None}  # fmt: skip
 
 
 def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]) -> list[float]:
@@ -174,9 +182,8 @@ def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, l
     mean, width = interval(by_seed)
     against = ARMS[other].label if other else "the same before RL"
     differences.append({
-      "arm": arm, "other": other or "before RL", "measure": measure.label, "mean": mean,
-      "low": mean - width, "high": mean + width, "by_seed": by_seed,
-      "relative": mean / max(float(np.mean(second)), 1e-9),
+      "arm": arm, "other": other or "before RL", "measure": measure.label, **bounds(by_seed),
+      "relative": mean / max(float(np.mean(second)), 1e-9), "by_seed": by_seed,
     })  # fmt: skip
     shown = ", ".join(f"{value:+.3f}" for value in by_seed)
     lines.append(f"| {ARMS[arm].label} - {against} | {measure.label} "
@@ -197,7 +204,6 @@ def theorem(results: Results, seeds: Sequence[int]) -> tuple[str, list[dict]]:
     values = [run["norm"][i] / max(max(run["predicted"]), 1e-12) for run in runs]
     predicted = runs[0]["rho"][i] * (1 - rho) / max(r * (1 - r) for r in runs[0]["rho"])
     mean, width = interval(values)
-    rows.append({"rho": rho, "mean": mean, "low": mean - width, "high": mean + width,
-                 "predicted": predicted, "by_seed": values})  # fmt: skip
+    rows.append({"rho": rho, **bounds(values), "predicted": predicted, "by_seed": values})
     lines.append(f"| {rho:.3f} | {_shown(mean, width)} | {predicted:.3f} |")
   return "\n".join(lines), rows

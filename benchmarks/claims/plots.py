@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,7 +57,7 @@ def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict]
   else:
     rho = np.array([row["rho"] for row in tables])
     means = np.array([row["mean"] for row in tables])
-    errors = [0.0 if math.isnan(row["high"]) else row["high"] - row["mean"] for row in tables]
+    errors = [(row["high"] or row["mean"]) - row["mean"] for row in tables]
     fine = np.linspace(0, 1, 101)
     largest = max(r * (1 - r) for r in rho)
     axes.plot(fine, fine * (1 - fine) / largest, "-", color=COLORS[1], label="rho (1 - rho)")

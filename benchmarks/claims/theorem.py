@@ -38,7 +38,7 @@ PROMPTS, POOLS, DRAWS = 64, 6, 12  # prompts a half; groups sampled for a pool; 
 
 def measure(config: Config, sft_workdir: epath.Path, smoke: bool) -> dict:
   """{"rho", "norm", "predicted", "prompts"}: lists over K = 1 .. G - 1."""
-  half, pools, draws = (4, 2, 1) if smoke else (PROMPTS, POOLS, DRAWS)
+  half, pools, draws = (2, 2, 1) if smoke else (PROMPTS, POOLS, DRAWS)
   rl = dataclasses.replace(config.rl, prompts_per_step=half)
   config = dataclasses.replace(config, rl=rl)
   mesh = configured_mesh(config.mesh)

@@ -1,0 +1,166 @@
+"""The claims study: arms that differ in one thing, runs that are done once, honest intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from benchmarks.claims import arms, claims, runs
+from benchmarks.claims.theorem import _shared_size
+from igpo_jax.cli import UserError
+from igpo_jax.data.sources import load_records
+from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.train.setup import CHARACTERS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def flat(config) -> dict:
+  """Options by dotted name."""
+  out = {}
+
+  def walk(section, path):
+    for name, value in section.items():
+      if isinstance(value, dict):
+        walk(value, f"{path}{name}.")
+      else:
+        out[path + name] = value
+
+  walk(dataclasses.asdict(config), "")
+  return out
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_an_arm_differs_from_igpo_in_what_it_says_and_nothing_else(arm):
+  spec = arms.ARMS[arm]
+  base, config = flat(arms.make_config("igpo", 1)), flat(arms.make_config(arm, 1))
+  changed = {name for name in base if base[name] != config[name]}
+  sources = {"data.rl"} if spec.rl else set()
+  sources |= {"data.sft", "sft.response_lengths"} if spec.sft != "aligned" else set()
+  assert changed == set(spec.changes) | sources
+
+
+def test_all_arms_of_a_seed_start_from_one_sft_run():
+  for name, spec in arms.ARMS.items():
+    sft, arm = arms.sft_config(spec.sft, 2), arms.make_config(name, 2)
+    assert sft.stages == ("sft",)
+    for section in ("seed", "model", "sft", "sft_optimizer", "eval"):
+      assert getattr(sft, section) == getattr(arm, section), (name, section)
+    assert sft.data.sft == arm.data.sft
+
+
+def test_seeds_have_tables_problems_and_weights_of_their_own():
+  first, second = (arms.make_config("igpo", seed) for seed in (0, 1))
+  assert first.seed != second.seed
+  for field in ("sft", "rl", "eval"):
+    assert getattr(first.data, field) != getattr(second.data, field)
+  assert "table=1&" in second.data.rl and "table=1&" in second.data.sft
+
+
+def test_traces_fit_their_canvas_and_most_verbose_ones_do_not_fit_the_window():
+  tokenizer = CharTokenizer(CHARACTERS["char:maps"])
+  lengths = {}
+  for sft in arms.SFT:
+    config = arms.sft_config(sft, 0)
+    records = load_records(config.data.sft.replace("n=20000", "n=2000")).records
+    lengths[sft] = [len(tokenizer.encode(r.trace)) + 1 for r in records]  # and its end
+  assert max(lengths["aligned"]) <= arms.WINDOW
+  assert sum(n <= arms.WINDOW for n in lengths["verbose"]) < 0.25 * 2000
+  assert sum(n <= arms.LONG for n in lengths["verbose"]) > 0.95 * 2000
+
+
+def test_the_numbers_of_an_interval_by_hand():
+  mean, width = claims.interval([1.0, 2.0, 3.0])
+  assert mean == 2.0
+  assert width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)  # t(0.975, 2) = 4.303, s = 1
+  mean, width = claims.interval([0.5])
+  assert mean == 0.5 and math.isnan(width)
+
+
+def result(before: float, after: float) -> dict:
+  metrics = ("rl/all_wrong_after", "rl/all_wrong_before", "rl/extra_correct", "rl/reward")
+  return {
+    "eval": {"sft/test": {"accuracy": before}, "rl/test": {"accuracy": after}},
+    "curves": {metric: [0.5, after] for metric in metrics},
+    "accuracy": [[0, before], [10, 0.8], [20, after]],
+  }
+
+
+def test_differences_are_paired_by_seed_and_the_policy_before_rl_is_an_arm_of_its_own():
+  results = {("igpo", 0): result(0.1, 0.7), ("igpo", 1): result(0.3, 0.9),
+             ("grpo", 0): result(0.1, 0.2), ("grpo", 1): result(0.3, 0.5)}  # fmt: skip
+  table, rows = claims.compare(results, 2, range(2))
+  assert rows[0]["by_seed"] == pytest.approx([0.5, 0.4]) and rows[0]["mean"] == pytest.approx(0.45)
+  assert rows[1]["by_seed"] == pytest.approx([0.1, 0.2])
+  assert rows[0]["low"] == pytest.approx(0.45 - 12.706 * 0.05, rel=1e-3)  # t(0.975, 1)
+  assert "IGPO - GRPO" in table and "GRPO - the same before RL" in table
+  assert claims.FALL.of(result(0.1, 0.7)) == pytest.approx(0.1)
+
+
+def test_what_two_halves_share_is_the_size_without_their_noise():
+  a, b = {"w": jnp.array([3.0, 4.0, 1.0])}, {"w": jnp.array([3.0, 4.0, -1.0])}
+  assert _shared_size(a, b) == pytest.approx(math.sqrt(24))
+  assert _shared_size(a, {"w": -a["w"]}) == 0.0
+
+
+def test_every_claim_is_there_and_every_arm_is_in_one():
+  assert sorted(claims.CLAIMS) == list(range(1, 12))
+  assert {arm for claim in claims.CLAIMS.values() for arm in claim.arms} == set(arms.ARMS)
+  assert all(claim.seeds >= (3 if n in (9, 10) else 5) for n, claim in claims.CLAIMS.items())
+  for claim in claims.CLAIMS.values():
+    assert all({arm, other} <= {*claim.arms, ""} for arm, other, _ in claim.pairs)
+
+
+def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_told(tmp_path):
+  task = runs.Task("igpo", 0, epath.Path(tmp_path), smoke=True)
+  assert runs.finished(task) is None
+  task.root.mkdir()
+  kept = {"eval": {}, "config": runs.settings_of(task.config)}
+  task.result.write_text(json.dumps(kept))
+  assert runs.finished(task) == kept
+  assert runs.run_all([task], jobs=1) == {("igpo", 0): kept}
+  with pytest.raises(UserError, match="other settings"):
+    runs.finished(dataclasses.replace(task, smoke=False))
+
+
+def command(*options: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "benchmarks.claims", *options],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [(), ("--claim=1", "--all"), ("--all", "--jobs=0")])
+def test_options_that_make_no_sense_are_told(tmp_path, options):
+  out = command(*options, f"--workdir={tmp_path}")
+  assert out.returncode == 2 and "Traceback" not in out.stderr
+
+
+@pytest.mark.slow
+def test_every_claim_runs_end_to_end_and_again_gives_the_same_tables(tmp_path):
+  options = ("--all", "--smoke", f"--workdir={tmp_path}")
+  out = command(*options)
+  assert out.returncode == 0, out.stderr[-2000:]
+  report = json.loads((tmp_path / "results.json").read_text())
+  tables = {}
+  for number, claim in claims.CLAIMS.items():
+    tables[number] = (tmp_path / f"claim{number}.md").read_text()
+    assert claim.title in tables[number] and "nan" not in tables[number]
+    assert (tmp_path / f"claim{number}.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(report[str(number)]["rows"]) == (len(claim.pairs) if claim.arms else 3)
+  leak = json.loads((tmp_path / "seed0" / "leak.json").read_text())
+  assert max(leak["curves"]["rl/answer_shown"]) == 1.0
+  igpo = json.loads((tmp_path / "seed0" / "igpo.json").read_text())
+  assert max(igpo["curves"]["rl/answer_shown"]) == 0.0
+  # A run whose result was not written yet goes on from its checkpoints.
+  (tmp_path / "seed0" / "igpo.json").unlink()
+  assert command(*options).returncode == 0
+  assert {n: (tmp_path / f"claim{n}.md").read_text() for n in tables} == tables
