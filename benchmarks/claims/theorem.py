@@ -124,9 +124,9 @@ def _gradient(config, programs, pools: _Pools, params, k: int, draws: int):
   total = None
   for draw in range(draws):
     rollout = jax.tree.map(jnp.asarray, pools.groups(k, config.rl.group_size))
-    # The same masks for every K.
+    # The same masks for every K. The reference is the policy: at it the KL has no gradient.
     keys = prompt_keys(key_of(config.seed, draw, "estimate"), jnp.asarray(pools.batch.row_id))
-    scores = programs.score(params, None, rollout, keys)
+    scores = programs.score(params, params, rollout, keys)
     _, _, gradient = programs.gradient(params, {}, rollout, scores, keys, jnp.int32(0))
     total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
   share = max(pools.usable.mean(), 1e-9) * draws
