@@ -94,7 +94,6 @@ def perform(task: Task) -> dict:
     run = task.root / task.name
     summary = run_arm(config, run, task.root / f"sft_{ARMS[task.name].sft}")
     result = {"eval": summary["eval"], "rl": summary["rl"], **curves(run)}
-    shutil.rmtree(run / "checkpoints" / "sft")  # a copy of what the SFT run has
   result |= {"config": settings_of(config), "seconds": time.perf_counter() - began}
   write_whole(task.result, json.dumps(result) + "\n")
   return result
