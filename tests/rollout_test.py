@@ -26,7 +26,7 @@ P, G, LENGTH, SEED, ENOUGH = 6, 4, 16, 4, 9
 TOKENIZER = CharTokenizer("abcdefgh=")
 TRACE = "hhghhhhhgh=hh"  # the answer span is "=hh"
 CONFIG = Config(
-  seed=5,  # groups of both kinds, and several that hints make right
+  seed=17,  # groups of both kinds, and several that hints make right
   sampler=SamplerConfig(LENGTH, 8, 8, temperature=1.5),
   hints=HintConfig(0.4, 0.8, 2, 3),
   rl=RLConfig(prompts_per_step=P, group_size=G, exploration="inpaint", inner_updates=1),
