@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_told(tmp_p
   task = runs.Task("igpo", 0, epath.Path(tmp_path), smoke=True)
   assert runs.finished(task) is None
   task.root.mkdir()
-  kept = {"eval": {}, "config": runs.settings_of(task.config)}
+  kept = {"eval": {}, "config": runs.as_json(task.config)}
   task.result.write_text(json.dumps(kept))
   assert runs.finished(task) == kept
   assert runs.run_all([task], jobs=1) == {("igpo", 0): kept}

@@ -25,6 +25,7 @@ from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.main import train
 from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.rowfile import write_whole
+from igpo_jax.train.workdir import as_json
 
 THEOREM = "theorem"  # the run of claim 11
 CURVES = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/extra_correct",
@@ -60,11 +61,6 @@ class Task:
     return make_config("igpo" if self.name == THEOREM else self.name, self.seed, self.smoke)
 
 
-def settings_of(config: Config) -> dict:
-  """The config as JSON gives it back."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def finished(task: Task) -> dict | None:
   """What a finished run left, or None.
 
@@ -74,7 +70,7 @@ def finished(task: Task) -> dict | None:
   if not task.result.exists():
     return None
   result = json.loads(task.result.read_text())
-  if result["config"] != settings_of(task.config):
+  if result["config"] != as_json(task.config):
     raise cli.UserError(
       f"{task.result} is of a run with other settings than these; give another --workdir"
     )
@@ -94,7 +90,7 @@ def perform(task: Task) -> dict:
     run = task.root / task.name
     summary = run_arm(config, run, task.root / f"sft_{ARMS[task.name].sft}")
     result = {"eval": summary["eval"], "rl": summary["rl"], **curves(run)}
-  result |= {"config": settings_of(config), "seconds": time.perf_counter() - began}
+  result |= {"config": as_json(config), "seconds": time.perf_counter() - began}
   write_whole(task.result, json.dumps(result) + "\n")
   return result
 

@@ -34,7 +34,7 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
     UserError: the workdir holds a run with other settings, cannot be used, or is not the
       same for all processes; or the processes were started with different configs.
   """
-  current = _plain(config)
+  current = as_json(config)
   for index, other in enumerate(configs := share([current])):
     for name in current:
       if other[name] != configs[0][name]:
@@ -59,7 +59,7 @@ def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
   # A mistake that ended the program before it made anything leaves the workdir free.
   begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
   if path.exists() and begun:
-    previous = _filled(json.loads(path.read_text()), _plain(Config()))
+    previous = _filled(json.loads(path.read_text()), as_json(Config()))
     for name in MODEL if only_eval else current:
       if name not in MAY_CHANGE and current[name] != previous.get(name):
         old, new = difference(previous.get(name), current[name])
@@ -73,7 +73,7 @@ def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
   write_whole(path, json.dumps(current, indent=2) + "\n")
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def as_json(config: Config) -> dict[str, Any]:
   """The config as JSON gives it back."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
