@@ -22,7 +22,7 @@ TRIPWIRE = "IGPO_TEST_TRIPWIRE"
 @register_verifier("lenient")
 def _lenient(completion, record):
   del record
-  return Verdict(len(completion) % 4 == 3, completion, "ok")
+  return Verdict(len(completion) % 2 == 1, completion, "ok")
 
 
 @register_reward("tripwire")
