@@ -66,12 +66,15 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def interleave(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each case, the cases taken in turns. Compile them before."""
+  """Seconds of each case, the cases taken in turns. Compile them before.
+
+  Every other round goes backwards, so that no case always runs in the wake of the same one.
+  """
   seconds: dict[str, list[float]] = {name: [] for name in cases}
-  for _ in range(repeats):
-    for name, run in cases.items():
+  for number in range(repeats):
+    for name in reversed(cases) if number % 2 else cases:
       began = time.perf_counter()
-      jax.block_until_ready(run())
+      jax.block_until_ready(cases[name]())
       seconds[name].append(time.perf_counter() - began)
   return seconds
 
@@ -151,6 +154,29 @@ class CompileCounter:
       self.names[kwargs.get("fun_name", "")] += 1
       self.count += 1
       self.seconds += duration
+
+
+def time_cases(
+  cases: dict[str, Callable[[], Any]], repeats: int, peak: MatmulPeak, counter: CompileCounter
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+  """(Seconds of each case, facts of the run for its JSON): with the peak of the same minutes.
+
+  The facts are the machine's peak and the compilations, those while timing (none, if the
+  cases were warm) apart.
+  """
+  before, seconds = counter.count, {name: [] for name in cases}
+  for begin in range(0, repeats, 2):  # interleave goes there and back
+    peak.sample()
+    for name, values in interleave(cases, min(2, repeats - begin)).items():
+      seconds[name] += values
+  peak.sample()
+  return seconds, {
+    "peak_flops_per_second": peak.flops_per_second,
+    "peak_by_shape": peak.best,
+    "compilations": counter.count,
+    "compile_seconds": counter.seconds,
+    "compilations_while_timing": counter.count - before,
+  }
 
 
 def compile_facts(jitted, *args, **kwargs) -> tuple[Any, dict[str, float]]:

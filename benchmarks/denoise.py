@@ -134,19 +134,11 @@ def main() -> None:
 
   programs, results, outs = {}, {}, {}
   for name, cfg in cases.items():
-    compiled, facts = common.compile_facts(run, params, canvas, keys, cfg)
+    compiled, results[name] = common.compile_facts(run, params, canvas, keys, cfg)
     programs[name] = lambda compiled=compiled: compiled(params, canvas, keys)
     outs[name] = jax.device_get(programs[name]())
-    results[name] = facts
   peak = common.matmul_peak(args, model)
-  before = counter.count
-  seconds = {name: [] for name in cases}
-  for _ in range(args.repeats):
-    peak.sample()
-    for name, values in common.interleave(programs, 1).items():
-      seconds[name] += values
-  peak.sample()
-  recompiled = counter.count - before
+  seconds, facts = common.time_cases(programs, args.repeats, peak, counter)
 
   for name, cfg in cases.items():
     out = outs[name]
@@ -180,11 +172,7 @@ def main() -> None:
       "prompt": args.prompt,
       "sampler": dataclasses.asdict(base),
       "cases": results,
-      "peak_flops_per_second": peak.flops_per_second,
-      "peak_by_shape": peak.best,
-      "compilations": counter.count,
-      "compile_seconds": counter.seconds,
-      "compilations_while_timing": recompiled,
+      **facts,
     },
     args.output,
   )

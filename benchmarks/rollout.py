@@ -9,14 +9,15 @@ score, update. The grader is told how many groups are to be wrong; of all others
 the inpainted ones, it calls every second completion correct. `grpo` is a step with
 exploration "none", whose cost does not depend on the answers. Every round takes one step of
 each case on the same prompts. Prints one JSON object; `extra_share` is what a case costs
-beyond no wrong groups by what all P wrong cost, `bucket_share` the share of the prompts
-that are sampled again for it.
+beyond no wrong groups by what all P wrong cost (null where that was not asked for),
+`bucket_share` the share of the prompts that are sampled again for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 
 import jax
@@ -117,7 +118,7 @@ def main() -> None:
   parser.add_argument("--wrong", default="0,1,2,4,8", help="numbers of all-wrong groups")
   args = parser.parse_args()
   try:
-    wrong = sorted({0, args.prompts, *map(int, args.wrong.split(","))})
+    wrong = sorted({0, *map(int, args.wrong.split(","))})
   except ValueError:
     raise cli.UserError(f"--wrong={args.wrong}: give numbers with commas between") from None
   if wrong[0] < 0 or wrong[-1] > args.prompts:
@@ -126,7 +127,7 @@ def main() -> None:
   config, grader = make_config(args, "inpaint"), ToldGrader(args.group)
   mesh, counter = make_mesh(), common.CompileCounter()
   with jax.set_mesh(mesh):
-    peak = common.MatmulPeak(config.model.dtype)
+    peak = common.matmul_peak(args, config.model)
     model = make_model(config, CharTokenizer(ALPHABET), mesh)
     igpo, state = make_stage(config, mesh, model, grader)
     grpo, _ = make_stage(make_config(args, "none"), mesh, model, grader)
@@ -143,17 +144,15 @@ def main() -> None:
 
     for name in cases:  # compiles everything
       jax.block_until_ready(run(name, 0))
-    before, seconds = counter.count, {name: [] for name in cases}
-    for n in range(1, args.repeats + 1):
-      peak.sample()
-      timed = {name: (lambda name=name, n=n: run(name, n)) for name in cases}
-      for name, values in common.interleave(timed, 1).items():
-        seconds[name] += values
-    recompiled = counter.count - before
+    # Each case counts its own steps: of a round, all take the same prompts.
+    steps = {name: itertools.count(1) for name in cases}
+    timed = {name: (lambda name=name: run(name, next(steps[name]))) for name in cases}
+    seconds, facts = common.time_cases(timed, args.repeats, peak, counter)
 
   buckets = group_buckets(args.prompts, mesh.size)
   median = {name: statistics.median(values) for name, values in seconds.items()}
-  everything = median[f"igpo {args.prompts}"] - median["igpo 0"]
+  extra = {name: seconds - median["igpo 0"] for name, seconds in median.items()}
+  everything = extra.get(f"igpo {args.prompts}")
   results = {}
   for name, (_, k) in cases.items():
     again = next(b for b in buckets if b >= k) if k and name != "grpo" else 0
@@ -165,7 +164,7 @@ def main() -> None:
       ),
       "sampled_again": again,
       "bucket_share": again / args.prompts,
-      "extra_share": (median[name] - median["igpo 0"]) / everything,
+      "extra_share": extra[name] / everything if everything else None,
       "utilisation": flops / median[name] / peak.flops_per_second,
     }
   common.emit(
@@ -178,11 +177,7 @@ def main() -> None:
       "prompt": args.prompt,
       "beta": args.beta,
       "cases": results,
-      "peak_flops_per_second": peak.flops_per_second,
-      "peak_by_shape": peak.best,
-      "compilations": counter.count,
-      "compile_seconds": counter.seconds,
-      "compilations_while_timing": recompiled,
+      **facts,
     },
     args.output,
   )

@@ -9,6 +9,11 @@ log-softmax, gather, entropy. `plain_completion` applies the head to the complet
 `ours` is `PolicyPrograms.gradient`: all masked rows of a group are the same row, so one
 goes through the model, and its logits are never all held. Prints one JSON object: seconds,
 compiled temporaries, utilisation, and how far the gradients are apart (relative L2).
+
+The head's random weights are made larger, `SHARPER` times: with weights as they are drawn
+every entropy is ln V less a little, the last hint token that the entropy filter keeps and the
+first that it drops are a few float32 roundings apart, and two right programs may keep
+different tokens. `filter_margin` is the smallest such distance of the run, in nats.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import common
@@ -26,10 +32,11 @@ from igpo_jax.config import Config, ModelConfig, ObjectiveConfig, RLConfig
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.rl.estimator import loss_region
-from igpo_jax.rl.objective import policy_loss
+from igpo_jax.rl.objective import hints_to_keep, policy_loss
 from igpo_jax.train.update import make_policy_programs
 from igpo_jax.types import LM, Rollout
 
+SHARPER = 4.0  # logits of standard deviation 4: entropies differ by tenths of a nat
 CASES = ("plain", "plain_completion", "ours")
 
 
@@ -74,6 +81,27 @@ def plain_gradient(lm: LM, objective: ObjectiveConfig, completion_only: bool):
   return jax.jit(jax.value_and_grad(loss))
 
 
+def filter_margin(lm: LM, params, rollout: Rollout, objective: ObjectiveConfig) -> float | None:
+  """How far the filter's choice is from another one: the smallest distance over rows, in nats.
+
+  Between the entropies of the last hint token kept and the first one dropped; None where
+  nothing is dropped.
+  """
+  length = rollout.completion.shape[2]
+  masks = jnp.full((1, length), lm.mask_id, jnp.int32)
+  logits = lm.logits(params, jnp.concatenate([rollout.prompt, masks], axis=1))[0, -length:]
+  log_p = jax.nn.log_softmax(logits)
+  entropy = np.asarray(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+  region = loss_region(rollout.completion[0], lm.stop_ids, "through_eos")
+  margins = []
+  for hints in np.asarray(region & rollout.hinted[0]):
+    ranked = np.sort(entropy[hints])[::-1]
+    keep = int(hints_to_keep(jnp.int32(len(ranked)), objective.entropy_keep, length))
+    if 0 < keep < len(ranked):
+      margins.append(float(ranked[keep - 1] - ranked[keep]))
+  return min(margins, default=None)
+
+
 def distance(left, right) -> float:
   """Relative L2 of two gradients."""
   apart = jax.tree.map(jnp.subtract, left, right)
@@ -100,6 +128,7 @@ def main() -> None:
   config = Config(stages=(), model=model, rl=RLConfig(prompts_per_step=1, group_size=group))
   lm = make_lm(model)
   params = jax.jit(lm.init)(jax.random.key(0))
+  params["head"] = jax.tree.map(lambda x: SHARPER * x, params["head"])
   rollout = make_rollout(model, group, args.prompt, length)
   programs = make_policy_programs(lm, optax.identity(), config)
   # A reference and an old policy that are not quite the policy: ratios off 1, a KL.
@@ -122,14 +151,8 @@ def main() -> None:
     cases[name] = lambda run=compiled, given=arguments[name]: run(*given)
     loss, *_, gradients[name] = cases[name]()
     losses[name] = float(loss)
-  peak, seconds = common.MatmulPeak(model.dtype), {name: [] for name in names}
-  before = counter.count
-  for _ in range(args.repeats):
-    peak.sample()
-    for name, values in common.interleave(cases, 1).items():
-      seconds[name] += values
-  peak.sample()
-  recompiled = counter.count - before
+  peak = common.matmul_peak(args, model)
+  seconds, facts = common.time_cases(cases, args.repeats, peak, counter)
 
   for name in names:
     rows = 1 if name == "ours" else group
@@ -163,12 +186,10 @@ def main() -> None:
       "prompt": args.prompt,
       "gen_length": length,
       "objective": dataclasses.asdict(config.objective),
+      "filter_margin": filter_margin(lm, params, rollout, config.objective),
       "cases": results,
       "ratios": ratios,
-      "peak_flops_per_second": peak.flops_per_second,
-      "peak_by_shape": peak.best,
-      "compilations": counter.count,
-      "compilations_while_timing": recompiled,
+      **facts,
     },
     args.output,
   )

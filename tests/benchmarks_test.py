@@ -74,7 +74,8 @@ def test_update_at_a_tiny_size(monkeypatch, capsys):
 
 def test_rollout_at_a_tiny_size(monkeypatch, capsys):
   sizes = "--model=tiny --prompts=2 --group=2 --prompt=32 --gen-length=8 --block-length=4"
-  out = run(rollout, monkeypatch, capsys, *sizes.split(), "--steps=2", "--wrong=0,1", "--repeats=2")
+  sizes = [*sizes.split(), "--steps=2"]
+  out = run(rollout, monkeypatch, capsys, *sizes, "--wrong=0,1,2", "--repeats=2")
   assert list(out["cases"]) == ["grpo", "igpo 0", "igpo 1", "igpo 2"]
   assert [case["sampled_again"] for case in out["cases"].values()] == [0, 0, 1, 2]
   assert out["compilations_while_timing"] == 0
