@@ -212,7 +212,7 @@ def with_vocabulary(config: Config) -> Config:
   """
   if config.model.vocab_size:
     return config
-  if config.init_from or config.data.tokenizer not in ("char",):
+  if config.init_from or config.data.tokenizer != "char":
     raise UserError("config: model.vocab_size is needed to compile without the tokenizer")
   model = dataclasses.replace(config.model, vocab_size=32, mask_id=31)
   return dataclasses.replace(config, model=model)

@@ -32,8 +32,8 @@ from igpo_jax.align.engine import Engine, Rewriter, Trimmer
 from igpo_jax.align.journal import Journal
 from igpo_jax.align.judge import Judge
 from igpo_jax.cli import UserError
-from igpo_jax.data import sources, synthetic
-from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from igpo_jax.data import sources
+from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, open_tokenizer
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
 
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
   )
   add("--source", help="records with traces, by URI (docs/data.md)")
   add("--output", type=pathlib.Path, help="JSONL of accepted traces; a data source of its own")
-  add("--tokenizer", help="directory of the model that is to be trained, or char")
+  add("--tokenizer", help="directory of the model that is to be trained, char or char:maps")
   add("--max-tokens", type=int, default=1500, help="of an accepted trace (%(default)s)")
   add(
     "--window",
@@ -151,11 +151,6 @@ def read_key(name: str) -> str:
   return key
 
 
-def open_tokenizer(spec: str) -> Tokenizer:
-  """`load_tokenizer`, and "char" for the generated task's."""
-  return CharTokenizer(synthetic.ALPHABET) if spec == "char" else load_tokenizer(spec)
-
-
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
   """Fields of a request; twice the tokens that are allowed, for the endpoint counts its own."""
   fields = {"temperature": args.temperature, "max_tokens": 2 * args.max_tokens + 256}
@@ -164,7 +159,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
   """What decides the rows of an output."""
-  probe = PROBE if not isinstance(tokenizer, CharTokenizer) else synthetic.ALPHABET
+  probe = tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else PROBE
   ids = hashlib.blake2s(repr(tokenizer.encode(probe)).encode(), digest_size=4).hexdigest()
   settings = {
     "mode": args.mode,

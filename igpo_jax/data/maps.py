@@ -31,7 +31,7 @@ import numpy as np
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
-from igpo_jax.data.synthetic import split_of
+from igpo_jax.data.synthetic import option_number, split_of
 
 LETTERS = string.ascii_letters
 ALPHABET = LETTERS + string.digits + "=>-"
@@ -79,18 +79,6 @@ def without_detours(trace: str) -> str:
   return re.sub(r"[A-Za-z]\d=|[A-Za-z]-|=[A-Za-z]", "", trace)
 
 
-def _number(option: str, value, kind, low, high):
-  try:
-    number = kind(value)
-  except (ValueError, OverflowError) as error:
-    raise UserError(f"synthetic: {option}: {error}") from None
-  if kind is int and number != float(value):
-    raise UserError(f"synthetic: {option}={value} is not a whole number")
-  if not low <= number <= high:
-    raise UserError(f"synthetic: {option}={number} is not in [{low}, {high}]")
-  return number
-
-
 def make_records(
   split: str,
   n: int,
@@ -124,11 +112,14 @@ def make_records(
   """
   if split not in ("train", "test"):
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
-  steps = _number("steps", steps, int, 1, 64)
-  maps, table = _number("maps", maps, int, 1, 10), _number("table", table, int, 0, 2**31)
+  steps = option_number("steps", steps, int, 1, 64)
+  maps, table = (
+    option_number("maps", maps, int, 1, 10),
+    option_number("table", table, int, 0, 2**31),
+  )
   shares = {"doubtful": doubtful, "slips": slips, "noise": noise}
-  doubtful, slips, noise = (_number(k, v, float, 0, 1) for k, v in shares.items())
-  detours = _number("detours", detours, float, 0, 10)
+  doubtful, slips, noise = (option_number(k, v, float, 0, 1) for k, v in shares.items())
+  detours = option_number("detours", detours, float, 0, 10)
 
   right, wrong = tables(table, maps), wrong_targets(table, maps, doubtful)
   rng = np.random.default_rng([seed, table, steps, maps])

@@ -118,6 +118,23 @@ def _signs(option: str, names: str) -> str:
   return "".join(SIGNS[kind] for kind in kinds)
 
 
+def option_number(option: str, value, kind, low, high):
+  """An option of a source's URI as an int or a float (`kind`) within [low, high].
+
+  Raises:
+    UserError: it is no number, out of range, or not whole where an int is asked for.
+  """
+  try:
+    number = kind(value)
+  except (ValueError, OverflowError) as error:
+    raise UserError(f"synthetic: {option}: {error}") from None
+  if kind is int and number != float(value):
+    raise UserError(f"synthetic: {option}={value} is not a whole number")
+  if not low <= number <= high:
+    raise UserError(f"synthetic: {option}={number} is not in [{low}, {high}]")
+  return number
+
+
 def make_records(
   split: str,
   n: int,
@@ -155,20 +172,14 @@ def make_records(
   """
   if split not in ("train", "test"):
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
-  try:
-    low, high, digits = int(min_steps), int(max_steps), int(digits)
-    share, skip_share, detours = float(rare_share), float(skip_share), float(detours)
-  except ValueError as error:
-    raise UserError(f"synthetic: {error}") from None
-  if not 1 <= low <= high:
-    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need 1 <= min <= max")
-  if not 1 <= digits <= 6:
-    raise UserError(f"synthetic: digits={digits} is not in 1..6")
-  for option, value in (("rare_share", share), ("skip_share", skip_share)):
-    if not 0 <= value <= 1:
-      raise UserError(f"synthetic: {option}={value} is not in [0, 1]")
-  if not 0 <= detours <= 10:
-    raise UserError(f"synthetic: detours={detours} is not in [0, 10]")
+  low = option_number("min_steps", min_steps, int, 1, 1000)
+  high = option_number("max_steps", max_steps, int, 1, 1000)
+  if low > high:
+    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need min <= max")
+  digits = option_number("digits", digits, int, 1, 6)
+  share = option_number("rare_share", rare_share, float, 0, 1)
+  skip_share = option_number("skip_share", skip_share, float, 0, 1)
+  detours = option_number("detours", detours, float, 0, 10)
   common, rare = _signs("ops", ops), _signs("rare", rare)
 
   winding = np.random.default_rng([seed, round(detours * 1000)])

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from igpo_jax.cli import UserError
+from igpo_jax.data import maps, synthetic
 
 # Our own description file: all there is of a character tokenizer, and beside the
 # others the special ids, which their own files do not always tell.
 DESCRIPTION_FILE = "igpo_tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
+ALPHABETS = {"char": synthetic.ALPHABET, "char:maps": maps.ALPHABET}  # of generated tasks
 
 Offsets = list[tuple[int, int]]
 
@@ -335,6 +337,17 @@ def has_tokenizer(directory: epath.PathLike) -> bool:
     or directory.joinpath(HF_FILE).exists()
     or _find_sentencepiece(directory) is not None
   )
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
+  """The tokenizer of a generated task, "char" (chains) or "char:maps"; else as `load_tokenizer`.
+
+  Raises:
+    UserError: as `load_tokenizer`.
+  """
+  if spec in ALPHABETS:
+    return CharTokenizer(ALPHABETS[spec])
+  return load_tokenizer(spec)
 
 
 def load_tokenizer(spec: epath.PathLike) -> Tokenizer:

@@ -15,14 +15,13 @@ from igpo_jax.cli import UserError
 from igpo_jax.config import Config, OptimizerConfig
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.convert.sources import open_source
-from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
 from igpo_jax.data.tokenizer import (
-  CharTokenizer,
   Tokenizer,
   has_tokenizer,
   load_tokenizer,
+  open_tokenizer,
   train_sentencepiece,
 )
 from igpo_jax.models import lora
@@ -30,8 +29,6 @@ from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.distributed import agree, from_first
 from igpo_jax.parallel.sharding import replicated, tree_shardings
 from igpo_jax.types import LM, Array, Params, TrainState
-
-CHARACTERS = {"char": synthetic.ALPHABET, "char:maps": maps.ALPHABET}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +68,9 @@ def load_source(uri: str, log: Any = None) -> list[Record]:
 def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
   """The run's tokenizer: the one in the workdir if there is one, else as configured.
 
-  "char" has the alphabet of `synthetic:chains`, "char:maps" that of `synthetic:maps`;
-  "sentencepiece:N" trains N pieces on the sft (else rl) source; anything else is a directory
-  to load. The result is saved in the workdir, so a run keeps its tokenizer. Process 0 makes
-  it, all read it there.
+  "sentencepiece:N" trains N pieces on the sft (else rl) source; anything else is for
+  `open_tokenizer`. The result is saved in the workdir, so a run keeps its tokenizer.
+  Process 0 makes it, all read it there.
   """
   kept = workdir / "tokenizer"
   from_first(lambda: None if has_tokenizer(kept) else _new_tokenizer(config).save(kept))
@@ -85,8 +81,6 @@ def _new_tokenizer(config: Config) -> Tokenizer:
   spec = config.data.tokenizer
   if config.init_from and spec == "char":
     spec = str(open_source(config.init_from).tokenizer or spec)  # the weights' own
-  if spec in CHARACTERS:
-    return CharTokenizer(CHARACTERS[spec])
   if spec.startswith("sentencepiece:"):
     size = spec.partition(":")[2]
     if not size.isdigit():
@@ -95,7 +89,7 @@ def _new_tokenizer(config: Config) -> Tokenizer:
     records = load_records(source).records
     texts = [text for record in records for text in (record.question, record.trace)]
     return train_sentencepiece(texts, int(size))
-  return load_tokenizer(spec)
+  return open_tokenizer(spec)
 
 
 def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Model:
