@@ -37,7 +37,9 @@ def main() -> None:
   parser.add_argument("--all", action="store_true")
   parser.add_argument("--smoke", action="store_true", help="on next to nothing")
   parser.add_argument("--workdir", type=epath.Path, required=True)
-  parser.add_argument("--seeds", type=int, default=0, help="default: 5; 3 for claims 9 and 10")
+  parser.add_argument(
+    "--seeds", type=int, default=0, help="default: 10 for claims 1 to 3, 3 for 9 and 10, else 5"
+  )
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
   args = parser.parse_args()
   if (args.claim is None) != args.all:

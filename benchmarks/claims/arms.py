@@ -81,7 +81,7 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   config.sampler.steps = WINDOW  # one token a step: a letter hangs on the one before
   config.sampler.temperature = 1.0
 
-  config.sft.steps = 4 if smoke else 800
+  config.sft.steps = 4 if smoke else 1200
   config.sft.batch_size = 8 if smoke else 64
   config.sft.response_lengths = (LONG,) if spec.sft == "verbose" else ()
   config.sft_optimizer.learning_rate = 5e-3
@@ -94,11 +94,11 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   # the reference, stronger than the paper's 0.01, and an estimator that scores every token.
   config.objective.beta = 0.05
   config.rl.estimator = "coupled"
-  config.rl.steps = 2 if smoke else 60
+  config.rl.steps = 2 if smoke else 40
   config.rl.prompts_per_step = 2 if smoke else 16
   config.rl.group_size = 4 if smoke else 8
   config.rl.inner_updates = 2
-  config.rl.eval_every = 1 if smoke else 15
+  config.rl.eval_every = 1 if smoke else 10
   config.rl_optimizer.learning_rate = 1e-3
   config.rl_optimizer.warmup_steps = 1 if smoke else 5
   config.rl_optimizer.schedule = "linear"

@@ -76,17 +76,17 @@ CLAIMS = {
   1: Claim(
     "IGPO has fewer all-wrong groups than GRPO (paper: about 60% fewer)",
     ("igpo", "grpo"), (LEFT, WRONG, EXTRA),
-    (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), curve="rl/all_wrong_after",
+    (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), seeds=10, curve="rl/all_wrong_after",
   ),
   2: Claim(
     "Held-out accuracy: IGPO > GRPO > no RL",
     ("igpo", "grpo"), (BEFORE, AFTER, REWARD),
-    (("igpo", "grpo", AFTER), ("grpo", "", AFTER)),
+    (("igpo", "grpo", AFTER), ("grpo", "", AFTER)), seeds=10,
   ),
   3: Claim(
     "IGPO > GRPO with the same number of samples",
     ("igpo", "resample", "grpo"), (AFTER, LEFT, EXTRA),
-    (("igpo", "resample", AFTER), ("resample", "grpo", AFTER)),
+    (("igpo", "resample", AFTER), ("resample", "grpo", AFTER)), seeds=10,
   ),
   4: Claim(
     "Partial hints (eta in 0.2..0.6) > full hints > none",
