@@ -17,8 +17,7 @@ from benchmarks.claims import arms, claims, runs
 from benchmarks.claims.theorem import _shared_size
 from igpo_jax.cli import UserError
 from igpo_jax.data.sources import load_records
-from igpo_jax.data.tokenizer import CharTokenizer
-from igpo_jax.train.setup import CHARACTERS
+from igpo_jax.data.tokenizer import ALPHABETS, CharTokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -66,7 +65,7 @@ def test_seeds_have_tables_problems_and_weights_of_their_own():
 
 
 def test_traces_fit_their_canvas_and_most_verbose_ones_do_not_fit_the_window():
-  tokenizer = CharTokenizer(CHARACTERS["char:maps"])
+  tokenizer = CharTokenizer(ALPHABETS["char:maps"])
   lengths = {}
   for sft in arms.SFT:
     config = arms.sft_config(sft, 0)
