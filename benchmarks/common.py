@@ -65,20 +65,6 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
   return config
 
 
-def interleave(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each case, the cases taken in turns. Compile them before.
-
-  Every other round goes backwards, so that no case always runs in the wake of the same one.
-  """
-  seconds: dict[str, list[float]] = {name: [] for name in cases}
-  for number in range(repeats):
-    for name in reversed(cases) if number % 2 else cases:
-      began = time.perf_counter()
-      jax.block_until_ready(cases[name]())
-      seconds[name].append(time.perf_counter() - began)
-  return seconds
-
-
 def spread(values: list[float]) -> dict[str, float]:
   """Minimum, median and maximum."""
   return {"min": min(values), "median": statistics.median(values), "max": max(values)}
@@ -159,16 +145,20 @@ class CompileCounter:
 def time_cases(
   cases: dict[str, Callable[[], Any]], repeats: int, peak: MatmulPeak, counter: CompileCounter
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-  """(Seconds of each case, facts of the run for its JSON): with the peak of the same minutes.
+  """(Seconds of each case, facts of the run for its JSON). Compile the cases before.
 
-  The facts are the machine's peak and the compilations, those while timing (none, if the
-  cases were warm) apart.
+  The cases are taken in turns, every other round backwards, so that none always runs in the
+  wake of the same one. The facts are the machine's peak in the same minutes, and the
+  compilations, those while timing (none, if the cases were warm) apart.
   """
-  before, seconds = counter.count, {name: [] for name in cases}
-  for begin in range(0, repeats, 2):  # interleave goes there and back
+  before = counter.count
+  seconds: dict[str, list[float]] = {name: [] for name in cases}
+  for number in range(repeats):
     peak.sample()
-    for name, values in interleave(cases, min(2, repeats - begin)).items():
-      seconds[name] += values
+    for name in reversed(cases) if number % 2 else cases:
+      began = time.perf_counter()
+      jax.block_until_ready(cases[name]())
+      seconds[name].append(time.perf_counter() - began)
   peak.sample()
   return seconds, {
     "peak_flops_per_second": peak.flops_per_second,

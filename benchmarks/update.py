@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from igpo_jax import cli
 from igpo_jax.config import Config, ModelConfig, ObjectiveConfig, RLConfig
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
+from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.rl.estimator import loss_region
 from igpo_jax.rl.objective import hints_to_keep, policy_loss
 from igpo_jax.train.update import make_policy_programs
@@ -89,15 +91,15 @@ def filter_margin(lm: LM, params, rollout: Rollout, objective: ObjectiveConfig) 
   """
   length = rollout.completion.shape[2]
   masks = jnp.full((1, length), lm.mask_id, jnp.int32)
-  logits = lm.logits(params, jnp.concatenate([rollout.prompt, masks], axis=1))[0, -length:]
-  log_p = jax.nn.log_softmax(logits)
-  entropy = np.asarray(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+  h, _ = lm.hidden(params, jnp.concatenate([rollout.prompt, masks], axis=1))
+  head = functools.partial(lm.head, params)
+  entropy = np.asarray(token_stats(head, h[:, -length:], rollout.completion)[1][0])
   region = loss_region(rollout.completion[0], lm.stop_ids, "through_eos")
   margins = []
   for hints in np.asarray(region & rollout.hinted[0]):
     ranked = np.sort(entropy[hints])[::-1]
     keep = int(hints_to_keep(jnp.int32(len(ranked)), objective.entropy_keep, length))
-    if 0 < keep < len(ranked):
+    if keep < len(ranked):
       margins.append(float(ranked[keep - 1] - ranked[keep]))
   return min(margins, default=None)
 

@@ -104,7 +104,7 @@ def test_the_difficulty_knob_is_the_number_of_steps(low, more, seed):
   ("options", "complaint"),
   [
     ("split=dev", "'dev' is not one of train, test"),
-    ("min_steps=5&max_steps=3", "need min <= max"),
+    ("min_steps=5&max_steps=3", "need 1 <= min <= max"),
     ("min_steps=2.5", "min_steps=2.5 is not a whole number"),
     ("min_steps=0", r"min_steps=0 is not in \[1, 1000\]"),
     ("rare_share=nan", r"rare_share=nan is not in \[0, 1\]"),

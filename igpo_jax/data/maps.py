@@ -113,10 +113,8 @@ def make_records(
   if split not in ("train", "test"):
     raise UserError(f"synthetic: split {split!r} is not one of train, test")
   steps = option_number("steps", steps, int, 1, 64)
-  maps, table = (
-    option_number("maps", maps, int, 1, 10),
-    option_number("table", table, int, 0, 2**31),
-  )
+  maps = option_number("maps", maps, int, 1, 10)
+  table = option_number("table", table, int, 0, 2**31)
   shares = {"doubtful": doubtful, "slips": slips, "noise": noise}
   doubtful, slips, noise = (option_number(k, v, float, 0, 1) for k, v in shares.items())
   detours = option_number("detours", detours, float, 0, 10)

@@ -175,7 +175,7 @@ def make_records(
   low = option_number("min_steps", min_steps, int, 1, 1000)
   high = option_number("max_steps", max_steps, int, 1, 1000)
   if low > high:
-    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need min <= max")
+    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need 1 <= min <= max")
   digits = option_number("digits", digits, int, 1, 6)
   share = option_number("rare_share", rare_share, float, 0, 1)
   skip_share = option_number("skip_share", skip_share, float, 0, 1)
