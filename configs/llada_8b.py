@@ -1,4 +1,4 @@
-"""IGPO on LLaDA-8B-Instruct with LoRA: the paper's setting (METHOD 7).
+"""IGPO on LLaDA-8B-Instruct with LoRA: the paper's setting (docs/method.md#defaults).
 
     python -m igpo_jax.main --config=configs/llada_8b.py \\
         --config.init_from=DIR --config.data.rl=URI --config.data.eval=gsm8k=URI

@@ -42,7 +42,7 @@ def get_config(argument="data"):
   config.eval.protocol = "igpo"
   config.eval.batch_size = 64
 
-  # METHOD 7; the number of steps is ours.
+  # docs/method.md#defaults; the number of steps is ours.
   config.rl.steps = 200
   config.rl.prompts_per_step = 64
   config.checkpoint.every = 20

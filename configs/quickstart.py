@@ -9,9 +9,9 @@ Six digit-wise steps on a three-digit number (igpo_jax/data/synthetic.py). The S
 are careless: they forget 65% of the additions, so after SFT about half of the groups on
 problems with many additions are all wrong. The RL problems bring correct traces, of which
 chunks are hinted; the answer's value never is. Where the numbers differ from the paper's
-(METHOD 7) it is because a trace has 30 tokens here, not 256: shorter chunks, and tau = 0.5,
-which keeps a step's three digits where 0.2 would keep one. docs/LOG.md has the trials, and
-the comparison of random_ratio with the paper's mean_field.
+(docs/method.md#defaults) it is because a trace has 30 tokens here, not 256: shorter chunks,
+and tau = 0.5, which keeps a step's three digits where 0.2 would keep one. docs/LOG.md has the
+trials, and the comparison of random_ratio with the paper's mean_field.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Length-Aligned SFT of LLaDA-8B-Instruct (METHOD 6): concise traces of OpenR1-Math.
+"""Length-Aligned SFT of LLaDA-8B-Instruct (docs/method.md#sft): concise traces of OpenR1-Math.
 
     python -m igpo_jax.main --config=configs/sft_openr1.py:DATA --workdir=DIR
 

@@ -7,7 +7,7 @@ The frozen dataclasses are the one definition: `default_config()` turns them int
 an ml_collections ConfigDict for config files and flags to edit, `freeze()` turns
 that back into dataclasses (hashable, so they can be static arguments of
 `jax.jit`) and checks what no single field can know. Defaults are the paper's
-where the paper states them (METHOD 7).
+where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STAGES = ("sft", "rl", "eval")
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-  """The reinforcement-learning stage (METHOD 3 to 5).
+  """The reinforcement-learning stage (docs/method.md).
 
   Attributes:
     steps: rollouts, each followed by `inner_updates` updates.
@@ -48,7 +48,7 @@ class RLConfig:
     sample_slices: a step's prompts are sampled in this many slices: less memory, and one
       is graded while the next is sampled.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
-    estimator: "mean_field", "random_ratio" or "coupled" (METHOD 4).
+    estimator: "mean_field", "random_ratio" or "coupled" (docs/method.md#likelihood).
     region: which positions are in the loss: up to and including the first stop
       token, or the whole canvas.
     advantage: "mean" (no division), "std", or "leave_one_out".
@@ -86,7 +86,7 @@ class RLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-  """The supervised stage: NELBO on the response (METHOD 6).
+  """The supervised stage: NELBO on the response (docs/method.md#sft).
 
   Attributes:
     steps, batch_size: updates, and rows of each.

@@ -1,7 +1,7 @@
 """Options of the method itself: the model, the sampler, the hints, the objective.
 
 The other half, how it is run, is in `config`, which offers these too; callers import
-from there. Defaults are the paper's where the paper states them (METHOD 7).
+from there. Defaults are the paper's where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The transformer (METHOD 1). `vocab_size`, `mask_id`, `eos_id` and `stop_ids`
+  """The transformer (docs/method.md#model). `vocab_size`, `mask_id`, `eos_id` and `stop_ids`
   come from the tokenizer when a model is made from scratch, and from config.json
   when weights are loaded."""
 
@@ -101,7 +101,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-  """The denoising loop (METHOD 2).
+  """The denoising loop (docs/method.md#sampling).
 
   Attributes:
     gen_length: L, positions to fill.
@@ -181,7 +181,7 @@ class SamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HintConfig:
-  """Inpainting hints (METHOD 3).
+  """Inpainting hints (docs/method.md#exploration).
 
   Attributes:
     ratio_low, ratio_high: eta ~ U[low, high], the share of chunks a canvas gets.
@@ -225,7 +225,7 @@ class HintConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The clipped policy loss (METHOD 5).
+  """The clipped policy loss (docs/method.md#objective).
 
   Attributes:
     ratio: "sequence" (paper: GSPO, carried to tokens so that a filtered token has

@@ -1,4 +1,4 @@
-"""Rewrites long reasoning traces into concise ones with the same answer (METHOD 6).
+"""Rewrites long reasoning traces into concise ones with the same answer (docs/method.md#sft).
 
     OPENAI_API_KEY=... python -m igpo_jax.rewrite --source=URI --output=OUT.jsonl
         --endpoint=http://HOST:PORT/v1 --model=NAME --tokenizer=DIR

@@ -71,7 +71,7 @@ class LM(NamedTuple):
 
 @flax.struct.dataclass
 class Canvas:
-  """What denoising starts from (METHOD 2).
+  """What denoising starts from (docs/method.md#sampling).
 
   Attributes:
     tokens: i32[B,T], left-padded prompt followed by the completion: mask tokens
@@ -106,7 +106,7 @@ class Denoised:
 
 @flax.struct.dataclass
 class Rollout:
-  """One step's experience on the device, after exploration (METHOD 3).
+  """One step's experience on the device, after exploration (docs/method.md#exploration).
 
   Attributes:
     prompt: i32[P,Tp], left-padded.

@@ -30,7 +30,7 @@ def sourced():
 
 
 def test_the_defaults_are_the_papers():
-  """METHOD 7; lambda, tau, eta and the chunks from the paper's table."""
+  """docs/method.md#defaults; lambda, tau, eta and the chunks from the paper's table."""
   config = Config()
   assert (config.rl.group_size, config.rl.inner_updates) == (8, 4)
   assert (config.sampler.gen_length, config.sampler.block_length) == (256, 32)

@@ -1,1 +1,1 @@
-"""Length alignment: long reasoning traces into concise ones with the same answer (METHOD 6)."""
+"""Length alignment: long traces into concise ones with the same answer (docs/method.md#sft)."""

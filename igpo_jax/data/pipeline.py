@@ -59,7 +59,7 @@ class SFTBatch:
       ends a turn, and end-of-text up to the response length.
     valid: bool[B,T], False on the prompt's padding only.
     response: bool[B,T], True on the response, its end-of-text padding included; its sum
-      is the response length of the SFT loss (METHOD 6).
+      is the response length of the SFT loss (docs/method.md#sft).
     length: i32[B], tokens of trace and end of turn, before the padding.
     row_id: u32[B], as in `PromptBatch`.
   """

@@ -17,7 +17,7 @@ class Record:
     trace: ground-truth reasoning ending in the answer; "" where there is none.
     answer: the gold answer, as a grader takes it.
     answer_span: characters [start, end) of the final answer inside `trace`, or
-      None where it is not known; what the span covers is never hinted (METHOD 3).
+      None where it is not known; what the span covers is never hinted (docs/method.md#exploration).
   """
 
   id: str

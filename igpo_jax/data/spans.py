@@ -1,4 +1,4 @@
-"""Where the final answer of a trace is: what lies from there on is never hinted (METHOD 3)."""
+"""Where the final answer of a trace is: hints end before it (docs/method.md#exploration)."""
 
 from __future__ import annotations
 

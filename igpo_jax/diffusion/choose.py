@@ -22,7 +22,7 @@ def choose(
   places: Array,
   gumbel: Array | None = None,
 ) -> tuple[Array, Array]:
-  """Decides a step for w positions of each row (METHOD 2).
+  """Decides a step for w positions of each row (docs/method.md#sampling).
 
   Noise belongs to a position: the same for it whichever others are decided with it.
 

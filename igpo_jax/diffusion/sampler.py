@@ -1,6 +1,6 @@
 """The denoising loop: masks are filled block by block, fixed positions never change.
 
-One jitted program (METHOD 2). An outer `while_loop` walks the blocks from left to
+One jitted program (docs/method.md#sampling). An outer `while_loop` walks the blocks from left to
 right; an inner one makes the denoising steps of a block, no more than its fullest
 row needs. Each step asks the network (`network`), on the whole canvas unless there is a
 cache, and commits every row's share of its most confident candidates (`choose`).

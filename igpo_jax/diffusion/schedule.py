@@ -1,4 +1,4 @@
-"""How many positions a row commits at each denoising step (METHOD 2)."""
+"""How many positions a row commits at each denoising step (docs/method.md#sampling)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunks of a trace: split, choose, place. Host side, numpy (METHOD 3)."""
+"""Chunks of a trace: split, choose, place. Host side, numpy (docs/method.md#exploration)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a trace to a hinted canvas: which ground-truth tokens stand where (METHOD 3)."""
+"""From a trace to a hinted canvas: which tokens stand where (docs/method.md#exploration)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a hint give the answer away? Where the answer's value stands in a trace (METHOD 3).
+"""Does a hint give the answer away? Where its value stands (docs/method.md#exploration).
 
 Real traces state the answer's value before the answer itself (99.8% of GSM8K's do),
 so never hinting the answer span is not enough to be sure. These functions find the

@@ -1,6 +1,6 @@
 """The parts of a LLaDA block: RMSNorm, linear layers, rotary embedding.
 
-The conventions are those of the released weights (METHOD 1): half-rotation RoPE
+The conventions are those of the released weights (docs/method.md#model): half-rotation RoPE
 on absolute positions, grouped key-value heads repeated in place, no biases, and
 softmax, norms and RoPE in float32 whatever the compute dtype.
 """

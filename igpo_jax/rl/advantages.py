@@ -1,4 +1,4 @@
-"""Group baselines: how much better a completion is than its group (METHOD 5)."""
+"""Group baselines: how much better a completion is than its group (docs/method.md#objective)."""
 
 from __future__ import annotations
 

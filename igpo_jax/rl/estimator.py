@@ -1,4 +1,4 @@
-"""Likelihood estimates of a completion under a masked diffusion model (METHOD 4).
+"""Likelihood estimates of a completion under a masked diffusion model (docs/method.md#likelihood).
 
 A diffusion model gives no left-to-right likelihood, so log pi(o_k | q) is read off
 one forward pass over a corrupted completion:

@@ -1,4 +1,4 @@
-"""The clipped policy loss with the entropy filter on hints (METHOD 5).
+"""The clipped policy loss with the entropy filter on hints (docs/method.md#objective).
 
     mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta k3_ik ]
 

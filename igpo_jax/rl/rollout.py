@@ -1,4 +1,4 @@
-"""Exploration: sample, score, and where a whole group is wrong, inpaint (METHOD 3).
+"""Sample, score, and where a whole group is wrong, inpaint (docs/method.md#exploration).
 
 The heart of IGPO, as a recipe. Sampling runs on the devices; decoding, grading and
 the building of hints on the host. What decides control flow (how many groups are

@@ -1,4 +1,4 @@
-"""Policy optimization: explore with inpainting, estimate, update (METHOD 3 to 5)."""
+"""Policy optimization: explore with inpainting, estimate, update (docs/method.md)."""
 
 from __future__ import annotations
 

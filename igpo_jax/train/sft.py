@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the masked-diffusion NELBO on responses (METHOD 1 and 6)."""
+"""Supervised fine-tuning: the masked-diffusion NELBO on responses (docs/method.md#sft)."""
 
 from __future__ import annotations
 

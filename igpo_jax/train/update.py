@@ -101,7 +101,7 @@ def apply_gradient(
 
 
 def nelbo_sum(lm: LM, params: Params, noisy, masked, p, tokens, valid, response) -> Array:
-  """Sum over rows of sum(masked cross-entropy / p) / response length (METHOD 6).
+  """Sum over rows of sum(masked cross-entropy / p) / response length (docs/method.md#sft).
 
   Args:
     noisy, tokens: i32[B,T], the corrupted and the clean rows.
