@@ -1,46 +1,22 @@
 """python -m igpo_jax.main --config=configs/X.py [--workdir=DIR] [--config.a.b=value]
 
-Flags, config, then one stage after the other. Kept short: everything it calls can be
-imported and called from a notebook.
+Flags, config, then one stage after the other (train/run.py). Importing jax takes seconds,
+so it is imported after the mistakes that can be told without it, and after a first line.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import os
 import sys
-import time
+from typing import Any
 
-import jax
 from absl import flags
 from etils import epath
-from tqdm import tqdm
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
-from igpo_jax.data.sources import check_files
-from igpo_jax.eval.evaluate import Evaluation
-from igpo_jax.eval.protocols import plan
 from igpo_jax.flags import config_flag, parse
-from igpo_jax.models import lora
-from igpo_jax.parallel import distributed
-from igpo_jax.parallel.compile_cache import use_cache
-from igpo_jax.parallel.mesh import configured_mesh
-from igpo_jax.rewards.score import Scorer
-from igpo_jax.train.loop import Run
-from igpo_jax.train.report import table, write_report
-from igpo_jax.train.rl import train_rl
-from igpo_jax.train.runlog import RunLog, say
-from igpo_jax.train.setup import (
-  Model,
-  load_source,
-  make_model,
-  make_tokenizer,
-  purpose_key,
-)
-from igpo_jax.train.sft import handed_on, train_sft
-from igpo_jax.train.workdir import open_workdir
+from igpo_jax.train.inputs import check_inputs
 
 FLAGS = config_flag()
 flags.DEFINE_string(
@@ -61,123 +37,21 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
   return config, epath.Path(FLAGS.workdir or f"runs/{name}")
 
 
-def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
-  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
-  evaluation = Evaluation(
-    config, plan(config), model.lm, model.tokenizer, scorer, mesh,
-    purpose_key(config.seed, 0, "evaluate"), workdir / "evals",
-    functools.partial(load_source, log=say), _bar,
-  )  # fmt: skip
+def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
+  """Runs every stage of a config (`train.run.train`); returns what summary.json holds."""
+  from igpo_jax.train import run
 
-  def evaluate_all(params, label: str) -> dict[str, float | str]:
-    row = {}
-    began = time.perf_counter()
-    for name, result in evaluation(params, label).items():
-      row |= {f"eval/{name}/{k}": v for k, v in result.items()}
-      say(
-        f"{name} ({label}): accuracy {result['accuracy']:.3f}"
-        f" (95%: {result['low']:.3f} to {result['high']:.3f}), n={result['n']}"
-      )
-    return {**row, "time/eval_seconds": time.perf_counter() - began}
-
-  return evaluate_all
-
-
-def _bar(batches, description):
-  return tqdm(
-    batches, desc=description, unit="batch", file=sys.stderr, leave=False,
-    disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
-  )  # fmt: skip
-
-
-def newest_params(run: Run, model: Model):
-  """(parameters, label): the run's newest checkpoint, else what `init_from` holds.
-
-  Raises:
-    UserError: there is neither.
-  """
-  for stage in ("rl", "sft"):
-    checkpoints = run.checkpoints(stage)
-    step = distributed.from_first(checkpoints.latest)
-    if step is not None:
-      say(f"eval: the checkpoint of {stage} step {step}")
-      trainable, frozen = lora.split(model.params)
-      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                          trainable)  # fmt: skip
-      jax.tree.map(lambda x: x.delete(), trainable)  # their memory is for the trained ones
-      params = checkpoints.restore_part(step, {"params": like})["params"]
-      return lora.combine(frozen, params), f"{stage} {step}"
-  if not run.config.init_from:
-    raise UserError(
-      f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"
-    )
-  return model.params, "init"
-
-
-def check_inputs(config: Config) -> None:
-  """Plans the evaluations and looks for every file: mistakes show before any work is done.
-
-  Raises:
-    UserError: an evaluation that cannot be, or a missing file; says where to get it.
-  """
-  tasks = plan(config)
-  uris = [getattr(config.data, stage) for stage in config.stages if stage != "eval"]
-  for uri in [*uris, *(u for task in tasks for u in (task.uri, task.examples) if u)]:
-    check_files(uri)
-  if config.init_from and not epath.Path(config.init_from).exists():
-    raise UserError(
-      f"config.init_from={config.init_from}: no such directory; get a model, for example all "
-      "files of GSAI-ML/LLaDA-8B-Instruct from Hugging Face, and put it there"
-    )
-
-
-def train(config: Config, workdir: epath.Path) -> dict:
-  """Runs every stage of a config; returns the summary that summary.json holds."""
-  check_inputs(config)
-  open_workdir(workdir, config)
-  mesh = configured_mesh(config.mesh)
-  with (
-    jax.set_mesh(mesh),
-    Scorer(
-      config.reward.verifier,
-      dict(config.reward.parts),
-      config.reward.workers,
-      config.reward.timeout,
-    ) as scorer,
-  ):
-    tokenizer = make_tokenizer(config, workdir)
-    model = make_model(config, tokenizer, mesh)
-    count = sum(x.size for x in jax.tree.leaves(model.params))
-    say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
-    log = RunLog(workdir, config.log)
-    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh, workdir))
-
-    training = "sft" in config.stages or "rl" in config.stages
-    if training and config.eval.initial and not log.has("init"):
-      log.metrics("init", 0, run.evaluate(model.params, "init"))
-    if "sft" in config.stages:
-      model = dataclasses.replace(model, params=train_sft(run, model))
-    if "rl" in config.stages:
-      model = dataclasses.replace(model, params=train_rl(run, model, scorer))
-    if "eval" in config.stages:
-      if training:
-        stage = config.stages[-2]
-        params, label = model.params, f"{stage} {handed_on(run, stage)}"
-      else:
-        params, label = newest_params(run, model)
-      log.rewind("rl", 10**12)
-      log.metrics("eval", 0, run.evaluate(params, label))
-    log.close()
-  summary = {}
-  if jax.process_index() == 0:
-    summary = write_report(log.rows, workdir)
-    print(table(summary))
-    say(f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl")
-  return summary
+  return run.train(config, workdir)
 
 
 def main() -> None:
   config, workdir = parse_flags(sys.argv)
+  check_inputs(config)
+  if os.environ.get("JAX_PROCESS_ID", "0") == "0":
+    print(f"igpo_jax: {workdir}: loading jax", file=sys.stderr, flush=True)
+  from igpo_jax.parallel import distributed
+  from igpo_jax.parallel.compile_cache import use_cache
+
   with distributed.joined(detect=FLAGS.distributed):
     use_cache(config.compilation_cache)
     train(config, workdir)

@@ -150,10 +150,12 @@ def test_no_path_is_one_machines():
 
 
 @pytest.mark.parametrize(
-  "module", ["igpo_jax.rewards.score", "igpo_jax.data.sources", "igpo_jax.data.pipeline"]
+  "module",
+  ["igpo_jax.rewards.score", "igpo_jax.data.sources", "igpo_jax.data.pipeline", "igpo_jax.main"],
 )
 def test_host_modules_start_without_jax(module):
-  """A grading worker or a data builder should not pay for jax, nor need it."""
+  """A grading worker or a data builder should not pay for jax, nor need it. The command
+  looks at the inputs and prints its first line before it loads jax, which takes seconds."""
   code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

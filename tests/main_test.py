@@ -15,6 +15,7 @@ from igpo_jax import cli
 from igpo_jax import main as program
 from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
+from igpo_jax.train.workdir import open_workdir
 from tests.fakes import REPO
 
 CONFIG = "tests/tiny_config.py"
@@ -236,21 +237,21 @@ def test_a_workdir_with_another_config_is_refused(tmp_path):
   config = default_config()
   config.data.sft = config.data.rl = "synthetic:chains"
   workdir = epath.Path(tmp_path)
-  program.open_workdir(workdir, freeze(config))
+  open_workdir(workdir, freeze(config))
   (workdir / "metrics.jsonl").touch()
-  program.open_workdir(workdir, freeze(config))
+  open_workdir(workdir, freeze(config))
   config.log.every = 5  # what does not decide the numbers may change
   config.stages = ("sft",)
-  program.open_workdir(workdir, freeze(config))
+  open_workdir(workdir, freeze(config))
   for section, name, value in (("rl", "steps", 3), ("sampler", "temperature", 0.5)):
     changed = config.copy_and_resolve_references()
     changed[section][name] = value
     with pytest.raises(UserError, match=rf"another config.{section}: .*{name}"):
-      program.open_workdir(workdir, freeze(changed))
+      open_workdir(workdir, freeze(changed))
   changed = config.copy_and_resolve_references()
   changed.seed = 9
   with pytest.raises(UserError, match=r"config.seed: 0 there, 9 now"):
-    program.open_workdir(workdir, freeze(changed))
+    open_workdir(workdir, freeze(changed))
 
 
 def test_a_mistake_mended_before_the_run_began_does_not_cost_the_workdir(tmp_path):
@@ -262,7 +263,7 @@ def test_a_mistake_mended_before_the_run_began_does_not_cost_the_workdir(tmp_pat
   with pytest.raises(UserError, match="no verifier 'mth'"):
     program.train(freeze(config), workdir)
   config.reward.verifier = "exact"
-  program.open_workdir(workdir, freeze(config))
+  open_workdir(workdir, freeze(config))
   assert json.loads((workdir / "config.json").read_text())["reward"]["verifier"] == "exact"
 
 

@@ -1,0 +1,27 @@
+"""What a run reads, looked at before jax is loaded and any work is done."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.data.sources import check_files
+from igpo_jax.eval.protocols import plan
+
+
+def check_inputs(config: Config) -> None:
+  """Plans the evaluations and looks for every file: mistakes show before any work is done.
+
+  Raises:
+    UserError: an evaluation that cannot be, or a missing file; says where to get it.
+  """
+  tasks = plan(config)
+  uris = [getattr(config.data, stage) for stage in config.stages if stage != "eval"]
+  for uri in [*uris, *(u for task in tasks for u in (task.uri, task.examples) if u)]:
+    check_files(uri)
+  if config.init_from and not epath.Path(config.init_from).exists():
+    raise UserError(
+      f"config.init_from={config.init_from}: no such directory; get a model, for example all "
+      "files of GSAI-ML/LLaDA-8B-Instruct from Hugging Face, and put it there"
+    )

@@ -1,0 +1,133 @@
+"""A whole run: every stage of a config, one after the other, in one workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.eval.evaluate import Evaluation
+from igpo_jax.eval.protocols import plan
+from igpo_jax.models import lora
+from igpo_jax.parallel import distributed
+from igpo_jax.parallel.mesh import configured_mesh
+from igpo_jax.rewards.score import Scorer
+from igpo_jax.train.inputs import check_inputs
+from igpo_jax.train.loop import Run
+from igpo_jax.train.report import table, write_report
+from igpo_jax.train.rl import train_rl
+from igpo_jax.train.runlog import RunLog, say
+from igpo_jax.train.setup import (
+  Model,
+  load_source,
+  make_model,
+  make_tokenizer,
+  purpose_key,
+)
+from igpo_jax.train.sft import handed_on, train_sft
+from igpo_jax.train.workdir import open_workdir
+
+
+def train(config: Config, workdir: epath.Path) -> dict:
+  """Runs every stage of a config; returns the summary that summary.json holds."""
+  check_inputs(config)
+  open_workdir(workdir, config)
+  mesh = configured_mesh(config.mesh)
+  with (
+    jax.set_mesh(mesh),
+    Scorer(
+      config.reward.verifier,
+      dict(config.reward.parts),
+      config.reward.workers,
+      config.reward.timeout,
+    ) as scorer,
+  ):
+    tokenizer = make_tokenizer(config, workdir)
+    model = make_model(config, tokenizer, mesh)
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
+    log = RunLog(workdir, config.log)
+    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh, workdir))
+
+    training = "sft" in config.stages or "rl" in config.stages
+    if training and config.eval.initial and not log.has("init"):
+      log.metrics("init", 0, run.evaluate(model.params, "init"))
+    if "sft" in config.stages:
+      model = dataclasses.replace(model, params=train_sft(run, model))
+    if "rl" in config.stages:
+      model = dataclasses.replace(model, params=train_rl(run, model, scorer))
+    if "eval" in config.stages:
+      if training:
+        stage = config.stages[-2]
+        params, label = model.params, f"{stage} {handed_on(run, stage)}"
+      else:
+        params, label = newest_params(run, model)
+      log.rewind("rl", 10**12)
+      log.metrics("eval", 0, run.evaluate(params, label))
+    log.close()
+  summary = {}
+  if jax.process_index() == 0:
+    summary = write_report(log.rows, workdir)
+    print(table(summary))
+    say(f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl")
+  return summary
+
+
+def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
+  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
+  evaluation = Evaluation(
+    config, plan(config), model.lm, model.tokenizer, scorer, mesh,
+    purpose_key(config.seed, 0, "evaluate"), workdir / "evals",
+    functools.partial(load_source, log=say), _bar,
+  )  # fmt: skip
+
+  def evaluate_all(params, label: str) -> dict[str, float | str]:
+    row = {}
+    began = time.perf_counter()
+    for name, result in evaluation(params, label).items():
+      row |= {f"eval/{name}/{k}": v for k, v in result.items()}
+      say(
+        f"{name} ({label}): accuracy {result['accuracy']:.3f}"
+        f" (95%: {result['low']:.3f} to {result['high']:.3f}), n={result['n']}"
+      )
+    return {**row, "time/eval_seconds": time.perf_counter() - began}
+
+  return evaluate_all
+
+
+def _bar(batches, description):
+  return tqdm(
+    batches, desc=description, unit="batch", file=sys.stderr, leave=False,
+    disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
+  )  # fmt: skip
+
+
+def newest_params(run: Run, model: Model):
+  """(parameters, label): the run's newest checkpoint, else what `init_from` holds.
+
+  Raises:
+    UserError: there is neither.
+  """
+  for stage in ("rl", "sft"):
+    checkpoints = run.checkpoints(stage)
+    step = distributed.from_first(checkpoints.latest)
+    if step is not None:
+      say(f"eval: the checkpoint of {stage} step {step}")
+      trainable, frozen = lora.split(model.params)
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                          trainable)  # fmt: skip
+      jax.tree.map(lambda x: x.delete(), trainable)  # their memory is for the trained ones
+      params = checkpoints.restore_part(step, {"params": like})["params"]
+      return lora.combine(frozen, params), f"{stage} {step}"
+  if not run.config.init_from:
+    raise UserError(
+      f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"
+    )
+  return model.params, "init"
