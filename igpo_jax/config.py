@@ -18,18 +18,30 @@ import math
 import os
 import pathlib
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ml_collections
 from ml_collections import config_dict
 
+from igpo_jax.cli import UserError
+from igpo_jax.fields import (
+  Count,
+  Finite,
+  Natural,
+  NonNegative,
+  Positive,
+  Range,
+  Seed,
+  check_fields,
+  meant,
+)
 from igpo_jax.options import (
   HintConfig,
   LoRAConfig,  # noqa: F401  for those who import it from here
   ModelConfig,
   ObjectiveConfig,
   SamplerConfig,
-  check_choices,
+  check_section,
   require,
 )
 
@@ -56,27 +68,21 @@ class RLConfig:
     eval_every: steps between evaluations; 0: only at the end.
   """
 
-  steps: int = 100
-  prompts_per_step: int = 8
-  group_size: int = 8
-  inner_updates: int = 4
-  micro_batches: int = 1
-  sample_slices: int = 1
+  steps: Natural = 100
+  prompts_per_step: Count = 8
+  group_size: Annotated[int, Range(2, why="a group of one has no advantage")] = 8
+  inner_updates: Count = 4
+  micro_batches: Count = 1
+  sample_slices: Count = 1
   exploration: Literal["inpaint", "resample", "none"] = "inpaint"
   estimator: Literal["mean_field", "random_ratio", "coupled"] = "mean_field"
   region: Literal["through_eos", "all"] = "through_eos"
   advantage: Literal["mean", "std", "leave_one_out"] = "mean"
   entropy: Literal["current", "old"] = "current"
-  eval_every: int = 0
+  eval_every: Natural = 0
 
   def __post_init__(self):
-    check_choices(self, "rl")
-    for name in ("prompts_per_step", "inner_updates", "micro_batches", "sample_slices"):
-      require(getattr(self, name) >= 1, f"rl.{name} must be at least 1")
-    require(
-      self.group_size >= 2,
-      f"rl.group_size={self.group_size}: a group of one has no advantage; use at least 2",
-    )
+    check_section(self, "rl")
     require(
       self.prompts_per_step % self.micro_batches == 0,
       f"rl.prompts_per_step={self.prompts_per_step} is not a multiple of "
@@ -101,28 +107,25 @@ class SFTConfig:
       `checkpoint.best_metric`.
   """
 
-  steps: int = 1000
-  batch_size: int = 64
-  epochs: float = 0.0
-  micro_batches: int = 1
-  eps: float = 1e-3
-  response_lengths: tuple[int, ...] = ()
-  group_batches: int = 16
-  eval_every: int = 0
+  steps: Natural = 1000
+  batch_size: Count = 64
+  epochs: NonNegative = 0.0
+  micro_batches: Count = 1
+  eps: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
+  response_lengths: tuple[Count, ...] = ()
+  group_batches: Count = 16
+  eval_every: Natural = 0
   hand_on: Literal["last", "best"] = "last"
 
   def __post_init__(self):
-    check_choices(self, "sft")
+    check_section(self, "sft")
     lengths = self.response_lengths
     require(
-      list(lengths) == sorted(set(lengths)) and all(length > 0 for length in lengths),
-      f"sft.response_lengths={lengths}: give increasing positive lengths",
+      list(lengths) == sorted(set(lengths)),
+      f"sft.response_lengths={lengths}: give increasing lengths",
     )
-    require(self.epochs >= 0, f"sft.epochs={self.epochs} must not be negative")
-    require(self.group_batches >= 1, "sft.group_batches must be at least 1")
-    require(self.batch_size >= 1, "sft.batch_size must be at least 1")
     require(
-      self.micro_batches >= 1 and self.batch_size % self.micro_batches == 0,
+      self.batch_size % self.micro_batches == 0,
       f"sft.batch_size={self.batch_size} is not a multiple of "
       f"sft.micro_batches={self.micro_batches}",
     )
@@ -130,21 +133,29 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with warm-up, optional decay and global-norm clipping."""
+  """AdamW with warm-up, optional decay and global-norm clipping.
 
-  learning_rate: float = 5e-7
-  warmup_steps: int = 0
+  Attributes:
+    learning_rate: after the warm-up.
+    warmup_steps: updates in which the rate rises linearly to `learning_rate`.
+    schedule: of the rate after that: constant, or a decay to 0 at the last update.
+    b1, b2: decay of the gradient's first and second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, on every parameter.
+    clip_norm: a gradient of a larger global norm is scaled down to it.
+  """
+
+  learning_rate: NonNegative = 5e-7
+  warmup_steps: Natural = 0
   schedule: Literal["constant", "cosine", "linear"] = "constant"
-  b1: float = 0.9
-  b2: float = 0.99
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip_norm: float = 0.2
+  b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+  b2: Annotated[float, Range(0, 1, below=True)] = 0.99
+  eps: Positive = 1e-8
+  weight_decay: NonNegative = 0.1
+  clip_norm: Positive = 0.2
 
   def __post_init__(self):
-    check_choices(self, "optimizer")
-    require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
-    require(self.clip_norm > 0, "optimizer.clip_norm must be positive")
+    check_section(self, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +175,14 @@ class DataConfig:
   rl: str = ""
   eval: tuple[str, ...] = ()
   tokenizer: str = "char"
-  prompt_buckets: tuple[int, ...] = (256,)
+  prompt_buckets: tuple[Count, ...] = (256,)
 
   def __post_init__(self):
+    check_section(self, "data")
     buckets = self.prompt_buckets
     require(
-      len(buckets) > 0 and list(buckets) == sorted(set(buckets)) and buckets[0] > 0,
-      f"data.prompt_buckets={buckets}: give increasing positive lengths",
+      len(buckets) > 0 and list(buckets) == sorted(set(buckets)),
+      f"data.prompt_buckets={buckets}: give increasing lengths, at least one",
     )
     for item in self.eval:
       require("=" in item, f"data.eval item {item!r} is not of the form name=uri")
@@ -178,12 +190,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """Which verifier decides `correct`, and which weighted parts make the reward."""
+  """Which verifier decides `correct`, and which weighted parts make the reward.
+
+  Attributes:
+    verifier: "math", "exact", "countdown", "sudoku", or a registered name (docs/grading.md).
+    parts: (name, weight) of each part of the reward; "correct" is the verdict itself.
+    workers: grading processes of the verifier "math".
+    timeout: seconds that one answer may take; then it counts as wrong.
+  """
 
   verifier: str = "math"
-  parts: tuple[tuple[str, float], ...] = (("correct", 1.0),)
-  workers: int = 2
-  timeout: float = 5.0  # seconds per item
+  parts: tuple[tuple[str, Finite], ...] = (("correct", 1.0),)
+  workers: Count = 2
+  timeout: Positive = 5.0
+
+  def __post_init__(self):
+    check_section(self, "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,22 +230,18 @@ class EvalConfig:
   """
 
   protocol: str = ""
-  lengths: tuple[int, ...] = ()
+  lengths: tuple[Count, ...] = ()
   examples: tuple[str, ...] = ()
-  batch_size: int = 64
-  limit: int = 0
-  samples: int = 1
-  steps: int = 0
-  temperature: float = 0.0
+  batch_size: Count = 64
+  limit: Natural = 0
+  samples: Count = 1
+  steps: Natural = 0
+  temperature: NonNegative = 0.0
   cache: Literal["none", "prefix", "dual"] = "none"
   initial: bool = True
 
   def __post_init__(self):
-    check_choices(self, "eval")
-    require(self.batch_size >= 1, "eval.batch_size must be at least 1")
-    require(self.limit >= 0, "eval.limit must not be negative")
-    require(self.samples >= 1, "eval.samples must be at least 1")
-    require(self.temperature >= 0, "eval.temperature must not be negative")
+    check_section(self, "eval")
     require(
       not self.protocol or (self.samples, self.steps, self.temperature) == (1, 0, 0.0),
       f"eval.samples, eval.steps and eval.temperature are the protocol's ({self.protocol!r}):"
@@ -245,12 +263,12 @@ class CheckpointConfig:
       "eval/test/accuracy"; "" keeps none. Higher is better.
   """
 
-  every: int = 100
-  keep: int = 2
+  every: Natural = 100
+  keep: Count = 2
   best_metric: str = ""
 
   def __post_init__(self):
-    require(self.keep >= 1, "checkpoint.keep must be at least 1")
+    check_section(self, "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +276,7 @@ class LogConfig:
   """What is written besides metrics.jsonl.
 
   Attributes:
-    every: steps between rows of metrics.jsonl.
+    every: steps between rows of metrics.jsonl; 0: only at the end.
     samples_every: RL steps between writes of samples.jsonl; 0: never.
     samples_per_step: rows of samples.jsonl per write; 0: all of the batch.
     tensorboard, wandb: also write there (wandb must be installed).
@@ -266,13 +284,19 @@ class LogConfig:
     max_skipped: stop after this many non-finite updates in a row.
   """
 
-  every: int = 1
-  samples_every: int = 10
-  samples_per_step: int = 8
+  every: Natural = 1
+  samples_every: Natural = 10
+  samples_per_step: Natural = 8
   tensorboard: bool = True
   wandb: bool = False
   wandb_project: str = "igpo_jax"
-  max_skipped: int = 5
+  max_skipped: Count = 5
+
+  def __post_init__(self):
+    check_section(self, "log")
+
+
+AxisSize = Annotated[int, Range(1, also=-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,12 +306,18 @@ class MeshConfig:
   Attributes:
     slice: the name of a TPU slice, such as "v5e-64": its sizes (parallel/slices.py) in
       place of these.
+    data: rows of a batch are shared out; every device along it has all parameters.
+    fsdp: rows and parameters are shared out.
+    tensor: heads, hidden units and vocabulary are shared out.
   """
 
   slice: str = ""
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: AxisSize = -1
+  fsdp: AxisSize = 1
+  tensor: AxisSize = 1
+
+  def __post_init__(self):
+    check_section(self, "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,14 +325,17 @@ class Config:
   """The whole program.
 
   Attributes:
-    stages: run in order.
+    seed: of all randomness; the same seed repeats the run.
+    stages: run in order, out of "sft", "rl" and "eval".
     init_from: a Hugging Face LLaDA directory, or "" for a randomly initialised model.
     compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
       (the user's cache folder, parallel/compile_cache.py) or "off".
+    model, mesh, data, reward, sampler, hints, objective, sft, sft_optimizer, rl,
+      rl_optimizer, eval, checkpoint, log: sections of options.
   """
 
-  seed: int = 0
-  stages: tuple[str, ...] = ("sft", "rl")
+  seed: Seed = 0
+  stages: tuple[Literal["sft", "rl", "eval"], ...] = ("sft", "rl")
   init_from: str = ""
   compilation_cache: str = "auto"
   model: ModelConfig = ModelConfig()  # noqa: RUF009  frozen
@@ -355,15 +388,13 @@ def freeze(config: ml_collections.ConfigDict) -> Config:
     UserError: an unknown option, a value out of range, or a combination that
       cannot work; the message names the option.
   """
-  frozen = _from_config_dict(Config, config, "config")
+  frozen = _from_config_dict(Config, config, "")
   check(frozen)
   return frozen
 
 
 def check(config: Config) -> None:
   """Raises `UserError` for options that are fine alone but not together."""
-  for stage in config.stages:
-    require(stage in STAGES, f"stages: {stage!r} is not one of {', '.join(STAGES)}")
   order = [STAGES.index(stage) for stage in config.stages]
   require(order == sorted(set(order)), f"stages={config.stages}: each at most once, in order")
   for stage in ("sft", "rl"):
@@ -385,14 +416,22 @@ def check(config: Config) -> None:
 
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:
+  """A dataclass with the values of a ConfigDict; `path` is its name, "" for the whole."""
   hints = typing.get_type_hints(cls)
-  unknown = sorted(set(config.keys()) - set(hints))
-  require(not unknown, f"unknown option {path}.{unknown[0]}" if unknown else "")
+  inside = lambda name: f"{path}.{name}" if path else name
+  for name in config:
+    if name not in hints:
+      raise UserError(f"config: there is no option {inside(name)}{meant(name, hints)}")
   kwargs = {}
   for name, value in config.items():
     if dataclasses.is_dataclass(hints[name]):
-      value = _from_config_dict(hints[name], value, f"{path}.{name}")
+      require(
+        isinstance(value, ml_collections.ConfigDict),
+        f"{inside(name)}={value!r} should be a section of options",
+      )
+      value = _from_config_dict(hints[name], value, inside(name))
     elif isinstance(value, (list, tuple)):
       value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     kwargs[name] = value
+  check_fields(cls, kwargs, path)
   return cls(**kwargs)

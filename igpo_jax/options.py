@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from igpo_jax.cli import UserError
+from igpo_jax.fields import Count, Natural, NonNegative, Positive, Range, Share, check_fields
 
 
 def require(condition: Any, message: str) -> None:
@@ -20,14 +20,9 @@ def require(condition: Any, message: str) -> None:
     raise UserError(f"config: {message}")
 
 
-def check_choices(section: Any, name: str) -> None:
-  """Checks every `Literal` field of a dataclass against its choices."""
-  for field, hint in typing.get_type_hints(type(section)).items():
-    if typing.get_origin(hint) is Literal:
-      value, choices = getattr(section, field), typing.get_args(hint)
-      require(
-        value in choices, f"{name}.{field}={value!r} is not one of {', '.join(map(str, choices))}"
-      )
+def check_section(section: Any, name: str) -> None:
+  """Holds a dataclass of options, called `name` in messages, to what they declare."""
+  check_fields(type(section), vars(section), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,52 +37,81 @@ class LoRAConfig:
     dropout: of the adapters' input, where a caller passes `dropout_key`.
   """
 
-  rank: int = 0
-  alpha: float = 64.0
+  rank: Natural = 0
+  alpha: Positive = 64.0
   targets: str = "blocks/.*"
-  dropout: float = 0.0
+  dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
 
   def __post_init__(self):
-    require(self.rank >= 0, f"model.lora.rank={self.rank} must not be negative")
-    require(self.alpha > 0, f"model.lora.alpha={self.alpha} must be positive")
-    require(0 <= self.dropout < 1, f"model.lora.dropout={self.dropout} must be in [0, 1)")
+    check_section(self, "model.lora")
     try:
       re.compile(self.targets)
     except re.error as error:
       require(False, f"model.lora.targets={self.targets!r} is no regular expression: {error}")
 
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The transformer (docs/method.md#model). `vocab_size`, `mask_id`, `eos_id` and `stop_ids`
   come from the tokenizer when a model is made from scratch, and from config.json
-  when weights are loaded."""
+  when weights are loaded.
 
-  d_model: int = 96
-  n_layers: int = 3
-  n_heads: int = 4
-  n_kv_heads: int = 0  # 0: as many as n_heads
-  mlp_hidden: int = 256
-  vocab_size: int = 0
-  mask_id: int = 0
-  eos_id: int = 0
-  stop_ids: tuple[int, ...] = ()  # empty: (eos_id,)
-  rope_theta: float = 500_000.0
-  rms_norm_eps: float = 1e-5
+  Attributes:
+    d_model: width of the residual stream; a multiple of `n_heads`.
+    n_layers: transformer blocks.
+    n_heads: query heads.
+    n_kv_heads: key-value heads; divides `n_heads`. 0: as many as `n_heads`.
+    mlp_hidden: hidden width of the SwiGLU.
+    vocab_size: rows of the embedding; 0: the tokenizer's.
+    mask_id, eos_id: ids of the absorbing token and of the end of text.
+    stop_ids: ids that end a completion; (): `eos_id` alone.
+    rope_theta: base of the rotary position frequencies.
+    rms_norm_eps: added to the mean square in every norm.
+    tie_embeddings: the head is the embedding, transposed.
+    dtype: of computations.
+    param_dtype: that parameters are kept in.
+    remat: what the backward pass computes again to save memory: "none"; "full", every
+      block; "dots", all but the matrix products.
+    shard_sequence: positions of the residual stream lie over the mesh's tensor axis.
+    attention: implementation; "auto" takes the fastest for the platform (models/attention.py).
+    lora: low-rank adapters.
+  """
+
+  d_model: Count = 96
+  n_layers: Count = 3
+  n_heads: Count = 4
+  n_kv_heads: Natural = 0
+  mlp_hidden: Count = 256
+  vocab_size: Natural = 0
+  mask_id: Natural = 0
+  eos_id: Natural = 0
+  stop_ids: tuple[Natural, ...] = ()
+  rope_theta: Positive = 500_000.0
+  rms_norm_eps: Positive = 1e-5
   tie_embeddings: bool = False
-  dtype: str = "float32"  # compute
-  param_dtype: str = "float32"
+  dtype: Dtype = "float32"
+  param_dtype: Dtype = "float32"
   remat: Literal["none", "full", "dots"] = "none"
-  shard_sequence: bool = False  # positions of the residual stream over the tensor axis
-  attention: Literal["einsum", "dot_product", "splash", "auto"] = "einsum"  # models/attention.py
+  shard_sequence: bool = False
+  attention: Literal["einsum", "dot_product", "splash", "auto"] = "einsum"
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
-    check_choices(self, "model")
-    require(self.d_model % self.n_heads == 0, "model.d_model must be a multiple of model.n_heads")
-    require(self.head_size % 2 == 0, "model.d_model / model.n_heads must be even (RoPE)")
+    check_section(self, "model")
     require(
-      self.n_heads % self.kv_heads == 0, "model.n_heads must be a multiple of model.n_kv_heads"
+      self.d_model % self.n_heads == 0,
+      f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}",
+    )
+    require(
+      self.head_size % 2 == 0,
+      f"model.d_model / model.n_heads = {self.head_size} must be even (RoPE)",
+    )
+    require(
+      self.n_heads % self.kv_heads == 0,
+      f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.kv_heads}",
     )
 
   @property
@@ -124,25 +148,23 @@ class SamplerConfig:
     suppress_eos: candidates that are stop tokens are committed last.
   """
 
-  gen_length: int = 256
-  block_length: int = 32
-  steps: int = 128
-  temperature: float = 0.0
+  gen_length: Count = 256
+  block_length: Count = 32
+  steps: Count = 128
+  temperature: NonNegative = 0.0
   remasking: Literal["low_confidence", "random"] = "low_confidence"
-  cfg_scale: float = 0.0
-  threshold: float | None = None
-  factor: float | None = None
+  cfg_scale: NonNegative = 0.0
+  threshold: Annotated[float, Range(0, 1, above=True)] | None = None
+  factor: Positive | None = None
   cache: Literal["none", "prefix", "dual"] = "none"
-  refresh_every: int = 0
-  batch_sizes: int = 1
+  refresh_every: Natural = 0
+  batch_sizes: Count = 1
   early_stop: Literal["row", "batch", "none"] = "row"
   allow_mask: bool = False
   suppress_eos: bool = False
 
   def __post_init__(self):
-    check_choices(self, "sampler")
-    for name in ("gen_length", "block_length", "steps"):
-      require(getattr(self, name) >= 1, f"sampler.{name} must be at least 1")
+    check_section(self, "sampler")
     require(
       self.gen_length % self.block_length == 0,
       f"sampler.gen_length={self.gen_length} is not a multiple of "
@@ -153,22 +175,15 @@ class SamplerConfig:
       f"sampler.steps={self.steps} is not a multiple of the {self.num_blocks} blocks "
       f"(gen_length / block_length)",
     )
-    require(self.temperature >= 0, "sampler.temperature must not be negative")
-    require(self.cfg_scale >= 0, "sampler.cfg_scale must not be negative")
-    require(
-      self.threshold is None or 0 < self.threshold <= 1, "sampler.threshold must be in (0, 1]"
-    )
-    require(self.factor is None or self.factor > 0, "sampler.factor must be positive")
     require(
       self.threshold is None or self.factor is None,
-      "sampler.threshold and sampler.factor are two rules for one thing: give one of them",
+      f"sampler.threshold={self.threshold} and sampler.factor={self.factor} are two rules for "
+      "one thing: give one of them",
     )
-    require(self.refresh_every >= 0, "sampler.refresh_every must not be negative")
     require(
       not self.refresh_every or self.cache != "none",
-      "sampler.refresh_every needs a cache: sampler.cache='prefix' or 'dual'",
+      f"sampler.refresh_every={self.refresh_every} needs a cache: sampler.cache='prefix' or 'dual'",
     )
-    require(self.batch_sizes >= 1, "sampler.batch_sizes must be at least 1")
 
   @property
   def num_blocks(self) -> int:
@@ -196,27 +211,25 @@ class HintConfig:
       the policy gets the answer without the reasoning.
   """
 
-  ratio_low: float = 0.2
-  ratio_high: float = 0.6
-  chunk_min: int = 5
-  chunk_max: int = 10
-  replace_fraction: float = 0.5
+  ratio_low: Share = 0.2
+  ratio_high: Share = 0.6
+  chunk_min: Count = 5
+  chunk_max: Count = 10
+  replace_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
   placement: Literal["index", "stretch"] = "index"
   hide_answer_value: bool = False
   leak_answer: bool = False
 
   def __post_init__(self):
-    check_choices(self, "hints")
+    check_section(self, "hints")
     require(
-      0 <= self.ratio_low <= self.ratio_high <= 1,
-      f"hints.ratio_low={self.ratio_low}, hints.ratio_high={self.ratio_high}: "
-      "need 0 <= low <= high <= 1",
+      self.ratio_low <= self.ratio_high,
+      f"hints.ratio_low={self.ratio_low} is above hints.ratio_high={self.ratio_high}",
     )
     require(
-      1 <= self.chunk_min <= self.chunk_max,
-      f"hints.chunk_min={self.chunk_min}, hints.chunk_max={self.chunk_max}: need 1 <= min <= max",
+      self.chunk_min <= self.chunk_max,
+      f"hints.chunk_min={self.chunk_min} is above hints.chunk_max={self.chunk_max}",
     )
-    require(0 < self.replace_fraction <= 1, "hints.replace_fraction must be in (0, 1]")
     require(
       not (self.hide_answer_value and self.leak_answer),
       "hints.hide_answer_value and hints.leak_answer contradict each other: give one of them",
@@ -239,14 +252,11 @@ class ObjectiveConfig:
   """
 
   ratio: Literal["sequence", "token", "sequence_official"] = "sequence"
-  eps_low: float = 0.2
-  eps_high: float = 0.2
-  beta: float = 0.01
-  entropy_keep: float = 0.2
+  eps_low: NonNegative = 0.2
+  eps_high: NonNegative = 0.2
+  beta: NonNegative = 0.01
+  entropy_keep: Share = 0.2
   normalize: Literal["row", "token"] = "row"
 
   def __post_init__(self):
-    check_choices(self, "objective")
-    require(self.eps_low >= 0 and self.eps_high >= 0, "objective.eps_* must not be negative")
-    require(self.beta >= 0, "objective.beta must not be negative")
-    require(0 <= self.entropy_keep <= 1, "objective.entropy_keep must be in [0, 1]")
+    check_section(self, "objective")

@@ -14,7 +14,7 @@ from tests.fakes import REPO
 
 PACKAGE = REPO / "igpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 400
+MOST_LINES = 500
 
 # Imports run downwards only, from a floor to the floors below it or along it.
 FLOORS = (
@@ -25,7 +25,7 @@ FLOORS = (
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
   ("parallel", "checkpoint", "rowfile"),
-  ("types", "config", "options", "cli", "flags"),
+  ("types", "config", "options", "fields", "cli", "flags"),
 )
 # Along a floor: commands and definitions among themselves, and graders read records.
 SHARED = (0, len(FLOORS) - 1)

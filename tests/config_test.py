@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import typing
 
 import pytest
 
@@ -20,6 +21,7 @@ from igpo_jax.config import (
   default_config,
   freeze,
 )
+from igpo_jax.fields import Range, descriptions
 from tests.fakes import REPO
 
 
@@ -86,15 +88,15 @@ def test_a_wrong_type_is_refused_where_it_is_written():
 def test_an_unknown_option_is_named():
   config = sourced()
   config.rl.group_sise = 4
-  with pytest.raises(UserError, match=r"unknown option config\.rl\.group_sise"):
+  with pytest.raises(UserError, match=r"no option rl\.group_sise; did you mean group_size"):
     freeze(config)
 
 
 MISTAKES = [
   ("rl.group_size", 1, "a group of one has no advantage"),
   ("rl.group_size", 0, "a group of one has no advantage"),
-  ("rl.prompts_per_step", 0, "rl.prompts_per_step must be at least 1"),
-  ("rl.inner_updates", 0, "rl.inner_updates must be at least 1"),
+  ("rl.prompts_per_step", 0, "rl.prompts_per_step=0 must be at least 1"),
+  ("rl.inner_updates", 0, "rl.inner_updates=0 must be at least 1"),
   ("rl.micro_batches", 3, "rl.prompts_per_step=8 is not a multiple of rl.micro_batches=3"),
   ("rl.exploration", "hint", "'hint' is not one of inpaint, resample, none"),
   ("rl.estimator", "exact", "rl.estimator='exact' is not one of"),
@@ -102,47 +104,47 @@ MISTAKES = [
   ("rl.advantage", "median", "rl.advantage"),
   ("rl.entropy", "new", "rl.entropy"),
   ("sampler.block_length", 48, "sampler.gen_length=256 is not a multiple of"),
-  ("sampler.block_length", 0, "sampler.block_length must be at least 1"),
-  ("sampler.gen_length", 0, "sampler.gen_length must be at least 1"),
+  ("sampler.block_length", 0, "sampler.block_length=0 must be at least 1"),
+  ("sampler.gen_length", 0, "sampler.gen_length=0 must be at least 1"),
   ("sampler.steps", 100, "sampler.steps=100 is not a multiple of the 8 blocks"),
-  ("sampler.steps", 0, "sampler.steps must be at least 1"),
+  ("sampler.steps", 0, "sampler.steps=0 must be at least 1"),
   ("sampler.temperature", -1.0, "sampler.temperature"),
   ("sampler.cfg_scale", -0.5, "sampler.cfg_scale"),
-  ("sampler.threshold", 1.5, "sampler.threshold must be in"),
+  ("sampler.threshold", 1.5, "sampler.threshold=1.5 must be in"),
   ("sampler.remasking", "entropy", "sampler.remasking='entropy' is not one of"),
   ("sampler.early_stop", "always", "sampler.early_stop"),
   ("sampler.cache", "suffix", "sampler.cache='suffix' is not one of none, prefix, dual"),
-  ("hints.ratio_low", 0.7, "need 0 <= low <= high <= 1"),
-  ("hints.ratio_high", 1.2, "need 0 <= low <= high <= 1"),
-  ("hints.chunk_min", 0, "need 1 <= min <= max"),
-  ("hints.chunk_max", 4, "need 1 <= min <= max"),
-  ("hints.replace_fraction", 0.0, "hints.replace_fraction must be in"),
+  ("hints.ratio_low", 0.7, "hints.ratio_low=0.7 is above hints.ratio_high=0.6"),
+  ("hints.ratio_high", 1.2, r"hints.ratio_high=1.2 must be in \[0, 1\]"),
+  ("hints.chunk_min", 0, "hints.chunk_min=0 must be at least 1"),
+  ("hints.chunk_max", 4, "hints.chunk_min=5 is above hints.chunk_max=4"),
+  ("hints.replace_fraction", 0.0, r"hints.replace_fraction=0.0 must be in \(0, 1\]"),
   ("hints.replace_fraction", 0.1, "of a group of 8 replaces nothing"),
   ("hints.placement", "middle", "hints.placement"),
   ("objective.ratio", "gspo", "objective.ratio='gspo' is not one of"),
   ("objective.normalize", "batch", "objective.normalize"),
-  ("objective.entropy_keep", 1.5, "objective.entropy_keep must be in"),
-  ("objective.beta", -0.1, "objective.beta must not be negative"),
-  ("objective.eps_low", -0.1, "objective.eps_"),
-  ("sft.batch_size", 0, "sft.batch_size must be at least 1"),
+  ("objective.entropy_keep", 1.5, "objective.entropy_keep=1.5 must be in"),
+  ("objective.beta", -0.1, "objective.beta=-0.1 must be at least 0"),
+  ("objective.eps_low", -0.1, "objective.eps_low=-0.1 must be"),
+  ("sft.batch_size", 0, "sft.batch_size=0 must be at least 1"),
   ("sft.micro_batches", 3, "sft.batch_size=64 is not a multiple of sft.micro_batches=3"),
   ("sft.response_lengths", (40, 24), r"sft.response_lengths=\(40, 24\): give increasing"),
-  ("sft.epochs", -1.0, "sft.epochs=-1.0 must not be negative"),
-  ("sft.group_batches", 0, "sft.group_batches must be at least 1"),
+  ("sft.epochs", -1.0, "sft.epochs=-1.0 must be at least 0"),
+  ("sft.group_batches", 0, "sft.group_batches=0 must be at least 1"),
   ("sft.hand_on", "first", "sft.hand_on='first' is not one of last, best"),
   ("sft.hand_on", "best", "sft.hand_on='best' goes by checkpoint.best_metric=''"),
-  ("sft_optimizer.schedule", "step", "optimizer.schedule"),
-  ("rl_optimizer.clip_norm", 0.0, "optimizer.clip_norm must be positive"),
-  ("rl_optimizer.learning_rate", -1.0, "optimizer.learning_rate"),
-  ("model.n_heads", 5, "model.d_model must be a multiple of model.n_heads"),
+  ("sft_optimizer.schedule", "step", "sft_optimizer.schedule='step' is not one of"),
+  ("rl_optimizer.clip_norm", 0.0, "rl_optimizer.clip_norm=0.0 must be above 0"),
+  ("rl_optimizer.learning_rate", -1.0, "rl_optimizer.learning_rate=-1.0"),
+  ("model.n_heads", 5, "model.d_model=96 is not a multiple of model.n_heads=5"),
   ("model.d_model", 4, r"must be even \(RoPE\)"),
-  ("model.n_kv_heads", 3, "model.n_heads must be a multiple of model.n_kv_heads"),
-  ("data.prompt_buckets", (32, 16), "give increasing positive lengths"),
-  ("data.prompt_buckets", (), "give increasing positive lengths"),
+  ("model.n_kv_heads", 3, "model.n_heads=4 is not a multiple of model.n_kv_heads=3"),
+  ("data.prompt_buckets", (32, 16), "give increasing lengths"),
+  ("data.prompt_buckets", (), "give increasing lengths"),
   ("data.eval", ("synthetic:chains",), "not of the form name=uri"),
   ("data.rl", "", "stages has 'rl' but data.rl names no source"),
   ("data.sft", "", "stages has 'sft' but data.sft names no source"),
-  ("checkpoint.keep", 0, "checkpoint.keep must be at least 1"),
+  ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1"),
   ("stages", ("sft", "dpo"), "'dpo' is not one of sft, rl, eval"),
   ("stages", ("rl", "sft"), "each at most once, in order"),
   ("stages", ("sft", "sft"), "each at most once, in order"),
@@ -192,3 +194,97 @@ def test_every_config_of_the_repository_freezes(path):
   for name in ("sft", "rl"):  # some take their data by flag
     config.data[name] = config.data[name] or "synthetic:chains"
   assert isinstance(freeze(config), Config)
+
+
+def options(cls=Config, path=""):
+  """(path of the option, its type with what it declares) of every option of the program."""
+  for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+    if dataclasses.is_dataclass(hint):
+      yield from options(hint, f"{path}{name}.")
+    else:
+      yield f"{path}{name}", hint
+
+
+def numbers_of(hint, declared=None):
+  """(int or float, its Range or None) for each number inside a type."""
+  if typing.get_origin(hint) is typing.Annotated:
+    hint, *extras = typing.get_args(hint)
+    declared = next((extra for extra in extras if isinstance(extra, Range)), None)
+  if hint in (int, float):
+    yield hint, declared
+  elif typing.get_origin(hint) is not typing.Literal:
+    for part in typing.get_args(hint):
+      yield from numbers_of(part, declared if part in (int, float) else None)
+
+
+NUMBERS = [(path, *number) for path, hint in options() for number in numbers_of(hint)]
+
+
+@pytest.mark.parametrize(("path", "kind", "declared"), NUMBERS)
+def test_every_number_declares_its_range_and_is_held_to_it(path, kind, declared):
+  assert declared is not None, f"{path}: which values can it have?"
+  outside = [math.nan, math.inf, -math.inf] if kind is float else []
+  step = 1 if kind is int else 0.5
+  if declared.low > -math.inf:
+    outside.append(kind(declared.low if declared.above else declared.low - step))
+  if declared.high < math.inf:
+    outside.append(kind(declared.high if declared.below else declared.high + step))
+  assert outside or kind is float, f"{path}: any whole number at all?"
+  for value in outside:
+    if value == declared.also:
+      value -= 1
+    config = sourced()
+    with config.ignore_type():
+      section, _, name = path.rpartition(".")
+      section = config[section] if section else config
+      old = section[name]
+      if path == "reward.parts":
+        section[name] = (("correct", value),)
+      else:
+        section[name] = (value,) if isinstance(old, tuple) else value
+    with pytest.raises(UserError) as info:
+      freeze(config)
+    said = str(info.value)
+    assert said.startswith("config: ") and path in said and str(value) in said, said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "complaint"),
+  [
+    ("rl.steps", "many", "rl.steps='many' should be a whole number"),
+    ("rl.steps", 2.5, "rl.steps=2.5 should be a whole number"),
+    ("rl.steps", True, "rl.steps=True should be a whole number"),
+    ("rl.steps", None, "rl.steps=None should be a whole number"),
+    ("sampler.temperature", "hot", "sampler.temperature='hot' should be a number"),
+    ("sampler.allow_mask", 1, "sampler.allow_mask=1 should be True or False"),
+    ("data.rl", 7, "data.rl=7 should be text"),
+    ("data.eval", "a=b", "data.eval='a=b' should be a tuple"),
+    ("data.prompt_buckets", (16, 32.5), "data.prompt_buckets: 32.5 should be a whole number"),
+    ("reward.parts", (("correct",),), r"reward.parts: \('correct',\) should be a tuple of 2"),
+    ("model.lora", 3, "model.lora=3 should be a section of options"),
+  ],
+)
+def test_a_value_of_another_kind_is_told(path, value, complaint):
+  config = sourced()
+  with config.ignore_type():
+    section, _, name = path.rpartition(".")
+    (config[section] if section else config)[name] = value
+  with pytest.raises(UserError, match=complaint):
+    freeze(config)
+
+
+def test_a_choice_that_is_almost_right_is_pointed_to():
+  config = sourced()
+  config.model.dtype = "bf16"
+  with pytest.raises(UserError, match=r"model.dtype='bf16' is not one of .*did you mean bfloat16"):
+    freeze(config)
+
+
+def test_every_option_is_described():
+  for path, _ in options():
+    *sections, name = path.split(".")
+    cls = Config
+    for section in sections:
+      cls = typing.get_type_hints(cls)[section]
+    assert descriptions(cls).get(name), f"{path}: what is it for? (Attributes: of {cls.__name__})"

@@ -107,7 +107,7 @@ def test_a_plan_names_every_length_once():
     ([f"gsm8k={TASK}"], {"examples": ("gsm8k=jsonl:x",)}, "no benchmark"),
     ([f"a b={TASK}"], {}, "should be letters"),
     ([f"a={TASK}", f"a={TASK}"], {}, "a name is there twice"),
-    ([f"a={TASK}"], {"samples": 0}, "samples must be at least 1"),
+    ([f"a={TASK}"], {"samples": 0}, "eval.samples=0 must be at least 1"),
   ],
 )
 def test_an_evaluation_that_cannot_be_is_told_before_any_work(items, options, message):

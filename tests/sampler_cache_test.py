@@ -229,11 +229,11 @@ def test_batches_are_halved_while_they_divide_over_the_devices():
 @pytest.mark.parametrize(
   ("kw", "complaint"),
   [
-    ({"refresh_every": 2}, "sampler.refresh_every needs a cache"),
-    ({"refresh_every": -1, "cache": "dual"}, "must not be negative"),
+    ({"refresh_every": 2}, "sampler.refresh_every=2 needs a cache"),
+    ({"refresh_every": -1, "cache": "dual"}, "refresh_every=-1 must be at least 0"),
     ({"threshold": 0.9, "factor": 1.0}, "two rules for one thing"),
-    ({"factor": 0.0}, "sampler.factor must be positive"),
-    ({"batch_sizes": 0}, "sampler.batch_sizes must be at least 1"),
+    ({"factor": 0.0}, "sampler.factor=0.0 must be above 0"),
+    ({"batch_sizes": 0}, "sampler.batch_sizes=0 must be at least 1"),
   ],
 )
 def test_options_that_cannot_be_are_told(kw, complaint):

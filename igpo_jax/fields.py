@@ -1,0 +1,190 @@
+"""What the value of an option may be: declared beside the option, checked in one place.
+
+    steps: Natural = 100                          a whole number, 0 or more
+    threshold: Annotated[float, Range(0, 1)]      a number from 0 to 1
+    cache: Literal["none", "prefix"] = "none"     one of these words
+
+`check_fields` holds a dataclass to such declarations, `number` a command line's option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from igpo_jax.cli import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """The numbers that an option may be. Never NaN or infinite.
+
+  Attributes:
+    low, high: the least and the greatest.
+    above: `low` itself is left out.
+    below: `high` itself is left out.
+    also: one value outside that has a meaning of its own, such as -1.
+    why: what is wrong with the others, for the message.
+  """
+
+  low: float = -math.inf
+  high: float = math.inf
+  above: bool = False
+  below: bool = False
+  also: float | None = None
+  why: str = ""
+
+  def __contains__(self, value: float) -> bool:
+    if value == self.also:
+      return True
+    if not math.isfinite(value):
+      return False
+    return (value > self.low if self.above else value >= self.low) and (
+      value < self.high if self.below else value <= self.high
+    )
+
+  def __str__(self) -> str:
+    if self.high < math.inf:
+      text = f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+    elif self.low > -math.inf:
+      text = f"above {self.low}" if self.above else f"at least {self.low}"
+    else:
+      text = "finite"
+    text += "" if self.also is None else f", or {self.also}"
+    return text + (f": {self.why}" if self.why else "")
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what jax and numpy both take
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Finite = Annotated[float, Range()]
+
+KINDS = {
+  int: ("a whole number", numbers.Integral),
+  float: ("a number", numbers.Real),
+  str: ("text", str),
+  bool: ("True or False", bool),
+}
+
+
+@functools.cache
+def declarations(cls: type) -> dict[str, Any]:
+  """Option -> its type, with what it declares, of a dataclass."""
+  return typing.get_type_hints(cls, include_extras=True)
+
+
+def check_fields(cls: type, values: Mapping[str, Any], section: str) -> None:
+  """Holds values to what their options declare.
+
+  Args:
+    cls: the dataclass of the section.
+    values: option -> value; options that are not there are not checked.
+    section: its name for the message, "" for options of no section.
+
+  Raises:
+    UserError: a value of another kind, out of its range, or none of the choices.
+  """
+  for name, hint in declarations(cls).items():
+    if name in values:
+      path = f"{section}.{name}" if section else name
+      wrong = _wrong(hint, values[name], f"{path}={values[name]!r}", path)
+      if wrong:
+        raise UserError(f"config: {wrong}")
+
+
+def _wrong(hint: Any, value: Any, shown: str, path: str) -> str:
+  """What is wrong with a value, as "`shown` should be ..."; "" if nothing is."""
+  if typing.get_origin(hint) is Annotated:
+    hint, *extras = typing.get_args(hint)
+    kind = _wrong(hint, value, shown, path)
+    if kind or value is None:
+      return kind
+    ranges = (extra for extra in extras if isinstance(extra, Range))
+    return next((f"{shown} must be {extra}" for extra in ranges if value not in extra), "")
+  origin, parts = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Literal:
+    if value in parts:
+      return ""
+    return f"{shown} is not one of {', '.join(map(str, parts))}{meant(value, parts)}"
+  if origin in (typing.Union, types.UnionType):  # of a kind and None
+    if value is None:
+      return ""
+    return _wrong(next(p for p in parts if p is not type(None)), value, shown, path)
+  if origin is tuple:
+    return _wrong_tuple(parts, value, shown, path)
+  if dataclasses.is_dataclass(hint):
+    return "" if isinstance(value, hint) else f"{shown} should be a section of options"
+  what, kind = KINDS[hint]
+  good = isinstance(value, kind) and (hint is bool) == isinstance(value, bool)
+  return "" if good else f"{shown} should be {what}"
+
+
+def _wrong_tuple(parts: tuple[Any, ...], value: Any, shown: str, path: str) -> str:
+  if not isinstance(value, (tuple, list)):
+    return f"{shown} should be a tuple, such as ({value!r},)"
+  if len(parts) == 2 and parts[1] is ...:
+    parts = parts[:1] * len(value)
+  elif len(parts) != len(value):
+    return f"{shown} should be a tuple of {len(parts)}"
+  # Of a tuple the item is named that is wrong.
+  wrong = (_wrong(p, v, f"{path}: {v!r}", path) for p, v in zip(parts, value, strict=True))
+  return next(filter(None, wrong), "")
+
+
+def meant(given: Any, known: Iterable[Any]) -> str:
+  """ "; did you mean X?" for the known name that is nearest, "" if none is near."""
+  near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1)
+  return f"; did you mean {near[0]}?" if near else ""
+
+
+def number(kind: Any) -> Callable[[str], Any]:
+  """A command line's option of such a kind, for argparse's `type`.
+
+  Args:
+    kind: `Count`, `Share`, or another number with its `Range`.
+  """
+  base, *extras = typing.get_args(kind)
+  what, allowed = KINDS[base][0], next(e for e in extras if isinstance(e, Range))
+
+  def parse(text: str) -> Any:
+    try:
+      value = base(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(f"{text!r} should be {what}") from None
+    if value not in allowed:
+      raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+    return value
+
+  parse.allowed = allowed
+  return parse
+
+
+@functools.cache
+def descriptions(cls: type) -> dict[str, str]:
+  """Option -> what the docstring's "Attributes:" say of it."""
+  out: dict[str, str] = {}
+  names: list[str] = []
+  _, _, text = inspect.getdoc(cls).partition("Attributes:\n")
+  for line in text.splitlines():
+    if line.strip() and not line.startswith(" "):
+      break  # another heading
+    head = re.fullmatch(r"  (\w+(?:, \w+)*): (.*)", line)
+    if head:
+      names = head[1].split(", ")
+      out |= dict.fromkeys(names, head[2].strip())
+    else:
+      out |= {name: f"{out[name]} {line.strip()}".strip() for name in names}
+  return out
