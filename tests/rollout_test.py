@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -297,6 +298,56 @@ def test_idle_seconds_are_those_without_queued_work(monkeypatch):
   clock.drained()  # at 10
   clock.dispatched()  # at 13
   assert clock.idle_seconds == 5.0
+
+
+class Stop(Exception):
+  """Raised by `Follower` where it is asked to."""
+
+
+class Follower(DeviceClock):
+  """Writes down what a step tells; stops it at the n-th slice that arrives."""
+
+  def __init__(self, stop_at=None):
+    super().__init__()
+    self.told, self.stop_at = [], stop_at
+
+  @contextlib.contextmanager
+  def program(self, name, shape):
+    self.told.append((name, shape))
+    yield
+
+  def sampling(self, rows):
+    self.told.append(("rows", rows))
+
+  def sampled(self, commit_step, prompt_length):
+    self.told.append(("arrived", commit_step.shape, prompt_length))
+    if [t[0] for t in self.told].count("arrived") == self.stop_at:
+      raise Stop
+
+
+def follow(clock, **rl):
+  """`explore` without hints, in three slices, watched by `clock`."""
+  rl = dataclasses.replace(CONFIG.rl, sample_slices=3, exploration="none", **rl)
+  config = dataclasses.replace(CONFIG, rl=rl)
+  _, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  key = {"sample": purpose_key(CONFIG.seed, 0, "sample")}
+  return explorer(config)(params, batch_of(RECORDS), 0, key, clock)
+
+
+def test_a_step_tells_how_far_it_is_and_keeps_two_slices_on_the_devices(none):
+  clock = Follower()
+  explored = follow(clock)
+  sent, back = ("rollout", (8, 8)), ("arrived", (8, LENGTH), 8)
+  assert clock.told == [("rows", P * G), sent, sent, back, sent, back, back]
+  jax.tree.map(np.testing.assert_array_equal, host(explored.rollout), host(none.rollout))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_step_can_be_stopped_after_any_slice(stop_at):
+  clock = Follower(stop_at)
+  with pytest.raises(Stop):
+    follow(clock)
+  assert [t[0] for t in clock.told].count("rollout") == min(3, 1 + stop_at)  # none is sent after it
 
 
 # --- into the update ------------------------------------------------------------------

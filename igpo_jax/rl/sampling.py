@@ -1,14 +1,17 @@
 """Groups of completions: sampled on the devices, decoded and graded on the host meanwhile.
 
-Prompts go to the devices in slices. All are queued at once; while the devices sample a
+Prompts go to the devices in slices. Two are queued at a time; while the devices sample a
 slice, the host decodes the one before and hands it to the graders. Every slice has one
 of a few sizes, so that few programs compile.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -26,6 +29,9 @@ from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, Scores
 from igpo_jax.types import LM, Array, Canvas, Params
+
+# As many keep the devices busy; a run that is told to stop waits for no more.
+SLICES_QUEUED = 2
 
 
 @dataclasses.dataclass
@@ -76,7 +82,11 @@ class Samples:
 
 
 class DeviceClock:
-  """Seconds in which this host had given its devices nothing to do."""
+  """Seconds in which this host had given its devices nothing to do.
+
+  The other methods do nothing here: they tell a subclass how far a step is
+  (`train.progress.StepProgress`).
+  """
 
   def __init__(self):
     self.idle_seconds = 0.0
@@ -91,6 +101,22 @@ class DeviceClock:
   def drained(self) -> None:
     """The last queued program's results have arrived."""
     self._idle_since = time.perf_counter()
+
+  def program(self, name: str, shape: tuple[int, ...]) -> contextlib.AbstractContextManager:
+    """Around a call of a jitted program; with a shape that is new for it, it is compiled."""
+    del name, shape
+    return contextlib.nullcontext()
+
+  def sampling(self, rows: int) -> None:
+    """So many rows are going to be sampled, counted over all processes."""
+
+  def sampled(self, commit_step: np.ndarray, prompt_length: int) -> None:
+    """A slice has arrived. May raise, on every process alike: nothing has been changed yet.
+
+    Args:
+      commit_step: i32[B,L], this process's rows.
+      prompt_length: positions of the padded prompts.
+    """
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
@@ -193,31 +219,41 @@ class GroupSampler:
       key: of the step.
       clock: told when devices have work, and when they are out of it.
     """
-    queued = []
-    for begin in range(0, len(groups), self.slice_size):
-      part = slice(begin, begin + self.slice_size)
+    parts = [slice(a, a + self.slice_size) for a in range(0, len(groups), self.slice_size)]
+    clock.sampling(len(groups) * self.group_size * jax.process_count())
+
+    def queue(part):
       i = groups[part]
       rows = np.repeat(i, self.group_size)
-      flat = lambda x, part=part: x[part].reshape(-1, x.shape[-1])
+      flat = lambda x: x[part].reshape(-1, x.shape[-1])
       prompt, valid, blank, fixed, ids, numbers = shard_rows(
         self.mesh,
         (batch.tokens[rows], batch.valid[rows], flat(canvas), flat(hinted), batch.row_id[rows],
          np.tile(np.arange(self.group_size), len(i))),
       )  # fmt: skip
       keys = row_keys(key, ids, numbers)
-      out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
+      with clock.program("rollout", prompt.shape):
+        out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
       clock.dispatched()
-      queued.append((part, out))
+      return part, prompt.shape[1], out
+
+    left = iter(parts)
+    queued = collections.deque(queue(part) for part in itertools.islice(left, SLICES_QUEUED))
     waiting = []
-    for number, (part, out) in enumerate(queued, start=1):
-      in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
-      completion, commit_step = (in_groups(x) for x in local_rows(out))
-      if number == len(queued):
+    while queued:
+      part, prompt_length, out = queued.popleft()
+      flat_completion, flat_commit_step = local_rows(out)
+      clock.sampled(flat_commit_step, prompt_length)
+      queued.extend(queue(part) for part in itertools.islice(left, 1))
+      if not queued:
         clock.drained()
-      texts = [self.tokenizer.decode(row) for row in completion.reshape(-1, completion.shape[-1])]
+      texts = [self.tokenizer.decode(row) for row in flat_completion]
       records = [batch.records[i] for i in groups[part] for _ in range(self.group_size)]
       pending = self.scorer.submit(texts, records)
-      waiting.append((part, completion, commit_step, texts, pending))
+      in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
+      waiting.append(
+        (part, in_groups(flat_completion), in_groups(flat_commit_step), texts, pending)
+      )
     return Samples.join([self._samples(hinted, *parts) for parts in waiting])
 
   def _samples(self, hinted, part, completion, commit_step, texts, pending) -> Samples:
