@@ -421,6 +421,35 @@ def test_a_closed_pool_refuses_work_and_a_memory_bomb_is_a_timeout():
     pool.submit("1", "1")
 
 
+FLOOD = """
+import concurrent.futures, sys, threading
+from igpo_jax.rewards.pool import Pool
+items, repeats = map(int, sys.argv[1:])
+for _ in range(repeats):
+  with Pool(2, 30.0) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+      halves = [
+        threads.submit(lambda: [pool.submit("7" * 40, "7" * 39 + "8") for _ in range(items // 2)])
+        for _ in range(2)
+      ]
+    verdicts = {f.result() for half in halves for f in half.result()}
+    assert verdicts == {("ok", False)}, verdicts
+"""
+
+
+def test_a_queue_of_any_length_does_not_deadlock():
+  """8,000 items here; 20,000 ten times is `python -c "$FLOOD" 20000 10`, which takes minutes."""
+  done = subprocess.run(  # a process of its own: a deadlock ends with it
+    [sys.executable, "-c", FLOOD, "8000", "1"],
+    capture_output=True,
+    text=True,
+    cwd=fakes.REPO,
+    check=False,
+    timeout=90,
+  )
+  assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_neither_grader_nor_worker_imports_jax():
   code = (
     "import sys, igpo_jax.rewards.score, igpo_jax.grade, igpo_jax.rewards.worker\n"

@@ -15,6 +15,7 @@ import threading
 from multiprocessing import connection
 
 DEFAULT_MEMORY = 4 << 30  # bytes of address space per worker
+ENDED = "the grading server has ended; its own message is on stderr"
 
 
 def default_workers() -> int:
@@ -65,7 +66,10 @@ class Pool:
     )
     theirs.close()
     self._link = connection.Connection(ours.detach())
-    self._lock = threading.Lock()
+    # Two locks: a send may block until the reader has made room, and the reader needs
+    # `_lock` to hand out what it read. One lock for both would wait for itself.
+    self._lock = threading.Lock()  # of `_pending` and `_broken`, held for moments only
+    self._sending = threading.Lock()  # keeps one thread's message whole on the link
     self._pending: dict[int, concurrent.futures.Future] = {}
     self._ids = itertools.count()
     self._broken: str | None = None
@@ -84,11 +88,15 @@ class Pool:
         raise RuntimeError(self._broken)
       item = next(self._ids)
       self._pending[item] = future
-      message = json.dumps({"id": item, "gold": gold, "answer": answer})
-      try:
-        self._link.send_bytes(message.encode())
-      except OSError as error:
-        raise RuntimeError("the grading server has ended; its own message is on stderr") from error
+    message = json.dumps({"id": item, "gold": gold, "answer": answer}).encode()
+    try:
+      with self._sending:
+        self._link.send_bytes(message)
+    except (OSError, ValueError) as error:  # the server, or this end, is closed
+      with self._lock:
+        self._pending.pop(item, None)
+        broken = self._broken or ENDED
+      raise RuntimeError(broken) from error
     return future
 
   def _read(self) -> None:
@@ -101,7 +109,7 @@ class Pool:
         future = self._pending.pop(reply["id"])
       future.set_result((reply["status"], reply["equal"]))
     with self._lock:
-      self._broken = self._broken or "the grading server has ended; its own message is on stderr"
+      self._broken = self._broken or ENDED
       left, self._pending = list(self._pending.values()), {}
     for future in left:
       future.set_exception(RuntimeError(self._broken))
@@ -117,7 +125,8 @@ class Pool:
         half.shutdown(socket.SHUT_RDWR)
     self._process.wait()
     self._reader.join()
-    self._link.close()
+    with self._sending:
+      self._link.close()
 
   def __enter__(self) -> Pool:
     return self
