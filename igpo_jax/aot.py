@@ -218,8 +218,9 @@ def with_vocabulary(config: Config) -> Config:
   return dataclasses.replace(config, model=model)
 
 
-def main() -> None:
-  config, _ = parse(FLAGS, sys.argv, __doc__)
+def main(argv: list[str] | None = None) -> None:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  config, _ = parse(FLAGS, sys.argv if argv is None else ["aot", *argv], __doc__)
   config = with_vocabulary(config)
   topology = FLAGS.topology or (find_slice(config.mesh.slice).topology if config.mesh.slice else "")
   if not topology:

@@ -1,63 +1,150 @@
-"""--config=configs/X.py[:ARGUMENT] and --config.a.b=value, for the commands that take a config."""
+"""--config=configs/X.py[:ARGUMENT] and --config.a.b=value, for the commands that take a config.
+
+A command defines its own flags in the values that `config_flag` gives and hands its command
+line to `parse`, which also answers --help and --print_config.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import re
+from typing import NoReturn
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
-from igpo_jax.cli import UserError
-from igpo_jax.config import Config, freeze
+from igpo_jax.cli import UserError, underscored
+from igpo_jax.config import Config, freeze, load_config_file
+from igpo_jax.fields import meant
+from igpo_jax.usage import help_text, options
+
+PRINT = "print_config"
 
 
 def config_flag() -> flags.FlagValues:
-  """Flags of a command of its own, with --config among them."""
+  """Flags of a command of its own; `parse` adds --config to them."""
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "Path of a config file.", flag_values=values)
+  flags.DEFINE_bool(
+    PRINT, False, "Print the whole config as JSON, and do nothing else.", flag_values=values
+  )
   return values
 
 
 def parse(values: flags.FlagValues, argv: list[str], usage: str) -> tuple[Config, str]:
   """Parses a command line into `values`; returns the frozen config and its file's stem.
 
-  Prints `usage` and exits with 0 where --help is asked for.
+  Prints help or the config and exits with 0 where --help or --print_config asks for it. May
+  be called again with another command line: nothing of the one before is left.
+
+  Args:
+    values: see `config_flag`.
+    argv: the name of the program and the words after it.
+    usage: the command's docstring, for --help.
 
   Raises:
-    UserError: an unknown flag, option or file, or a value of the wrong type.
+    UserError: an unknown flag, option or file, a value of the wrong type, or what the config
+      file itself raises.
   """
-  if "--help" in argv or "-h" in argv:
-    print(usage)
-    raise SystemExit(0)
-  file = _config_file(argv)
+  forget(values)
+  argv = underscored(argv)
+  name, argv = _take_config(argv)
+  helping = "--help" in argv or "-h" in argv
+  if name is None and helping:
+    _leave(help_text(values, usage))
+  if name is None:
+    raise UserError("command line: --config=configs/X.py is missing (see --help)")
+  config, file = load(name)
+  if helping:
+    _leave(help_text(values, usage, config, file))
+  _override(values, config, argv)
+  frozen = freeze(values.config)
+  if values[PRINT].value:
+    _leave(json.dumps(dataclasses.asdict(frozen), indent=2))
+  return frozen, file.stem
+
+
+def forget(values: flags.FlagValues) -> None:
+  """Takes back what an earlier `parse` left in `values`."""
+  for name in [n for n in values if n == "config" or n.startswith("config.")]:
+    delattr(values, name)
+  values.unparse_flags()
+
+
+def _leave(text: str) -> NoReturn:
+  print(text)
+  raise SystemExit(0)
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+  """What --config names, the last one if there are several, and the rest of the words."""
+  name, rest, words = None, [], iter(argv)
+  for word in words:
+    if word in ("--config", "-config"):
+      name = next(words, "")
+    elif word.startswith(("--config=", "-config=")):
+      name = word.partition("=")[2]
+    else:
+      rest.append(word)
+  return name, rest
+
+
+def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
+  """The config of "FILE" or "FILE:ARGUMENT", and the file; ARGUMENT goes to get_config.
+
+  Raises:
+    UserError: there is no such file, or it has no config to give; what it raises itself.
+  """
+  path, colon, argument = name.partition(":")
+  file = epath.Path(path)
+  if not path or not file.is_file():
+    raise UserError(f"--config={path}: no such file")
+  config = load_config_file(file, *([argument] if colon else []))
+  return config, file
+
+
+# --- overrides ---------------------------------------------------------------------------
+
+
+def _override(values: flags.FlagValues, config: config_dict.ConfigDict, argv: list[str]) -> None:
+  """Parses the rest of a command line: --config.a.b=value and the command's own flags."""
+  for word in itertools.takewhile(lambda word: word != "--", argv[1:]):
+    if match := re.match(r"--?(?:no)?config\.([^=]*)", word):
+      _check_name(match[1])
   try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     rest = values(argv)
-  except (AttributeError, KeyError) as error:
-    reason = error
-    while isinstance(reason, Exception):  # one wraps the other
-      reason = reason.args[0]
-    raise UserError(f"command line: the config has no such option: {reason}") from None
+  except flags.UnrecognizedFlagError as error:
+    known = [name for name in values if not name.startswith("config.")]
+    near = meant(error.flagname, known) or " (see --help)"
+    raise UserError(f"command line: there is no flag --{error.flagname}{near}") from None
+  except flags.IllegalFlagValueError as error:
+    raise UserError(f"command line: {_illegal(str(error))}") from None
   except (flags.Error, TypeError, ValueError) as error:
-    cause = error
-    while cause.__context__ is not None and not isinstance(cause, UserError):
-      cause = cause.__context__
-    if isinstance(cause, UserError):  # raised by get_config
-      raise cause from None
     raise UserError(f"command line: {error}") from None
   if len(rest) > 1:
-    raise UserError(f"command line: unexpected argument {rest[1]!r}")
-  return freeze(values.config), file.stem
+    raise UserError(f"command line: unexpected argument {rest[1]!r} (see --help)")
 
 
-def _config_file(argv: list[str]) -> epath.Path:
-  """The file that --config names; the flag would tell by a traceback that it is missing."""
-  values = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
-  values += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-  if not values:
-    raise UserError("command line: --config=configs/X.py is missing")
-  # "configs/X.py:ARGUMENT": what follows the colon goes to get_config(ARGUMENT).
-  path = epath.Path(values[-1].partition(":")[0])
-  if not path.is_file():
-    raise UserError(f"--config={path}: no such file")
-  return path
+def _check_name(name: str) -> None:
+  """Raises `UserError` unless `name`, such as "rl.steps" or "data.eval[0]", is an option."""
+  plain = re.sub(r"\[\d+\]$", "", name)
+  known = {option.name for option in options()}
+  if plain in known:
+    return
+  if any(option.startswith(f"{plain}.") for option in known):
+    raise UserError(f"command line: --config.{name} is a section: give --config.{name}.OPTION=...")
+  raise UserError(
+    f"command line: the config has no option {name!r}{meant(plain, known) or ' (--help lists all)'}"
+  )
+
+
+def _illegal(message: str) -> str:
+  """absl's words for a value of another type, in ours where it is an option of the config."""
+  match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+  kinds = {option.name: option.kind for option in options()}
+  if not match or match[1] not in kinds:
+    return message.removeprefix("flag ")
+  return f"--config.{match[1]}={match[2]}: should be {kinds[match[1]]}"

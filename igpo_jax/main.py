@@ -44,8 +44,9 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
   return run.train(config, workdir)
 
 
-def main() -> None:
-  config, workdir = parse_flags(sys.argv)
+def main(argv: list[str] | None = None) -> None:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  config, workdir = parse_flags(sys.argv if argv is None else ["main", *argv])
   check_inputs(config)
   if os.environ.get("JAX_PROCESS_ID", "0") == "0":
     print(f"igpo_jax: {workdir}: loading jax", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ FLOORS = (
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
   ("parallel", "checkpoint", "rowfile"),
-  ("types", "config", "options", "fields", "cli", "flags"),
+  ("types", "config", "options", "fields", "cli", "flags", "usage"),
 )
 # Along a floor: commands and definitions among themselves, and graders read records.
 SHARED = (0, len(FLOORS) - 1)
