@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from igpo_jax.cli import UserError
-from igpo_jax.config import ModelConfig
+from igpo_jax.config import MeshConfig, ModelConfig
 from igpo_jax.models import attention
 from igpo_jax.models.llada import make_lm
-from igpo_jax.parallel.mesh import AXES, make_mesh
+from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
 
 ROWS = 2
 
@@ -82,6 +83,24 @@ def test_gradients_equal_the_plain_path(name):
   )
 
 
+def test_keys_that_are_not_valid_may_be_anything():
+  """In any place, not only to the left; nothing they hold reaches the result or a gradient."""
+  q, k, v, _ = arrays(keys=12)
+  valid = jnp.asarray(np.random.default_rng(3).random((ROWS, 12)) < 0.5)
+  hidden = lambda x, value: jnp.where(valid[:, :, None, None], x, value)
+
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+  def value_and_gradients(q, k, v):
+    return jnp.sum(jnp.sin(attention.dot_product(q, k, v, valid)))
+
+  expected = value_and_gradients(q, hidden(k, 0), hidden(v, 0))
+  found = value_and_gradients(q, hidden(k, jnp.nan), hidden(v, jnp.inf))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  np.testing.assert_allclose(
+    attention.dot_product(q, k, v, valid), plain(q, k, v, np.asarray(valid)), atol=1e-5
+  )
+
+
 @pytest.mark.parametrize("name", ["einsum", "dot_product"])
 def test_a_row_without_valid_keys_gets_a_mean(name):
   q, k, v, _ = arrays()
@@ -110,7 +129,7 @@ def test_splash_under_a_mesh_keeps_rows_and_heads_where_they_are():
   with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
     out = jax.jit(interpreted)(q, k, v, valid)
   np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
-  mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
+  mesh = abstract_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 4)
   with jax.sharding.use_abstract_mesh(mesh):
     (one,) = jax.make_jaxpr(attention.splash)(q, k, v, valid).eqns
     (three,) = jax.make_jaxpr(attention.splash)(

@@ -34,6 +34,7 @@ MODEL = ModelConfig(
 )
 SEQUENCE = dataclasses.replace(MODEL, shard_sequence=True, remat="full")
 LORA = dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, alpha=4.0, targets="blocks/.*|head"))
+FUSED = dataclasses.replace(LORA, attention="dot_product")
 RUNS = {
   "one": (MODEL, (1, 1, 1)),
   "8x1x1": (MODEL, (8, 1, 1)),
@@ -42,7 +43,7 @@ RUNS = {
   "1x2x4": (MODEL, (1, 2, 4)),
   "1x2x4 sequence": (SEQUENCE, (1, 2, 4)),
   "lora one": (LORA, (1, 1, 1)),
-  "lora 2x2x2": (LORA, (2, 2, 2)),
+  "lora 2x2x2": (FUSED, (2, 2, 2)),
 }
 
 

@@ -11,6 +11,7 @@ a TPU, the second on a GPU, else the first.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +59,19 @@ def attend(
   return {"einsum": einsum, "dot_product": dot_product}[implementation](q, k, v, valid)
 
 
+# `with program_for("cuda"):` what is traced is the program for that platform, wherever this is.
+# jax keeps its caches of traced programs apart by it.
+program_for = jax.make_user_context("")
+
+
 def platform() -> str:
-  """Where the program that is being traced will run: the mesh's devices, or the default."""
+  """Where the program that is being traced will run.
+
+  What `program_for` says; else the devices of the mesh in context; else the default backend.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
+  known = device.platform if device is not None else jax.default_backend()
+  return program_for.value or known
 
 
 def einsum(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
@@ -87,11 +97,47 @@ def einsum(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
 
 
 def dot_product(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-  """See `attend`. cuDNN has no kernel for float32: XLA's own program serves there."""
-  fused = platform() in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16)
-  mask = None if valid is None else valid[:, None, None, :]
+  """See `attend`; under a mesh each device works on its own rows and heads.
+
+  cuDNN's kernel serves 16 bits and head sizes that are multiples of 8 up to 128, on GPUs of
+  compute capability 8.0 or later; elsewhere it is XLA's own program.
+  """
+  bits16 = q.dtype in (jnp.bfloat16, jnp.float16)
+  kernel_size = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  fused = platform() in ("gpu", "cuda") and bits16 and kernel_size
   implementation = "cudnn" if fused else "xla"
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+  return _on_own_rows(
+    functools.partial(_dot_product_local, implementation=implementation), q, k, v, valid
+  )
+
+
+def _dot_product_local(
+  q: Array, k: Array, v: Array, valid: Array | None, implementation: str
+) -> Array:
+  """Fused attention on one device: the valid keys first, and their number.
+
+  The kernel takes either a bias [B,H,t,T] (a mask of keys is one to it, written out for every
+  query, and its gradient likewise) or a length for each row's keys. Attention does not ask in
+  what order keys come, so a length can say which are valid.
+  """
+  attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+  if valid is None:
+    return attention(q, k, v)
+  b, length = valid.shape
+  order = jnp.argsort(~valid, axis=1, stable=True)
+  count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+  # A row without any valid key sees all of them, as zeros: the mean of its values.
+  seen = jnp.where(count > 0, count, length)
+  shown = jnp.arange(length) < seen[:, None]
+
+  def valid_first(x, shown):
+    # An order has no index twice: the gradient needs no atomic additions.
+    x = x.at[jnp.arange(b)[:, None], order].get(unique_indices=True, mode="promise_in_bounds")
+    # Nothing depends on what the kernel makes of the rest, nor on the gradients it writes there.
+    return jnp.where(shown[:, :, None, None], x, 0)
+
+  k = valid_first(k, shown & (count > 0)[:, None])
+  return attention(q, k, valid_first(v, shown), key_value_seq_lengths=seen)
 
 
 def splash(q: Array, k: Array, v: Array, valid: Array | None, interpret: bool = False) -> Array:
@@ -100,21 +146,30 @@ def splash(q: Array, k: Array, v: Array, valid: Array | None, interpret: bool = 
   Args:
     interpret: runs the kernel's emulation, on any platform. For tests.
   """
-  local = functools.partial(_splash_local, interpret=interpret)
   if valid is None:
     valid = jnp.ones(k.shape[:2], bool)
+  return _on_own_rows(functools.partial(_splash_local, interpret=interpret), q, k, v, valid)
+
+
+def _on_own_rows(
+  attention: Callable[..., Array], q: Array, k: Array, v: Array, valid: Array | None
+) -> Array:
+  """`attention(q, k, v, valid)` on every device of the mesh in context, of its rows and heads.
+
+  A kernel is opaque to the partitioner. It would gather the operands; and cuDNN's lengths it
+  may leave whole beside rows that are shared out, each device then reading the first rows'.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return local(q, k, v, valid)
-  # A kernel is opaque to the partitioner, which would gather its operands.
+    return attention(q, k, v, valid)
   rows = partition_spec(("act_batch",))[0]
   if q.shape[0] % num_shards("act_batch", mesh=mesh):
     rows = None  # too few rows to share: whole on every device
   heads = partition_spec(("act_heads",))[0]
   spec = jax.sharding.PartitionSpec(rows, None, heads, None)
   return jax.shard_map(
-    local,
-    in_specs=(spec, spec, spec, jax.sharding.PartitionSpec(rows, None)),
+    attention,
+    in_specs=(spec, spec, spec, None if valid is None else jax.sharding.PartitionSpec(rows, None)),
     out_specs=spec,
     check_vma=False,
   )(q, k, v, valid)

@@ -2,21 +2,28 @@
 
 What the loops run, described without data, weights or devices, so that it can be
 compiled ahead of time for a slice nobody has at hand, and its memory and work counted.
+On as many fake devices it can be lowered for GPUs that are not there, though not compiled:
+
+    for name, program in programs(config, configured_mesh(config.mesh)).items():
+      stablehlo = program.lower("cuda").as_text()
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from igpo_jax.config import Config
 from igpo_jax.models import lora
+from igpo_jax.models.attention import program_for
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import check_micro_batches
@@ -37,7 +44,8 @@ class Program:
   """One jitted program of a training step.
 
   Attributes:
-    lower: () -> jax's lowered program; call it with the mesh in context.
+    mesh: of the devices it runs on.
+    trace: () -> jax's traced program; call it with the mesh in context, or call `lower`.
     loops: most turns of its data-dependent loops, outermost first (parallel/hlo.py).
     flops: products it needs, over all chips, at most (models/flops.py).
     forwards: how often it reads every layer's weights, forward and backward.
@@ -45,13 +53,43 @@ class Program:
     resident: bytes per chip that stay allocated while it runs and are no argument.
   """
 
-  lower: Callable[[], Any]
+  mesh: jax.sharding.Mesh
+  trace: Callable[[], jax.stages.Traced]
   loops: tuple[int, ...]
   flops: int
   forwards: int
   rows: int
   positions: int
   resident: int
+
+  def lower(self, platform: str = "") -> jax.stages.Lowered:
+    """Lowers the program, under its mesh.
+
+    Args:
+      platform: such as "cuda" or "tpu": for devices of that kind, whatever the mesh has; what
+        is returned can then be read, but not compiled here. "": for the mesh's devices.
+    """
+    with jax.set_mesh(self.mesh):
+      if not platform:
+        return self.trace().lower()
+      with program_for(platform), _cudnn_assumed():
+        return self.trace().lower(lowering_platforms=(platform,))
+
+
+CUDNN_VERSION = 9_10_00  # of the machine that programs are lowered for, where this one has none
+
+
+@contextlib.contextmanager
+def _cudnn_assumed() -> Iterator[None]:
+  """jax asks for cuDNN's version when fused attention is traced; without cuDNN that is an error."""
+  module, name = fused_attention_stablehlo, "check_cudnn_version"
+  ask = getattr(module, name)
+  if module.cuda_versions is None:
+    setattr(module, name, lambda: CUDNN_VERSION)
+  try:
+    yield
+  finally:
+    setattr(module, name, ask)
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -97,7 +135,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
 
   Args:
     config: with `model.vocab_size` set.
-    mesh: of real devices, or of a topology's.
+    mesh: of real devices, of fake ones, or of a topology's.
   """
   cfg, lm = config.model, make_lm(config.model)
   params = abstract_params(config, mesh)
@@ -119,7 +157,8 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     check_micro_batches(mesh, batch, config.sft.micro_batches, "sft.micro_batches")
     update = make_sft_update(lm, optimizer, config.sft, shardings_of(state))
     out["sft"] = Program(
-      lambda: update.lower(state, frozen, tokens, flag, flag, key),
+      mesh,
+      lambda: update.trace(state, frozen, tokens, flag, flag, key),
       (),
       training_flops(config, forward_flops(cfg, batch, total, total, length, read=length)),
       _passes(config) * config.sft.micro_batches,
@@ -191,7 +230,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   scored_twice = 1 if reference is None else 2
   return {
     "rollout": Program(
-      lambda: sample_rows.lower(
+      mesh,
+      lambda: sample_rows.trace(
         lm, readable,
         array(jnp.int32, sampled, bucket), array(jnp.bool_, sampled, bucket),
         array(jnp.int32, sampled, length), array(jnp.bool_, sampled, length),
@@ -205,7 +245,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       elsewhere + held_reference,
     ),
     "likelihood": Program(
-      lambda: policy.score.lower(readable, reference, rollout, keys(p)),
+      mesh,
+      lambda: policy.score.trace(readable, reference, rollout, keys(p)),
       (),
       read * corruptions * scored_twice,
       corruptions * scored_twice * views * rl.micro_batches,
@@ -214,7 +255,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       elsewhere,
     ),
     "update": Program(
-      lambda: policy.update.lower(state, frozen, rollout, scores, keys(p), number),
+      mesh,
+      lambda: policy.update.trace(state, frozen, rollout, scores, keys(p), number),
       (),
       training_flops(config, read),
       _passes(config) * views * rl.micro_batches,
