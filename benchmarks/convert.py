@@ -92,7 +92,7 @@ def main() -> None:
       "hf_to_orbax": convert(hf, workdir / "orbax", threads),
       "orbax_to_hf": convert(workdir / "orbax", workdir / "back", threads),
       "hf_to_orbax_float32": convert(hf, workdir / "float32", threads, "--dtype=float32"),
-      "dry_run": convert(hf, workdir / "none", "--dry-run"),
+      "dry_run": convert(hf, workdir / "none", "--dry_run"),
     }
   finally:
     shutil.rmtree(workdir)

@@ -1,7 +1,7 @@
 """Denoising: seconds, tokens per second and utilisation, exact and cached.
 
-    python -m benchmarks.denoise [--model=bench] [--rows=8] [--prompt=128] [--gen-length=128]
-        [--block-length=32] [--steps=64] [--cases=none,prefix,dual] [--repeats=3]
+    python -m benchmarks.denoise [--model=bench] [--rows=8] [--prompt=128] [--gen_length=128]
+        [--block_length=32] [--steps=64] [--cases=none,prefix,dual] [--repeats=3]
 
 Random weights, no early stop, temperature 0 unless told otherwise: every run makes all
 its steps. A case is a cache ("none", "prefix", "dual"), with "+threshold=X", "+factor=X",
@@ -100,8 +100,8 @@ def main() -> None:
   common.add_arguments(parser)
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
-  parser.add_argument("--gen-length", type=int, default=128)
-  parser.add_argument("--block-length", type=int, default=32)
+  parser.add_argument("--gen_length", type=int, default=128)
+  parser.add_argument("--block_length", type=int, default=32)
   parser.add_argument("--steps", type=int, default=64)
   parser.add_argument("--cases", default="none,prefix,dual")
   parser.add_argument("--ragged", action="store_true", help="rows end after different blocks")

@@ -1,7 +1,7 @@
 """Whole RL steps: IGPO with k of P groups all wrong, against plain GRPO.
 
     python -m benchmarks.rollout [--model=bench] [--prompts=8] [--group=4] [--prompt=32]
-        [--gen-length=32] [--block-length=16] [--steps=4] [--inner-updates=1] [--beta=0.01]
+        [--gen_length=32] [--block_length=16] [--steps=4] [--inner_updates=1] [--beta=0.01]
         [--wrong=0,1,2,4,8] [--repeats=3]
 
 The steps are the trainer's own: sample, grade, inpaint the groups that are all wrong,
@@ -110,10 +110,10 @@ def main() -> None:
   parser.add_argument("--prompts", type=int, default=8, help="groups of a step")
   parser.add_argument("--group", type=int, default=4, help="completions of a prompt")
   parser.add_argument("--prompt", type=int, default=32, help="positions of the prompt")
-  parser.add_argument("--gen-length", type=int, default=32)
-  parser.add_argument("--block-length", type=int, default=16)
+  parser.add_argument("--gen_length", type=int, default=32)
+  parser.add_argument("--block_length", type=int, default=16)
   parser.add_argument("--steps", type=int, default=4)
-  parser.add_argument("--inner-updates", type=int, default=1)
+  parser.add_argument("--inner_updates", type=int, default=1)
   parser.add_argument("--beta", type=float, default=0.01, help="0: no reference, no KL")
   parser.add_argument("--wrong", default="0,1,2,4,8", help="numbers of all-wrong groups")
   args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The policy gradient of one group: the plain way against the programs that train.
 
-    python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen-length=128]
+    python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen_length=128]
         [--repeats=3] [--cases=plain,plain_completion,ours]
 
 Mean-field likelihoods, forward and backward, without the optimizer. `plain` is how the
@@ -117,7 +117,7 @@ def main() -> None:
   common.add_arguments(parser)
   parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
   parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
-  parser.add_argument("--gen-length", type=int, default=128)
+  parser.add_argument("--gen_length", type=int, default=128)
   parser.add_argument("--cases", default=",".join(CASES))
   args = parser.parse_args()
   names = args.cases.split(",")

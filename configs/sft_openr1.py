@@ -6,7 +6,7 @@ What follows the colon is as in llada_math.py. DATA holds LLaDA-8B-Instruct/, th
 and openr1_aligned.jsonl, the output of `python -m igpo_jax.rewrite` for
 
     --source="parquet:DATA/openr1/train-*.parquet?format=openr1&solution=generation"
-    --tokenizer=DATA/LLaDA-8B-Instruct --max-tokens=1500 --output=DATA/openr1_aligned.jsonl
+    --tokenizer=DATA/LLaDA-8B-Instruct --max_tokens=1500 --output=DATA/openr1_aligned.jsonl
 
 (docs/length_aligned_sft.md). RL goes on from it with llada_math.py and
 --config.init_from=DIR/checkpoints/sft/STEP. The paper's: which traces, their 1500 tokens, the

@@ -2,7 +2,7 @@
 
     python -m igpo_jax.rewrite --mode=trim --rules=chains --verifier=exact --tokenizer=char \\
         --source="synthetic:chains?min_steps=2&max_steps=4&detours=1&n=400" \\
-        --output=DIR/aligned.jsonl --max-tokens=24 --window=24
+        --output=DIR/aligned.jsonl --max_tokens=24 --window=24
     python -m igpo_jax.main --config=configs/sft_tiny.py:DIR/aligned.jsonl --workdir=DIR/sft
     python -m igpo_jax.main --config=configs/sft_tiny.py:DIR/aligned.jsonl --workdir=DIR/rl \\
         --config.stages="('rl',)" --config.init_from=DIR/sft/checkpoints/sft/STEP

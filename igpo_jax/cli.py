@@ -100,7 +100,7 @@ def _reader_is_gone() -> bool:
 class ArgumentParser(argparse.ArgumentParser):
   """argparse that answers a bad option with one line instead of the usage text.
 
-  Options are written with underscores, --max_tokens, and understood with hyphens as well.
+  An option may be written with underscores or with hyphens, however it is declared.
   """
 
   def __init__(self, **kwargs):
@@ -108,8 +108,12 @@ class ArgumentParser(argparse.ArgumentParser):
     super().__init__(**kwargs)
 
   def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None):
-    args = sys.argv[1:] if args is None else args
-    return super().parse_known_args(underscored(args), namespace)
+    declared = {underscored([name])[0]: name for name in self._option_string_actions}
+    words = []
+    for word in underscored(sys.argv[1:] if args is None else args):
+      name, equals, value = word.partition("=")
+      words.append(f"{declared.get(name, name)}{equals}{value}")
+    return super().parse_known_args(words, namespace)
 
   def error(self, message: str) -> NoReturn:
     fail(f"{message} (see --help)")

@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
   add("--source", help="records with traces, by URI (docs/data.md)")
   add("--output", type=pathlib.Path, help="JSONL of accepted traces; a data source of its own")
   add("--tokenizer", help="directory of the model that is to be trained, char or char:maps")
-  add("--max-tokens", type=int, default=1500, help="of an accepted trace (%(default)s)")
+  add("--max_tokens", type=int, default=1500, help="of an accepted trace (%(default)s)")
   add(
     "--window",
     type=int,
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     help="canvas lengths that the report asks about; may be repeated (256)",
   )
   add("--limit", type=int, help="look at no more than the first so many records")
-  add("--dry-run", action="store_true", help="show what would be asked, ask nothing")
+  add("--dry_run", action="store_true", help="show what would be asked, ask nothing")
   add("--report", action="store_true", help="only write the report of an output that exists")
   add("--verifier", choices=("math", "exact"), default="math", help="how answers are compared")
   add("--workers", type=int, help="grading processes (one per core)")
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
   add("--endpoint", help="OpenAI-compatible base address, such as http://localhost:8000/v1")
   add("--model", help="the model's name at the endpoint")
   add(
-    "--key-env",
+    "--key_env",
     default=DEFAULT_KEY,
     metavar="NAME",
     help="environment variable with the key (%(default)s)",
@@ -94,13 +94,13 @@ def parse_arguments() -> argparse.Namespace:
   add("--retries", type=int, default=8, help="of one request (%(default)s)")
   add("--backoff", type=float, default=1.0, help="seconds before the first retry (%(default)s)")
   add(
-    "--max-failures",
+    "--max_failures",
     type=int,
     default=10,
     help="stop when so many records in a row get no answer at all (%(default)s)",
   )
-  add("--price-in", type=float, default=0.0, help="per million tokens, to show the cost")
-  add("--price-out", type=float, default=0.0, help="per million tokens")
+  add("--price_in", type=float, default=0.0, help="per million tokens, to show the cost")
+  add("--price_out", type=float, default=0.0, help="per million tokens")
   group = parser.add_argument_group("trim")
   group.add_argument(
     "--rules",
@@ -126,7 +126,7 @@ def check(args: argparse.Namespace) -> None:
                       ("temperature", 0), ("price_in", 0), ("price_out", 0)):  # fmt: skip
     value = getattr(args, name)
     if value is not None and not value >= least:
-      raise UserError(f"--{name.replace('_', '-')}={value}: give at least {least}")
+      raise UserError(f"--{name}={value}: give at least {least}")
   args.window = args.window or [256]
   if min(args.window) < 1:
     raise UserError(f"--window={min(args.window)}: give at least 1")
@@ -145,7 +145,7 @@ def read_key(name: str) -> str:
   """The key in an environment variable; "" where there is none and none was asked for."""
   key = os.environ.get(name, "").strip()
   if not key and name != DEFAULT_KEY:
-    raise UserError(f"--key-env={name}: there is no such environment variable, or it is empty")
+    raise UserError(f"--key_env={name}: there is no such environment variable, or it is empty")
   if not (key.isascii() and key.isprintable()):
     raise UserError(f"the environment variable {name} does not hold a key: odd characters in it")
   return key

@@ -100,7 +100,7 @@ def test_a_bad_option_of_a_plain_command_is_one_line(capsys):
 def test_options_are_understood_with_hyphens_and_with_underscores():
   parser = cli.ArgumentParser(prog="x")
   parser.add_argument("--max_size", type=int)
-  parser.add_argument("--dry_run", action="store_true")
+  parser.add_argument("--dry-run", action="store_true")
   parser.add_argument("words", nargs="*")
   for argv in (["--max-size=3", "--dry-run", "a-b"], ["--max_size", "3", "--dry_run", "a-b"]):
     args = parser.parse_args(argv)

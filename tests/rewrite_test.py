@@ -141,7 +141,7 @@ def test_every_record_is_decided_once_whatever_the_endpoint_does(
   code, out, err = run_here(
     monkeypatch, capsys,
     *options(tmp_path, address, tokenizer, n, concurrency=32, timeout=1.5),
-    "--price-in=2", "--price-out=10",
+    "--price_in=2", "--price_out=10",
   )  # fmt: skip
   assert code == 0, err
 
@@ -360,10 +360,10 @@ def test_other_settings_need_another_output(server, tokenizer, tmp_path, monkeyp
   [
     ({"endpoint": "localhost"}, "--endpoint=localhost: expected an address such as http://"),
     ({"endpoint": "http://me:secret@127.0.0.1:1/v1"}, "keys do not belong into an address"),
-    ({"key_env": "NO_SUCH_KEY"}, "--key-env=NO_SUCH_KEY: there is no such environment variable"),
+    ({"key_env": "NO_SUCH_KEY"}, "--key_env=NO_SUCH_KEY: there is no such environment variable"),
     ({"extra": "{"}, "--extra: not JSON"),
     ({"extra": "[1]"}, "--extra: expected a JSON object"),
-    ({"max_tokens": 1}, "--max-tokens=1: give at least 2"),
+    ({"max_tokens": 1}, "--max_tokens=1: give at least 2"),
     ({"source": "jsonl:/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
     ({"source": "nowhere:x"}, "no data source for 'nowhere:x'"),
     ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),

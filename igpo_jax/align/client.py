@@ -243,7 +243,7 @@ def _said(response: httpx2.Response) -> str:
 def _advice(response: httpx2.Response) -> str:
   match response.status_code:
     case 401 | 403:
-      return "put a valid key into the environment variable that --key-env names"
+      return "put a valid key into the environment variable that --key_env names"
     case 404:
       return "check --endpoint (usually it ends in /v1) and --model"
     case status if 300 <= status < 400:

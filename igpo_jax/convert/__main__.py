@@ -53,7 +53,7 @@ def make_parser() -> cli.ArgumentParser:
                       "default: the run's init_from")  # fmt: skip
   parser.add_argument("--merge_lora", action="store_true", help="add adapters into their kernels")
   parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
-  parser.add_argument("--dry-run", "--dry_run", dest="dry_run", action="store_true",
+  parser.add_argument("--dry_run", action="store_true",
                       help="list what would be written; reads no tensor data")  # fmt: skip
   parser.add_argument("--threads", type=int, default=writers.THREADS,
                       help=f"blocks in flight ({writers.THREADS})")  # fmt: skip
