@@ -36,6 +36,27 @@ class Terminated(KeyboardInterrupt):
   """SIGTERM has come in; whatever handles Ctrl-C handles this."""
 
 
+_farewells: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def before_leaving(farewell: Callable[[], None]) -> Iterator[None]:
+  """Has `farewell` called if `leave` ends the process inside the body."""
+  _farewells.append(farewell)
+  try:
+    yield
+  finally:
+    _farewells.remove(farewell)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process at once, whatever is under way in any thread."""
+  for farewell in list(_farewells):
+    with contextlib.suppress(Exception):
+      farewell()
+  os._exit(code)
+
+
 def fail(message: object) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2."""
   raise SystemExit(explain(UserError(message)))
@@ -208,7 +229,7 @@ def _signals() -> Iterator[None]:
         time.sleep(LEAVE_SECONDS)
       word = "terminated" if number == signal.SIGTERM else "interrupted"
       os.write(2, f"{word}\n".encode())
-      os._exit(128 + number)
+      leave(128 + number)
     os.close(received)
 
   before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

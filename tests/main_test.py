@@ -14,7 +14,7 @@ from etils import epath
 from igpo_jax import main as program
 from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
-from igpo_jax.train.workdir import open_workdir
+from igpo_jax.train.workdir import hold, open_workdir
 from tests.fakes import REPO
 
 CONFIG = "tests/tiny_config.py"
@@ -252,6 +252,16 @@ def test_a_mistake_mended_before_the_run_began_does_not_cost_the_workdir(tmp_pat
   workdir = epath.Path(tmp_path / "run")
   with pytest.raises(UserError, match="no verifier 'mth'"):
     program.train(freeze(config), workdir)
+  assert not (workdir / "lock.json").exists()
   config.reward.verifier = "exact"
   open_workdir(workdir, freeze(config))
   assert json.loads((workdir / "config.json").read_text())["reward"]["verifier"] == "exact"
+
+
+def test_two_runs_in_one_workdir_are_one_too_many(tmp_path):
+  config = default_config()
+  config.stages = ("sft",)
+  config.data.sft = "synthetic:chains?n=8"
+  with hold(epath.Path(tmp_path), print), pytest.raises(UserError, match="is in use by process"):
+    program.train(freeze(config), epath.Path(tmp_path))
+  assert not list(tmp_path.iterdir())  # the second one has written nothing

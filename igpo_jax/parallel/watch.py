@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from igpo_jax.cli import leave as leave_now
+
 CONNECT_SECONDS = 10.0
 # A lost machine is noticed after IDLE + INTERVAL * COUNT seconds without an answer.
 KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
@@ -58,7 +60,7 @@ class Watch:
     index, count: this process, and how many there are.
     share: a collective that gives every process the JSON values of all (`distributed.share`).
     near: a name of process 0 that the others are known to reach; "" if there is none.
-    leave: ends the process with an exit code; `os._exit`, whatever is under way.
+    leave: ends the process with an exit code.
   """
 
   def __init__(
@@ -67,7 +69,7 @@ class Watch:
     count: int,
     share: Callable[[list[Any]], list[Any]],
     near: str = "",
-    leave: Callable[[int], Any] = os._exit,
+    leave: Callable[[int], Any] = leave_now,
   ):
     self.index, self.host, self._leave = index, socket.gethostname(), leave
     self._lines: dict[int, socket.socket] = {}

@@ -32,12 +32,17 @@ from igpo_jax.train.setup import (
   purpose_key,
 )
 from igpo_jax.train.sft import handed_on, train_sft
-from igpo_jax.train.workdir import open_workdir
+from igpo_jax.train.workdir import hold, open_workdir
 
 
 def train(config: Config, workdir: epath.Path) -> dict:
   """Runs every stage of a config; returns the summary that summary.json holds."""
   check_inputs(config)
+  with hold(workdir, say):
+    return _train(config, workdir)
+
+
+def _train(config: Config, workdir: epath.Path) -> dict:
   open_workdir(workdir, config)
   mesh = configured_mesh(config.mesh)
   with (

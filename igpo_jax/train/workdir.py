@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from igpo_jax.cli import UserError
+from igpo_jax.cli import UserError, before_leaving
 from igpo_jax.config import Config
 from igpo_jax.parallel.distributed import agree, from_first, share
 from igpo_jax.rowfile import write_whole
+from igpo_jax.train.lock import WorkdirLock
 
 # What may differ between the run that a workdir holds and the one that continues it:
 # nothing that decides the numbers.
@@ -23,6 +26,40 @@ MAY_CHANGE = ("stages", "log", "mesh", "checkpoint", "compilation_cache")
 MODEL = ("model", "init_from")
 
 SIGHT_SECONDS = 60.0  # network disks show a new file after a while
+
+
+@contextlib.contextmanager
+def hold(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[WorkdirLock]:
+  """Keeps other runs out of the workdir during the body; makes the workdir if need be.
+
+  A collective: process 0 holds the lock for all.
+
+  Raises:
+    UserError: on every process, if another run holds it, or it cannot be written.
+  """
+  lock = WorkdirLock(workdir, say)
+
+  def take() -> None:
+    with _told(workdir):
+      lock.take()
+
+  from_first(take)
+  try:
+    with before_leaving(lock.release):
+      yield lock
+  finally:
+    lock.release()
+
+
+@contextlib.contextmanager
+def _told(workdir: epath.Path) -> Iterator[None]:
+  """Raises `UserError` for whatever keeps the workdir from being used."""
+  try:
+    yield
+  except ImportError as error:
+    raise UserError(f"workdir {workdir}: {error} (pip install gcsfs)") from error
+  except OSError as error:
+    raise UserError(f"workdir {workdir}: {error}") from error
 
 
 def open_workdir(workdir: epath.Path, config: Config) -> None:
@@ -43,12 +80,8 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
           f"process {index} was started with another config.{name} than process 0: {here}, {first}"
         )
   agree("--workdir", str(workdir))
-  try:
+  with _told(workdir):
     from_first(lambda: _open(workdir, config, current))
-  except ImportError as error:
-    raise UserError(f"workdir {workdir}: {error} (pip install gcsfs)") from error
-  except OSError as error:
-    raise UserError(f"workdir {workdir}: {error}") from error
   if jax.process_count() > 1:
     _check_shared(workdir)
 

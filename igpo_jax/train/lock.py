@@ -1,0 +1,252 @@
+"""One run at a time in a workdir: a lock file that names its holder.
+
+    WORKDIR/lock.json   {"host", "machine", "pid", "started", "token", "beat"}
+
+A kill leaves the file behind, so a lock that is found is checked. Where its process would
+be visible (same machine, same container) process id and start time tell whether it lives.
+Elsewhere the file itself tells: a living holder rewrites it every BEAT_SECONDS, and one
+that stays silent for SILENT_SECONDS, by the clock of whoever waits, is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.rowfile import can_append, write_whole
+
+FILE = "lock.json"
+BEAT_SECONDS = 15.0
+SILENT_SECONDS = 90.0
+LONG_SILENT_SECONDS = 900.0  # by two machines' clocks: no need to wait and see
+SETTLE_SECONDS = 2.0  # on gs://, for two that begin at the same moment
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+  """Who holds a lock.
+
+  Attributes:
+    host: its machine's name.
+    machine: equal for processes that see each other's process ids, and for no others.
+    pid, started: the process, and when it began, in the system's own words: a process id
+      is used again after a while.
+    token: of this one lock.
+    beat: seconds since 1970 at which it last said that it lives.
+  """
+
+  host: str = "an unknown host"
+  machine: str = ""
+  pid: int = 0
+  started: str = ""
+  token: str = ""
+  beat: float = 0.0
+
+  def __str__(self) -> str:
+    return f"process {self.pid} on {self.host}"
+
+
+class WorkdirLock:
+  """Keeps other runs out of a workdir, from `take` to `release`.
+
+  Args:
+    workdir: made if need be.
+    say: told, once, if `take` has to wait.
+  """
+
+  def __init__(self, workdir: epath.PathLike, say: Callable[[str], None] = lambda line: None):
+    self.workdir, self._say = epath.Path(workdir), say
+    self.file = self.workdir / FILE
+    pid = os.getpid()
+    self._holder = Holder(
+      socket.gethostname(), _machine(), pid, _started(pid) or "", secrets.token_hex(8)
+    )
+    self._taken_by: Holder | None = None
+    self._released = threading.Event()
+    self._released.set()
+    self._writing = threading.Lock()
+
+  def take(self) -> None:
+    """Takes the lock; waits where only time can tell whether its holder is alive.
+
+    Raises:
+      UserError: another run holds it.
+      OSError: the workdir cannot be written.
+    """
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    while not self._write():
+      text = self._read()
+      if text is None:
+        continue  # released a moment ago
+      holder = _parse(text)
+      if self._is_alive(holder, text):
+        raise UserError(
+          f"workdir {self.workdir} is in use by {holder}: wait until it has finished, stop it, "
+          "or choose another --workdir"
+        )
+      self._remove_dead(holder)
+    self._released.clear()
+    threading.Thread(target=self._keep_beating, daemon=True).start()
+
+  def release(self) -> None:
+    """Gives the workdir back; does nothing where it is not held."""
+    if self._released.is_set():
+      return
+    self._released.set()
+    with self._writing, contextlib.suppress(OSError):
+      if self._is_ours():
+        self.file.unlink(missing_ok=True)
+
+  @property
+  def taken_by(self) -> Holder | None:
+    """Who took the workdir over, thinking that this process is dead; None if nobody did."""
+    return self._taken_by
+
+  # --- taking ------------------------------------------------------------------------------
+
+  def _text(self) -> str:
+    return json.dumps(dataclasses.asdict(dataclasses.replace(self._holder, beat=time.time())))
+
+  def _read(self) -> str | None:
+    try:
+      return self.file.read_text()
+    except FileNotFoundError:
+      return None
+
+  def _write(self) -> bool:
+    """Writes the lock unless there is one."""
+    if not can_append(self.file):
+      return self._write_object()
+    draft = pathlib.Path(self.workdir) / f".{FILE}-{self._holder.token}"
+    draft.write_text(self._text())
+    try:
+      os.link(draft, self.file)  # one step that fails where the name is taken, on NFS, too
+    except FileExistsError:
+      return False
+    except OSError:  # a file system without links
+      try:
+        with open(self.file, "x") as file:
+          file.write(draft.read_text())
+      except FileExistsError:
+        return False
+    finally:
+      draft.unlink(missing_ok=True)
+    return True
+
+  def _write_object(self) -> bool:
+    """On gs:// nothing is exclusive: the last of two that write it keeps it."""
+    if self.file.exists():
+      return False
+    self.file.write_text(self._text())
+    time.sleep(SETTLE_SECONDS)
+    return self._is_ours()
+
+  def _is_ours(self) -> bool:
+    text = self._read()
+    return text is not None and _parse(text).token == self._holder.token
+
+  def _is_alive(self, holder: Holder, text: str) -> bool:
+    if holder.machine == self._holder.machine:
+      started = _started(holder.pid)
+      if started is None or (started and holder.started and started != holder.started):
+        return False
+      if started:
+        return True
+    if holder.beat and abs(time.time() - holder.beat) > LONG_SILENT_SECONDS:
+      return False
+    self._say(
+      f"workdir {self.workdir} was in use by {holder}: waiting up to {SILENT_SECONDS:.0f} s for "
+      "a sign of life"
+    )
+    until = time.monotonic() + SILENT_SECONDS
+    while time.monotonic() < until:
+      time.sleep(min(1.0, SILENT_SECONDS / 10))
+      now = self._read()
+      if now is None:
+        return False
+      if now != text:
+        return True
+    return False
+
+  def _remove_dead(self, holder: Holder) -> None:
+    """Removes a dead holder's lock, and not that of another run which was faster."""
+    if not can_append(self.file):
+      text = self._read()
+      if text is not None and _parse(text).token == holder.token:
+        self.file.unlink(missing_ok=True)
+      return
+    aside = pathlib.Path(self.workdir) / f".{FILE}-{self._holder.token}"
+    try:
+      os.rename(self.file, aside)
+    except FileNotFoundError:
+      return
+    if _parse(aside.read_text()).token != holder.token and not self.file.exists():
+      os.replace(aside, self.file)
+    aside.unlink(missing_ok=True)
+
+  # --- holding -----------------------------------------------------------------------------
+
+  def _keep_beating(self) -> None:
+    while not self._released.wait(BEAT_SECONDS):
+      # A disk that is away for a moment: the next beat will tell.
+      with contextlib.suppress(OSError), self._writing:
+        if self._released.is_set():
+          return
+        text = self._read()
+        if text is not None and _parse(text).token != self._holder.token:
+          self._taken_by = _parse(text)
+          return
+        write_whole(self.file, self._text())
+
+
+def _parse(text: str) -> Holder:
+  """The holder that a lock file names; an unknown one if the file makes no sense."""
+  try:
+    values = json.loads(text)
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Holder)}
+    return Holder(**{name: kind(values[name]) for name, kind in kinds.items()})
+  except (ValueError, TypeError, KeyError):
+    return Holder()
+
+
+def _machine() -> str:
+  """See `Holder.machine`."""
+  boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+  try:
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+  """When a process began; "" if the system does not tell; None where none is alive."""
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return None
+  except PermissionError:
+    pass  # another user's
+  if pathlib.Path("/proc/self/stat").exists():
+    try:
+      # The name, in brackets, may hold anything; the state follows it.
+      fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+      return ""  # it ended a moment ago, or is hidden
+    return None if fields[0] in "ZX" else fields[19]  # a zombie is dead
+  try:
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+  except OSError:
+    return ""
