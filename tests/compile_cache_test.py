@@ -13,7 +13,7 @@ import pytest
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config
-from igpo_jax.parallel.compile_cache import cpu_name, use_cache
+from igpo_jax.parallel.compile_cache import cache_folder, cpu_name, use_cache
 from igpo_jax.train.workdir import open_workdir
 from tests.fakes import REPO
 
@@ -31,7 +31,7 @@ print(len(hits))
 
 def run_program(*arguments, **environment):
   """(folder in use, programs read from it, what was said) of a fresh process."""
-  env = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
+  env = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
   env |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
   done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=REPO, env=env,
                         capture_output=True, text=True)  # fmt: skip
@@ -64,7 +64,9 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path):
 
 
 def test_tests_keep_nothing_in_the_users_folder():
-  assert use_cache() is None and jax.config.jax_compilation_cache_dir is None
+  own = os.environ["IGPO_TEST_CACHE"]
+  assert use_cache() == jax.config.jax_compilation_cache_dir == own
+  assert str(cache_folder()) not in own
 
 
 def test_no_setting_at_all_is_told():
