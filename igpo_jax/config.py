@@ -60,8 +60,8 @@ class RLConfig:
     prompts_per_step, group_size: P and G.
     inner_updates: mu.
     micro_batches: M; the gradient of an update is summed over this many slices of P.
-    sample_slices: a step's prompts are sampled in this many slices: less memory, and one
-      is graded while the next is sampled.
+    sample_slices: a step's prompts, sorted by length, are sampled in this many slices: less
+      memory, less padding, and one is graded while the next is sampled.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
     estimator: "mean_field", "random_ratio" or "coupled" (docs/method.md#likelihood).
     region: which positions are in the loss: up to and including the first stop
@@ -171,7 +171,8 @@ class DataConfig:
     tokenizer: a directory, "char" or "char:maps" (built in: the characters of the
       sources synthetic:chains and synthetic:maps), or "sentencepiece:VOCAB_SIZE" (trained
       on the sft source at the first run and kept in the workdir).
-    prompt_buckets: prompt lengths that programs are compiled for.
+    prompt_buckets: prompt lengths that programs are compiled for; a slice of the rollout
+      (`rl.sample_slices`) and every other batch takes the smallest that fits.
   """
 
   sft: str = ""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import denoise, rollout, update
+from benchmarks import denoise, padding, rollout, update
 from benchmarks.common import TINY_MODEL
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
@@ -79,3 +79,17 @@ def test_rollout_at_a_tiny_size(monkeypatch, capsys):
   assert list(out["cases"]) == ["grpo", "igpo 0", "igpo 1", "igpo 2"]
   assert [case["sampled_again"] for case in out["cases"].values()] == [0, 0, 1, 2]
   assert out["compilations_while_timing"] == 0
+
+
+def test_padding_is_that_of_the_streams_own_batches(monkeypatch, capsys, tmp_path):
+  """A long prompt in nine: with 1 slice all rows have its length, with 3 a third of them."""
+  path = tmp_path / "rows.jsonl"
+  rows = [{"question": "1" * (40 if k == 4 else 3), "trace": "2", "answer": "2"} for k in range(9)]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  sizes = "--tokenizer=char --prompts=9 --buckets=8,48 --slices=1,3 --completion=10 --batches=2"
+  out = run(padding, monkeypatch, capsys, f"--source=jsonl:{path}", *sizes.split())
+  (found,) = out["sources"].values()
+  assert found["positions"] == {"1": 58.0, "3": round((58 + 18 + 18) / 3, 1)}
+  assert found["saved"]["3"] == pytest.approx(1 - found["positions"]["3"] / 58, abs=1e-3)
+  # every prompt ends with a token of the chat format
+  assert found["without_padding"] == pytest.approx(1 - ((8 * 4 + 41) / 9 + 10) / 58, abs=1e-3)

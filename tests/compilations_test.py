@@ -18,11 +18,12 @@ from igpo_jax.config import (
   RLConfig,
   SamplerConfig,
 )
+from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
-from igpo_jax.rl.sampling import group_buckets
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler, group_buckets
 from igpo_jax.train.rl import make_stage
 from igpo_jax.train.setup import make_model
 
@@ -92,6 +93,32 @@ def test_a_run_compiles_a_program_for_each_bucket_and_nothing_after_warming_up()
     assert 2 <= compiled[f"jit({name})"] <= len(buckets), compiled
   assert counts[11] == counts[4]  # five steps have seen every number of wrong groups
   assert counter.count > 6
+
+
+def test_sampling_compiles_no_more_than_a_program_for_each_size_and_length_of_a_slice():
+  """Whatever the prompts' lengths are, and however many groups are sampled again."""
+  buckets = (4, 8, 12)
+  data = dataclasses.replace(CONFIG.data, prompt_buckets=buckets)
+  rl = dataclasses.replace(CONFIG.rl, prompts_per_step=4, sample_slices=2)
+  config = dataclasses.replace(CONFIG, data=data, rl=rl)
+  mesh, counter, rng = make_mesh(), CompileCounter(), np.random.default_rng(0)
+  model = make_model(config, CharTokenizer(ALPHABET), mesh)
+  sample = GroupSampler(model.lm, model.tokenizer, Told(), config, mesh)
+  assert sample.buckets == [1, 2]
+  before = counter.names["jit(sample_rows)"]
+  for _ in range(30):
+    lengths = rng.integers(1, 13, 4)
+    valid = np.arange(12) >= 12 - lengths[:, None]
+    batch = PromptBatch(
+      tokens=np.where(valid, 3, 0).astype(np.int32), valid=valid, records=[None] * 4, traces=[],
+      answer_spans=[], row_id=np.arange(4, dtype=np.uint32), real=np.ones(4, bool),
+    )  # fmt: skip
+    groups = np.arange(sample.padded(rng.integers(1, 5)))
+    canvas = np.full((len(groups), G, 8), model.lm.mask_id, np.int32)
+    fixed = np.zeros_like(canvas, bool)
+    sample(model.params, batch, groups, canvas, fixed, jax.random.key(0), DeviceClock())
+  compiled = counter.names["jit(sample_rows)"] - before
+  assert 4 <= compiled <= len(buckets) * len(sample.buckets)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 8, 48, 64, 1024])

@@ -11,20 +11,25 @@ import numpy as np
 import optax
 
 from igpo_jax.config import (
+  Config,
+  DataConfig,
   LoRAConfig,
   ModelConfig,
+  RLConfig,
   SamplerConfig,
   SFTConfig,
   default_config,
   freeze,
 )
+from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.diffusion import network
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.hlo import collectives
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings
-from igpo_jax.rl.sampling import prompt_keys, row_keys, sample_rows
+from igpo_jax.rewards.score import PendingScores, Scores
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler, prompt_keys
 from igpo_jax.train.setup import make_state
 from igpo_jax.train.update import make_policy_programs, make_sft_update
 from igpo_jax.types import Rollout
@@ -52,6 +57,28 @@ def sgd_with_gradient(rate: float) -> optax.GradientTransformation:
   zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
   step = lambda grads, state, params=None: (jax.tree.map(lambda g: -rate * g, grads), grads)
   return optax.GradientTransformation(zeros, step)
+
+
+class Silent:
+  """A tokenizer that reads nothing and a grader that calls everything wrong."""
+
+  def decode(self, tokens):
+    del tokens
+    return ""
+
+  def submit(self, texts, records):
+    del records
+    n = len(texts)
+    scores = Scores(np.zeros(n, np.float32), np.zeros(n, bool), ["ok"] * n, texts, {})
+    return PendingScores(lambda: scores)
+
+
+def sampling_config(model: ModelConfig, sampler: SamplerConfig, sliced: bool) -> Config:
+  """In two slices with the smallest bucket that fits each, or in one piece and one bucket."""
+  buckets, slices = ((6, 8), 2) if sliced else ((8,), 1)
+  rl = RLConfig(prompts_per_step=8, group_size=4, sample_slices=slices)
+  data = DataConfig(prompt_buckets=buckets)
+  return Config(stages=(), model=model, data=data, sampler=sampler, rl=rl)
 
 
 def flat(tree) -> list[float]:
@@ -84,32 +111,32 @@ def run(config: ModelConfig, shape, data) -> dict:
           out["sft_gradient"], out["sft_loss"] = flat(state.opt_state), float(metrics["loss"])
       out[f"sft_{name}"] = flat(state.params)
 
-    # rollouts: 8 prompts x 4
+    # rollouts: 8 prompts x 4; on one device all at once, on several also in slices of like length
+    prompts = PromptBatch(
+      tokens=tokens[:8, :8], valid=valid[:8, :8], records=[None] * 8, traces=[], answer_spans=[],
+      row_id=np.arange(8, dtype=np.uint32), real=np.ones(8, bool),
+    )  # fmt: skip
     canvas = np.full((8, 4, 16), lm.mask_id, np.int32)
     nothing = np.zeros_like(canvas, bool)
-    ids = np.arange(8, dtype=np.uint32)
-    by_row = lambda x: np.repeat(x[:8], 4, axis=0)
-    sampled = shard_rows(
-      mesh,
-      (by_row(tokens[:, :8]), by_row(valid[:, :8]), canvas.reshape(32, 16),
-       nothing.reshape(32, 16), by_row(ids), np.tile(np.arange(4), 8)),
-    )  # fmt: skip
-    noise = row_keys(jax.random.key(5), *sampled[-2:])
     for temperature in (0.0, 1.0) if config is MODEL else (1.0,):
       sampler = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=temperature)
-      completion, commit_step = sample_rows(lm, params, *sampled[:4], noise, sampler)
-      out[f"completion_{temperature}"] = np.asarray(completion).ravel().tolist()
+      sliced = mesh.size > 1 and temperature > 0
+      sample = GroupSampler(lm, Silent(), Silent(), sampling_config(config, sampler, sliced), mesh)
+      samples = sample(
+        params, prompts, np.arange(8), canvas, nothing, jax.random.key(5), DeviceClock()
+      )
+      out[f"completion_{temperature}"] = samples.completion.ravel().tolist()
+    out["cuts"] = sample.cuts(prompts, np.arange(8), nothing)[1]
 
     # policy: one update
     whole = default_config()
     whole.stages = ()
     whole.rl.micro_batches = 2 if shape[0] * shape[1] <= 4 else 1
     whole = freeze(whole)
-    in_groups = lambda x: np.asarray(x).reshape(8, 4, 16)
     rollout, ids = shard_rows(
       mesh,
-      (Rollout(tokens[:8, :8], valid[:8, :8], in_groups(completion), nothing,
-               in_groups(commit_step), advantages), ids),
+      (Rollout(tokens[:8, :8], valid[:8, :8], samples.completion, nothing,
+               samples.commit_step, advantages), prompts.row_id),
     )  # fmt: skip
     keys = prompt_keys(jax.random.key(6), ids)
     optimizer = sgd_with_gradient(0.1)
@@ -130,7 +157,7 @@ def run(config: ModelConfig, shape, data) -> dict:
       max(share(x) for x in jax.tree.leaves(tree) if x.size > 64)
       for tree in (state.params, state.opt_state)
     ],
-    "rows_per_device": completion.sharding.shard_shape(completion.shape)[0] // 4,
+    "rows_per_device": rollout.prompt.sharding.shard_shape(rollout.prompt.shape)[0],
     "collectives": [[c.kind, c.shape] for c in collectives(update.as_text(), loops=(1,) * 8)],
   }
 

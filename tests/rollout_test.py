@@ -18,7 +18,15 @@ from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.rollout import Explorer
-from igpo_jax.rl.sampling import DeviceClock, group_buckets, prompt_keys
+from igpo_jax.rl.sampling import (
+  Cut,
+  DeviceClock,
+  GroupSampler,
+  cut_by_length,
+  group_buckets,
+  prompt_keys,
+  sample_rows,
+)
 from igpo_jax.train.setup import make_optimizer, make_state, purpose_key
 from igpo_jax.train.update import make_policy_programs
 from tests.tiny_lm import tiny_model
@@ -268,13 +276,6 @@ def test_buckets_are_few_and_hold_every_number_of_groups():
   assert group_buckets(1, 1) == [1]
 
 
-@pytest.mark.parametrize("slices", [2, 3, 6])
-def test_slices_of_prompts_explore_what_the_whole_batch_does(slices, inpaint):
-  sliced = explore(sample_slices=slices)
-  assert sliced.rows == inpaint.rows and sliced.metrics == inpaint.metrics
-  jax.tree.map(np.testing.assert_array_equal, host(sliced.rollout), host(inpaint.rollout))
-
-
 def test_hinted_groups_are_padded_to_whole_slices_and_one_bucket():
   sampler = explorer(
     dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, sample_slices=2))
@@ -282,6 +283,123 @@ def test_hinted_groups_are_padded_to_whole_slices_and_one_bucket():
   assert sampler.sampler.buckets == [1, 2, 3]
   assert [sampler.sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 3, 4, 5, 6]
   assert [explorer(CONFIG).sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 4, 4, 6, 6]
+
+
+# --- slices of like length ------------------------------------------------------------
+
+BUCKETS = (5, 9, 13)
+RAGGED = [  # prompts of 12, 3, 8, 4, 9 and 5 tokens
+  dataclasses.replace(record(k), prompt=({"role": "user", "content": "abcdefgh"[k] * n},))
+  for k, n in enumerate((11, 2, 7, 3, 8, 4))
+]
+
+
+def bucket_of(length):
+  return next(bucket for bucket in BUCKETS if bucket >= length)
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+  """(rows, positions of the prompt) of every call of the sampler, as it is made."""
+  seen = []
+
+  def watched(lm, params, prompt, *rest):
+    seen.append(prompt.shape)
+    return sample_rows(lm, params, prompt, *rest)
+
+  monkeypatch.setattr("igpo_jax.rl.sampling.sample_rows", watched)
+  return seen
+
+
+def ragged(buckets, **rl):
+  config = dataclasses.replace(
+    CONFIG, data=dataclasses.replace(CONFIG.data, prompt_buckets=buckets)
+  )
+  return explore(batch_of(RAGGED, bucket=13), config=config, **rl)
+
+
+@pytest.fixture(scope="module")
+def unsorted():
+  """Exploration -> what is explored in the order of the batch, in one piece and one length."""
+  in_order = lambda sampler, batch, groups, hinted: (
+    np.arange(len(groups)), [Cut(0, len(groups), batch.tokens.shape[1])]
+  )  # fmt: skip
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(GroupSampler, "cuts", in_order)
+    explored = {name: ragged((13,), exploration=name) for name in ("inpaint", "resample")}
+  assert inserted(explored["inpaint"]).any() and (~all_wrong(explored["inpaint"])).any()
+  return explored
+
+
+@pytest.mark.parametrize(
+  ("exploration", "slices"), [("inpaint", 2), ("inpaint", 3), ("inpaint", 6), ("resample", 3)]
+)
+def test_slices_of_like_length_explore_what_the_whole_batch_does(
+  exploration, slices, unsorted, shapes
+):
+  plain = unsorted[exploration]
+  sliced = ragged(BUCKETS, sample_slices=slices, exploration=exploration)
+  assert sliced.rows == plain.rows and sliced.metrics == plain.metrics
+  jax.tree.map(np.testing.assert_array_equal, host(sliced.rollout), host(plain.rollout))
+  longest = [12, 9, 8, 5, 4, 3][:: P // slices]
+  assert shapes[:slices] == [(P // slices * G, bucket_of(n)) for n in longest]
+
+
+def test_hinted_groups_are_padded_only_as_far_as_they_need(shapes):
+  wrong = all_wrong(ragged(BUCKETS, exploration="none"))
+  shapes.clear()
+  ragged(BUCKETS, sample_slices=6)
+  lengths = np.array([len(TOKENIZER.encode_prompt(r.prompt)) for r in RAGGED])
+  expected = [(G, bucket_of(n)) for n in sorted(lengths[wrong], reverse=True)]
+  assert len(set(expected)) > 1 and shapes[P:] == expected
+
+
+def test_slices_hold_the_longest_prompt_that_any_process_has_there(monkeypatch):
+  """As in a run of two processes, of which the other has prompts of 6, 6, 6, 4, 4 and 4 tokens."""
+  other = np.array([6, 6, 6, 4, 4, 4])
+  monkeypatch.setattr(
+    "igpo_jax.rl.sampling.over_processes", lambda mine, reduce: reduce([mine, other], axis=0)
+  )
+  data = dataclasses.replace(CONFIG.data, prompt_buckets=BUCKETS)
+  rl = dataclasses.replace(CONFIG.rl, sample_slices=6)
+  sampler = explorer(dataclasses.replace(CONFIG, data=data, rl=rl)).sampler
+  batch, fixed = batch_of(RAGGED, bucket=13), np.zeros((P, G, LENGTH), bool)
+  order, cuts = sampler.cuts(batch, np.arange(P), fixed)
+  assert order.tolist() == [0, 4, 2, 5, 3, 1]  # 12, 9, 8, 5, 4 and 3 tokens here
+  assert [cut.positions for cut in cuts] == [13, 9, 9, 5, 5, 5]
+  fixed[[0, 4]] = True  # nothing to sample in the two longest: 8, 5, 4, 3, and two of no length
+  order, cuts = sampler.cuts(batch, np.arange(P), fixed)
+  assert order.tolist() == [2, 5, 3, 1, 0, 4]
+  assert [cut.positions for cut in cuts] == [9, 9, 9, 5, 5, 5]
+
+
+def test_slices_are_cut_where_they_save_most():
+  assert cut_by_length([9, 8, 3, 2], 2, (4, 9)) == [Cut(0, 2, 9), Cut(2, 4, 4)]
+  assert cut_by_length([9, 3, 3, 2, 1], 4, (4, 9)) == [Cut(0, 1, 9), Cut(1, 5, 4)]
+  assert cut_by_length([9, 8, 8, 8, 1], 4, (4, 9)) == [Cut(0, 4, 9), Cut(4, 5, 4)]
+  # one length: the rest stays at the end
+  assert cut_by_length([3, 3, 3], 2, (4, 9)) == [Cut(0, 2, 4), Cut(2, 3, 4)]
+  # two groups of padding, which have no length, go with the shortest
+  assert cut_by_length([9, 8, 0, 0], 2, (4, 9)) == [Cut(0, 2, 9), Cut(2, 4, 4)]
+  assert cut_by_length([], 2, (4, 9)) == []
+
+
+def mean_positions(batches, slices, buckets, completion=256):
+  """Positions of a row, prompt and completion, on average over the slices of all batches."""
+  size = batches.shape[1] // slices
+  cuts = [cut_by_length(sorted(b, reverse=True), size, buckets, completion) for b in batches]
+  return np.mean([[cut.positions + completion for cut in of_batch] for of_batch in cuts])
+
+
+def test_a_rows_positions_fall_by_30_percent_with_4_slices():
+  """Lengths as of GSM8K and MATH prompts: log-normal, with a long tail."""
+  rng = np.random.default_rng(0)
+  drawn = np.exp(rng.normal(4.6, 0.5, (200, 64))).astype(int)
+  batches, buckets = np.clip(drawn, 20, 512), (128, 256, 512)
+  assert 90 < np.median(batches) < 110 and np.percentile(batches, 99) > 300
+  whole = mean_positions(batches, 1, buckets)
+  for slices in (4, 8, 16):
+    assert mean_positions(batches, slices, buckets) < 0.7 * whole, slices
 
 
 def test_prompts_that_do_not_share_out_over_the_slices_are_a_clear_error():

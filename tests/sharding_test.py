@@ -69,6 +69,8 @@ def test_samples_are_the_same_on_every_mesh(results, mesh):
   assert names
   for name in names:
     assert other[name] == one[name] and len(set(one[name])) > 3, name
+  # One slice of all 8 prompts against two, of which the second has only short ones.
+  assert one["cuts"] == [[0, 8, 8]] and other["cuts"] == [[0, 4, 8], [4, 8, 6]]
 
 
 def test_parameters_and_rows_are_laid_out_over_the_mesh(results):

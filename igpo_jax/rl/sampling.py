@@ -1,8 +1,9 @@
 """Groups of completions: sampled on the devices, decoded and graded on the host meanwhile.
 
 Prompts go to the devices in slices. Two are queued at a time; while the devices sample a
-slice, the host decodes the one before and hands it to the graders. Every slice has one
-of a few sizes, so that few programs compile.
+slice, the host decodes the one before and hands it to the graders. A slice holds prompts
+of like length and is padded only as far as they need, so that one long prompt does not
+make every row long. Slices have a few sizes and a few lengths, so that few programs compile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.diffusion.sampler import denoise
-from igpo_jax.parallel.mesh import local_rows, shard_rows
+from igpo_jax.parallel.mesh import local_rows, over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, Scores
 from igpo_jax.types import LM, Array, Canvas, Params
@@ -71,6 +73,13 @@ class Samples:
       getattr(self, name)[group, row] = getattr(other, name)[other_group, other_row]
     for name in self.LISTS:
       getattr(self, name)[group][row] = getattr(other, name)[other_group][other_row]
+
+  def take(self, groups: np.ndarray) -> Samples:
+    """The groups i[X] of it, in that order."""
+    return Samples(
+      **{name: getattr(self, name)[groups] for name in self.ARRAYS},
+      **{name: [getattr(self, name)[k] for k in groups] for name in self.LISTS},
+    )
 
   @staticmethod
   def join(parts: Sequence[Samples]) -> Samples:
@@ -173,8 +182,50 @@ def group_buckets(prompts: int, multiple: int) -> list[int]:
   return [*buckets, prompts]
 
 
+class Cut(NamedTuple):
+  """One slice: groups begin..end-1 in falling order of prompt length, padded to `positions`."""
+
+  begin: int
+  end: int
+  positions: int
+
+
+def cut_by_length(
+  lengths: Sequence[int], size: int, buckets: Sequence[int], completion: int = 0
+) -> list[Cut]:
+  """Cuts groups into slices of `size` and one smaller slice for the rest.
+
+  Each slice is padded to the smallest bucket that holds its longest prompt. The smaller
+  slice takes the place in the order where it saves most: first, if a few prompts are much
+  longer than all others, else last.
+
+  Example: `cut_by_length([90, 12, 11, 10, 9], 4, (16, 128)) == [Cut(0, 1, 128), Cut(1, 5, 16)]`.
+
+  Args:
+    lengths: tokens of each group's prompt, falling.
+    size: groups of a full slice.
+    buckets: growing lengths, the last of which holds every prompt.
+    completion: positions that every row has beside its prompt.
+  """
+  full, rest = divmod(len(lengths), size)
+
+  def with_rest_at(place: int) -> list[Cut]:
+    sizes = [size] * full
+    sizes[place:place] = [rest] if rest else []
+    ends = list(itertools.accumulate(sizes))
+    begins = [end - n for end, n in zip(ends, sizes, strict=True)]
+    fits = lambda length: next(bucket for bucket in buckets if bucket >= length)
+    return [Cut(a, b, fits(lengths[a])) for a, b in zip(begins, ends, strict=True)]
+
+  work = lambda cuts: sum((cut.end - cut.begin) * (cut.positions + completion) for cut in cuts)
+  return min((with_rest_at(place) for place in range(full, -1, -1)), key=work)
+
+
 class GroupSampler:
   """Samples and grades groups, a slice of prompts at a time.
+
+  What a group's completions are depends neither on the slices nor on their order, except
+  with `sampler.early_stop="batch"` (official code), which looks at all rows of a slice.
 
   Attributes:
     slice_size: prompts of this process in a full slice.
@@ -187,6 +238,7 @@ class GroupSampler:
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
     self.lm, self.tokenizer, self.scorer, self.mesh = lm, tokenizer, scorer, mesh
     self.sampler, self.group_size = config.sampler, config.rl.group_size
+    self.prompt_buckets = config.data.prompt_buckets
     ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     slices = config.rl.sample_slices
     if config.rl.prompts_per_step % (slices * processes):
@@ -205,10 +257,28 @@ class GroupSampler:
     rest = groups - full
     return full + next(b for b in self.buckets if b >= rest) if rest else full
 
+  def cuts(self, batch: PromptBatch, groups, hinted) -> tuple[np.ndarray, list[Cut]]:
+    """(The order in which `groups` are sampled, i64[X]; the slices in that order).
+
+    The slices are the same on every process: they follow from the longest prompt that any
+    process has at each place of its order. A collective.
+
+    Args: as `__call__`.
+    """
+    lengths = batch.valid.sum(axis=1)[groups]
+    # A group without masks is not changed, whatever its prompt: it need not fit.
+    lengths = np.where(hinted.all(axis=(1, 2)), 0, lengths)
+    order = np.argsort(-lengths, kind="stable")
+    longest = over_processes(lengths[order], np.max)
+    width = batch.tokens.shape[1]
+    buckets = [*(b for b in self.prompt_buckets if b < width), width]
+    length = hinted.shape[-1]
+    return order, cut_by_length(longest.tolist(), self.slice_size, buckets, length)
+
   def __call__(
     self, params: Params, batch: PromptBatch, groups, canvas, hinted, key: Array, clock: DeviceClock
   ) -> Samples:
-    """Samples, decodes and scores.
+    """Samples, decodes and scores; groups come back in the order in which they were given.
 
     Args:
       params: the policy, in the compute dtype.
@@ -219,17 +289,19 @@ class GroupSampler:
       key: of the step.
       clock: told when devices have work, and when they are out of it.
     """
-    parts = [slice(a, a + self.slice_size) for a in range(0, len(groups), self.slice_size)]
+    order, cuts = self.cuts(batch, groups, hinted)
     clock.sampling(len(groups) * self.group_size * jax.process_count())
 
-    def queue(part):
+    def queue(cut: Cut):
+      part = order[cut.begin : cut.end]
       i = groups[part]
       rows = np.repeat(i, self.group_size)
       flat = lambda x: x[part].reshape(-1, x.shape[-1])
+      begin = batch.tokens.shape[1] - cut.positions
       prompt, valid, blank, fixed, ids, numbers = shard_rows(
         self.mesh,
-        (batch.tokens[rows], batch.valid[rows], flat(canvas), flat(hinted), batch.row_id[rows],
-         np.tile(np.arange(self.group_size), len(i))),
+        (batch.tokens[rows, begin:], batch.valid[rows, begin:], flat(canvas), flat(hinted),
+         batch.row_id[rows], np.tile(np.arange(self.group_size), len(i))),
       )  # fmt: skip
       keys = row_keys(key, ids, numbers)
       with clock.program("rollout", prompt.shape):
@@ -237,14 +309,14 @@ class GroupSampler:
       clock.dispatched()
       return part, prompt.shape[1], out
 
-    left = iter(parts)
-    queued = collections.deque(queue(part) for part in itertools.islice(left, SLICES_QUEUED))
+    left = iter(cuts)
+    queued = collections.deque(queue(cut) for cut in itertools.islice(left, SLICES_QUEUED))
     waiting = []
     while queued:
       part, prompt_length, out = queued.popleft()
       flat_completion, flat_commit_step = local_rows(out)
       clock.sampled(flat_commit_step, prompt_length)
-      queued.extend(queue(part) for part in itertools.islice(left, 1))
+      queued.extend(queue(cut) for cut in itertools.islice(left, 1))
       if not queued:
         clock.drained()
       texts = [self.tokenizer.decode(row) for row in flat_completion]
@@ -254,7 +326,8 @@ class GroupSampler:
       waiting.append(
         (part, in_groups(flat_completion), in_groups(flat_commit_step), texts, pending)
       )
-    return Samples.join([self._samples(hinted, *parts) for parts in waiting])
+    sampled = Samples.join([self._samples(hinted, *parts) for parts in waiting])
+    return sampled.take(np.argsort(order))
 
   def _samples(self, hinted, part, completion, commit_step, texts, pending) -> Samples:
     x, g, _ = completion.shape
