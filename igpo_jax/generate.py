@@ -27,10 +27,12 @@ from igpo_jax import cli
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.convert.pretrained import DTYPES, Pretrained, load_pretrained
+from igpo_jax.data.records import read_messages
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.textfiles import read_values
 from igpo_jax.types import Canvas
 
 LENGTH_STEP = 64  # prompts are padded to a multiple of it: one program for many lengths
@@ -164,15 +166,16 @@ def read_rows(file: epath.PathLike) -> list[dict[str, Any]]:
   if not file.exists():
     raise UserError(f"--input: no such file: {file}")
   rows = []
-  for number, line in enumerate(file.read_text().splitlines(), start=1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+  for where, row in read_values(file):
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-      raise UserError(f'{file}, line {number}: give an object with "prompt" or "messages"')
+      raise UserError(f'{where}: give an object with "prompt" or "messages"')
+    if not isinstance(row.get("prompt", ""), str):
+      raise UserError(f'{where}: "prompt" should be text, not {type(row["prompt"]).__name__}')
+    if "messages" in row:
+      try:
+        read_messages(row["messages"])
+      except ValueError as reason:
+        raise UserError(f"{where}: {reason}") from reason
     rows.append(row)
   if not rows:
     raise UserError(f"--input: {file} has no rows")
@@ -187,8 +190,8 @@ def make_request(row: dict[str, Any], tokenizer: Tokenizer, raw: bool = False) -
   if raw:
     prompt = tokenizer.encode(row["prompt"])
   else:
-    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    prompt = tokenizer.encode_prompt(messages)
+    chat = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    prompt = tokenizer.encode_prompt(read_messages(chat))
   return Request(tuple(prompt), tuple((tuple(tokenizer.encode(text)), at) for text, at in hints))
 
 

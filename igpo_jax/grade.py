@@ -12,11 +12,15 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
 
 from igpo_jax import cli
 from igpo_jax.data.records import Record
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.textfiles import read_values
 
 BENCHMARKS = ("gsm8k", "math500", "amc", "minerva")
 BATCH = 1024  # rows on their way through the workers at a time
@@ -29,21 +33,13 @@ def read_generations(path: pathlib.Path) -> Iterator[tuple[dict, Record]]:
     UserError: no such file, or a line that is not such a row.
   """
   try:
-    with open(path, encoding="utf-8") as lines:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield _row(line, f"{path}, line {number}")
-  except OSError as error:
-    raise cli.UserError(f"--generations: cannot read {path}: {error.strerror}") from error
-  except UnicodeDecodeError as error:
-    raise cli.UserError(f"--generations: {path} is not UTF-8 text: {error}") from error
+    for where, row in read_values(epath.Path(path)):
+      yield _row(row, where)
+  except cli.UserError as error:
+    raise cli.UserError(f"--generations: {error}") from error
 
 
-def _row(line: str, where: str) -> tuple[dict, Record]:
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise cli.UserError(f"{where}: not JSON ({error}); expected one object per line") from error
+def _row(row: Any, where: str) -> tuple[dict, Record]:
   missing = [
     key
     for key in ("question", "completion", "answer")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -182,12 +183,13 @@ def _lines(rows: Sequence[Row]) -> str:
 
 
 def _text(path: epath.Path) -> str:
-  return path.read_text() if path.exists() else ""
+  return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _parse(path: epath.Path, text: str) -> Iterator[tuple[str, Row | None]]:
   """Lines with their ends, and rows; None for a last line that a kill cut."""
-  lines = text.splitlines(keepends=True)
+  # At LF only: U+2028 and others that `splitlines` cuts at may stand in a JSON string.
+  lines = re.findall(r"[^\n]*\n|[^\n]+", text)
   for number, line in enumerate(lines, start=1):
     try:
       row = json.loads(line) if line.endswith("\n") else None

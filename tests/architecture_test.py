@@ -24,12 +24,13 @@ FLOORS = (
   ("rl",),
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
-  ("parallel", "checkpoint", "rowfile"),
+  ("parallel", "checkpoint", "rowfile", "textfiles"),
   ("types", "config", "options", "fields", "cli", "flags", "usage"),
 )
-# Along a floor: commands and definitions among themselves, and graders read records.
+# Along a floor: commands and definitions among themselves; graders read records, a trace's answer
+# is where the grader finds one, and hints ask where an answer's value stands.
 SHARED = (0, len(FLOORS) - 1)
-ALONG = {("rewards", "data")}
+ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data")}
 HOST_ROOMS = ("data", "hints", "rewards")
 NO_JAX_ROOMS = (*HOST_ROOMS, "align")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")

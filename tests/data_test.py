@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import decimal
+import gzip
 import json
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pyarrow
@@ -16,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_jax.cli import UserError
-from igpo_jax.data import formats, pipeline, sources, spans, tokenizer
-from igpo_jax.data.records import Record
+from igpo_jax.data import formats, hub, pipeline, sources, spans, tokenizer, values
+from igpo_jax.data.records import Record, read_messages
+from igpo_jax.rewards import answers
 from tests import tiny_tokenizer
 from tests.fakes import REPO, shared_path
 
@@ -68,8 +72,27 @@ def write_jsonl(path: pathlib.Path, rows) -> str:
     (r"open \boxed{ and \boxed{7}", "7", r"\boxed{7}"),
     ("nothing at all", "8", None),
     ("", "8", None),
+    # Whatever the grader would read as a statement of the answer, in any spelling of it.
+    ("so $x=\\fbox{\\frac{1}{2}}$. Done.\nThe answer is: $\\frac{1}{2}$", "$\\frac{1}{2}$",
+     "\\fbox{\\frac{1}{2}}$. Done.\nThe answer is: $\\frac{1}{2}$"),
+    ("is $\\boxed 2$ then.\nThe answer is: 2", "2", "\\boxed 2$ then.\nThe answer is: 2"),
+    ("so \\boxed{7\nThe answer is: 7", "7", "\\boxed{7\nThe answer is: 7"),  # never closes
+    ("so \\boxed{0.5}.\nOr \\boxed{\\frac12}", "1/2", "\\boxed{0.5}.\nOr \\boxed{\\frac12}"),
+    ("so \\boxed{\\sqrt 8}.\nOr \\boxed{2\\sqrt2}", "2\\sqrt2",
+     "\\boxed{\\sqrt 8}.\nOr \\boxed{2\\sqrt2}"),  # nobody here can tell that it is another
+    ("The answer is 36.\nCheck: 6*6.\n#### 36", "36", "The answer is 36.\nCheck: 6*6.\n#### 36"),
+    ("the final answer is $36.00 then\nso\n#### 36", "36",
+     "the final answer is $36.00 then\nso\n#### 36"),
+    ("The answer is thirty-six.\n2+2\n#### 36", "36", "The answer is thirty-six.\n2+2\n#### 36"),
+    ("#### 36\nor rather\n#### 36", "36", "#### 36\nor rather\n#### 36"),
+    ("<answer>36</answer>\n<answer>36</answer>", "36", "<answer>36</answer>\n<answer>36</answer>"),
+    ("Half is 18, so the answer is not 18.\n#### 36", "36", "#### 36"),
+    ("#### Step 1\nadd\n#### 36", "36", "#### 36"),
+    ("#### 1. Setup\nadd\n#### 36", "36", "#### 36"),
+    ("to answer the question, add 36\nand 2\n\\boxed{38}", "38", "\\boxed{38}"),
+    ("He has $448,000 left", "448000", "448,000 left"),
   ],
-)
+)  # fmt: skip
 def test_the_answer_begins_where_it_is_first_stated(trace, answer, stated):
   span = spans.find_answer_span(trace, answer)
   assert (span and trace[slice(*span)]) == stated
@@ -120,6 +143,28 @@ def test_no_token_before_the_answer_shows_any_of_it(kind, tmp_path):
       assert trace[:start].startswith(t.decode(ids[:first]))
       # and not a token more than that is hidden
       assert len(t.decode(ids[: first + 1])) > start
+
+
+def test_nothing_before_the_answer_is_a_statement_of_it():
+  """What stands before the span is nothing that the grader takes for the answer."""
+  boxes = ["\\boxed{%s}", "\\fbox{%s}", "\\boxed %s", "\\boxed{%s"]
+  marks = ["<answer>%s</answer>", "#### %s"]
+  said = ["The answer is %s.", "the final answer is: %s", "The answer is $%s$"]
+  statements = [*boxes, *marks, *said]
+  for first in statements:
+    for last in statements:
+      for answer, spelled in (("36", "36"), ("1200", "1,200"), ("0.5", "\\frac{1}{2}")):
+        trace = f"Add 7 and 5.\n{first % spelled}\nThat was it.\n{last % answer}\n"
+        start, end = spans.find_answer_span(trace, answer)
+        assert start == len("Add 7 and 5.\n") and end == len(trace)
+        assert answers.find_answer(trace[:start]) is None
+
+
+def test_real_traces_show_no_statement_of_the_answer_before_it():
+  uri = f"jsonl:{shared_path('data', 'gsm8k', 'test.jsonl')}?format=gsm8k"
+  for record in sources.load_records(uri).records:
+    said = answers.find_answer(record.trace[: record.answer_span[0]])
+    assert said is None or not values.value_spans(said, record.answer), record.id
 
 
 # --- formats ---
@@ -263,6 +308,284 @@ def test_plain_rows_take_a_field_map_and_their_own_span(tmp_path):
   assert loaded.dropped == {"answer_span outside the trace": 1}
 
 
+def test_boxes_that_the_grader_reads_are_answers_of_minerva(tmp_path):
+  solutions = [
+    "It is \\fbox{4.5} m.",
+    "It takes $\\boxed 7$ s.",
+    "\\boxed{1}",
+    "\\boxed{2 s",
+    "\\boxed{}",
+  ]
+  rows = [{"problem": "P", "solution": text} for text in solutions]
+  loaded = sources.load_records(write_jsonl(tmp_path / "v.jsonl", rows), format="minerva")
+  assert [r.answer for r in loaded.records] == ["4.5", "7", "1", "2 s"]
+  assert all(answers.find_answer(r.trace[: r.answer_span[0]]) is None for r in loaded.records)
+  assert loaded.dropped == {"no boxed answer": 1}
+
+
+def test_a_field_is_found_along_its_dots(tmp_path):
+  row = {
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}],
+    "reward_model": {"style": "rule", "ground_truth": 2},
+    "a.b": "a name of its own",
+    "solutions": ["so 2", "two"],
+  }
+  uri = write_jsonl(tmp_path / "x.jsonl", [row])
+  names = "?question=prompt&answer=reward_model.ground_truth&trace=solutions.1&id=a.b"
+  (record,) = sources.load_records(uri + names).records
+  assert (record.answer, record.trace) == ("2", "two")
+  assert record.id.endswith("/a name of its own")
+  assert record.prompt == tuple(row["prompt"])
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+  (same,) = sources.load_records(f"parquet:{tmp_path}/x.parquet{names}").records
+  assert same == record
+
+
+@pytest.mark.parametrize(
+  "row, reason",
+  [
+    ({"question": ["a", "b"]}, "question: a message that is no object"),
+    ({"question": [{"role": "tool", "content": "x"}]}, "question: a message with the role 'tool'"),
+    ({"question": [{"role": "user", "content": [{"type": "image"}]}]}, "content is not text"),
+    ({"question": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+     "messages that end with the role assistant"),
+    ({"question": {"text": "x"}}, "question is an object, not text"),
+    ({"trace": ["one", "two"]}, "trace is a list, not text"),
+    ({"trace": {"steps": []}}, "trace is an object, not text"),
+    ({"id": [1]}, "id is a list, not text"),
+    ({"answer": []}, None),
+    ({"answer": None}, "no answer"),
+    ({"answer": float("nan")}, "no answer"),
+    ({"answer": [float("nan")]}, "no answer"),
+    ({"answer": float("inf")}, "no answer"),
+    ({"question": float("nan")}, "no question"),
+    ({"answer_span": "1-2", "trace": "abc"}, "answer_span outside"),
+    ({"answer_span": ["a", "b"], "trace": "abc"}, "answer_span outside"),
+  ],
+)  # fmt: skip
+def test_a_field_that_is_no_text_is_counted_and_never_taken_for_its_json(tmp_path, row, reason):
+  rows = [{"question": "q", "answer": "1"}, {"question": "q", "answer": "1"} | row]
+  loaded = sources.load_records(write_jsonl(tmp_path / "x.jsonl", rows))
+  assert len(loaded.records) + sum(loaded.dropped.values()) == 2
+  if reason:
+    assert reason in sources.describe(loaded.dropped)
+  assert loaded.records[0].question == "q"
+
+
+def test_a_missing_value_of_a_table_is_no_value(tmp_path):
+  """NaN is how tables write that there is nothing: no answer, no trace, no id "nan"."""
+  nan = float("nan")
+  rows = [
+    {"question": "q", "answer": 3.0, "trace": nan, "id": nan, "answer_span": nan},
+    {"question": "q", "answer": nan, "trace": nan, "id": 2.0, "answer_span": nan},
+  ]
+  json_uri = write_jsonl(tmp_path / "x.jsonl", rows)  # as JavaScript does not, but Python does
+  columns = {name: pyarrow.array([row[name] for row in rows]) for name in rows[0]}
+  pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+  for uri in (json_uri, f"parquet:{tmp_path}/x.parquet"):
+    loaded = sources.load_records(uri)
+    (record,) = loaded.records
+    assert (record.answer, record.trace, record.answer_span) == ("3", "", None)
+    assert record.id.endswith("/x/0") and loaded.dropped == {"no answer": 1}
+
+
+def test_a_list_of_one_answer_is_that_answer(tmp_path):
+  rows = [{"question": "q", "answer": answer} for answer in (["36"], [36.0], ["a", "b"], {"x": 1})]
+  loaded = sources.load_records(write_jsonl(tmp_path / "x.jsonl", rows))
+  assert [r.answer for r in loaded.records] == ["36", "36", '["a", "b"]', '{"x": 1}']
+
+
+CHAT = [
+  {"role": "system", "content": "Add."},
+  {"role": "user", "content": "1+1"},
+  {"role": "assistant", "content": "2"},
+  {"role": "user", "content": " 30+6 "},
+  {"role": "assistant", "content": "Three tens and six.\n#### 36\n"},
+]
+
+
+def test_chats_are_read_as_prompt_trace_and_answer(tmp_path):
+  parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+  gpt = {"system": "system", "user": "human", "assistant": "gpt"}
+  rows = [
+    {"messages": CHAT},
+    {"messages": parts, "answer": "36"},
+    {"conversations": [{"from": gpt[m["role"]], "value": m["content"]} for m in CHAT]},
+    {"messages": CHAT[:4]},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {"messages": []},
+    {"messages": "Hi"},
+    {"messages": ["Hi"]},
+    {"messages": CHAT[:1]},
+    {"messages": CHAT[2:3]},
+    {"text": "Hi"},
+  ]
+  loaded = sources.load_records(write_jsonl(tmp_path / "x.jsonl", rows), format="chat")
+  full, parts, gpt, open_ended, small_talk = loaded.records
+  before = (*CHAT[:3], {"role": "user", "content": "30+6"})
+  assert full.prompt == parts.prompt == gpt.prompt == open_ended.prompt == before
+  assert full.trace == parts.trace == gpt.trace == "Three tens and six.\n#### 36"
+  assert full.trace[slice(*full.answer_span)] == "#### 36"
+  assert [r.answer for r in loaded.records] == ["36", "36", "36", "", ""]
+  assert (open_ended.trace, small_talk.trace) == ("", "Hello.")
+  assert sum(loaded.dropped.values()) == 6
+  assert any("system" in reason for reason in loaded.dropped)
+
+
+def test_template_and_system_text_are_for_the_last_question_of_a_chat(tmp_path):
+  rows = [{"messages": CHAT}, {"messages": CHAT[1:]}]
+  uri = write_jsonl(tmp_path / "x.jsonl", rows)
+  own, without = sources.load_records(f"{uri}?format=chat&system=S&template={{question}}!").records
+  assert [m["content"] for m in own.prompt] == ["Add.", "1+1", "2", "30+6!"]
+  assert [m["content"] for m in without.prompt] == ["S", "1+1", "2", "30+6!"]
+
+
+@pytest.mark.parametrize("value", [None, "Hi", [], [1], ["x"], {"role": "user"}, [{"role": "user"}],
+                                   [{"role": 5, "content": "x"}], [{"role": "user", "content": 5}],
+                                   [{"role": ["user"], "content": "x"}], [[]]])  # fmt: skip
+def test_what_is_no_chat_is_told(value):
+  with pytest.raises(ValueError, match="message"):
+    read_messages(value)
+
+
+# --- tables ---
+
+
+def test_text_columns_without_the_mark_of_text_are_text(tmp_path):
+  texts = pyarrow.array(["1+1 é?", "2+2?"])
+  forms = {
+    "binary": texts.cast(pyarrow.binary()),
+    "large binary": texts.cast(pyarrow.large_binary()),
+    "large text": texts.cast(pyarrow.large_string()),
+    "dictionary": texts.cast(pyarrow.binary()).dictionary_encode(),
+    "nested": pyarrow.array([{"t": b"1+1 \xc3\xa9?"}, {"t": b"2+2?"}]),
+    "list": pyarrow.array([[b"1+1 \xc3\xa9?"], [b"2+2?"]]),
+  }
+  names = {"nested": "&question=q.t", "list": "&question=q.0"}
+  for name, column in forms.items():
+    table = pyarrow.table({"q": column, "answer": pyarrow.array([b"2", b"4"])})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    uri = f"parquet:{tmp_path}/x.parquet?x={names.get(name, '&question=q')[1:]}".replace("x=q", "q")
+    loaded = sources.load_records(uri.replace("?x=", "?"))
+    assert [(r.question, r.answer) for r in loaded.records] == [("1+1 é?", "2"), ("2+2?", "4")]
+
+
+def test_columns_that_nobody_reads_do_no_harm(tmp_path):
+  """Times finer than Python's, bytes that are no text, and pages that are damaged."""
+  n = 3000
+  table = pyarrow.table(
+    {
+      "question": [f"question {k} " * 9 for k in range(n)],
+      "answer": [str(k) for k in range(n)],
+      "when": pyarrow.array(range(1, n + 1), pyarrow.timestamp("ns")),
+      "bytes": pyarrow.array([b"\xff\xfe"] * n),
+      "pages": [str(k * 7919) * 20 for k in range(n)],
+    }
+  )
+  path = tmp_path / "x.parquet"
+  pyarrow.parquet.write_table(table, path)
+  expected = sources.load_records(f"parquet:{path}").records
+  group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+  damaged = bytearray(path.read_bytes())
+  start = group.column(4).dictionary_page_offset
+  damaged[start : start + 40] = b"\xff" * 40
+  path.write_bytes(damaged)
+  assert sources.load_records(f"parquet:{path}").records == expected
+  for name, line in (("pages", "damaged"), ("bytes", "the column 'bytes' is not UTF-8")):
+    with pytest.raises(UserError, match=rf"x.parquet: .*{line}"):
+      sources.load_records(f"parquet:{path}?trace={name}")
+  when = sources.load_records(f"parquet:{path}?answer=when&limit=1").records[0].answer
+  assert when == "1970-01-01 00:00:00.000000001"
+  path.write_bytes(damaged[:5000])
+  with pytest.raises(UserError, match="not a Parquet file, or damaged"):
+    sources.load_records(f"parquet:{path}")
+
+
+def test_numbers_of_tables_are_written_as_people_write_them(tmp_path):
+  cells = [decimal.Decimal("2.00"), decimal.Decimal("3.50")]
+  for column, expected in (
+    (cells, ["2", "3.50"]),
+    ([2.0, 0.5], ["2", "0.5"]),
+    ([7, 8], ["7", "8"]),
+  ):
+    table = pyarrow.table({"question": ["a", "b"], "answer": column})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    loaded = sources.load_records(f"parquet:{tmp_path}/x.parquet")
+    assert [r.answer for r in loaded.records] == expected
+
+
+CSV = 'question,answer,trace\n"1+1, or ""two""?",2,"so\n2"\n\n2+2?,4,\n'
+
+
+@pytest.mark.parametrize(
+  "name, data, options",
+  [
+    ("x.csv", CSV.encode(), ""),
+    ("x.csv", b"\xef\xbb\xbf" + CSV.encode().replace(b"\n", b"\r\n"), ""),
+    ("x.csv.gz", gzip.compress(CSV.encode()), ""),
+    ("x.csv", CSV.encode("utf-16"), ""),
+    ("x.tsv", CSV.replace(",", "\t").replace("1\t", "1,").encode(), ""),
+    ("x.txt", CSV.replace(",", ";").replace("1;", "1,").encode(), "?delimiter=;"),
+    ("x.txt", CSV.replace(",", "\t").replace("1\t", "1,").encode(), "?delimiter=tab"),
+  ],
+)
+def test_csv_rows_are_records(tmp_path, name, data, options):
+  (tmp_path / name).write_bytes(data)
+  first, second = sources.load_records(f"csv:{tmp_path}/{name}{options}").records
+  assert first.question.startswith("1+1") and first.question.endswith('or "two"?')
+  assert (first.answer, first.trace.split()) == ("2", ["so", "2"])
+  assert (second.question, second.answer, second.trace) == ("2+2?", "4", "")
+  assert second.id == f"{tmp_path.name}/x/1"
+
+
+@pytest.mark.parametrize(
+  "text, options, line",
+  [
+    ("", "", "no header"),
+    ("question,answer\n1,2,3\n", "", "line 2: 3 values for 2 columns"),
+    ("question,question\n1,2\n", "", "column 'question' twice"),
+    ("a,b\n1,2\n", "", "no row fits format=plain .*fields a, b"),
+    ('question,answer\n"1+1,2\n', "", "line 2: not CSV"),
+    ("question,answer\nq,1\n", "?delimiter=::", "one character, or tab"),
+    ("question,answer\n\udcff,1\n", "", "line 2: not UTF-8"),
+  ],
+)
+def test_a_broken_csv_file_is_one_clear_line(tmp_path, text, options, line):
+  (tmp_path / "x.csv").write_text(text, errors="surrogateescape")
+  with pytest.raises(UserError, match=line):
+    sources.load_records(f"csv:{tmp_path}/x.csv{options}")
+
+
+def test_a_csv_field_may_be_longer_than_the_modules_own_limit(tmp_path):
+  (tmp_path / "x.csv").write_text("question,answer,trace\nq,1," + "x" * 200_000 + "\n")
+  assert len(sources.load_records(f"csv:{tmp_path}/x.csv").records[0].trace) == 200_000
+
+
+def test_datasets_of_the_hub_are_read_through_their_library(monkeypatch):
+  asked = []
+
+  def load_dataset(path, name, split, revision):
+    asked.append((path, name, split, revision))
+    if split == "nope":
+      raise ValueError("Unknown split 'nope'.\nShould be one of ['train']")
+    return [{"question": "1+1?", "answer": "two\n#### 2", "bytes": b"x"}]
+
+  library = types.ModuleType("datasets")
+  library.load_dataset = load_dataset
+  monkeypatch.setitem(sys.modules, "datasets", library)
+  uri = "hf:openai/gsm8k?name=main&split=test&revision=v1&format=gsm8k"
+  (record,) = sources.load_records(uri).records
+  assert (record.id, record.answer) == ("openai/gsm8k/test/0", "2")
+  assert asked == [("openai/gsm8k", "main", "test", "v1")]
+  with pytest.raises(UserError, match=r"hf:a/b: cannot be read .*Unknown split 'nope'. Should be"):
+    sources.load_records("hf:a/b?split=nope")
+  monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+  with pytest.raises(UserError, match="pip install datasets"):
+    hub.read("a/b")
+  with pytest.raises(UserError, match="hf:OWNER/NAME"):
+    sources.load_records("hf:")
+
+
 def test_the_end_of_a_trace_can_be_rewritten(tmp_path):
   uri = write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "two\n#### 2"}])
   (record,) = sources.load_records(
@@ -334,7 +657,7 @@ def test_limit_counts_usable_records(tmp_path):
     ("jsonl:{dir}/good.jsonl?format=gsm8k&strip_calculator=maybe", "true or false"),
     ("jsonl:{dir}/good.jsonl?format=openr1&solution=x", "solution or generation"),
     ("jsonl:{dir}/bad.jsonl", "bad.jsonl, line 2: not JSON"),
-    ("jsonl:{dir}/list.jsonl", "row 1: a JSON object"),
+    ("jsonl:{dir}/list.jsonl", "list.jsonl, line 1: a JSON object"),
     ("jsonl:{dir}/cut.json", "cut.json: not JSON"),
     ("jsonl:{dir}/binary.jsonl", "not UTF-8"),
     ("jsonl:{dir}/empty.jsonl", "no record"),
@@ -672,4 +995,4 @@ def test_sft_shares_of_hosts_make_the_global_batch():
 
 
 def test_formats_name_where_their_files_come_from():
-  assert all(f.origin for name, f in formats.FORMATS.items() if name != "plain")
+  assert all(f.origin for name, f in formats.FORMATS.items() if name not in ("plain", "chat"))

@@ -136,6 +136,13 @@ def test_mistakes_are_told(model, options, message):
 @pytest.mark.parametrize("line, message", [
   ("{", "line 2: not JSON"), ("[]", "line 2: give an object"), ("{}", 'with "prompt"'),
   ('{"prompt": "x", "messages": []}', 'with "prompt" or "messages"'),
+  ('{"prompt": 5}', 'line 2: "prompt" should be text, not int'),
+  ('{"prompt": null}', 'line 2: "prompt" should be text, not NoneType'),
+  ('{"messages": ["x"]}', "line 2: a message that is no object"),
+  ('{"messages": "x"}', "line 2: messages that are no list"),
+  ('{"messages": [{"role": "user", "content": 5}]}', "line 2: a message whose content is not text"),
+  ('{"messages": [{"role": 5, "content": "x"}]}', "line 2: a message with the role 5"),
+  ('{"messages": []}', "line 2: an empty list of messages"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, message):
   file = tmp_path / "in.jsonl"

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import random
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,6 +15,7 @@ import pytest
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import HintConfig
+from igpo_jax.data.spans import find_answer_span
 from igpo_jax.hints.chunks import choose_chunks, place_stretched, split_chunks
 from igpo_jax.hints.inject import hint_canvas, hinted_group
 from igpo_jax.hints.leak import segments, value_spans, value_tokens
@@ -279,6 +281,59 @@ def test_a_leaked_answer_stands_at_its_index_in_every_canvas():
 )
 def test_the_answers_value_is_found_as_a_whole_number_or_word(text, answer, spans):
   assert value_spans(text, answer) == spans
+
+
+@pytest.mark.parametrize(
+  ("answer", "shown", "others"),
+  [
+    ("448000",
+     "$448,000|448{,}000|448\\,000|448,\\!000|448,000.00|448\u202f000|448 000|448k|448 thousand"
+     "|4.48e5|4.48 \\times 10^5|4.48 x 10^{5}|0.448 million|448'000",
+     "448|44,800|$4,480,000|448000.5|4480001|448,0001|4.48e6|448 million|x448000"),
+    ("23", "$23.00|23.0|twenty-three|23rd|23km|{23}|Twenty three|=23,|23.|(23)|23%",
+     "123.00|23.01|1.23|2.3|x23|twenty-four|a23b"),
+    ("1,200", "1200|1,200|1200.00|12 hundred|twelve hundred|1.2 thousand|1.2k", "1,2000|120|12"),
+    ("\\frac{1}{2}",
+     "1/2|0.5|.50|\\frac12|\\dfrac{1}{2}|\\frac 1 2|50%|half|a half|\u00bd|{1 \\over 2}|1 / 2",
+     "1/3|0.55|12|1.5|\\frac13|5%|11/2"),
+    ("6", "six|6.0|$6|6 hours|6th", "12/2|16|60"),  # 12/2 is a calculation
+    ("2\\frac12", "2.5|2 1/2|2\u00bd|5/2|\\frac52|$2\\frac{1}{2}$", "2|1/2|12/5"),
+    ("50\\%", "50%|0.5|50 percent|half|50", "5%|500"),
+    ("$18$ dollars", "18|eighteen|$18.00|18 dollars", "180|8"),
+    ("x=12", "12|twelve|a dozen|x = 12", "112|1.2"),
+    ("-5", "-5|minus 5|\u22125|five", "15|-50"),
+    ("205", "two hundred and five|205.0", "two hundred|5"),
+    ("3/4", "three quarters|0.75|75%|\\tfrac34|three-fourths", "3 of 4|34"),
+    ("\\text{Evelyn}", "evelyn's|Evelyn|\\textbf{Evelyn}", "Evelyns|Eve"),
+    ("10\\sqrt{2}", "10 \\sqrt 2|10\\sqrt2|$10 \\sqrt{2}$", "210\\sqrt2|10\\sqrt{20}"),
+    ("(3,4)", "(3, 4)|\\left( 3,4 \\right)|$(3,4)$", "(3,5)|(3,44)"),
+    ("A", "it is A|(A)|\\text{A}", "a dog|An|BA"),  # one letter is looked for as it is
+  ],
+)  # fmt: skip
+def test_the_answers_value_is_found_in_other_spellings(answer, shown, others):
+  for text in shown.split("|"):
+    places = value_spans(f"so {text} then", answer)
+    assert places and all(3 <= start < end <= 3 + len(text) for start, end in places), text
+  for text in others.split("|"):
+    assert value_spans(f"so {text} then", answer) == [], text
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["5" + " " * 5000, "1," * 5000, "1" * 10000, "\\frac" * 2250, "one " * 2250, "1/" * 5000,
+   "{" * 10000, "5 and " * 2250, "five and " * 1500, "5\\," * 2250, "#" * 10000,
+   "the answer is " * 750, "\\boxed " * 1250],
+)  # fmt: skip
+def test_looking_for_a_value_takes_time_in_proportion_to_the_text(text):
+  def seconds(text):
+    began = time.process_time()
+    for answer in ("7", "\\frac{1}{2}", "abc"):
+      value_spans(text, answer)
+      find_answer_span(text, answer)
+    return time.process_time() - began
+
+  part = seconds(text[: len(text) // 8])
+  assert seconds(text) < 40 * max(part, 0.01)  # 64 if it grew as the square
 
 
 def test_the_value_covers_every_token_that_overlaps_it():

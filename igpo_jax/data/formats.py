@@ -7,14 +7,18 @@ with the reason for which the row is counted instead of used.
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import itertools
 import json
+import math as maths
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from igpo_jax.cli import UserError
 from igpo_jax.data import spans
+from igpo_jax.data.records import Message, read_messages
+from igpo_jax.rewards import answers
 
 Row = Mapping[str, Any]
 
@@ -33,6 +37,7 @@ class Fields:
     answer: gold answer.
     answer_span: characters of the answer in `trace`, None where not known.
     key: identity of the row within its source, None for its number.
+    before: messages of a chat that come before the question.
   """
 
   question: str
@@ -40,6 +45,7 @@ class Fields:
   answer: str
   answer_span: tuple[int, int] | None = None
   key: str | None = None
+  before: tuple[Message, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Options:
   """What a user may set about reading rows.
 
   Attributes:
-    question, answer, trace, id: names of the fields, "" for the format's own.
+    question, answer, trace, id: names of the fields, "" for the format's own. A name with dots
+      looks into objects and lists: "reward_model.ground_truth", "solutions.0".
     strip_calculator: gsm8k: take the marks <<48/2=24>> out of traces.
     final: text that replaces the end of a trace from the answer on, "{answer}" in it
       standing for the answer; "" leaves traces as they are.
@@ -64,45 +71,140 @@ class Options:
   solution: str = "solution"
 
 
+def value_of(row: Row, name: str) -> Any:
+  """The field of that name, along its dots where the row has none; None where there is nothing.
+
+  NaN counts as nothing: it is how tables write a missing value.
+  """
+  value: Any = row.get(name)
+  if value is None and "." in name:
+    value = row
+    for part in name.split("."):
+      if isinstance(value, Mapping):
+        value = value.get(part)
+      elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        value = value[int(part)]
+      else:
+        return None
+  return _present(value)
+
+
+def _present(value: Any) -> Any:
+  """None for NaN and the like."""
+  missing = isinstance(value, float | decimal.Decimal) and not maths.isfinite(value)
+  return None if missing else value
+
+
 def text_of(row: Row, *names: str) -> str:
   """The first of the named fields that the row has, as stripped text, else "".
 
-  A whole number is written without ".0"; lists and objects as JSON.
+  A whole number is written without ".0".
+
+  Raises:
+    Drop: the field is a list or an object.
   """
   for name in names:
-    value = row.get(name)
-    if value is None:
-      continue
-    if isinstance(value, float) and value.is_integer():
-      value = int(value)
-    if isinstance(value, dict | list):
-      value = json.dumps(value)
-    return str(value).strip()
+    value = value_of(row, name)
+    if isinstance(value, Mapping | list):
+      kind = "a list" if isinstance(value, list) else "an object"
+      raise Drop(f"{name} is {kind}, not text")
+    if value is not None:
+      return _plain_text(value)
   return ""
+
+
+def _plain_text(value: Any) -> str:
+  if isinstance(value, float | decimal.Decimal) and value == int(value):
+    value = int(value)
+  return str(value).strip()
+
+
+def answer_of(row: Row, *names: str) -> str:
+  """As `text_of` for gold answers: a list of one is that one, other lists and objects are JSON.
+
+  Verifiers of structured tasks (`rewards.countdown`) read JSON.
+  """
+  for name in names:
+    value = value_of(row, name)
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], Mapping | list):
+      value = _present(value[0])
+    if isinstance(value, Mapping | list):
+      return json.dumps(value)
+    if value is not None:
+      return _plain_text(value)
+  return ""
+
+
+def _asked(row: Row, *names: str) -> dict[str, Any]:
+  """The question, and what comes before it where the field holds the messages of a chat."""
+  for name in names:
+    value = value_of(row, name)
+    if isinstance(value, list):
+      try:
+        messages = read_messages(value)
+      except ValueError as reason:
+        raise Drop(f"{name}: {reason}") from None
+      return _split_question(messages)
+  return {"question": text_of(row, *names)}
+
+
+def _split_question(messages: tuple[Message, ...]) -> dict[str, Any]:
+  if messages[-1]["role"] != "user":
+    raise Drop(f"messages that end with the role {messages[-1]['role']}, not with the user's turn")
+  return {"question": messages[-1]["content"].strip(), "before": messages[:-1]}
 
 
 def plain(row: Row, options: Options) -> Fields:
   """Rows with a question, an answer and perhaps a trace, under any names.
 
-  A field `answer_span`, [start, end) characters of the trace, says where its answer is;
-  else it is looked for (`spans.find_answer_span`).
+  The question may be the messages of a chat that end with the user's. A field `answer_span`,
+  [start, end) characters of the trace, says where its answer is; else it is looked for
+  (`spans.find_answer_span`).
   """
-  trace = text_of(row, options.trace or "trace")
-  answer = text_of(row, options.answer or "answer")
-  span = row.get("answer_span")
+  trace = text_of(row, options.trace)
+  answer = answer_of(row, options.answer)
+  span = value_of(row, "answer_span")
   if span is None:
     span = spans.find_answer_span(trace, answer)
   else:
-    trace = str(row.get(options.trace or "trace"))  # not stripped: the span counts from its start
-    span = tuple(span)
-    if len(span) != 2 or not 0 <= span[0] < span[1] <= len(trace):
+    trace = str(value_of(row, options.trace))  # not stripped: the span counts from its start
+    span = tuple(span) if isinstance(span, list) else ()
+    whole = all(isinstance(at, int) for at in span)
+    if len(span) != 2 or not whole or not 0 <= span[0] < span[1] <= len(trace):
       raise Drop("answer_span outside the trace")
   return Fields(
-    question=text_of(row, options.question or "question"),
+    **_asked(row, options.question),
     trace=trace,
     answer=answer,
     answer_span=span,
-    key=text_of(row, options.id or "id") or None,
+    key=text_of(row, options.id) or None,
+  )
+
+
+def chat(row: Row, options: Options) -> Fields:
+  """Chats: what comes before the last message of the assistant is the prompt, that is the trace.
+
+  The answer is a field of its own, else what the grader finds in the trace, else "".
+  """
+  name = next((n for n in (options.question, "conversations") if value_of(row, n)), "")
+  if not name:
+    raise Drop("no messages")
+  try:
+    messages = read_messages(value_of(row, name))
+  except ValueError as reason:
+    raise Drop(str(reason)) from None
+  trace = ""
+  if messages[-1]["role"] == "assistant":
+    messages, trace = messages[:-1], messages[-1]["content"].strip()
+  if not messages:
+    raise Drop("messages without a question")
+  answer = answer_of(row, options.answer) or (answers.find_answer(trace) or "").strip()
+  return Fields(
+    **_split_question(messages),
+    trace=trace,
+    answer=answer,
+    answer_span=spans.find_answer_span(trace, answer),
+    key=text_of(row, options.id) or None,
   )
 
 
@@ -111,7 +213,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 def gsm8k(row: Row, options: Options) -> Fields:
   """GSM8K: the answer field is a trace that ends in a line "#### 72"."""
-  trace = text_of(row, options.answer or "answer")
+  trace = text_of(row, options.answer)
   if options.strip_calculator:
     trace = _CALCULATOR.sub("", trace)
   start = trace.rfind("####")
@@ -119,12 +221,18 @@ def gsm8k(row: Row, options: Options) -> Fields:
     raise Drop("no #### answer")
   answer = trace[start + len("####") :].strip().replace(",", "")
   return Fields(
-    question=text_of(row, options.question or "question"),
+    **_asked(row, options.question),
     trace=trace,
     answer=answer,
-    answer_span=(start, len(trace)),
-    key=text_of(row, options.id or "id") or None,
+    answer_span=_from(start, trace, answer),
+    key=text_of(row, options.id) or None,
   )
+
+
+def _from(start: int, trace: str, answer: str) -> tuple[int, int]:
+  """The span from `start` on, or from where the trace states the answer before that."""
+  span = spans.find_answer_span(trace, answer) or (start, len(trace))
+  return min(start, span[0]), len(trace)
 
 
 def metamath(row: Row, options: Options) -> Fields:
@@ -132,18 +240,18 @@ def metamath(row: Row, options: Options) -> Fields:
   kind = text_of(row, "type")
   if not kind.endswith("AnsAug"):
     raise Drop("not an AnsAug type")
-  trace = text_of(row, options.trace or "response")
+  trace = text_of(row, options.trace)
   start = trace.rfind("The answer is:")
   if start < 0:
     raise Drop('no "The answer is:"')
   answer = trace[start + len("The answer is:") :].strip()
   # The solution before that line often has the answer in a box: that is the answer too.
-  span = spans.find_answer_span(trace, answer) or (start, len(trace))
   return Fields(
-    question=text_of(row, options.question or "query"),
+    **_asked(row, options.question),
     trace=trace,
     answer=answer,
-    answer_span=(min(start, span[0]), len(trace)),
+    answer_span=_from(start, trace, answer),
+    key=text_of(row, options.id) or None,
   )
 
 
@@ -173,56 +281,44 @@ def openr1(row: Row, options: Options) -> Fields:
     if not trace:
       raise Drop("no generation that was verified")
   elif options.solution == "solution":
-    trace = text_of(row, options.trace or "solution")
+    trace = text_of(row, options.trace)
   else:
     raise UserError(f"solution={options.solution!r}: expected solution or generation")
-  answer = text_of(row, options.answer or "answer")
+  return _solved(row, options, trace, answer_of(row, options.answer))
+
+
+def _solved(row: Row, options: Options, trace: str, answer: str) -> Fields:
   return Fields(
-    question=text_of(row, options.question or "problem"),
+    **_asked(row, options.question),
     trace=trace,
     answer=answer,
     answer_span=spans.find_answer_span(trace, answer),
-    key=text_of(row, "uuid") or None,
+    key=text_of(row, options.id) or None,
   )
 
 
 def math(row: Row, options: Options) -> Fields:
   """MATH-500: problem, answer, and in some copies a solution."""
-  trace = text_of(row, options.trace or "solution")
-  answer = text_of(row, options.answer or "answer")
-  return Fields(
-    question=text_of(row, options.question or "problem"),
-    trace=trace,
-    answer=answer,
-    answer_span=spans.find_answer_span(trace, answer),
-    key=text_of(row, "unique_id") or None,
-  )
+  return _solved(row, options, text_of(row, options.trace), answer_of(row, options.answer))
 
 
 def amc(row: Row, options: Options) -> Fields:
   """AMC 2023: problem and a numeric answer (27.0 is read as 27)."""
   return Fields(
-    question=text_of(row, options.question or "problem", "question"),
+    **_asked(row, options.question, "question"),
     trace="",
-    answer=text_of(row, options.answer or "answer"),
-    key=text_of(row, "id") or None,
+    answer=answer_of(row, options.answer),
+    key=text_of(row, options.id) or None,
   )
 
 
 def minerva(row: Row, options: Options) -> Fields:
-  """The 272 physics and chemistry problems of Minerva: the answer is the last \\boxed{}."""
-  trace = text_of(row, options.trace or "solution")
-  boxes = spans.boxes(trace)
-  if not boxes:
+  """The 272 physics and chemistry problems of Minerva: the answer is the last box."""
+  trace = text_of(row, options.trace)
+  answer = spans.last_boxed(trace)
+  if not answer:
     raise Drop("no boxed answer")
-  answer = boxes[-1][2].strip()
-  return Fields(
-    question=text_of(row, options.question or "problem"),
-    trace=trace,
-    answer=answer,
-    answer_span=spans.find_answer_span(trace, answer),
-    key=text_of(row, "idx") or None,
-  )
+  return _solved(row, options, trace, answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,46 +327,77 @@ class Format:
 
   Attributes:
     read: a row to its fields.
+    names: the dataset's own names of the fields "question", "answer", "trace" and "id".
+    others: further columns that `read` looks at.
     unique_questions: use only the first row of each question.
+    needs_answer: a row without an answer is left out.
     origin: which file people download from where; told when it is missing.
   """
 
   read: Callable[[Row, Options], Fields]
+  names: Mapping[str, str]
+  others: tuple[str, ...] = ()
   unique_questions: bool = False
+  needs_answer: bool = True
   origin: str = ""
 
+  def with_names(self, options: Options) -> Options:
+    """`options` with the dataset's own names where the user gave none."""
+    own = {what: name for what, name in self.names.items() if not getattr(options, what)}
+    return dataclasses.replace(options, **own)
+
+
+_NAMES = {name: name for name in ("question", "answer", "trace", "id")}
 
 FORMATS: dict[str, Format] = {
-  "plain": Format(plain),
+  "plain": Format(plain, _NAMES, ("answer_span",)),
+  "chat": Format(chat, _NAMES | {"question": "messages"}, ("conversations",), needs_answer=False),
   "gsm8k": Format(
     gsm8k,
+    _NAMES,
     origin="train.jsonl and test.jsonl of the GitHub repository"
     " openai/grade-school-math, folder grade_school_math/data",
   ),
   "metamath": Format(
     metamath,
+    _NAMES | {"question": "query", "trace": "response"},
+    ("type",),
     unique_questions=True,
     origin="MetaMathQA-395K.json of the Hugging Face dataset meta-math/MetaMathQA",
   ),
   "openr1": Format(
-    openr1, origin="data/train-*.parquet of the Hugging Face dataset open-r1/OpenR1-Math-220k"
+    openr1,
+    _NAMES | {"question": "problem", "trace": "solution", "id": "uuid"},
+    ("generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete"),
+    origin="data/train-*.parquet of the Hugging Face dataset open-r1/OpenR1-Math-220k",
   ),
-  "math": Format(math, origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500"),
+  "math": Format(
+    math,
+    _NAMES | {"question": "problem", "trace": "solution", "id": "unique_id"},
+    origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500",
+  ),
   "amc": Format(
-    amc, origin="evaluation/data/amc23/test.jsonl of the GitHub repository QwenLM/Qwen2.5-Math"
+    amc,
+    _NAMES | {"question": "problem"},
+    ("question",),
+    origin="evaluation/data/amc23/test.jsonl of the GitHub repository QwenLM/Qwen2.5-Math",
   ),
   "minerva": Format(
     minerva,
+    _NAMES | {"question": "problem", "trace": "solution", "id": "idx"},
     origin="evaluation/data/minerva_math/test.jsonl of the GitHub repository QwenLM/Qwen2.5-Math",
   ),
 }
 
 
-def unread_columns(options: Mapping[str, Any]) -> tuple[str, ...]:
-  """Columns that a format does not read, of those that are gigabytes."""
-  if options.get("format") != "openr1":
-    return ()
-  return ("messages",) if options.get("solution") == "generation" else ("messages", "generations")
+def columns(format: str, options: Options) -> tuple[str, ...]:
+  """The columns that a format reads; the others may be gigabytes."""
+  known = FORMATS[format]
+  named = known.with_names(options)
+  others = known.others
+  if format == "openr1" and options.solution != "generation":
+    others = ()
+  return (named.question, named.answer, named.trace, named.id, *others)
 
 
 def with_final(fields: Fields, final: str) -> Fields:

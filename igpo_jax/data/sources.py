@@ -1,7 +1,9 @@
-"""Records by URI: jsonl:, parquet:, tfds:, synthetic:, and what users register.
+"""Records by URI: jsonl:, csv:, parquet:, hf:, tfds:, synthetic:, and what users register.
 
   jsonl:/data/gsm8k/train.jsonl?format=gsm8k&strip_calculator=true
+  csv:/data/problems.csv?question=problem&answer=target
   parquet:/data/openr1/*.parquet?format=openr1&limit=1000
+  hf:openai/gsm8k?name=main&split=train&format=gsm8k
   tfds:gsm8k/train?data_dir=/data/tfds
   synthetic:chains?split=train&n=1000
 
@@ -13,15 +15,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import pathlib
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.data import formats, tables
-from igpo_jax.data.records import Record
+from igpo_jax.data.records import Message, Record
+from igpo_jax.textfiles import find_files
 
 
 class Loaded(NamedTuple):
@@ -129,8 +131,8 @@ def check_files(uri: str) -> None:
   if not colon or name not in _SOURCES:
     load_records(uri)  # says which sources there are
   path, _, query = rest.partition("?")
-  if name in ("jsonl", "parquet"):
-    tables.find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
+  if name in ("jsonl", "csv", "parquet"):
+    find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
 
 
 def describe(counts: dict[str, int]) -> str:
@@ -140,7 +142,10 @@ def describe(counts: dict[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-  """How a question becomes messages: an optional system message and a template."""
+  """How a question becomes messages: an optional system message and a template.
+
+  Of a chat that has a system message of its own, that one stays.
+  """
 
   system: str = ""
   template: str = "{question}"
@@ -149,9 +154,12 @@ class Prompting:
     if "{question}" not in self.template:
       raise UserError(f"template={self.template!r} has no {{question}} in it")
 
-  def messages(self, question: str) -> tuple[dict[str, str], ...]:
+  def messages(self, question: str, before: tuple[Message, ...] = ()) -> tuple[Message, ...]:
+    """The prompt: `before`, earlier turns of a chat, then the question in the template."""
     user = {"role": "user", "content": self.template.replace("{question}", question)}
-    return ({"role": "system", "content": self.system}, user) if self.system else (user,)
+    if self.system and not any(message["role"] == "system" for message in before):
+      before = ({"role": "system", "content": self.system}, *before)
+    return (*before, user)
 
 
 def read_rows(
@@ -193,6 +201,7 @@ def _records(
   dropped: collections.Counter[str],
 ) -> Iterator[Record]:
   reader = formats.FORMATS[format]
+  settings = reader.with_names(settings)
   questions: set[str] = set()
   ids: set[str] = set()
   first: formats.Row | None = None
@@ -204,7 +213,7 @@ def _records(
       fields = formats.with_final(reader.read(row, settings), settings.final)
       if not fields.question:
         raise formats.Drop("no question")
-      if not fields.answer:
+      if not fields.answer and reader.needs_answer:
         raise formats.Drop("no answer")
       if reader.unique_questions and fields.question in questions:
         raise formats.Drop("question seen before")
@@ -218,7 +227,7 @@ def _records(
     ids.add(key)
     yield Record(
       id=key,
-      prompt=prompting.messages(fields.question),
+      prompt=prompting.messages(fields.question, fields.before),
       trace=fields.trace,
       answer=fields.answer,
       answer_span=fields.answer_span,
@@ -263,8 +272,12 @@ def _boolean(name: str, value: bool | str) -> bool:
 
 
 def _name_of(pattern: str) -> str:
-  path = epath.Path(pattern)
-  return f"{path.parent.name}/{path.stem}".lstrip("/")
+  """FOLDER/STEM of a path or address; a packed file is named as the file in it."""
+  path = pathlib.PurePosixPath(pattern.rpartition("://")[2])
+  stem = (
+    path.stem if path.suffix not in (".gz", ".bz2", ".xz", ".zst") else path.with_suffix("").stem
+  )
+  return f"{path.parent.name}/{stem}".lstrip("/")
 
 
 def _origin(options: dict[str, Any]) -> str:
@@ -274,15 +287,41 @@ def _origin(options: dict[str, Any]) -> str:
 
 @register_source("jsonl")
 def _load_jsonl(path: str, **options: Any) -> Stream:
-  files = tables.find_files(path, _origin(options))
+  files = find_files(path, _origin(options))
   return read_rows(tables.read_json(files), _name_of(path), **options)
+
+
+@register_source("csv")
+def _load_csv(path: str, delimiter: str = "", **options: Any) -> Stream:
+  files = find_files(path, _origin(options))
+  return read_rows(tables.read_csv(files, delimiter), _name_of(path), **options)
 
 
 @register_source("parquet")
 def _load_parquet(path: str, **options: Any) -> Stream:
-  files = tables.find_files(path, _origin(options))
-  without = formats.unread_columns(options)
-  return read_rows(tables.read_parquet(files, without), _name_of(path), **options)
+  files = find_files(path, _origin(options))
+  wanted = _columns(options)
+  return read_rows(tables.read_parquet(files, wanted), _name_of(path), **options)
+
+
+def _columns(options: Mapping[str, Any]) -> tuple[str, ...] | None:
+  """The columns that the options' format reads; None: `read_rows` will find fault with them."""
+  format = options.get("format", "plain")
+  known = {field.name for field in dataclasses.fields(formats.Options)}
+  if format not in formats.FORMATS:
+    return None
+  return formats.columns(
+    format, formats.Options(**{name: options[name] for name in known & set(options)})
+  )
+
+
+@register_source("hf")
+def _load_hf(
+  path: str, name: str | None = None, split: str = "train", revision: str | None = None, **options
+) -> Stream:
+  from igpo_jax.data import hub
+
+  return read_rows(hub.read(path, name, split, revision), f"{path}/{split}", **options)
 
 
 @register_source("tfds")

@@ -1,13 +1,25 @@
-"""Where the final answer of a trace is: hints end before it (docs/method.md#exploration)."""
+r"""Where the final answer of a trace is: hints end before it (docs/method.md#exploration).
+
+A hint that states the answer would be graded as if the model had written it. So every place counts
+that the grader's own extraction (`rewards.answers`) reads as a statement of the answer: a \boxed{},
+\fbox{} or bare \boxed 7, "#### 7", <answer>, "The answer is 7".
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 
+from igpo_jax.data.values import may_equal, value_spans
+from igpo_jax.rewards import answers
+
 # A box opens, an escaped character, or a brace.
-_BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
-_EXPLICIT = (re.compile(r"####"), re.compile(r"(?i)<answer>"))
-_SAID = re.compile(r"(?i)\b(?:the )?(?:final )?answer is\b")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# What opens a statement. More than the grader reads does no harm: it is asked about each.
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_MARKS = (re.compile(r"####"), re.compile(r"(?i)<answer>"))
+_SAID = re.compile(r"(?i)(?:\b(?:the|final|correct|my|our)[ \t]+)*(?<![</])\banswers?\b")
+_SAID_SO = re.compile(r"(?i)\b(?:the )?(?:final )?answer is\b")
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -33,30 +45,44 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
-  r"""Characters [start, end) from where a trace states its final answer to its end.
+  r"""Characters [start, end) from where a trace first states its final answer to its end.
 
-  The start is the earliest of: the last "####", the last "<answer>", the last \boxed{}
-  and every other box with the same content or with `answer` in it (a hinted box would be
-  graded as if the model had written it). The last "the answer is" is the start where
-  there is none of these, or where it opens the line that has the start. Without any,
-  the last place where `answer` stands as a word of its own. None if there is none.
+  The start is the earliest of: the last box that closes, the last "####", the last "<answer>"; and
+  every other statement that the grader would read, unless it plainly says something else than
+  `answer` and that box (`values.may_equal`). The last "the answer is" is the start where there
+  is none of these, or where it opens the line that has the start. Without any, the last place
+  where the value `answer` stands. None if there is none.
   """
-
-  def squeeze(text: str) -> str:
-    return re.sub(r"[\s$]", "", text)
-
-  starts = [
-    matches[-1].start() for pattern in _EXPLICIT if (matches := list(pattern.finditer(trace)))
-  ]
-  found = boxes(trace)
-  if found:
-    same = {squeeze(found[-1][2]), squeeze(answer)}
-    starts += [start for start, _, content in found if squeeze(content) in same]
-  said = [match.start() for match in _SAID.finditer(trace)]
+  found = [[match.start() for match in mark.finditer(trace)] for mark in _MARKS]
+  closed = boxes(trace)
+  found.append([start for start, _, _ in closed])
+  starts = [places[-1] for places in found if places]
+  said = [match.start() for match in _SAID_SO.finditer(trace)]
+  answered = [text for text in (answer, closed[-1][2] if closed else "") if text]
+  starts += _stated(trace, answered, min(starts, default=len(trace)))
   first = min(starts, default=len(trace))
   if said and (not starts or (said[-1] < first and "\n" not in trace[said[-1] : first])):
-    starts = said[-1:]
+    starts.append(said[-1])
   if not starts and answer:
-    pattern = rf"(?<![\w.]){re.escape(answer)}(?!\w)"
-    starts = [match.start() for match in re.finditer(pattern, trace)][-1:]
+    starts = [start for start, _ in value_spans(trace, answer)][-1:]
   return (min(starts), len(trace)) if starts else None
+
+
+def last_boxed(trace: str) -> str:
+  """What the grader reads in the last box; "" where there is none."""
+  return (answers.find_answer(trace, ("boxed",)) or "").strip()
+
+
+def _stated(trace: str, answered: list[str], before: int) -> list[int]:
+  """Where the grader would read a statement that may say one of `answered`: the first, or none.
+
+  Only those that begin before the character `before` are asked for.
+  """
+  starts = sorted(m.start() for pattern in (_BOX, *_MARKS, _SAID) for m in pattern.finditer(trace))
+  for start, end in itertools.pairwise([*starts, len(trace)]):
+    if start >= before:
+      break
+    text = answers.find_answer(trace[start:end])
+    if text is not None and any(may_equal(text, target) for target in answered):
+      return [start]
+  return []

@@ -1,92 +1,130 @@
-"""Rows out of files: JSON Lines, JSON arrays and Parquet, on any path that etils.epath opens."""
+"""Rows out of files: JSON Lines, JSON arrays, CSV and Parquet (`textfiles` says from where)."""
 
 from __future__ import annotations
 
-import glob as globbing
-import json
+import csv
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from etils import epath
-
 from igpo_jax.cli import UserError
+from igpo_jax.textfiles import File, mend, open_file, read_lines, read_objects
 
 Row = Mapping[str, Any]
 
 
-def find_files(pattern: str, origin: str = "") -> list[epath.Path]:
-  """The files of a path or glob pattern, sorted.
-
-  Args:
-    pattern: a path; *, ? and [...] stand for several.
-    origin: what to get from where, for the message when there is no such file.
-
-  Raises:
-    UserError: there is none.
-  """
-  path = epath.Path(pattern)
-  if pattern and path.exists():
-    found = [] if path.is_dir() else [path]
-  elif not globbing.has_magic(pattern):
-    found = []
-  else:
-    base = next(p for p in path.parents if not globbing.has_magic(str(p)))
-    found = sorted(base.glob(str(path.relative_to(base)))) if base.exists() else []
-  if not found:
-    what = "is a directory, not a file" if pattern and path.is_dir() else "no such file"
-    hint = f"get {origin}, and put it there" if origin else "give the path of a data file"
-    raise UserError(f"{pattern or '(empty path)'}: {what}; {hint}")
-  return found
-
-
-def read_json(paths: Iterable[epath.Path]) -> Iterator[Row]:
+def read_json(files: Iterable[File]) -> Iterator[Row]:
   """Objects of JSON Lines files, blank lines left out, or of files that are one array.
 
   Raises:
     UserError: something that is not a JSON object; says where.
   """
-  for path in paths:
-    with path.open("r", encoding="utf-8") as file:
-      try:
-        first = file.read(1)
-        file.seek(0)
-        rows = json.load(file) if first == "[" else file
-        for number, row in enumerate(rows, start=1):
-          if isinstance(row, str):
-            if not row.strip():
-              continue
-            row = json.loads(row)
-          if not isinstance(row, dict):
-            raise UserError(
-              f"{path}, row {number}: a JSON object was expected, not {type(row).__name__}"
-            )
-          yield row
-      except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from error
-      except json.JSONDecodeError as error:
-        where = "" if first == "[" else f", line {number}"
-        raise UserError(f"{path}{where}: not JSON ({error})") from error
+  for file in files:
+    for _, row in read_objects(file):
+      yield row
 
 
-def read_parquet(paths: Iterable[epath.Path], without: Collection[str] = ()) -> Iterator[Row]:
+def read_csv(files: Iterable[File], delimiter: str = "") -> Iterator[Row]:
+  """Rows of CSV files whose first line names the columns; values are text, "" where empty.
+
+  Args:
+    files: read in this order.
+    delimiter: between two values, one character or "tab"; "": a tab in files named *.tsv, else a
+      comma.
+
+  Raises:
+    UserError: no header, a column named twice, or a row with more values than columns.
+  """
+  if delimiter == "tab":
+    delimiter = "\t"
+  if len(delimiter) > 1:
+    raise UserError(f"delimiter={delimiter!r} should be one character, or tab")
+  csv.field_size_limit(1 << 30)  # a trace may be longer than the module's 128 KiB
+  for file in files:
+    tabs = ".tsv" in str(file)[-8:]  # also of X.tsv.gz
+    lines = (line for _, line in read_lines(file))
+    reader = csv.reader(lines, delimiter=delimiter or ("\t" if tabs else ","), strict=True)
+    try:
+      names = next(reader, None)
+      if not names:
+        raise UserError(f"{file}: no header; the first line should name the columns")
+      twice = [name for name in names if names.count(name) > 1]
+      if twice:
+        raise UserError(f"{file}: the header has the column {twice[0]!r} twice")
+      for values in reader:
+        if len(values) > len(names):
+          raise UserError(
+            f"{file}, line {reader.line_num}: {len(values)} values for {len(names)} columns"
+          )
+        if values:  # a blank line has none
+          yield dict(zip(names, values, strict=False))
+    except csv.Error as error:
+      raise UserError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def read_parquet(files: Iterable[File], wanted: Collection[str] | None = None) -> Iterator[Row]:
   """Rows of Parquet files, read batch by batch.
 
   Args:
-    paths: files, read in this order.
-    without: columns not to read, to save time and memory.
+    files: read in this order.
+    wanted: columns to read; None: all. The others are in the rows as None, unread: they may be
+      gigabytes, of types that Python has nothing for, or damaged. A name with dots, such as
+      "a.b", stands for the column "a".
 
   Raises:
-    UserError: a file that is not Parquet.
+    UserError: a file that is not Parquet or is damaged, or a column that cannot be read as text.
   """
   import pyarrow
   import pyarrow.parquet
 
-  for path in paths:
-    with path.open("rb") as file:
+  for file in files:
+    with open_file(file) as opened:
+      column = ""
       try:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = [name for name in table.schema_arrow.names if name not in without]
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-          yield from batch.to_pylist()
+        table = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
+        names = table.schema_arrow.names
+        chosen = [
+          name
+          for name in names
+          if wanted is None or any(want == name or want.startswith(f"{name}.") for want in wanted)
+        ]
+        for batch in table.iter_batches(batch_size=1024, columns=chosen):
+          values = {}
+          for column, array in zip(batch.schema.names, batch.columns, strict=True):
+            values[column] = [plain_value(item) for item in _readable(array).to_pylist()]
+          column = ""
+          for k in range(batch.num_rows):
+            yield dict.fromkeys(names) | {name: items[k] for name, items in values.items()}
       except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
+        raise UserError(f"{file}: not a Parquet file, or damaged ({_first(error)})") from error
+      except UnicodeDecodeError as error:
+        raise UserError(f"{file}: the column {column!r} is not UTF-8 text ({error})") from error
+      except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+          raise
+        where = f"the column {column!r} cannot be read" if column else "damaged"
+        raise UserError(f"{file}: {where} ({_first(error)}); get the file again") from error
+
+
+def _readable(array: Any) -> Any:
+  """An Arrow array as Python can have it: times as text, for some are finer than Python's."""
+  import pyarrow
+
+  temporal = pyarrow.types.is_temporal(array.type) and not pyarrow.types.is_interval(array.type)
+  return array.cast(pyarrow.string()) if temporal else array
+
+
+def _first(error: BaseException) -> str:
+  return str(error).split("\n", 1)[0][:200]
+
+
+def plain_value(value: Any) -> Any:
+  """Bytes to text and arrays to lists, all the way down; lone surrogates to U+FFFD."""
+  if isinstance(value, str):
+    return mend(value)
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, dict):
+    return {key: plain_value(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain_value(item) for item in value]
+  return plain_value(value.tolist()) if hasattr(value, "tolist") else value

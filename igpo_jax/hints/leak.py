@@ -2,29 +2,17 @@
 
 Real traces state the answer's value before the answer itself (99.8% of GSM8K's do),
 so never hinting the answer span is not enough to be sure. These functions find the
-value; `hints.hide_answer_value` drops the chunks that overlap it, and the share of
+value in any spelling; `hints.hide_answer_value` drops the chunks that overlap it, and the share of
 hinted canvases that show it is logged either way.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-Span = tuple[int, int]
-
-
-def value_spans(text: str, answer: str) -> list[Span]:
-  """Characters [start, end) where `answer` stands as a whole word or number.
-
-  Example: in "72 of 172 is 72.5, 72." the answer "72" stands at (0, 2) and (19, 21).
-  """
-  if not answer.strip():
-    return []
-  pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?!\w|\.\d)"
-  return [match.span() for match in re.finditer(pattern, text)]
+from igpo_jax.data.values import Span, value_spans
 
 
 def value_tokens(text: str, answer: str, offsets: Sequence[Span]) -> list[Span]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.builders import math_files
-from igpo_jax.data.tables import Row
+from igpo_jax.data.tables import Row, plain_value
 
 BUILDERS = {
   builder.name: builder
@@ -57,7 +57,7 @@ def read(
     raise UserError(
       f"tfds:{name} has no split {split!r}: it has {', '.join(sorted(builder.info.splits))}"
     ) from error
-  return (_plain(source[k]) for k in range(len(source)))
+  return (plain_value(source[k]) for k in range(len(source)))
 
 
 def _prepared(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
@@ -94,14 +94,3 @@ def _library_builder(name: str, data_dir: str | None) -> Any:
       f"no TFDS dataset {name!r}: of this package there are"
       f" {', '.join(sorted(BUILDERS))}, of TFDS for example gsm8k"
     ) from error
-
-
-def _plain(value: Any) -> Any:
-  """Bytes to text and arrays to lists, all the way down."""
-  if isinstance(value, bytes):
-    return value.decode("utf-8")
-  if isinstance(value, dict):
-    return {key: _plain(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  return _plain(value.tolist()) if hasattr(value, "tolist") else value

@@ -68,9 +68,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _generate_examples(self, files: list[epath.Path]) -> Iterator[tuple[int, dict[str, Any]]]:
     parquet = files[0].suffix == ".parquet"
-    rows = tables.read_parquet(files, ("messages",)) if parquet else tables.read_json(files)
+    wanted = (*self.TEXT, *self.LISTS)
+    rows = tables.read_parquet(files, wanted) if parquet else tables.read_json(files)
     for number, row in enumerate(rows):
-      example: dict[str, Any] = {name: formats.text_of(row, name) for name in self.TEXT}
+      example: dict[str, Any] = {name: formats.answer_of(row, name) for name in self.TEXT}
       example |= {
         name: [kind(item) for item in row.get(name) or ()] for name, kind in self.LISTS.items()
       }
