@@ -282,7 +282,8 @@ class LogConfig:
   Attributes:
     every: steps between rows of metrics.jsonl; 0: only at the end.
     samples_every: RL steps between writes of samples.jsonl; 0: never.
-    samples_per_step: rows of samples.jsonl per write; 0: all of the batch.
+    samples_per_step: rows of samples.jsonl per write, all-wrong groups and what was
+      inserted into them first; 0: all of the batch.
     tensorboard, wandb: also write there (wandb must be installed).
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
