@@ -13,7 +13,7 @@ case ${1:-} in
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
     exit 0
     ;;
-  --dry-run)
+  --dry-run | --dry_run)
     dry_run=1
     shift
     ;;
