@@ -16,6 +16,8 @@ from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.data import maps, synthetic
+from igpo_jax.data.records import ROLES, Message
+from igpo_jax.textfiles import mend
 
 # Our own description file: all there is of a character tokenizer, and beside the
 # others the special ids, which their own files do not always tell.
@@ -57,7 +59,7 @@ class Tokenizer(abc.ABC):
     """
 
   @abc.abstractmethod
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     """Chat messages in the model's format, up to where the assistant's turn begins.
 
     A last message with the role "assistant" is the beginning of that turn: it is
@@ -128,7 +130,7 @@ class CharTokenizer(Tokenizer):
       ) from None
     return ids, [(k, k + 1) for k in range(len(text))]
 
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     ids, prefill = [], split_prefill(messages)
     for message in prefill.messages:
       ids += [*self.encode(message["content"]), self.TURN]
@@ -155,7 +157,6 @@ class SentencePieceTokenizer(Tokenizer):
   """
 
   MASK_PIECES = ("<mask>", "<|mask|>", "[MASK]", "<|mdm_mask|>")
-  ROLES = ("system", "user", "assistant")
 
   def __init__(self, model: bytes):
     import sentencepiece
@@ -177,7 +178,7 @@ class SentencePieceTokenizer(Tokenizer):
     self.pad_id = pad if pad >= 0 else eos
     self.stop_ids, self.turn_id = (eos,), eos
     self._roles = {
-      role: self._sp.piece_to_id(f"<|{role}|>") for role in self.ROLES if self._has(f"<|{role}|>")
+      role: self._sp.piece_to_id(f"<|{role}|>") for role in ROLES if self._has(f"<|{role}|>")
     }
     control = [i for i in range(self._sp.vocab_size()) if self._sp.is_control(i)]
     self.special_ids = frozenset(
@@ -188,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
     return self._sp.id_to_piece(self._sp.piece_to_id(piece)) == piece
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-    encoded = self._sp.encode(text, return_type="offset_mapping")
+    encoded = self._sp.encode(mend(text), return_type="offset_mapping")
     offsets = [(int(start), int(end)) for start, end in encoded["offsets"]]
     # Of the bytes of one letter only the last is given its width; all belong to it.
     for k in range(len(offsets) - 2, -1, -1):
@@ -196,9 +197,9 @@ class SentencePieceTokenizer(Tokenizer):
         offsets[k] = (offsets[k][0], offsets[k + 1][1])
     return list(encoded["ids"]), offsets
 
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     ids, prefill = [], split_prefill(messages)
-    if len(self._roles) < len(self.ROLES):
+    if len(self._roles) < len(ROLES):
       lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in prefill.messages]
       return self.encode("".join(lines) + "Assistant: " + prefill.text)
     for message in prefill.messages:
@@ -250,7 +251,7 @@ def train_sentencepiece(
       eos_id=1,
       bos_id=-1,
       pad_id=-1,
-      control_symbols=["<mask>", *(f"<|{role}|>" for role in SentencePieceTokenizer.ROLES)],
+      control_symbols=["<mask>", *(f"<|{role}|>" for role in ROLES)],
       user_defined_symbols=["\n"],
       num_threads=1,
       shuffle_input_sentence=False,
@@ -269,11 +270,11 @@ def train_sentencepiece(
 class Prefill(NamedTuple):
   """Messages that are complete, and the text that the assistant's turn begins with."""
 
-  messages: Sequence[dict[str, str]]
+  messages: Sequence[Message]
   text: str
 
 
-def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
+def split_prefill(messages: Sequence[Message]) -> Prefill:
   """Takes a last message of the assistant off; checks the roles.
 
   Raises:
@@ -282,10 +283,9 @@ def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
   if not messages:
     raise UserError("a prompt needs at least one message")
   for message in messages:
-    if message["role"] not in SentencePieceTokenizer.ROLES:
+    if message["role"] not in ROLES:
       raise UserError(
-        f"unknown role {message['role']!r} in a prompt: expected one of"
-        f" {', '.join(SentencePieceTokenizer.ROLES)}"
+        f"unknown role {message['role']!r} in a prompt: expected one of {', '.join(ROLES)}"
       )
   if messages[-1]["role"] == "assistant":
     return Prefill(messages[:-1], messages[-1]["content"])
@@ -317,7 +317,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return {}
   try:
     value = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(value, dict):
     raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
