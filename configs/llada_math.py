@@ -82,5 +82,5 @@ def fit_to(config, hardware):
     config.rl.sample_slices = config.rl.micro_batches = config.sft.micro_batches = 0
     config.eval.batch_size = 0
     if hardware in ("h100-1", "h200-1"):
-      # 200 steps of 64 prompts would be four days on one of them; so they are about one.
+      # 200 steps of 64 prompts would be three to six days on one of them; so they are about one.
       config.rl.prompts_per_step = 16
