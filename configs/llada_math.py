@@ -53,6 +53,10 @@ def get_config(argument="data"):
   # docs/method.md#defaults; the number of steps is ours.
   config.rl.steps = 200
   config.rl.prompts_per_step = 64
+  # Of the official script's schedule the 50 updates of warm-up: until then AdamW's moments are
+  # of few gradients. Not its linear decay to 0: that ties the rate to the number of steps, which
+  # is ours, and a run could not be made longer. --config.rl_optimizer.schedule=linear has it.
+  config.rl_optimizer.warmup_steps = 50
   config.checkpoint.every = 20
   fit_to(config, hardware)
   return config
@@ -67,6 +71,7 @@ def fit_to(config, hardware):
     # Full fine-tuning: a float32 master, of which the devices read a bfloat16 copy.
     config.model.lora.rank = 0
     config.model.param_dtype = "float32"
+    config.rl_optimizer.learning_rate = 5e-7
   if chip.startswith("v5"):
     config.mesh.slice = hardware
     # Slices of as few rows as keep the chips busy (docs/scaling.md): prompts of like length
