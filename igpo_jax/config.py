@@ -476,18 +476,7 @@ def check(config: Config) -> None:
     f"hints.replace_fraction={config.hints.replace_fraction} of a group of "
     f"{config.rl.group_size} replaces nothing; raise one of them",
   )
-  model = config.model
-  require(
-    model.lora.rank > 0 or model.param_dtype == "float32" or set(config.stages) <= {"eval"},
-    f"model.param_dtype={model.param_dtype!r} with model.lora.rank=0: updates are too small for "
-    "16 bits and would be rounded away; use model.param_dtype='float32' (the network still "
-    "computes in model.dtype), or adapters",
-  )
-  require(
-    not model.lora.dropout or "rl" not in config.stages,
-    f"model.lora.dropout={model.lora.dropout} is for fine-tuning, and stages has 'rl': there the "
-    "ratio of policy to sampler would be noise; set it to 0, or run 'sft' alone",
-  )
+  check_trainable(config.model, config.stages)
 
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:

@@ -166,6 +166,21 @@ class ModelConfig:
     return self.n_kv_heads or self.n_heads
 
 
+def check_trainable(model: ModelConfig, stages: tuple[str, ...]) -> None:
+  """Raises `UserError` where the training stages would teach such a model nothing, or noise."""
+  require(
+    model.lora.rank > 0 or model.param_dtype == "float32" or set(stages) <= {"eval"},
+    f"model.param_dtype={model.param_dtype!r} with model.lora.rank=0: updates are too small for "
+    "16 bits and would be rounded away; use model.param_dtype='float32' (the network still "
+    "computes in model.dtype), or adapters",
+  )
+  require(
+    not model.lora.dropout or "rl" not in stages,
+    f"model.lora.dropout={model.lora.dropout} is for fine-tuning, and stages has 'rl': there the "
+    "ratio of policy to sampler would be noise; set it to 0, or run 'sft' alone",
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
   """The denoising loop (docs/method.md#sampling).
