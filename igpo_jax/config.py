@@ -1,13 +1,11 @@
 """Every option of the program, its default and what may not be combined.
 
-The sections of the method itself (model, sampler, hints, objective) are defined in
-`options` and offered here with the rest.
+The method's own sections (model, sampler, hints, objective) are defined in `options`.
 
-The frozen dataclasses are the one definition: `default_config()` turns them into
-an ml_collections ConfigDict for config files and flags to edit, `freeze()` turns
-that back into dataclasses (hashable, so they can be static arguments of
-`jax.jit`) and checks what no single field can know. Defaults are the paper's
-where the paper states them (docs/method.md#defaults).
+The frozen dataclasses are the one definition: `default_config()` turns them into an ml_collections
+ConfigDict for config files and flags to edit, `freeze()` turns that back into dataclasses (hashable,
+so they can be static arguments of `jax.jit`) and checks what no single field can know. Defaults are
+the paper's where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ from igpo_jax.options import (
   ObjectiveConfig,
   SamplerConfig,
   check_section,
+  check_trainable,
   require,
 )
 
