@@ -3,9 +3,9 @@
 The method's own sections (model, sampler, hints, objective) are defined in `options`.
 
 The frozen dataclasses are the one definition: `default_config()` turns them into an ml_collections
-ConfigDict for config files and flags to edit, `freeze()` turns that back into dataclasses (hashable,
-so they can be static arguments of `jax.jit`) and checks what no single field can know. Defaults are
-the paper's where the paper states them (docs/method.md#defaults).
+ConfigDict for config files and flags to edit, `freeze()` turns that back into dataclasses
+(hashable, so they can be static arguments of `jax.jit`) and checks what no single field can know.
+Defaults are the paper's where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
