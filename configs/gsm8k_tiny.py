@@ -5,9 +5,9 @@
 DIR holds train.jsonl and test.jsonl of the GitHub repository openai/grade-school-math
 (folder grade_school_math/data); data/gsm8k where none is given. Accuracy will be near
 zero: the point is that real questions, traces and answers go through every stage, with
-a SentencePiece vocabulary trained on the train split at the first run, and math-verify
-as the judge. Add --config.eval.protocol=igpo (or d1, opencompass_block) to evaluate by
-a named protocol.
+a SentencePiece vocabulary trained on the train split at the first run, and the grader
+(docs/grading.md) as the judge. Add --config.eval.protocol=igpo (or d1, opencompass_block)
+to evaluate by a named protocol.
 """
 
 from igpo_jax.config import default_config

@@ -4,6 +4,7 @@
 
 IN has "question", "completion" and "answer" on each line; OUT has the same rows in the
 same order with "correct", "extracted" and "status" (ok, unparseable, timeout) added.
+A completion that is null counts as one without an answer.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def _row(row: Any, where: str) -> tuple[dict, Record]:
   if missing:
     raise cli.UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
   for key in ("question", "completion"):
+    if key == "completion" and row[key] is None:
+      continue  # nothing was generated: no answer, and no reason to stop
     if not isinstance(row[key], str):
       raise cli.UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
   try:
@@ -77,7 +80,9 @@ def grade(generations: pathlib.Path, output: pathlib.Path, scorer: Scorer) -> di
   with open(partial, "w", encoding="utf-8") as file:
     for start in range(0, len(rows), BATCH):
       batch = rows[start : start + BATCH]
-      scores = scorer([row["completion"] for row, _ in batch], [record for _, record in batch])
+      scores = scorer(
+        [row["completion"] or "" for row, _ in batch], [record for _, record in batch]
+      )
       for at, (row, _) in enumerate(batch):
         correct, status = bool(scores.correct[at]), scores.status[at]
         labelled = labelled and isinstance(row.get("correct"), bool)

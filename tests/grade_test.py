@@ -70,6 +70,7 @@ def test_output_has_the_rows_in_order_with_three_fields_added(tmp_path):
     ('{"question": "q", "completion": "c", "answer": null}', "line 2: an answer is text"),
     ('{"question": "q", "completion": "c", "answer": ""}', "line 2: 'answer' is empty"),
     ("[1]", "line 2: no 'question'"),
+    ('{"question": "q", "completion": "c", "answer": NaN}', "line 2: an answer is text or a"),
   ),
 )
 def test_a_bad_line_is_one_message_that_says_where(tmp_path, line, complaint):
@@ -78,6 +79,19 @@ def test_a_bad_line_is_one_message_that_says_where(tmp_path, line, complaint):
   done = grade("--benchmark=gsm8k", f"--generations={source}", f"--output={tmp_path / 'out'}")
   assert done.returncode == 2 and complaint in done.stderr
   assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_null_completion_has_no_answer_and_stops_nothing(tmp_path):
+  rows = [{**ROWS[0], "completion": None}, ROWS[4]]
+  out = tmp_path / "out.jsonl"
+  source = write(tmp_path / "in.jsonl", rows)
+  done = grade("--benchmark=amc", f"--generations={source}", f"--output={out}", "--workers=1")
+  assert done.returncode == 0, done.stderr
+  assert [(row["status"], row["correct"]) for row in read(out)] == [
+    ("unparseable", False),
+    ("ok", True),
+  ]
+  assert read(out)[0]["completion"] is None
 
 
 @pytest.mark.parametrize(

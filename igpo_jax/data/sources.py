@@ -121,9 +121,6 @@ def stream_records(uri: str, **options: Any) -> Stream:
   return Stream(loaded.records, dict(loaded.dropped))
 
 
-FILE_SOURCES = ("jsonl", "csv", "parquet")  # what follows the colon is a path or a pattern
-
-
 def check_files(uri: str) -> None:
   """Looks whether the files of a source are there, without reading them.
 
@@ -134,7 +131,7 @@ def check_files(uri: str) -> None:
   if not colon or name not in _SOURCES:
     load_records(uri)  # says which sources there are
   path, _, query = rest.partition("?")
-  if name in FILE_SOURCES:
+  if name in ("jsonl", "csv", "parquet"):
     find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
 
 

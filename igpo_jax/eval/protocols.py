@@ -30,7 +30,7 @@ class Setting:
     prefill: how the assistant's turn begins; it counts neither to the length nor as
       completion.
     shots: solved examples that the source puts before the question.
-    rules: how the answer is found (`rewards.answers.RULES`), compared by math-verify;
+    rules: how the answer is found (`rewards.answers.RULES`), compared by `rewards.math`;
       () grades with the run's own verifier.
     published: accuracy of LLaDA-8B-Instruct, None where none is known.
     source: of that number, and what it was measured on if not on this benchmark.

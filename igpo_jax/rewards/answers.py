@@ -4,44 +4,109 @@ The rule of every protocol that does not say otherwise (`find_answer`), on the t
 before its first end-of-text marker:
 
 1. the last `\\boxed{...}` or `\\fbox{...}`, braces matched; one that never closes
-   ends at its line's end or at a closing tag. An empty box is no answer, and nothing
-   else is looked for.
+   ends at its line's end or at a closing tag. Boxes in a row, "\\boxed{2} and
+   \\boxed{3}", are one list. A box that is empty, or only spoken of ("as \\boxed asks"),
+   is passed over; where all are empty there is no answer, and nothing else is looked for.
 2. without a box: what is inside the last `<answer>`, closed or not.
-3. without a tag: what follows the last `#### `.
-4. without that: what follows the last "The answer is".
+3. without a tag: what follows the last `####`.
+4. without that: what follows the last "The answer is", on its line or on the next.
 
-The last number of a text is never taken unless the caller asks for it by name.
+The last number of a text is never taken unless the caller asks for it by name. Every
+pattern here takes linear time: this runs in the caller's process, on whole completions.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import re
 
+# What ends a model's turn, in the templates of the families that are in use.
 END_OF_TEXT = (
   "<|endoftext|>",
   "<|eot_id|>",
+  "<|eom_id|>",
   "<|eot|>",
   "<|end_of_text|>",
   "<|im_end|>",
   "<|end|>",
+  "<|return|>",
+  "<|eos|>",
   "<eos>",
+  "[eos]",
+  "<eod>",
+  "<|eod|>",
   "<end_of_turn>",
+  "<turn|>",
+  "<|end_of_turn|>",
+  "<|endofturn|>",
+  "<|end_of_turn_token|>",
+  "<|role_end|>",
+  "<end_of_utterance>",
+  "<\uff5cend\u2581of\u2581sentence\uff5c>",
+  "<|end_of_sentence|>",
+  "<pad>",
+  "<|pad|>",
   "</s>",
+)
+# What begins the next turn. At the very start of a completion it is the model's own header.
+NEXT_TURN = (
+  "<|im_start|>",
+  "<|start_header_id|>",
+  "<|start_of_role|>",
+  "<start_of_turn>",
+  "<|turn>",
+  "<|user|>",
+  "<|start|>",
+  "<\uff5cuser\uff5c>",
+  "<role>",
+  "[inst]",
+  "<|begin_of_text|>",
+  "<|startoftext|>",
+  "<bos>",
 )
 RULES = ("boxed", "tag", "hashes", "phrase", "last_number")
 DEFAULT_RULES = ("boxed", "tag", "hashes", "phrase")
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
-_BARE_BOX = re.compile(r"(?<![A-Za-z\\])boxed[ \t]*(?=\{)")
-_PHRASE = re.compile(r"\b(?:the|final) answer is[ \t]*:?[ \t]*", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?\$?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)%?")
+MAX_BOX = 20_000  # characters between a box's braces; what is longer never closes
+MAX_BOXES = 16  # that are looked at, from the last
+MAX_DIGITS = 4000  # of a whole number in a data set; Python prints no more than 4,300
+
+_END = re.compile("|".join(map(re.escape, END_OF_TEXT)), re.IGNORECASE)
+_NEXT = re.compile("|".join(map(re.escape, NEXT_TURN)), re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*+")
+_BARE_BOX = re.compile(r"(?<![A-Za-z\\])boxed[ \t]*+(?=\{)")
+_BARE_TOKEN = re.compile(
+  r"-?[0-9][0-9.,]*+"  # \boxed 7
+  r"|-?[A-Za-z](?![A-Za-z])(?=[$.,;:)\s\\]|$)(?! [a-z])"  # \boxed x, and no word of a sentence
+  r"|-?\\(?!boxed|fbox|\W)[A-Za-z]++(?:\{[^{}]{0,200}+\}){0,2}+"  # \boxed \frac{1}{2}
+)
+_PLACEHOLDER = re.compile(
+  r"(?:\\text\{)?(?:the |your |final ){0,3}+answer\}?|\.{2,3}|\\[lc]?dots", re.I
+)
+_BETWEEN_BOXES = re.compile(r"(?:[\s$]|\\[()\[\],; ]|\\text\{|\}|,|;|and\b|or\b|[A-Za-z] ?=)*+")
+_SEPARATES = re.compile(r"[,;]|and|or")
+_MARK = r"[*_`]*+"
+_PHRASE = re.compile(
+  rf"\b(?:the|final){_MARK}[ \t]++{_MARK}answer{_MARK}[ \t]++{_MARK}is\b[ \t*_`]*+(?::[ \t*_`]*+)?",
+  re.IGNORECASE,
+)
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*+")
+_NUMBER = re.compile(r"[-+]?\$?(?:[0-9]++(?:,[0-9]{3})*+(?:\.[0-9]++)?|\.[0-9]++)%?")
+# Where a sentence ends: a point and a capital letter, but not in "St. Louis" or "(A. B)".
+_SENTENCE_END = re.compile(r"(?<=[^A-Z.\s])[.!?]['\")*_$]*+\s++(?=[A-Z\"*]|\\boxed)")
+_ABBREVIATION = re.compile(r"\b(?:St|Mt|Mr|Mrs|Ms|Dr|Jr|Sr|Prof|No|vs|approx|Fig|Eq)$")
+_OPENERS = {"$$": "$$", "\\[": "\\]"}  # of displays, which may span lines
 
 
 def truncate(text: str) -> str:
-  """The text before its first end-of-text marker."""
-  ends = [at for at in map(text.find, END_OF_TEXT) if at >= 0]
-  return text[: min(ends)] if ends else text
+  """The text before its first end-of-text marker, or before the header of a next turn."""
+  end = _END.search(text)
+  text = text[: end.start()] if end else text
+  for header in _NEXT.finditer(text):
+    if text[: header.start()].strip():
+      return text[: header.start()]
+  return text
 
 
 def extract_marked(text: str, marker: str = "=>") -> str | None:
@@ -61,10 +126,37 @@ def _line(text: str) -> str:
   return text[:-1].rstrip() if text.endswith(".") else text
 
 
-def _group(text: str, start: int) -> str:
-  """The group that the brace at `start` opens; an escaped brace is a character."""
-  depth, at = 0, start
-  while at < len(text):
+def _loose(text: str) -> str:
+  """The answer at the start of a text that nothing encloses.
+
+  It is on the first line that is not blank, up to the end of its sentence. A formula set
+  off by $$ or \\[ may span lines. Markdown's bold marks around it are dropped.
+  """
+  text = text.lstrip()
+  for left, right in _OPENERS.items():
+    if text.startswith(left):
+      inside, closed, _ = text[len(left) :].partition(right)
+      if closed and inside.strip():
+        return " ".join(inside.split()).rstrip(".")
+  line = _line(text)
+  for end in _SENTENCE_END.finditer(line):
+    if not _ABBREVIATION.search(line[max(0, end.start() - 8) : end.start()]):
+      line = line[: end.start()]
+      break
+  while line.endswith((".", "*", "_", "`")) and not line.endswith(("..", "\\_")):
+    line = line[:-1].rstrip()
+  while line.startswith(("*", "_", "`")):
+    line = line[1:].lstrip()
+  return line
+
+
+def _group(text: str, start: int) -> tuple[str, int]:
+  """The group that the brace at `start` opens, and where it ends.
+
+  An escaped brace is a character. A group that never closes ends at its line's end.
+  """
+  depth, at, end = 0, start, min(len(text), start + MAX_BOX)
+  while at < end:
     char = text[at]
     if char == "\\":
       at += 1
@@ -73,24 +165,51 @@ def _group(text: str, start: int) -> str:
     elif char == "}":
       depth -= 1
       if not depth:
-        return text[start + 1 : at].strip()
+        return text[start + 1 : at].strip(), at + 1
     at += 1
-  return _line(text[start + 1 :])
+  return _line(text[start + 1 : start + MAX_BOX]), len(text)
+
+
+def _box(text: str, match: re.Match) -> tuple[str, int] | None:
+  """`(content, end)` of a box; None where it is only spoken of, as in "use \\boxed here"."""
+  at = match.end()
+  if text[at : at + 1] == "{":
+    return _group(text, at)
+  token = _BARE_TOKEN.match(text, at)
+  return (token.group().rstrip(".,"), token.end()) if token else None
 
 
 def extract_boxed(text: str) -> str | None:
   r"""The content of the last box: "7" for `\boxed{7}`, `\boxed 7` and an unclosed `\boxed{7`.
 
+  "2, 3" for `\boxed{2} and \boxed{3}`.
+
   Returns:
-    None without a box, "" for an empty one.
+    None without a box, "" where all of them are empty.
   """
-  last = _last(_BOX, text)
-  if last is None:
-    return None
-  if text[last.end() : last.end() + 1] == "{":
-    return _group(text, last.end())
-  token = re.match(r"-?[0-9][0-9.,]*|\S", text[last.end() : last.end() + 100])
-  return token.group().rstrip(".,") if token else ""
+  matches = collections.deque(_BOX.finditer(text), maxlen=MAX_BOXES)
+  empty, found, start = None, [], 0
+  while matches:
+    match = matches.pop()
+    box = _box(text, match)
+    if box is None:
+      continue
+    content, end = box
+    if found:
+      between = text[end:start] if end <= start <= end + 60 else "\n\n"
+      if (
+        "\n\n" in between
+        or not _SEPARATES.search(between)
+        or not _BETWEEN_BOXES.fullmatch(between)
+        or not content
+      ):
+        break
+    elif not content or _PLACEHOLDER.fullmatch(content):
+      empty = empty if empty is not None else content
+      continue
+    found.append(content)
+    start = match.start()
+  return ", ".join(dict.fromkeys(reversed(found))) if found else empty
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:
@@ -103,17 +222,17 @@ def extract_tag(text: str, tag: str = "answer") -> str | None:
   if not found or not inside:
     return None
   bare = _last(_BARE_BOX, inside)
-  return _group(inside, bare.end()) if bare else inside
+  return _group(inside, bare.end())[0] if bare else inside
 
 
 def _hashes(text: str) -> str | None:
-  _, found, tail = text.rpartition("#### ")
-  return _line(tail) if found else None
+  last = _last(_HASHES, text)
+  return _loose(text[last.end() :]) if last else None
 
 
 def _phrase(text: str) -> str | None:
   last = _last(_PHRASE, text)
-  return _line(text[last.end() :]) if last else None
+  return _loose(text[last.end() :]) if last else None
 
 
 def _last_number(text: str) -> str | None:
@@ -153,11 +272,18 @@ def gold_answer(field: object) -> str:
 
   GSM8K's "... #### 72" gives "72", AMC's 27.0 gives "27", a solution gives its last
   box, anything else is the answer itself.
+
+  Raises:
+    ValueError: neither text nor a finite number of at most `MAX_DIGITS` digits.
   """
   if isinstance(field, bool) or not isinstance(field, (str, int, float)):
     raise ValueError(f"an answer is text or a number, not {type(field).__name__}: {field!r:.80}")
+  if isinstance(field, float) and not math.isfinite(field):
+    raise ValueError(f"an answer is text or a finite number, not {field!r}")
   if isinstance(field, float) and field.is_integer():
-    return str(int(field))
+    field = int(field)
+  if isinstance(field, int) and abs(field) >= 10**MAX_DIGITS:
+    raise ValueError(f"an answer of more than {MAX_DIGITS} digits")
   if not isinstance(field, str):
     return repr(field)
   boxed = extract_boxed(field)

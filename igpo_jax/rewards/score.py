@@ -11,9 +11,10 @@ import numpy as np
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
-from igpo_jax.rewards import answers, equivalence, registry
+from igpo_jax.rewards import answers, registry
 from igpo_jax.rewards import countdown as _countdown  # noqa: F401  registers its verifier
 from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its verifier
+from igpo_jax.rewards.math import equivalence
 from igpo_jax.rewards.pool import Pool
 from igpo_jax.rewards.registry import Verdict, register_reward, register_verifier
 

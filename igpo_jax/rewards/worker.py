@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import logging
 import math
 import os
 import resource
@@ -44,7 +43,7 @@ def _limit(what: int, amount: int) -> None:
 
 def _serve_items(link: connection.Connection, timeout: float) -> None:
   """The body of a worker: one item in, one verdict out, until the link closes."""
-  from igpo_jax.rewards import equivalence
+  from igpo_jax.rewards.math import equivalence
 
   while True:
     try:
@@ -171,9 +170,8 @@ def main() -> None:
   # A machine that goes down, or Slurm, signals every process; the step under way is to be
   # graded and saved all the same. The end of the client's socket is what ends this one.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  logging.disable(logging.WARNING)  # the parser warns that its own timeouts are off
 
-  from igpo_jax.rewards import equivalence
+  from igpo_jax.rewards.math import equivalence
 
   equivalence.warm_up()
   gc.freeze()  # keeps the workers' collector off the pages they share

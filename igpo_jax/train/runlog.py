@@ -107,15 +107,14 @@ class RunLog:
     """Appends completions of all processes to samples.jsonl, in the order of the batch.
 
     Args:
-      rows: this process's. Those of the lowest "rank", which is not written, come first,
-        whichever process they are of. A collective.
-      limit: write only so many; 0: all.
+      rows: this process's share of a batch, as many as every other's. A collective.
+      limit: write only so many of the whole batch; 0: all.
     """
-    rank = lambda row: row.get("rank", 0)
-    rows = sorted(share(sorted(rows, key=rank)[: limit or None]), key=rank)[: limit or None]
+    if limit:
+      rows = rows[: max(0, limit - jax.process_index() * len(rows))]
+    rows = share([{"stage": stage, "step": step, **row} for row in rows])
     if self._writes:
-      head = {"stage": stage, "step": step}
-      self._samples.add([head | {k: v for k, v in r.items() if k != "rank"} for r in rows])
+      self._samples.add(rows)
 
   def flush(self) -> None:
     """Every row is in its file, wherever that is: call it before a checkpoint is saved."""

@@ -1,0 +1,1 @@
+"""Whether two mathematical answers are equal: `equivalence` has the rules and their order."""
