@@ -169,10 +169,15 @@ def time_cases(
   }
 
 
-def compile_facts(jitted, *args, **kwargs) -> tuple[Any, dict[str, float]]:
-  """Compiles ahead of time: (the compiled program, seconds and bytes it took and takes)."""
+def compile_facts(lower, *args, **kwargs) -> tuple[Any, dict[str, float]]:
+  """Compiles ahead of time: (the compiled program, seconds and bytes it took and takes).
+
+  Args:
+    lower: a jitted function, or the `lower` of one.
+    *args, **kwargs: what it is lowered for.
+  """
   began = time.perf_counter()
-  compiled = jitted.lower(*args, **kwargs).compile()
+  compiled = getattr(lower, "lower", lower)(*args, **kwargs).compile()
   seconds = time.perf_counter() - began
   memory = compiled.memory_analysis()
   return compiled, {
@@ -180,6 +185,10 @@ def compile_facts(jitted, *args, **kwargs) -> tuple[Any, dict[str, float]]:
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "output_bytes": memory.output_size_in_bytes,
+    "planned_bytes": memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes,
   }
 
 

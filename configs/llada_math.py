@@ -8,10 +8,18 @@ with where to get it. Every path is a flag, too: --config.init_from, --config.da
 --config.data.eval. gsm8k.py, math500.py, amc.py and minerva.py evaluate on one each.
 
 HARDWARE is one of
-    v5e-64   full fine-tuning on 64 chips; also what is trained if none is named
-    v5p-32   full fine-tuning on 16 chips
-    v5e-8    LoRA (r = 128, alpha = 64) on 8 chips
-    gpu      LoRA on GPUs of 80 GB, one or more
+    v5e-64       full fine-tuning on 64 chips; also what is trained if none is named
+    v5p-32       full fine-tuning on 16 chips
+    v5e-8        LoRA (r = 128, alpha = 64) on 8 chips
+    gpu          LoRA on the GPUs there are, one or more
+    h100-1       LoRA on one GPU of 80 GB: a quarter of the prompts a step
+    h100-8       LoRA on 8 GPUs of 80 GB
+    h100-16      LoRA on 16 of them or more
+    h200-1       LoRA on one GPU of 141 GB: a quarter of the prompts a step
+    h100-8-full  full fine-tuning on 8 GPUs of 80 GB
+    h100-16-full full fine-tuning on 16 of them or more
+Any GPU with the memory will do (an A100 of 80 GB is an h100 here, and takes three times as long).
+On GPUs mesh, slices and micro-batches follow from the devices (igpo_jax/train/sizes.py).
 docs/scaling.md has the memory and the time of each, and why.
 """
 
@@ -22,13 +30,13 @@ from igpo_jax.cli import UserError
 from igpo_jax.config import load_config_file
 from igpo_jax.eval.protocols import IGPO_TEMPLATE
 
-HARDWARE = ("v5e-64", "v5p-32", "v5e-8", "gpu")
+HARDWARE = ("v5e-64", "v5p-32", "v5e-8", "gpu", "h100-1", "h100-8", "h100-16", "h200-1",
+            "h100-8-full", "h100-16-full")  # fmt: skip
 
 
 def get_config(argument="data"):
   data, _, hardware = argument.partition(",")
   config = load_config_file(pathlib.Path(__file__).with_name("llada_8b.py"))
-  fit_to(config, hardware)
   config.init_from = f"{data}/LLaDA-8B-Instruct"
   # Training asks as evaluation does.
   template = urllib.parse.quote(IGPO_TEMPLATE)
@@ -45,21 +53,39 @@ def get_config(argument="data"):
   # docs/method.md#defaults; the number of steps is ours.
   config.rl.steps = 200
   config.rl.prompts_per_step = 64
+  # Of the official script's schedule the 50 updates of warm-up: until then AdamW's moments are
+  # of few gradients. Not its linear decay to 0: that ties the rate to the number of steps, which
+  # is ours, and a run could not be made longer. --config.rl_optimizer.schedule=linear has it.
+  config.rl_optimizer.warmup_steps = 50
   config.checkpoint.every = 20
+  fit_to(config, hardware)
   return config
 
 
 def fit_to(config, hardware):
-  """Sizes the run for a slice: what is trained, the mesh, and how much is done at a time."""
+  """Sizes the run for devices: what is trained, the mesh, and how much is done at a time."""
   if hardware not in ("", *HARDWARE):
     raise UserError(f"--config: hardware {hardware!r} is not one of {', '.join(HARDWARE)}")
-  if hardware in ("v5e-8", "gpu"):
-    config.rl.sample_slices = 2 if hardware == "v5e-8" else 16
-    config.rl.micro_batches = 2 if hardware == "v5e-8" else 8
-    config.sft.micro_batches = 4 if hardware == "v5e-8" else 32
-  else:
+  chip, *rest = hardware.split("-")
+  if hardware in ("", "v5e-64", "v5p-32") or "full" in rest:
     # Full fine-tuning: a float32 master, of which the devices read a bfloat16 copy.
     config.model.lora.rank = 0
     config.model.param_dtype = "float32"
-  if hardware.startswith("v5"):
+    config.rl_optimizer.learning_rate = 5e-7
+  if chip.startswith("v5"):
     config.mesh.slice = hardware
+    # Slices of as few rows as keep the chips busy (docs/scaling.md): prompts of like length
+    # are sampled together, and one slice is graded while the next is sampled.
+    config.rl.sample_slices = 2 if hardware == "v5e-64" else 4
+    config.rl.micro_batches = 2 if hardware == "v5e-8" else 1
+    config.sft.micro_batches = 4 if hardware == "v5e-8" else 1
+  elif hardware:
+    config.mesh.hardware = chip
+    config.mesh.devices = int(rest[0]) if rest else 0
+    # Known once the devices are.
+    config.mesh.data = config.mesh.fsdp = 0
+    config.rl.sample_slices = config.rl.micro_batches = config.sft.micro_batches = 0
+    config.eval.batch_size = 0
+    if hardware in ("h100-1", "h200-1"):
+      # 200 steps of 64 prompts would be three to six days on one of them; so they are about one.
+      config.rl.prompts_per_step = 16

@@ -1,13 +1,11 @@
 """Every option of the program, its default and what may not be combined.
 
-The sections of the method itself (model, sampler, hints, objective) are defined in
-`options` and offered here with the rest.
+The method's own sections (model, sampler, hints, objective) are defined in `options`.
 
-The frozen dataclasses are the one definition: `default_config()` turns them into
-an ml_collections ConfigDict for config files and flags to edit, `freeze()` turns
-that back into dataclasses (hashable, so they can be static arguments of
-`jax.jit`) and checks what no single field can know. Defaults are the paper's
-where the paper states them (docs/method.md#defaults).
+The frozen dataclasses are the one definition: `default_config()` turns them into an ml_collections
+ConfigDict for config files and flags to edit, `freeze()` turns that back into dataclasses
+(hashable, so they can be static arguments of `jax.jit`) and checks what no single field can know.
+Defaults are the paper's where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ from igpo_jax.options import (
   ObjectiveConfig,
   SamplerConfig,
   check_section,
+  check_trainable,
   require,
 )
 
@@ -59,9 +58,11 @@ class RLConfig:
     steps: rollouts, each followed by `inner_updates` updates.
     prompts_per_step, group_size: P and G.
     inner_updates: mu.
-    micro_batches: M; the gradient of an update is summed over this many slices of P.
+    micro_batches: M; the gradient of an update is summed over this many slices of P. 0: as
+      many as the devices ask for (train/sizes.py).
     sample_slices: a step's prompts, sorted by length, are sampled in this many slices: less
-      memory, less padding, and one is graded while the next is sampled.
+      memory, less padding, and one is graded while the next is sampled. 0: as many as the
+      devices ask for.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
     estimator: "mean_field", "random_ratio" or "coupled" (docs/method.md#likelihood).
     region: which positions are in the loss: up to and including the first stop
@@ -75,8 +76,8 @@ class RLConfig:
   prompts_per_step: Count = 8
   group_size: Annotated[int, Range(2, why="a group of one has no advantage")] = 8
   inner_updates: Count = 4
-  micro_batches: Count = 1
-  sample_slices: Count = 1
+  micro_batches: Natural = 1
+  sample_slices: Natural = 1
   exploration: Literal["inpaint", "resample", "none"] = "inpaint"
   estimator: Literal["mean_field", "random_ratio", "coupled"] = "mean_field"
   region: Literal["through_eos", "all"] = "through_eos"
@@ -87,7 +88,7 @@ class RLConfig:
   def __post_init__(self):
     check_section(self, "rl")
     require(
-      self.prompts_per_step % self.micro_batches == 0,
+      self.prompts_per_step % (self.micro_batches or 1) == 0,
       f"rl.prompts_per_step={self.prompts_per_step} is not a multiple of "
       f"rl.micro_batches={self.micro_batches}",
     )
@@ -100,7 +101,8 @@ class SFTConfig:
   Attributes:
     steps, batch_size: updates, and rows of each.
     epochs: above 0: so many passes over the records, in place of `steps`.
-    micro_batches: the gradient is summed over this many slices of the batch.
+    micro_batches: the gradient is summed over this many slices of the batch. 0: as many as
+      the devices ask for.
     eps: p = (1 - eps) t + eps.
     response_lengths: lengths that responses are padded to; (): `sampler.gen_length`.
       With several, a batch is made of responses of like length.
@@ -113,7 +115,7 @@ class SFTConfig:
   steps: Natural = 1000
   batch_size: Count = 64
   epochs: NonNegative = 0.0
-  micro_batches: Count = 1
+  micro_batches: Natural = 1
   eps: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
   response_lengths: tuple[Count, ...] = ()
   group_batches: Count = 16
@@ -128,7 +130,7 @@ class SFTConfig:
       f"sft.response_lengths={lengths}: give increasing lengths",
     )
     require(
-      self.batch_size % self.micro_batches == 0,
+      self.batch_size % (self.micro_batches or 1) == 0,
       f"sft.batch_size={self.batch_size} is not a multiple of "
       f"sft.micro_batches={self.micro_batches}",
     )
@@ -222,7 +224,8 @@ class EvalConfig:
       are named after its benchmarks. "": the config's own, as follows.
     lengths: of the protocol's lengths, run only these; (): all.
     examples: solved examples for a protocol that shows some, as "name=uri" strings.
-    batch_size: rows per call, rounded up to share them over devices and processes.
+    batch_size: rows per call, rounded up to share them over devices and processes. 0: as
+      many as keep the devices busy.
     limit: at most this many problems of a benchmark; 0: all.
     samples: completions of each problem (avg@k, pass@k, majority@k); needs a temperature
       above 0 to differ.
@@ -236,7 +239,7 @@ class EvalConfig:
   protocol: str = ""
   lengths: tuple[Count, ...] = ()
   examples: tuple[str, ...] = ()
-  batch_size: Count = 64
+  batch_size: Natural = 64
   limit: Natural = 0
   samples: Count = 1
   steps: Natural = 0
@@ -282,7 +285,8 @@ class LogConfig:
   Attributes:
     every: steps between rows of metrics.jsonl; 0: only at the end.
     samples_every: RL steps between writes of samples.jsonl; 0: never.
-    samples_per_step: rows of samples.jsonl per write; 0: all of the batch.
+    samples_per_step: rows of samples.jsonl per write, all-wrong groups and what was
+      inserted into them first; 0: all of the batch.
     tensorboard, wandb: also write there (wandb must be installed).
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
@@ -301,23 +305,34 @@ class LogConfig:
 
 
 AxisSize = Annotated[int, Range(1, also=-1)]
+AutoAxisSize = Annotated[int, Range(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 takes the rest of the devices.
+  """The devices that a run is for, and how many of them lie along each mesh axis.
+
+  An axis of -1 takes the rest of the devices. `data` and `fsdp` may be 0: then they follow from
+  the devices. LoRA keeps a copy of the parameters on each device where that fits; full fine-tuning
+  splits them over the devices of a machine; both split further where memory asks for it
+  (train/sizes.py).
 
   Attributes:
     slice: the name of a TPU slice, such as "v5e-64": its sizes (parallel/slices.py) in
       place of these.
+    hardware: what the config is for: "cpu", "gpu" or "tpu", or a kind of them, such as "h100".
+      A machine of another platform is refused. "": any.
+    devices: how many devices the config is sized for: fewer are refused. 0: any number.
     data: rows of a batch are shared out; every device along it has all parameters.
     fsdp: rows and parameters are shared out.
     tensor: heads, hidden units and vocabulary are shared out.
   """
 
   slice: str = ""
-  data: AxisSize = -1
-  fsdp: AxisSize = 1
+  hardware: str = ""
+  devices: Natural = 0
+  data: AutoAxisSize = -1
+  fsdp: AutoAxisSize = 1
   tensor: AxisSize = 1
 
   def __post_init__(self):
@@ -460,6 +475,7 @@ def check(config: Config) -> None:
     f"hints.replace_fraction={config.hints.replace_fraction} of a group of "
     f"{config.rl.group_size} replaces nothing; raise one of them",
   )
+  check_trainable(config.model, config.stages)
 
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:

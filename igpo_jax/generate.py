@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,12 +27,13 @@ from etils import epath
 from igpo_jax import cli
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
-from igpo_jax.convert.pretrained import DTYPES, Pretrained, load_pretrained
+from igpo_jax.convert.pretrained import Pretrained, fitting_mesh, load_source
+from igpo_jax.convert.sources import open_source
 from igpo_jax.data.records import read_messages
-from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.data.tokenizer import Tokenizer, check_ids
 from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.options import Dtype, check_dtype
 from igpo_jax.parallel.compile_cache import use_cache
-from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.textfiles import read_values
 from igpo_jax.types import Canvas
 
@@ -221,8 +223,8 @@ def make_parser() -> cli.ArgumentParser:
   parser.add_argument("--threshold", type=float, help="commit every token surer than this")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--batch_size", type=int, default=8)
-  parser.add_argument("--dtype", choices=sorted(DTYPES),
-                      help="default: bfloat16, on a CPU float32")  # fmt: skip
+  parser.add_argument("--dtype", help=f"{', '.join(typing.get_args(Dtype))}; "
+                      "default: bfloat16, on a CPU float32")  # fmt: skip
   return parser
 
 
@@ -242,14 +244,19 @@ def main(argv: list[str] | None = None) -> None:
   )
   rows = read_rows(args.input) if args.input else [{"prompt": args.prompt}]
   rows = [{**row, "hints": [*row.get("hints", ()), *args.hint]} for row in rows]
-  dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = check_dtype(args.dtype or default, "--dtype")
   use_cache()
-  mesh = make_mesh(data=1, fsdp=-1) if jax.device_count() > 1 else None
-  pre = load_pretrained(args.model, dtype=dtype, mesh=mesh, adapter=args.adapter)
+  model = open_source(args.model, adapter=args.adapter)
+  mesh = fitting_mesh(model)
+  pre = load_source(model, dtype, mesh)
   if pre.tokenizer is None:
     raise UserError(f"{args.model} has no tokenizer")
   requests = [make_request(row, pre.tokenizer, args.raw) for row in rows]
   for request in requests:  # before the first forward, not after the hundredth
+    check_ids(request.prompt, pre.lm.vocab_size, "a prompt")
+    for ids, _ in request.hints:
+      check_ids(ids, pre.lm.vocab_size, "a hint")
     hint_canvas(request, cfg.gen_length, pre.tokenizer.mask_id)
   with contextlib.ExitStack() as stack:
     if mesh is not None:

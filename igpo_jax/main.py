@@ -47,12 +47,15 @@ def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
   config, workdir = parse_flags(sys.argv if argv is None else ["main", *argv])
-  check_inputs(config)
+  if not (config.mesh.hardware or config.mesh.slice):  # else the devices are looked at first
+    check_inputs(config)
   if os.environ.get("JAX_PROCESS_ID", "0") == "0":
     print(f"igpo_jax: {workdir}: loading jax", file=sys.stderr, flush=True)
   from igpo_jax.parallel import distributed
   from igpo_jax.parallel.compile_cache import use_cache
+  from igpo_jax.parallel.machine import claim_memory
 
+  claim_memory(config.mesh)
   with distributed.joined(detect=FLAGS.distributed):
     use_cache(config.compilation_cache)
     train(config, workdir)

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from typing import Annotated, Any, Literal
 
 from igpo_jax.cli import UserError
-from igpo_jax.fields import Count, Natural, NonNegative, Positive, Range, Share, check_fields
+from igpo_jax.fields import (
+  Count,
+  Natural,
+  NonNegative,
+  Positive,
+  Range,
+  Share,
+  check_fields,
+  meant,
+)
 
 
 def require(condition: Any, message: str) -> None:
@@ -51,6 +61,37 @@ class LoRAConfig:
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+SHORT_DTYPES = {
+  "fp32": "float32",
+  "f32": "float32",
+  "float": "float32",
+  "bf16": "bfloat16",
+  "fp16": "float16",
+  "f16": "float16",
+  "half": "float16",
+}
+
+
+def full_dtype(name: Any) -> Any:
+  """ "bfloat16" for "bf16", "BF16" or "torch.bfloat16"; what is no such name as it is."""
+  if not isinstance(name, str):
+    return name
+  plain = name.lower().removeprefix("torch.")
+  plain = SHORT_DTYPES.get(plain, plain)
+  return plain if plain in typing.get_args(Dtype) else name
+
+
+def check_dtype(name: Any, option: str) -> str:
+  """`full_dtype` of what a command's option says.
+
+  Raises:
+    UserError: no dtype that a model can have.
+  """
+  full = full_dtype(name)
+  if full not in typing.get_args(Dtype):
+    known = ", ".join(typing.get_args(Dtype))
+    raise UserError(f"{option}={name!r} is not one of {known}{meant(name, typing.get_args(Dtype))}")
+  return full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +141,8 @@ class ModelConfig:
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
+    for name in ("dtype", "param_dtype"):  # one name, however it was written
+      object.__setattr__(self, name, full_dtype(getattr(self, name)))
     check_section(self, "model")
     require(
       self.d_model % self.n_heads == 0,
@@ -121,6 +164,21 @@ class ModelConfig:
   @property
   def kv_heads(self) -> int:
     return self.n_kv_heads or self.n_heads
+
+
+def check_trainable(model: ModelConfig, stages: tuple[str, ...]) -> None:
+  """Raises `UserError` where the training stages would teach such a model nothing, or noise."""
+  require(
+    model.lora.rank > 0 or model.param_dtype == "float32" or set(stages) <= {"eval"},
+    f"model.param_dtype={model.param_dtype!r} with model.lora.rank=0: updates are too small for "
+    "16 bits and would be rounded away; use model.param_dtype='float32' (the network still "
+    "computes in model.dtype), or adapters",
+  )
+  require(
+    not model.lora.dropout or "rl" not in stages,
+    f"model.lora.dropout={model.lora.dropout} is for fine-tuning, and stages has 'rl': there the "
+    "ratio of policy to sampler would be noise; set it to 0, or run 'sft' alone",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

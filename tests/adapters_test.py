@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
-from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config, LoRAConfig, ModelConfig
 from igpo_jax.convert import families, peft, sources
@@ -22,17 +20,19 @@ from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
-from igpo_jax.types import TrainState
-from tests.convert_helpers import GOLDENS, assert_same_bits, convert, load
+from tests.convert_helpers import (
+  GOLDENS,
+  SHAPES,
+  assert_same_bits,
+  convert,
+  load,
+  save_adapters,
+  save_run,
+  write_peft,
+)
 
 BASE = GOLDENS / "llada_tiny_gqa"
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 512)
-# PEFT's names of what is adapted, and the shapes of A [r, in] and B [out, r].
-SHAPES = {
-  "model.transformer.blocks.{}.q_proj": (64, 64),
-  "model.transformer.blocks.{}.v_proj": (64, 32),
-  "model.transformer.blocks.{}.ff_out": (192, 64),
-}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -44,32 +44,6 @@ def logits_of(lm, params):
 def exact_matmuls():
   with jax.default_matmul_precision("highest"):
     yield
-
-
-def write_peft(directory, dtype=np.float32, shapes=SHAPES, **options):
-  """An adapter directory as PEFT writes it, with random numbers small enough for logits."""
-  directory.mkdir()
-  rng, tensors = np.random.default_rng(0), {}
-  for module, (fan_in, fan_out) in shapes.items():
-    for n in range(3 if "{}" in module else 1):
-      name = f"base_model.model.{module.format(n)}"
-      a, b = rng.normal(size=(4, fan_in)), rng.normal(size=(fan_out, 4))
-      tensors[f"{name}.lora_A.weight"] = (0.02 * a).astype(dtype)
-      tensors[f"{name}.lora_B.weight"] = (0.02 * b).astype(dtype)
-  safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
-  config = {
-    "peft_type": "LORA",
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "target_modules": r"model\.transformer\.blocks\.\d+\.(q_proj|v_proj|ff_out)",
-    "use_rslora": False,
-    "modules_to_save": None,
-    "base_model_name_or_path": "x",
-  }
-  (directory / "adapter_config.json").write_text(json.dumps(config | options))
-  return directory
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -143,6 +117,91 @@ def test_target_modules_mean_what_peft_means(tmp_path, modules, expected):
   assert peft.read_config(directory, "llada").targets == expected
 
 
+@pytest.mark.parametrize("modules, excluded, expected", [
+  (["ff_out"], ["model.transformer.ff_out"], "blocks/ff_out"),
+  (["ff_out"], r"model\.transformer\.ff_out", "blocks/ff_out"),
+  ("all-linear", ["ff_out", "up_proj"], "blocks/q_proj|blocks/k_proj|blocks/v_proj|"
+                                        "blocks/attn_out|blocks/ff_proj"),
+  ("ALL-linear", r".*blocks\.\d+\.ff_.*", "blocks/q_proj|blocks/k_proj|blocks/v_proj|"
+                                          "blocks/attn_out|blocks/up_proj"),
+  (["q_proj", "v_proj"], [], "blocks/q_proj|blocks/v_proj"),
+  (["q_proj"], ["blocks.7.q_proj"], "blocks/q_proj"),  # there is no layer 7
+  (["q_proj"], ["proj"], "blocks/q_proj"),  # no whole part of a name
+])  # fmt: skip
+def test_exclude_modules_mean_what_peft_means(tmp_path, modules, excluded, expected):
+  directory = write_peft(tmp_path / "peft", target_modules=modules, exclude_modules=excluded)
+  assert peft.read_config(directory, "llada", layers=3).targets == expected
+
+
+def test_an_adapter_with_exclude_modules_is_the_one_without(tmp_path):
+  shapes = {"model.transformer.blocks.{}.ff_out": (192, 64)}
+  options = {"target_modules": ["ff_out"], "exclude_modules": ["model.transformer.ff_out"]}
+  directory = write_peft(tmp_path / "peft", shapes=shapes, **options)
+  plain = write_peft(tmp_path / "plain", shapes=shapes, target_modules=[
+    f"blocks.{n}.ff_out" for n in range(3)])  # fmt: skip
+  one, two = (load_pretrained(BASE, dtype="float32", adapter=d) for d in (directory, plain))
+  jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+  assert one.config == two.config
+
+
+@pytest.mark.parametrize("options, message", [
+  ({"exclude_modules": ["blocks.1.q_proj"]}, "adapt blocks/q_proj in 2 of 3 layers"),
+  ({"target_modules": ["blocks.2.q_proj"]}, "adapt blocks/q_proj in 1 of 3 layers"),
+  ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "names no linear layer"),
+])  # fmt: skip
+def test_modules_that_cannot_be_meant_are_told(tmp_path, options, message):
+  directory = write_peft(tmp_path / "peft", **options)
+  with pytest.raises(UserError, match=message):
+    load_pretrained(BASE, adapter=directory)
+
+
+@pytest.mark.parametrize("start", [
+  "pissa", "pissa_niter_16", "PiSSA", "olora", "OLoRA", "corda", "loftq", "lora_ga", "unheard-of",
+])  # fmt: skip
+def test_adapters_that_took_their_start_out_of_the_base_are_refused(tmp_path, start):
+  directory = write_peft(tmp_path / "peft", init_lora_weights=start)
+  for attempt in (
+    lambda: load_pretrained(BASE, adapter=directory),
+    lambda: convert(BASE, tmp_path / "x", "--to=hf", "--merge_lora", f"--adapter={directory}"),
+  ):
+    with pytest.raises(UserError, match=r"init_lora_weights=.* path_initial_model_for_weight"):
+      attempt()
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
+def test_adapters_that_left_the_base_alone_load_whatever_they_began_with(tmp_path, start):
+  directory = write_peft(tmp_path / "peft", init_lora_weights=start)
+  assert peft.read_config(directory, "llada", layers=3).rank == 4
+
+
+@pytest.mark.parametrize("option, value", [
+  ("r", "4"), ("r", 4.0), ("r", True), ("r", 0), ("r", None), ("r", [4]),
+  ("lora_alpha", "8"), ("lora_alpha", None), ("lora_alpha", 0), ("lora_alpha", float("inf")),
+  ("lora_dropout", "0.1"), ("lora_dropout", 1.5), ("lora_dropout", True),
+  ("target_modules", 5), ("target_modules", None), ("target_modules", []),
+  ("target_modules", ["q_proj", 3]), ("target_modules", {"q_proj": 1}), ("target_modules", "(q"),
+  ("exclude_modules", 5), ("exclude_modules", [None]), ("exclude_modules", "(q"),
+  ("peft_type", None), ("peft_type", ["LORA"]), ("bias", True), ("use_dora", "yes"),
+  ("rank_pattern", [1]), ("layers_to_transform", 0), ("use_something_new", True),
+  ("init_lora_weights", ["pissa"]), ("init_lora_weights", 3),
+])  # fmt: skip
+def test_values_of_wrong_kinds_in_adapter_config_json_are_told_by_name(tmp_path, option, value):
+  directory = write_peft(tmp_path / "peft", **{option: value})
+  with pytest.raises(UserError) as error:
+    load_pretrained(BASE, adapter=directory)
+  assert f"{option}={value!r}" in str(error.value)
+  assert "adapter_config.json" in str(error.value)
+
+
+def test_options_of_other_versions_of_peft_that_are_off_are_no_hindrance(tmp_path):
+  off = {"use_something_new": False, "new_config": None, "new_pattern": {}, "new_list": []}
+  written = {"peft_version": "0.21.2", "megatron_core": "megatron.core", "qalora_group_size": 16,
+             "auto_mapping": {"unsloth_fixed": True}, "task_type": "CAUSAL_LM", "revision": None,
+             "eva_config": None, "loftq_config": {}, "layers_to_transform": None}  # fmt: skip
+  directory = write_peft(tmp_path / "peft", **off, **written)
+  assert load_pretrained(BASE, adapter=directory).config.lora.rank == 4
+
+
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 @pytest.mark.parametrize("targets", ["blocks/ff_out", "head", "blocks/.*", "blocks/(q|v)_proj"])
 def test_our_targets_survive_the_trip_through_peft(tmp_path, family, targets):
@@ -191,20 +250,6 @@ def test_the_formats_have_their_places_for_adapters(tmp_path):
 # Training checkpoints
 
 
-def save_run(workdir, config, params, tokenizer=None):
-  """What a run leaves behind: config.json, tokenizer, one checkpoint of a TrainState."""
-  workdir.mkdir()
-  (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-  if tokenizer is not None:
-    tokenizer.save(workdir / "tokenizer")
-  zero = jnp.zeros((), jnp.int32)
-  state = TrainState(zero, params, optax.adamw(1e-3).init(params), zero, zero)
-  checkpoints = Checkpoints(workdir / "checkpoints" / "rl")
-  checkpoints.save(7, state)
-  checkpoints.close()
-  return workdir / "checkpoints" / "rl" / "7"
-
-
 def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
   tokenizer = CharTokenizer("0123456789+= ")
   model = ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, mlp_hidden=48)
@@ -247,6 +292,48 @@ def test_a_run_with_adapters_can_be_merged_or_exported(tmp_path, adapters_only):
   exported = convert(step, tmp_path / "peft", "--to=peft")
   again = load_pretrained(BASE, dtype="float32", adapter=exported)
   jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def base_named_by(step, target, *options):
+  exported = convert(step, target, "--to=peft", *options)
+  return json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_a_peft_export_names_what_the_adapters_belong_to(tmp_path, monkeypatch, capsys):
+  base = str(shutil.copytree(BASE, tmp_path / "base"))
+  step = save_adapters(tmp_path / "run", base)
+  assert base_named_by(step, tmp_path / "p1") == base
+  # A run may have been told a relative path; from elsewhere that is another place.
+  monkeypatch.chdir(tmp_path)
+  step = save_adapters(tmp_path / "relative", "base")
+  assert base_named_by(step, tmp_path / "p2") == base
+  with monkeypatch.context() as elsewhere:
+    elsewhere.chdir("/")
+    with pytest.raises(UserError, match=r"init_from=base, and there is no such directory in /;"):
+      sources.open_source(step)
+    assert base_named_by(step, tmp_path / "p3", f"--base={base}") == base
+  # A run that went on with adapters, and adapters kept in an Orbax directory.
+  step = save_adapters(tmp_path / "further", step)
+  assert base_named_by(step, tmp_path / "p4") == base
+  orbax = convert(base, tmp_path / "orbax", f"--adapter={tmp_path / 'p1'}")
+  assert base_named_by(orbax, tmp_path / "p5") == base
+  # Adapters on a model that a run trained: that is the base, and PEFT has to be told.
+  params = load_pretrained(base, dtype="float32").params
+  trained = save_run(tmp_path / "full", Config(init_from=base), params)
+  capsys.readouterr()
+  step = save_adapters(tmp_path / "on_full", trained)
+  assert base_named_by(step, tmp_path / "p6") == str(trained)
+  assert "PEFT cannot load: convert that with --to=hf" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_is_told(tmp_path):
+  step = save_adapters(tmp_path / "run", BASE)
+  file = tmp_path / "run" / "config.json"
+  whole = json.loads(file.read_text())
+  for change in ({"lora": {"rank": 2, "flavour": 1}}, {"widths": 3}, {"lora": 5}):
+    file.write_text(json.dumps(whole | {"model": whole["model"] | change}))
+    with pytest.raises(UserError, match=r"config.json: its model is damaged or of another"):
+      sources.open_source(step)
 
 
 def test_a_full_checkpoint_of_a_pretrained_model_keeps_its_config(tmp_path):

@@ -277,6 +277,44 @@ def test_what_a_reasoning_model_wrote_after_thinking_is_the_derivation():
   assert trim.trim(text, "9.5", words, 200) == "12 apples.\nMinus 2.5 is 9.5.\n\\boxed{9.5}"
 
 
+@pytest.mark.parametrize(
+  "after",
+  ["**Final Answer**\n\\boxed{5}", "**Answer:**\n\n\\boxed{5}", "### Solution\n\\boxed{5}",
+   "\\boxed{5}", "---\n\n## Final answer\n\\boxed{5}", "#### 5",
+   "Final Answer:\nThe answer is \\boxed{5}.", "**Conclusion.**\nThe final answer is 5.",
+   "Answer\n======\n\\boxed{5}", "So, here is my final solution:\n\\boxed{5}",
+   "Solution 2:\n#### 5", "**Step 3**\n\\boxed{5}", "Thus:\n$$\\boxed{5}$$"],
+)  # fmt: skip
+def test_a_heading_and_the_answer_are_no_derivation(after):
+  thought = "2 and 3 are added, 2+3=5."
+  for text in (f"<think>\n{thought}\n</think>\n\n{after}", f"{thought}\n</think>\n{after}"):
+    trimmed = trim.trim(text, "5", words, 200)
+    assert "2+3=5" in trimmed and trimmed.endswith(after.strip())
+
+
+@pytest.mark.parametrize(
+  "after",
+  ["2+3=5.\n\\boxed{5}", "**Solution**\nAdd 2 and 3.\n**Answer**\n\\boxed{5}",
+   "Adding both of the numbers gives the sum.\n\\boxed{5}", "$x = 2+3$\n#### 5",
+   "## Step 1\nWe add them: 2+3.\n\\boxed{5}"],
+)  # fmt: skip
+def test_what_has_a_step_in_it_is_a_derivation(after):
+  assert trim.trim(f"<think>\nLong.\n9 - 4.\n</think>\n{after}", "5", words, 200) == after
+
+
+def test_an_answer_that_was_stated_early_does_not_keep_what_follows_it():
+  text = "2 + 3 = 5, so the answer is 5.\nWait, is that right?\n2 + 3 = 5 it is.\n\\boxed{5}"
+  assert "Wait" not in trim.trim(text, "5", words, 200)
+  boxed = text.replace("the answer is 5", "it is \\boxed{5}")
+  assert "Wait" not in trim.trim(boxed, "5", words, 200)
+
+
+@pytest.mark.parametrize("heading", ["### Solution 2", "**Attempt 2**", "Step 1:", "Let me see:"])
+def test_a_new_start_with_a_heading_only_is_no_new_derivation(heading):
+  text = f"2+3=5 holds here.\nLet me try again.\n{heading}\n\\boxed{{5}}"
+  assert "2+3=5" in trim.trim(text, "5", words, 200)
+
+
 @pytest.mark.parametrize(("room", "left"), [(100, 4), (17, 3), (12, 2), (1, 2)])
 def test_too_long_a_trace_loses_its_first_sentences_but_never_all(room, left):
   text = "First a = 1 holds. Then b = 2 follows. So a + b = 3.\n#### 3"

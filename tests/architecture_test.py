@@ -18,7 +18,7 @@ MOST_LINES = 500
 
 # Imports run downwards only, from a floor to the floors below it or along it.
 FLOORS = (
-  ("api", "aot", "generate", "grade", "main", "rewrite", "__main__"),
+  ("api", "aot", "generate", "grade", "main", "rehearse", "rewrite", "__main__"),
   ("train",),
   ("eval", "convert", "align"),
   ("rl",),

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from benchmarks import denoise, padding, rollout, update
+from benchmarks import accelerator, denoise, padding, rollout, update
 from benchmarks.common import TINY_MODEL
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
+from igpo_jax.models import attention
 from igpo_jax.models.flops import forward_flops
 
 
@@ -93,3 +94,97 @@ def test_padding_is_that_of_the_streams_own_batches(monkeypatch, capsys, tmp_pat
   assert found["saved"]["3"] == pytest.approx(1 - found["positions"]["3"] / 58, abs=1e-3)
   # every prompt ends with a token of the chat format
   assert found["without_padding"] == pytest.approx(1 - ((8 * 4 + 41) / 9 + 10) / 58, abs=1e-3)
+
+
+# --- one accelerator, one table ---------------------------------------------------------
+
+TINY_TABLE = (
+  "--model=tiny --rows=4 --group=2 --prompt=6 --gen_length=8 --block_length=4 --steps=8 "
+  "--lora_rank=2"
+).split()
+
+
+def table_of(monkeypatch, capsys, *options):
+  """(exit code, the JSON object, what was printed before it)."""
+  monkeypatch.setattr(sys, "argv", ["accelerator", *TINY_TABLE, *options])
+  code = accelerator.main()
+  *printed, last = capsys.readouterr().out.splitlines()
+  return code, json.loads(last), "\n".join(printed)
+
+
+def test_the_accelerators_table_measures_what_it_has_time_for(monkeypatch, capsys, tmp_path):
+  """All blocks of the first rollout, one of the second, both programs that learn, no evaluation."""
+  times = iter([1e9, 0.0, 0.0, None])
+  monkeypatch.setattr(accelerator.Budget, "next_part", lambda self: next(times))
+  code, out, text = table_of(monkeypatch, capsys, f"--output={tmp_path / 'out.json'}")
+  assert json.loads((tmp_path / "out.json").read_text()) == out
+  exact, dual, likelihood, update_line, evaluation = out["lines"]
+  assert code == 1  # something was left out
+  assert exact["measured"] == "all blocks" and dual["measured"] == "1 of 2 blocks"
+  assert "no time left" in evaluation["problem"] and "no time left" in text
+  for line in (exact, dual, likelihood, update_line):
+    assert line["seconds"] > 0 and line["tokens"] == 4 * 8 and not line["problem"]
+    assert line["flops_per_second"] > 0 and line["bytes"] > 0
+    assert f"| {line['name']} |" in text
+  assert out["peak_flops_per_second"] > 0
+  # the exact rollout by hand: four calls a block of two, the head for each masked position
+  model = accelerator.dataclasses.replace(TINY_MODEL, lora=accelerator.LoRAConfig(rank=2))
+  head = 2 * 16 * 64 * (4 + 3 + 2 + 1) * 4 * 2
+  flops = 8 * forward_flops(model, 4, 14, 14, 0, 4) + head
+  assert exact["flops_per_second"] * exact["seconds"] == pytest.approx(flops)
+  # and of the dual rollout's block: one whole call, three that see the block
+  whole, part = (forward_flops(model, 4, n, 14, 0, 4) for n in (14, 4))
+  assert dual["flops_per_second"] * dual["seconds"] == pytest.approx(2 * (whole + 3 * part) + head)
+  for errors in out["attention"].values():
+    assert set(errors) == {"einsum", "dot_product"} and "ok" in text and "WRONG" not in text
+
+
+def test_an_attention_that_loses_its_mask_is_found(monkeypatch):
+  right = attention.dot_product
+  model = accelerator.dataclasses.replace(TINY_MODEL, dtype="bfloat16")
+  good = accelerator.attention_errors(model, 24, 8)
+  tolerance = accelerator.TOLERANCE["bfloat16"]
+  assert all(1e-4 < value < tolerance for errors in good.values() for value in errors.values())
+  monkeypatch.setattr(attention, "dot_product", lambda *qkv: right(*qkv[:3], None))
+  bad = accelerator.attention_errors(model, 24, 8)
+  assert bad["einsum"] == good["einsum"] and bad["dot_product"]["result"] > tolerance
+
+
+def test_a_part_that_fails_leaves_the_others_alone():
+  class Broken:
+    budget = accelerator.Budget(1e6, 4)
+    sampler = SamplerConfig(8, 4, 8)
+
+    def denoising(self, name, sampler, seconds):
+      if sampler.cache == "dual":
+        raise MemoryError("no room\nfor it")
+      return accelerator.Line(name, 1.0, 32)
+
+    def learning(self, seconds):
+      return [accelerator.Line("likelihood", 1.0, 32)]
+
+  lines = []
+  accelerator.run_parts(Broken(), lines.append)
+  assert [line.problem for line in lines] == ["", "failed: MemoryError: no room for it", "", ""]
+
+
+def test_time_is_kept_for_the_parts_to_come():
+  budget = accelerator.Budget(accelerator.COMPILE_SECONDS * 4 + 40, 4)
+  assert budget.next_part() == pytest.approx(10, abs=1)
+  assert accelerator.Budget(accelerator.COMPILE_SECONDS * 4 - 1, 4).next_part() is None
+
+
+def test_torch_code_is_looked_for_before_anything_and_may_fail(monkeypatch, capsys, tmp_path):
+  with pytest.raises(UserError, match=r"no generate\.py there"):
+    table_of(monkeypatch, capsys, f"--torch={tmp_path}")
+  (tmp_path / "generate.py").write_text("raise RuntimeError('theirs')")
+  with pytest.raises(UserError, match=r"no modeling_llada\.py there"):
+    table_of(monkeypatch, capsys, f"--torch={tmp_path}")
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "modeling_llada.py").write_text("")
+  args = accelerator.argparse.Namespace(
+    torch=str(tmp_path), seconds=480, model="tiny", dtype=None, attention=None, rows=4, prompt=6,
+    gen_length=8, block_length=4, steps=8,
+  )  # fmt: skip
+  (line,) = accelerator.torch_lines(args)
+  assert line.problem.startswith("failed: exit code 1")

@@ -20,6 +20,7 @@ from igpo_jax.config import (
   SamplerConfig,
   default_config,
   freeze,
+  load_config_file,
 )
 from igpo_jax.fields import Range, descriptions
 from tests.fakes import REPO
@@ -288,3 +289,39 @@ def test_every_option_is_described():
     for section in sections:
       cls = typing.get_type_hints(cls)[section]
     assert descriptions(cls).get(name), f"{path}: what is it for? (Attributes: of {cls.__name__})"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_that_updates_would_not_move_are_refused(stage, dtype):
+  """An update of 5e-7 is far below half of the distance between two 16-bit numbers."""
+  config = sourced()
+  config.stages = (stage,)
+  config.model.param_dtype = dtype
+  with pytest.raises(UserError, match=rf"param_dtype='{dtype}' .* model.lora.rank=0.*float32"):
+    freeze(config)
+  config.model.lora.rank = 4  # adapters are float32 whatever the base is
+  freeze(config)
+  config.model.lora.rank = 0
+  config.stages = ("eval",)
+  freeze(config)
+
+
+def test_dropout_of_adapters_is_for_fine_tuning_only():
+  config = sourced()
+  config.model.lora.rank, config.model.lora.dropout = 4, 0.1
+  for stages in (("rl",), ("sft", "rl")):
+    config.stages = stages
+    with pytest.raises(UserError, match=r"model.lora.dropout=0.1 .*'rl'"):
+      freeze(config)
+  config.stages = ("sft",)
+  freeze(config)
+
+
+@pytest.mark.parametrize(
+  ("hardware", "rate"), [("v5e-8", 3e-6), ("h100-8", 3e-6), ("h100-8-full", 5e-7), ("", 5e-7)]
+)
+def test_the_learning_rate_of_a_preset_goes_by_what_it_trains(hardware, rate):
+  config = freeze(load_config_file(REPO / "configs" / "math500.py", f"data,{hardware}"))
+  assert (config.model.lora.rank > 0) == (rate == 3e-6)
+  assert config.rl_optimizer == OptimizerConfig(rate, warmup_steps=50)

@@ -147,6 +147,89 @@ def test_files_of_the_model_travel_and_weights_do_not(hf, tmp_path):
   assert {f.name for f in back.iterdir()} == expected
 
 
+@pytest.mark.parametrize("encoding", ["windows lines", "byte order mark", "tabs"])
+def test_config_json_is_copied_byte_for_byte(hf, tmp_path, encoding):
+  text = (hf / "config.json").read_text()
+  text = text.replace("\n", "\r\n") if encoding == "windows lines" else text
+  text = text.replace("  ", "\t") if encoding == "tabs" else text
+  data = text.encode("utf-8-sig" if encoding == "byte order mark" else "utf-8")
+  (hf / "config.json").write_bytes(data)
+  orbax = convert(hf, tmp_path / "orbax")
+  back = convert(orbax, tmp_path / "back")
+  assert data == (orbax / "config.json").read_bytes() == (back / "config.json").read_bytes()
+
+
+def test_a_link_to_nothing_that_nobody_needs_is_left_out(hf, tmp_path, capsys):
+  make_directory(hf)
+  for name in ("README.md", "modeling_llada.py", "assets"):
+    (hf / name).symlink_to(tmp_path / "deleted")
+  assert load_pretrained(hf).tokenizer is not None
+  orbax = convert(hf, tmp_path / "orbax")
+  assert not (orbax / "README.md").is_symlink() and (orbax / "tokenizer.json").exists()
+  assert "README.md is left out: a link to nothing" in capsys.readouterr().err
+  for name in ("tokenizer_config.json", "tokenizer.json"):
+    (hf / name).unlink()
+    (hf / name).symlink_to(tmp_path / "deleted")
+    with pytest.raises(UserError, match=f"{name} is a link to nothing"):
+      load_pretrained(hf)
+
+
+def shards_of(directory, names):
+  """Cuts a model into shards: tensor -> file."""
+  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+  (directory / "model.safetensors").unlink()
+  for name in set(names.values()):
+    part = {key: tensors[key] for key in names if names[key] == name}
+    safetensors.numpy.save_file(part, directory / name)
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def test_the_index_says_which_copy_of_a_tensor_counts(hf):
+  keys = sorted(safetensors.numpy.load_file(hf / "model.safetensors"))
+  for names in (("a.safetensors", "b.safetensors"), ("b.safetensors", "a.safetensors")):
+    directory = copy_tiny(hf.parent / names[0])
+    shards_of(directory, {key: names["q_proj" in key] for key in keys})
+    stale = safetensors.numpy.load_file(directory / names[0])
+    stale |= {key: np.zeros((64, 64), np.float32) for key in keys if "q_proj" in key}
+    safetensors.numpy.save_file(stale, directory / names[0])
+    one, two = (load_pretrained(d, dtype="float32") for d in (directory, hf))
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
+WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kept, dropped", [(WTE, HEAD), (HEAD, WTE)])
+def test_a_tensor_may_be_named_in_the_metadata_only(hf, tmp_path, kept, dropped, tied):
+  # torch writes tensors that share their memory once, the first by name.
+  edit_config(hf, weight_tying=tied)
+  tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+  whole = copy_tiny(tmp_path / "whole")
+  edit_config(whole, weight_tying=tied)
+  same = tensors | {dropped: tensors[kept]}
+  safetensors.numpy.save_file(same, whole / "model.safetensors")
+  del tensors[dropped]
+  q = "model.transformer.blocks.{}.q_proj.weight"
+  metadata = {"format": "pt", dropped: "again", "again": kept, q.format(0): q.format(1)}
+  safetensors.numpy.save_file(tensors, hf / "model.safetensors", metadata)
+  expected = load_pretrained(whole, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(hf, "float32").params,
+               expected.params)  # fmt: skip
+  back = convert(convert(hf, tmp_path / "orbax"), tmp_path / "back")
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(back, "float32").params,
+               expected.params)  # fmt: skip
+
+
+def test_metadata_that_leads_nowhere_helps_nobody(hf):
+  tensors = safetensors.numpy.load_file(hf / "model.safetensors")
+  del tensors[HEAD]
+  for metadata in ({HEAD: "x", "x": HEAD}, {HEAD: "gone"}, {HEAD: "pt"}):
+    safetensors.numpy.save_file(tensors, hf / "model.safetensors", metadata)
+    with pytest.raises(UserError, match=f"{HEAD} is missing"):
+      load_pretrained(hf)
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 50), columns=st.integers(1, 9), layers=st.integers(1, 3),
        limit=st.integers(1, 400), transposed=st.booleans())  # fmt: skip
@@ -220,6 +303,66 @@ def test_an_option_with_another_published_default_must_be_stated(hf, option):
   (hf / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=f"{option} is missing"):
     sources.open_source(hf)
+
+
+@pytest.mark.parametrize("options", [
+  {"gradient_checkpointing": True, "use_cache": True},
+  {"flash_attn_varlen": True, "use_flash_attention": False},
+  {"_attn_implementation_autoset": True, "_attn_implementation": "sdpa", "_commit_hash": "0f"},
+  {"unsloth_version": "2025.1", "unsloth_fixed": True},
+  {"quantization_config": None, "pruned_heads": {}, "is_encoder_decoder": False},
+  {"id2label": {"0": "LABEL_0"}, "temperature": 1.0, "top_k": 50, "problem_type": None},
+])  # fmt: skip
+def test_options_that_training_programs_leave_behind_change_nothing(hf, options):
+  expected = load_pretrained(hf, dtype="float32")
+  edit_config(hf, **options)
+  pre = load_pretrained(hf, dtype="float32")
+  assert pre.config == expected.config
+  jax.tree.map(np.testing.assert_array_equal, pre.params, expected.params)
+
+
+@pytest.mark.parametrize("option, value", [
+  ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True), ("pruned_heads", {"0": [1]}),
+])  # fmt: skip
+def test_options_of_any_model_that_change_what_it_computes_are_refused(hf, option, value):
+  edit_config(hf, **{option: value})
+  with pytest.raises(UserError, match=f"{option}="):
+    load_pretrained(hf)
+
+
+DEFAULT_ROTATION = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize("family", ["llada", "illada"])
+@pytest.mark.parametrize("change, message", [
+  ({"rope_parameters": DEFAULT_ROTATION, "rope_theta": None}, None),
+  ({"rope_parameters": {**DEFAULT_ROTATION, "partial_rotary_factor": 1.0}}, None),
+  ({"rope_scaling": {"type": "default"}}, None),
+  ({"rope_parameters": None, "rope_scaling": None}, None),
+  ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=500000.0, but"),
+  ({"rope_parameters": {**DEFAULT_ROTATION, "rope_type": "yarn"}}, "only the default rotation"),
+  ({"rope_parameters": {**DEFAULT_ROTATION, "partial_rotary_factor": 0.5}}, "only the default"),
+  ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "only the default rotation"),
+  ({"rope_parameters": {"full_attention": DEFAULT_ROTATION}}, "only the default rotation"),
+  ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "rope_theta is missing"),
+  ({"rope_parameters": {**DEFAULT_ROTATION, "rope_theta": "5"}, "rope_theta": None},
+   "rope_theta='5' should be"),
+  ({"rope_parameters": "default"}, "rope_parameters='default'"),
+])  # fmt: skip
+def test_the_default_rotation_in_the_words_of_transformers_5(tmp_path, family, change, message):
+  if family == "llada":
+    directory = copy_tiny(tmp_path / "model")
+  else:
+    directory = illada_directory(tmp_path / "model", tied=False)
+  expected = sources.open_source(directory).config
+  config = json.loads((directory / "config.json").read_text()) | change
+  config = {k: v for k, v in config.items() if v is not None or not k.startswith("rope_theta")}
+  (directory / "config.json").write_text(json.dumps(config))
+  if message is None:
+    assert sources.open_source(directory).config == expected
+  else:
+    with pytest.raises(UserError, match=message):
+      sources.open_source(directory)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -29,6 +29,8 @@ def llada(**options):
   config.data.rl = config.data.sft = "none"
   config.stages = ("sft", "rl")
   config.update_from_flattened_dict({"model.n_layers": 2, **options})
+  if config.model.lora.rank == 0:
+    config.model.param_dtype = "float32"
   return freeze(config)
 
 

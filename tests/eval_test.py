@@ -123,12 +123,12 @@ class Interrupted(Exception):
 
 
 def run_evaluation(directory, setting=None, n=13, batch_size=4, label="init", stop_after=None,
-                   params=None, uri=TASK):  # fmt: skip
+                   params=None, uri=TASK, buckets=(12,)):  # fmt: skip
   """Evaluates the tiny model on n synthetic problems; returns its metrics and the file."""
   lm, own = tiny_model(3 + len(ALPHABET))
   config = eval_config(f"test={uri}&n={n}", batch_size=batch_size)
   config.reward.verifier = "exact"
-  config.data.prompt_buckets = (12,)
+  config.data.prompt_buckets = buckets
   config.sampler.gen_length, config.sampler.block_length, config.sampler.steps = 12, 6, 4
   config = freeze(config)
   (task,) = plan(config)
@@ -241,8 +241,25 @@ def test_a_long_prompt_gets_a_bucket_and_nothing_is_left_out():
   problems = problems_of(setting, [*records, long])
   stream = make_stream(problems, CharTokenizer(ALPHABET), 4, (12, 16), make_mesh())
   assert len(stream) == 12 and stream.dropped == {}
-  widths = [batch.tokens.shape[1] for batch in stream.ordered_batches()]
-  assert widths == [12, 12, 128]
+  batches = list(stream.ordered_batches())
+  assert [batch.tokens.shape[1] for batch in batches] == [128, 12, 12]  # longest first
+  # problems of equal length stay in their order, a problem's samples together
+  longest_first = sorted(problems, key=lambda p: -len(p.record.prompt[0]["content"]))
+  asked = [record.id for batch in batches for record in batch.records]
+  assert asked == [p.asked.id for p in longest_first] and asked[:2] == ["long", "long#sample1"]
+
+
+def test_batches_of_like_length_give_the_rows_and_the_file_of_one_batch(tmp_path):
+  """13 problems of two lengths, 3 samples each: shuffled by length, and put in order at the end."""
+  expected, whole = run_evaluation(tmp_path / "whole", WARM, batch_size=64)
+  with pytest.raises(Interrupted):
+    run_evaluation(tmp_path / "sorted", WARM, stop_after=4, buckets=(8, 12))
+  lengths = [len(row["question"]) for row in read(rows_file(tmp_path / "sorted"))]
+  assert lengths == sorted(lengths, reverse=True) and len(lengths) == 16
+  result, path = run_evaluation(tmp_path / "sorted", WARM, buckets=(8, 12))
+  assert path.read_bytes() == whole.read_bytes() and result == expected
+  lengths = [len(row["question"]) for row in read(path)]
+  assert lengths != sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "expected"), [(13, 4, 8), (13, 64, 16), (3, 8, 8)])

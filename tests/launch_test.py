@@ -391,6 +391,52 @@ def test_one_gpu(world):
   one_line_error(world.launch("gpu.sh"), "--config")
 
 
+def environment_of(world, *packages, gpu=True):
+  """A .venv in the repository that records what is done with it."""
+  binary = world.repo / ".venv" / "bin"
+  binary.mkdir(parents=True)
+  for package in packages:
+    (world.repo / ".venv" / "lib" / "python3.11" / "site-packages" / package).mkdir(parents=True)
+  note = f'echo "$(basename "$0") $*" >> {world.folder}/done'
+  looks = f'case "$1" in -c) {"exit 0" if gpu else "exit 1"} ;; esac'
+  for name in ("python", "pip"):
+    (binary / name).write_text(f"#!/bin/sh\n{note}\n{looks}\n")
+    (binary / name).chmod(0o755)
+  return lambda: (world.folder / "done").read_text().splitlines()
+
+
+def test_an_environment_without_the_cuda_plugin_gets_it(make_world):
+  """README's first command makes .venv without: everything would run on the CPU, unnoticed."""
+  run = ("gpu.sh", "--config=configs/quickstart.py")
+  world = make_world()
+  done_with = environment_of(world, "jax")
+  assert world.launch(*run).returncode == 0
+  assert [line.split()[0] for line in done_with()] == ["pip", "python", "python"]
+  assert "install" in done_with()[0] and ".[cuda]" in done_with()[0]
+  world = make_world()
+  done_with = environment_of(world, "jax", "jax_cuda12_plugin")
+  assert world.launch(*run).returncode == 0
+  assert [line.split()[0] for line in done_with()] == ["python", "python"]
+  assert done_with()[-1] == "python -m igpo_jax.main --config=configs/quickstart.py"
+  # A dry run says what would be done here.
+  dry = shown(world.launch("gpu.sh", "--dry-run", run[1]))
+  assert not any(".[cuda]" in words for words in dry)
+
+
+def test_a_machine_without_a_gpu_is_told(world):
+  done_with = environment_of(world, "jax", "jax_cuda12_plugin", gpu=False)
+  one_line_error(world.launch("gpu.sh", "--config=configs/quickstart.py"), "finds no GPU")
+  assert len(done_with()) == 1
+
+
+def test_slurm_refuses_an_environment_without_the_cuda_plugin(world):
+  environment_of(world, "jax")
+  world.program("srun", f"#!/bin/sh\ntouch {world.folder}/started\n")
+  job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(world.repo)}
+  one_line_error(world.launch("slurm.sbatch", *JOB, **job), "CUDA", ".[cuda]")
+  assert not (world.folder / "started").exists()
+
+
 JOB = ("--config=configs/math500.py", "--workdir=shared/run")
 
 

@@ -151,6 +151,7 @@ class World:
     self.program("gcloud", f"#!{sys.executable} -I\n{GCLOUD}")
     self.program("python3", f"#!{sys.executable} -I\n{PYTHON}")
     self.program("hostname", '#!/bin/sh\necho "$FAKE_HOST"\n')
+    self.program("pkill", "#!/bin/sh\nexit 127\n")  # a bare image lacks procps
     (folder / "plan.json").write_text(json.dumps(list(plan)))
 
   def program(self, name: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig, ModelConfig
 from igpo_jax.models import lora
+from igpo_jax.models.layers import Linear
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
@@ -171,3 +173,46 @@ def test_remat_and_bfloat16_take_adapters_too(trained):
   gradient = jax.jit(jax.grad(loss))(trainable)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+def test_in_bfloat16_an_adapter_has_its_whole_effect_after_one_update():
+  """At LLaDA's width, the paper's rank and learning rate: B after one step of AdamW."""
+  width, rank, rate, rows = 4096, 128, 5e-7, 8192
+  keys = jax.random.split(jax.random.key(0), 4)
+  bf16 = jnp.bfloat16
+  kernel = (jax.random.normal(keys[0], (width, width)) * width**-0.5).astype(bf16)
+  # Positions have a part in common, so that an update moves all of them.
+  common = jax.random.normal(keys[1], (1, width))
+  x = (0.8 * common + 0.6 * jax.random.normal(keys[2], (rows, width))).astype(bf16)
+  a = jax.random.uniform(keys[3], (width, rank), minval=-(width**-0.5), maxval=width**-0.5)
+  layer = Linear(width, ("embed", "heads"), bf16, bf16, lora=LoRAConfig(rank=rank, alpha=64.0))
+
+  @jax.jit
+  def apply(kernel, x, b):
+    return layer.apply({"params": {"kernel": kernel, "lora_a": a, "lora_b": b}}, x)
+
+  # Adam's first step is the rate times the gradient's sign; here towards larger outputs.
+  inner = x.astype(jnp.float32) @ a * (64.0 / rank)
+  b = jnp.broadcast_to(rate * jnp.sign(inner.sum(0))[:, None], (rank, width))
+  effect = inner @ b
+  # Rounded: inside the jitted function XLA may leave out a rounding that is undone at once.
+  plus, minus = apply(kernel, x, b), apply(kernel, x, -b)
+  assert plus.dtype == bf16
+  moved = plus.astype(jnp.float32) - minus.astype(jnp.float32)
+  share = jnp.sum(moved * effect) / jnp.sum(2 * effect**2)
+  assert 0.99 < share < 1.01
+
+
+def test_gradients_with_adapters_are_products_in_the_compute_dtype():
+  """No product of the backward pass has a float32 operand: those take several times as long."""
+  layer = Linear(32, ("embed", "heads"), jnp.bfloat16, jnp.bfloat16, lora=LoRAConfig(rank=4))
+  x = jnp.ones((8, 16), jnp.bfloat16)
+  leaves = {"kernel": (16, 32), "lora_a": (16, 4), "lora_b": (4, 32)}
+  params = {name: jnp.ones(shape) for name, shape in leaves.items()}
+  params["kernel"] = params["kernel"].astype(jnp.bfloat16)
+  loss = lambda params, x: layer.apply({"params": params}, x).astype(jnp.float32).sum()
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text()
+  operands = re.findall(r"dot_general .*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", text)
+  assert len(operands) >= 6
+  assert all(dtype.endswith("bf16") for pair in operands for dtype in pair)

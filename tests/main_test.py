@@ -82,8 +82,12 @@ def test_a_run_in_peace_writes_what_it_says(runs):
   assert all(row["rl/grad_norm"] > 0 for row in rl)
   assert [k for k, row in enumerate(rows) if "eval/test/accuracy" in row] == [0, 4, 7, 10]
   samples = rows_of(peace / "samples.jsonl")
-  assert at(samples) == [("rl", 1 + k // 4) for k in range(24)]
-  assert any(row["inserted"] for row in samples) and any(row["hints"] for row in samples)
+  assert list(dict.fromkeys(at(samples))) == [("rl", 1 + k) for k in range(6)]
+  own = [(row["step"], row["group"], row["number"]) for row in samples if row["phase"] == "own"]
+  assert sorted(own) == [(1 + k // 4, k // 2 % 2, k % 2) for k in range(24)]
+  hinted = [row for row in samples if row["phase"] == "hinted"]
+  assert len(hinted) == 2 * round(2 * sum(row["rl/all_wrong_before"] for row in rl))
+  assert any(row["used"] == "inserted" for row in hinted) and any(row["hints"] for row in hinted)
   summary = json.loads((peace / "summary.json").read_text())
   assert set(summary["eval"]) == {"init/test", "sft/test", "rl/test"}
   assert summary["eval"]["rl/test"]["n"] == 8

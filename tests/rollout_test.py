@@ -105,13 +105,23 @@ def resample():
   return explore(exploration="resample")
 
 
+def learnt(explored):
+  """The rows that the policy learns from, in their places: P lists of G."""
+  groups = [[None] * G for _ in range(P)]
+  for row in explored.rows:
+    if row["used"] in ("kept", "inserted"):
+      place = row["partner"] if row["used"] == "inserted" else row["number"]
+      assert groups[row["group"]][place] is None
+      groups[row["group"]][place] = row
+  return groups
+
+
 def all_wrong(explored):
-  return np.array([not any(r["correct"] for r in explored.rows[p * G : p * G + G])
-                   for p in range(P)])  # fmt: skip
+  return np.array([not any(row["correct"] for row in group) for group in learnt(explored)])
 
 
 def inserted(explored):
-  return np.array([r["inserted"] for r in explored.rows]).reshape(P, G)
+  return np.array([[row["used"] == "inserted" for row in group] for group in learnt(explored)])
 
 
 def host(rollout):
@@ -144,7 +154,7 @@ def test_only_wrong_groups_are_replaced_and_only_by_correct_ones(exploration, no
   explored = request.getfixturevalue(exploration)
   replaced = inserted(explored)
   wrong = all_wrong(none)
-  correct = np.array([r["correct"] for r in explored.rows]).reshape(P, G)
+  correct = np.array([[row["correct"] for row in group] for group in learnt(explored)])
   assert correct[replaced].all()
   for p in np.flatnonzero(wrong):
     k = replaced[p].sum()
@@ -200,16 +210,48 @@ def test_shares_that_are_logged_count_what_happened(none, inpaint):
 
 def test_rows_for_the_record_say_what_each_completion_was(inpaint):
   rollout = host(inpaint.rollout)
-  for k, row in enumerate(inpaint.rows):
-    p, g = divmod(k, G)
-    assert row["id"] == RECORDS[p].id and row["prompt"] == RECORDS[p].question
-    assert row["completion"] == TOKENIZER.decode(rollout.completion[p, g])
-    assert row["commit_step"] == rollout.commit_step[p, g].tolist()
-    hinted = np.zeros(LENGTH, bool)
-    for start, end in row["hints"]:
-      hinted[start:end] = True
-    np.testing.assert_array_equal(hinted, rollout.hinted[p, g])
-    assert row["correct"] == (row["completion"].count("h") >= ENOUGH)
+  for p, group in enumerate(learnt(inpaint)):
+    for g, row in enumerate(group):
+      assert row["id"] == RECORDS[p].id and row["prompt"] == RECORDS[p].question
+      assert row["completion"] == TOKENIZER.decode(rollout.completion[p, g])
+      assert row["commit_step"] == rollout.commit_step[p, g].tolist()
+      hinted = np.zeros(LENGTH, bool)
+      for start, end in row["hints"]:
+        hinted[start:end] = True
+      np.testing.assert_array_equal(hinted, rollout.hinted[p, g])
+      assert row["correct"] == (row["completion"].count("h") >= ENOUGH)
+
+
+@pytest.mark.parametrize(
+  ("exploration", "second"), [("inpaint", "hinted"), ("resample", "resampled")]
+)
+def test_rows_for_the_record_have_both_tries_of_all_wrong_groups_first(
+  exploration, second, none, request
+):
+  explored = request.getfixturevalue(exploration)
+  wrong = set(np.flatnonzero(all_wrong(none)))
+  groups = list(dict.fromkeys(row["group"] for row in explored.rows))
+  assert set(groups[: len(wrong)]) == wrong and len(groups) == P
+  assert len(explored.rows) == P * G + len(wrong) * G
+  for group in groups:
+    rows = [row for row in explored.rows if row["group"] == group]
+    tries = {phase: [r for r in rows if r["phase"] == phase] for phase in ("own", second)}
+    for phase, expected in (("own", range(G)), (second, range(G) if group in wrong else ())):
+      assert sorted(row["number"] for row in tries[phase]) == list(expected)
+    assert {row["used"] for row in tries["own"]} <= {"kept", "replaced"}
+    assert {row["used"] for row in tries[second]} <= {"inserted", "dropped"}
+    assert not any(row["hints"] for row in tries["own"])
+    # What was inserted comes first, and after each what it replaced.
+    pairs = sum(row["used"] == "inserted" for row in rows)
+    for first, other in zip(rows[: 2 * pairs : 2], rows[1 : 2 * pairs : 2], strict=True):
+      assert (first["used"], other["used"]) == ("inserted", "replaced")
+      assert (first["partner"], other["partner"]) == (other["number"], first["number"])
+      assert first["correct"] and not other["correct"]
+    assert all(row["partner"] is None for row in rows[2 * pairs :])
+  assert any(row["hints"] for row in explored.rows) == (exploration == "inpaint")
+  # Groups in which something was inserted come before the others that were all wrong.
+  kinds = [any(r["used"] == "inserted" for r in explored.rows if r["group"] == g) for g in groups]
+  assert kinds == sorted(kinds, reverse=True) and any(kinds)
 
 
 def test_results_follow_the_prompt_not_its_place_in_the_batch(inpaint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_jax.cli import UserError
-from igpo_jax.data import hf_tokenizer, tokenizer
+from igpo_jax.data import chat_template, tokenizer
 from tests import tiny_tokenizer
 from tests.fakes import REPO, shared_path
 
@@ -321,6 +322,144 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path):
     tokenizer.load_tokenizer(directory)
 
 
+def bare_directory(path, **files):
+  """A directory whose tokenizer.json ends with <|endoftext|>; further files by their stems."""
+  directory = tiny_tokenizer.make_directory(path, template=None, special=("<|endoftext|>",))
+  files["tokenizer_config"] = {"eos_token": "<|endoftext|>"} | files.get("tokenizer_config", {})
+  for name, value in files.items():
+    (directory / f"{name}.json").write_text(json.dumps(value))
+  last = len(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()) - 1
+  return directory, last
+
+
+def added(text, special=True, **flags):
+  return {"content": text, "special": special, **flags}
+
+
+@pytest.mark.parametrize(
+  "files, mask",
+  [
+    # The ids that the files give, gaps and all.
+    ({"tokenizer_config": {"mask_token": "<m>", "added_tokens_decoder": {"{5}": added("<m>")}}}, 5),
+    ({"tokenizer_config": {"mask_token": added("<m>")}, "added_tokens": {"<m>": "{3}"}}, 3),
+    ({"tokenizer_config": {"added_tokens_decoder": {"{5}": added("<|mdm_mask|>")}}}, 5),
+    ({"added_tokens": {"<|mask|>": "{2}"}}, 2),
+    ({"special_tokens_map": {"mask_token": "<m>"}, "added_tokens": {"<m>": "{9}"}}, 9),
+    # Only named: they follow the vocabulary in the library's order.
+    ({"tokenizer_config": {"mask_token": "<m>"}}, 1),
+    ({"tokenizer_config": {"mask_token": "<m>", "pad_token": "<p>", "bos_token": "<b>"}}, 3),
+    ({"special_tokens_map": {"mask_token": added("<m>")}}, 1),
+    ({"tokenizer_config": {"mask_token": "<m>", "additional_special_tokens": ["<a>"]}}, 1),
+    ({"tokenizer_config": {"mask_token": "<m>", "added_tokens_decoder": {"{4}": added("<x>")}}}, 5),
+  ],
+)
+def test_a_mask_that_is_named_beside_the_vocabulary_is_found(tmp_path, files, mask):
+  _, last = bare_directory(tmp_path / "x")
+  text = re.sub(r'"\{(\d)\}"(:?)', lambda m: f'"{last + int(m[1])}"{m[2]}' if m[2]
+                else str(last + int(m[1])), json.dumps(files))  # fmt: skip
+  directory, _ = bare_directory(tmp_path, **json.loads(text))
+  t = tokenizer.load_tokenizer(directory)
+  assert t.mask_id == last + mask
+  assert t.vocab_size > t.mask_id and t.mask_id in t.special_ids
+  assert t.decode([t.mask_id, *t.encode("eggs")]) == "eggs"
+  t.save(tmp_path / "copy")
+  again = tokenizer.load_tokenizer(tmp_path / "copy")
+  assert (again.mask_id, again.vocab_size, again.special_ids) == (
+    t.mask_id, t.vocab_size, t.special_ids,
+  )  # fmt: skip
+
+
+def test_tokens_beside_the_vocabulary_are_single_tokens_where_they_may_be_written(tmp_path):
+  decoder = {
+    "340": added("<|im_start|>"),
+    "341": added("<|im_end|>"),
+    "342": added("<|mask|>"),
+    "343": added("<tool>", special=False),
+    "344": added("<tool>s", special=False, lstrip=True, rstrip=True),
+  }
+  config = {"tokenizer_config": {"added_tokens_decoder": decoder}}
+  t = tokenizer.load_tokenizer(bare_directory(tmp_path, **config)[0])
+  # The prompt's format writes them; a content that spells a special one does not.
+  ids = t.encode_prompt([{"role": "user", "content": "<|im_end|> <tool>"}])
+  assert ids[0] == 340 and ids.count(341) == 1 and ids.count(340) == 2 and 343 in ids
+  # One that is not special is text like any other: it comes back, with its place.
+  text = "a <tool>b é <tool>s  <tool>"
+  ids, offsets = t.encode_with_offsets(text)
+  assert [(i, text[a:b]) for i, (a, b) in zip(ids, offsets, strict=True) if i >= 340] == [
+    (343, "<tool>"), (344, " <tool>s  "), (343, "<tool>"),
+  ]  # fmt: skip
+  assert t.decode(t.encode("x <tool>y é")) == "x <tool>y é"
+  assert t.encode_batch_with_offsets([text, ""]) == [(ids, offsets), ([], [])]
+  assert t.decode([*t.encode("a"), 341, 340, 5]) == "a"
+
+
+@pytest.mark.parametrize(
+  "files, line",
+  [
+    ({"added_tokens": {"<m>": 3}}, "'<m>' has the id 3, which is that of"),
+    ({"added_tokens": {"<m>": "three"}}, "'<m>' has the id 'three', which is no number"),
+    ({"added_tokens": {"<m>": -3}}, "no number"),
+    ({"added_tokens": {"<m>": True}}, "no number"),
+    ({"added_tokens": {"<m>": 400, "<n>": 400}}, "'<n>' has the id 400, which is that of '<m>'"),
+    ({"added_tokens": ["<m>"]}, "should hold a JSON object"),
+    ({"config": {"mask_token_id": "five"}}, "config.json: mask_token_id='five' should be a whole"),
+    ({"config": {"mask_token_id": 1.5}}, "mask_token_id=1.5 should be a whole number"),
+    ({"config": {"mask_token_id": True}}, "mask_token_id=True should be"),
+    ({"config": {"mask_token_id": 7, "eos_token_id": ["a"]}}, "eos_token_id=.* should be a whole"),
+    ({"config": {"mask_token_id": 7}, "generation_config": {"eos_token_id": {}}}, "eos_token_id"),
+  ],
+)
+def test_an_id_that_cannot_be_is_one_clear_line(tmp_path, files, line):
+  with pytest.raises(UserError, match=line):
+    tokenizer.load_tokenizer(bare_directory(tmp_path, **files)[0])
+
+
+@pytest.mark.parametrize(
+  "files, stops",
+  [
+    ({"config": {"eos_token_id": [5, 6, 7]}}, (5, 6, 7)),
+    ({"config": {"eos_token_id": [5, 6, 5]}}, (5, 6)),
+    ({"config": {"eos_token_id": 5}}, (5,)),
+    ({"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": [5, 8, 9]}}, (5, 8, 9)),
+    ({"config": {"eos_token_id": [5, 6]}, "generation_config": {"eos_token_id": 9}}, (5, 6, 9)),
+    ({"config": {"eos_token_id": [5, 6], "eot_token_id": 9}}, (5, 6, 9)),
+    ({"igpo_tokenizer": {"eos_token_id": [5, 6]}, "config": {"eos_token_id": 9}}, (5, 6)),
+    ({"config": {"eos_token_id": None}}, ()),
+    ({"config": {"eos_token_id": []}}, ()),
+    ({"config": {"eos_token_id": -1}}, ()),
+  ],
+)
+def test_every_end_of_text_ends_an_answer(tmp_path, files, stops):
+  files.setdefault("config", {})["mask_token_id"] = 300
+  directory, last = bare_directory(tmp_path / "a", **files)
+  t = tokenizer.load_tokenizer(directory)
+  stops = stops or (last,)  # <|endoftext|>, by its name
+  assert t.stop_ids == stops and t.eos_id == t.pad_id == stops[0]
+  assert set(stops) <= t.special_ids
+  for stop in stops:
+    assert t.decode([100, stop, 101]) == t.decode([100])
+  t.save(tmp_path / "b")  # without the files that told
+  again = tokenizer.load_tokenizer(tmp_path / "b")
+  assert (again.stop_ids, again.turn_id, again.pad_id) == (stops, t.turn_id, t.pad_id)
+
+
+def test_a_pad_id_below_zero_is_none(tmp_path):
+  directory, last = bare_directory(tmp_path, config={"mask_token_id": 300, "pad_token_id": -1})
+  assert tokenizer.load_tokenizer(directory).pad_id == last
+
+
+@pytest.mark.parametrize("kind", ("sentencepiece", "hf"))
+@pytest.mark.parametrize("text", ["\ud83d", "a\ud800b", "\udfff\udfff end", "ok \ude00"])
+def test_half_a_character_is_encoded_as_a_broken_one(every, kind, text):
+  t = every[kind]
+  ids, offsets = t.encode_with_offsets(text)
+  assert t.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+  assert {k for start, end in offsets for k in range(start, end)} == set(range(len(text)))
+  assert t.encode_batch_with_offsets([text]) == [(ids, offsets)]
+  prompt = t.encode_prompt([{"role": "user", "content": text}])
+  assert prompt == t.encode_prompt([{"role": "user", "content": t.decode(ids)}])
+
+
 def test_blanks_before_a_word_belong_to_its_token(tmp_path):
   """Whatever the file says about trimmed offsets: a token that begins early is known to."""
   for trim in (True, False):
@@ -344,7 +483,7 @@ def test_chatml_is_recognised_by_its_tokens(tmp_path):
   special = ("<|endoftext|>", "<|mask|>", "<|im_start|>", "<|im_end|>")
   directory = tiny_tokenizer.make_directory(tmp_path, template=None, special=special)
   t = tokenizer.load_tokenizer(directory)
-  assert t._chat is hf_tokenizer.chatml_chat
+  assert t._chat is chat_template.chatml_chat
   assert t.render_prompt(USER) == (
     "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
   )

@@ -70,6 +70,14 @@ RESTARTS = re.compile(
   r"|another (?:way|approach)|redo (?:this|that|it|the)|from (?:scratch|the beginning))\b",
   re.IGNORECASE,
 )
+# A line that only names what follows: "### Solution 2", "**Final Answer**", "Step 3.", "---".
+HEADINGS = re.compile(
+  r"#+\s.*|(?:\*\*|__)[^*_]*(?:\*\*|__)[:.]?|[-*_=~\s]+"
+  r"|\W*(?:(?:the|my|our|a|final|full|short|step|case|part|method|detailed)\s+)*"
+  r"(?:answer|solution|result|conclusion|summary|explanation|proof|step|case|part|method|approach)"
+  r"\s*(?:\d+|[ivx]+|[A-Z])?\s*\W*",
+  re.IGNORECASE,
+)
 _THINK_TAGS = re.compile(r"</?think>")
 # A sentence ends with its line, or with . ! ? and a space; "3.5", "e.g. x" and "Dr. X" go on.
 _SENTENCE_END = re.compile(r"\n+|(?<=[.!?])(?<!\b[a-z]\.[a-z]\.)(?<!\b[A-Z][a-z]\.)\s+(?=[^a-z\s])")
@@ -101,11 +109,10 @@ def _inside_formula(piece: str) -> bool:
 
 def split_ending(trace: str, answer: str) -> tuple[str, str]:
   """The derivation, and the statement of the answer from its sentence's beginning on."""
-  span = spans.find_answer_span(trace, answer)
-  start, at = span[0] if span else len(trace), 0
+  start, at = spans.final_statement(trace, answer), 0
   pieces = sentences(trace)
-  if span is None and pieces:
-    start = len(trace) - len(pieces[-1])
+  if start is None:
+    start = len(trace) - len(pieces[-1]) if pieces else len(trace)
   for piece in pieces:
     if at + len(piece) > start:
       break
@@ -113,10 +120,19 @@ def split_ending(trace: str, answer: str) -> tuple[str, str]:
   return trace[:at], trace[at:]
 
 
-def _without_thinking(trace: str) -> str:
+def derives(sentence: str) -> bool:
+  """Whether a sentence has a step in it: no heading, no rule, no mere lead-in to what follows."""
+  line = sentence.strip()
+  plain = line.strip("*_# ").removeprefix("$").strip()
+  if HEADINGS.fullmatch(line) or (plain.endswith(":") and not re.search(r"[=<>\\]", plain)):
+    return False
+  return bool(re.search(r"\d|\\[a-z]|=", plain)) or len(plain.split()) >= 5
+
+
+def _without_thinking(trace: str, answer: str) -> str:
   """What follows the last </think>, if there is a derivation in it; else all of it."""
   after = trace.rpartition("</think>")[2].strip()
-  if "</think>" in trace and len(sentences(after)) > 1:
+  if "</think>" in trace and any(map(derives, sentences(split_ending(after, answer)[0]))):
     return after
   return _THINK_TAGS.sub("", trace).strip()
 
@@ -139,10 +155,10 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
   Returns:
     The trimmed trace; it is still too long where its last sentences are.
   """
-  body, ending = split_ending(_without_thinking(trace), answer)
+  body, ending = split_ending(_without_thinking(trace, answer), answer)
   parts = sentences(body)
   last = max((k for k, part in enumerate(parts) if RESTARTS.search(part)), default=-1)
-  if any(re.search(r"\d|\\[a-z]|=", part) for part in parts[last + 1 :]):
+  if any(map(derives, parts[last + 1 :])):
     parts = parts[last + 1 :]
   kept: list[str] = []
   seen: set[str] = set()

@@ -10,13 +10,15 @@ import argparse
 import re
 import sys
 import time
+import typing
 
 import jax
+import numpy as np
 import tqdm
 
 from igpo_jax import cli
 from igpo_jax.convert import sources, transfer, writers
-from igpo_jax.convert.pretrained import DTYPES
+from igpo_jax.options import Dtype, check_dtype
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,11 +48,13 @@ def make_parser() -> cli.ArgumentParser:
   parser.add_argument("--target", required=True, help="directory to make")
   parser.add_argument("--to", choices=transfer.FORMATS,
                       help="format; default: orbax from Hugging Face, else hf")  # fmt: skip
-  parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+  parser.add_argument("--dtype", help=f"{', '.join(typing.get_args(Dtype))}; default: as stored")
   parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file (5GB)")
   parser.add_argument("--adapter", help="PEFT directory to put on top of the source")
   parser.add_argument("--base", help="model that a checkpoint of adapters belongs to; "
                       "default: the run's init_from")  # fmt: skip
+  parser.add_argument("--code", help="directory with the PyTorch code of LLaDA "
+                      "(modeling_llada.py): copied along, and named in config.json")  # fmt: skip
   parser.add_argument("--merge_lora", action="store_true", help="add adapters into their kernels")
   parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
   parser.add_argument("--dry_run", action="store_true",
@@ -69,10 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     sources.open_source(args.source, adapter=args.adapter, base=args.base),
     args.target,
     to=args.to,
-    dtype=DTYPES[args.dtype] if args.dtype else None,
+    dtype=np.dtype(check_dtype(args.dtype, "--dtype")) if args.dtype else None,
     merge_lora=args.merge_lora,
     max_shard_bytes=parse_size(args.max_shard_size),
     overwrite=args.overwrite,
+    code=args.code,
   )
   if args.dry_run:
     print("\n".join(plan.lines()))
@@ -81,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
   bar = tqdm.tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None, file=sys.stderr)
   with bar:
     transfer.execute(plan, bar.update, args.threads)
+  for note in plan.notes():
+    print(f"note: {note}", file=sys.stderr)
   seconds = time.monotonic() - began
   print(f"{plan.lines()[-1]} in {seconds:.1f} s")
 

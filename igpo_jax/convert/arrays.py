@@ -2,7 +2,8 @@
 
 Safetensors (one tensor per layer, kernels transposed) and Orbax (our stacked tree)
 look the same from here: a name such as "blocks/q_proj/kernel", a shape in our
-layout, a dtype, and `read(name, index)`. Nothing is read before it is asked for.
+layout, a dtype, and `read(name, index)`. Nothing is read before it is asked for, and
+what several parts share is read once (`read_into`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import abc
 import concurrent.futures
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -37,8 +39,55 @@ class Arrays(abc.ABC):
   dtypes: Mapping[str, np.dtype]
 
   @abc.abstractmethod
+  def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
+    """Fills outs[k] with the part indices[k] of an array, converted to the dtype of outs[k].
+
+    What several parts have in common, or what lies between them in a row of the file, is
+    read once: this is how the shards of one host are filled.
+
+    Raises:
+      UserError: a value that the dtype cannot hold, or a file that cannot be read.
+    """
+
   def read(self, name: str, index: Index) -> np.ndarray:
     """The part `index` of an array, as stored."""
+    out = np.empty(part_shape(index, self.shapes[name]), self.dtypes[name])
+    self.read_into(name, [index], [out])
+    return out
+
+  def check(self) -> None:
+    """Compares what the files hold twice. Reads data, unlike opening them.
+
+    Raises:
+      UserError: two copies of one parameter differ.
+    """
+    return  # most files hold nothing twice
+
+
+def part_shape(index: Index, shape: Sequence[int]) -> tuple[int, ...]:
+  """The shape of array[index] for an array of this shape."""
+  return tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))
+
+
+def cast(x: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+  """`x` in another dtype, rounded to nearest; `x` itself where it has the dtype already.
+
+  Raises:
+    UserError: a finite number becomes an infinity; `what` names the tensor.
+  """
+  if x.dtype == dtype:
+    return x
+  with np.errstate(over="ignore", invalid="ignore"):
+    out = x.astype(dtype)
+  if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(x.dtype).max:
+    infinite = np.isinf(out)
+    if infinite.any() and (lost := x[infinite])[np.isfinite(lost)].size:
+      worst = float(np.abs(lost[np.isfinite(lost)].astype(np.float32)).max())
+      raise UserError(
+        f"{what} has values up to {worst:.3g}, which {dtype.name} cannot hold (its largest is "
+        f"{float(ml_dtypes.finfo(dtype).max):.3g}); use bfloat16 or float32"
+      )
+  return out
 
 
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
@@ -61,66 +110,136 @@ class SafetensorsArrays(Arrays):
   Args:
     reader: an open directory.
     entries: what it must hold.
-    ignored: keys that may be there besides (the copy of a tied head).
+    copies: keys that may be there besides, each with the name of the array that it must
+      be equal to (the head of a model whose embeddings are tied).
+    tied_by: the option of config.json that says so, for the message.
 
   Raises:
     UserError: every missing, extra or misshapen tensor, in one message.
   """
 
-  def __init__(self, reader: Reader, entries: Iterable[Entry], ignored: Iterable[str] = ()):
-    self._reader = reader
+  def __init__(
+    self,
+    reader: Reader,
+    entries: Iterable[Entry],
+    copies: Mapping[str, str] | None = None,
+    tied_by: str = "",
+  ):
+    self._reader, self._tied_by = reader, tied_by
     self._entries = {entry.name: entry for entry in entries}
+    self._copies = {k: name for k, name in (copies or {}).items() if k in reader.tensors}
     self.shapes = {name: entry.shape for name, entry in self._entries.items()}
     self.dtypes = {}
-    problems, expected = [], set(ignored)
+    problems, expected = [], {key: self._entries[n].hf_shape for key, n in self._copies.items()}
     for name, entry in self._entries.items():
-      expected.update(entry.keys)
+      expected |= dict.fromkeys(entry.keys, entry.hf_shape)
       found = [reader.tensors[key] for key in entry.keys if key in reader.tensors]
-      problems += [f"{key} is missing" for key in entry.keys if key not in reader.tensors]
-      problems += [
-        f"{key} has shape {list(reader.tensors[key].shape)}, "
-        f"config.json says {list(entry.hf_shape)}"
-        for key in entry.keys
-        if key in reader.tensors and reader.tensors[key].shape != entry.hf_shape
-      ]
       dtypes = {info.dtype for info in found}
       if len(dtypes) > 1:
         problems.append(f"the layers of {name} have different dtypes: {sorted(map(str, dtypes))}")
       self.dtypes[name] = found[0].dtype if found else np.dtype(np.float32)
-    problems += [f"{key} is not part of this model" for key in reader.tensors.keys() - expected]
+    for key, shape in expected.items():
+      if key not in reader.tensors:
+        problems.append(f"{key} is missing")
+      elif reader.tensors[key].shape != shape:
+        problems.append(
+          f"{key} has shape {list(reader.tensors[key].shape)}, config.json says {list(shape)}"
+        )
+    extra = reader.tensors.keys() - expected.keys() - reader.aliases
+    problems += [f"{key} is not part of this model" for key in extra]
     raise_problems(reader.directory, sorted(problems))
 
-  def read(self, name: str, index: Index) -> np.ndarray:
+  def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
     entry = self._entries[name]
-    ranges = [range(*s.indices(n)) for s, n in zip(index, entry.shape, strict=True)]
-    out = np.empty([len(r) for r in ranges], self.dtypes[name])
-    inner = ranges[1:] if entry.stacked else ranges
-    # Theirs is [out, in]: our last axis is their rows, which are what can be read apart.
-    rows, rest = (inner[-1], inner[:-1]) if entry.transposed else (inner[0], inner[1:])
-
     step = max(READ_BYTES * entry.hf_shape[0] // self._nbytes(name), 1)
 
-    def fill(layer: int) -> None:
-      target = out[layer - ranges[0].start] if entry.stacked else out
-      target = target.T if entry.transposed else target
-      for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        block = self._reader.read(entry.keys[layer], part.start, part.stop)
-        if rest:
-          block = block[:, rest[0].start : rest[0].stop]
-        copy_bits(target[start : start + step], block)
+    def fill(layer: int, parts: list[tuple[Index, np.ndarray]]) -> None:
+      key = entry.keys[layer]
+      targets = []
+      for index, out in parts:
+        ranges = [range(*s.indices(n)) for s, n in zip(index, entry.slice_shape, strict=True)]
+        # Theirs is [out, in]: our last axis is their rows, which are what can be read apart.
+        rows, *rest = ranges[::-1] if entry.transposed else ranges
+        targets.append((rows, rest, out.T if entry.transposed else out))
+      for start, stop in _runs([rows for rows, *_ in targets], step):
+        block = self._reader.read(key, start, stop)
+        for rows, rest, target in targets:
+          first, last = max(start, rows.start), min(stop, rows.stop)
+          if first < last:
+            piece = block[first - start : last - start]
+            piece = piece[:, rest[0].start : rest[0].stop] if rest else piece
+            copy_bits(target[first - rows.start : last - rows.start],
+                      cast(piece, target.dtype, key))  # fmt: skip
 
-    layers = ranges[0] if entry.stacked else [0]
-    if len(layers) == 1:
-      fill(layers[0])
-    else:
-      with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
-        list(pool.map(fill, layers))
-    return out
+    _each_layer(entry.stacked, entry.shape, indices, outs, fill)
+
+  def check(self) -> None:
+    for key, name in self._copies.items():
+      ours = self._entries[name].keys[0]
+      infos = [self._reader.tensors[k] for k in (key, ours)]
+      if (infos[0].file, infos[0].start) == (infos[1].file, infos[1].start):
+        continue
+      rows = infos[0].shape[0]
+      step = max(READ_BYTES * rows // self._nbytes(name), 1)
+      for start in range(0, rows, step):
+        one, two = (self._reader.read(k, start, start + step) for k in (key, ours))
+        if not np.array_equal(one.astype(np.float32), two.astype(np.float32), equal_nan=True):
+          raise UserError(
+            f"{self._reader.directory}: {key} and {ours} hold different numbers, but config.json "
+            f"says that they are one ({self._tied_by}): set {self._tied_by} to false to use the "
+            f"head that the file has, or remove {key} from it"
+          )
 
   def _nbytes(self, name: str) -> int:
     """Bytes of what one key holds."""
     return math.prod(self._entries[name].hf_shape) * self.dtypes[name].itemsize
+
+
+def _runs(wanted: Sequence[range], step: int) -> Iterator[tuple[int, int]]:
+  """Runs (start, stop) of at most `step` rows that cover all wanted rows once, in order."""
+  done = 0
+  for rows in sorted(wanted, key=lambda rows: rows.start):
+    for start in range(max(rows.start, done), rows.stop, step):
+      yield start, min(start + step, rows.stop)
+    done = max(done, rows.stop)
+
+
+def _each_layer(
+  stacked: bool,
+  shape: Sequence[int],
+  indices: Sequence[Index],
+  outs: Sequence[np.ndarray],
+  fill: Callable[[int, list[tuple[Index, np.ndarray]]], None],
+) -> None:
+  """`fill(layer, [(index within it, its part of an out)])` for each layer, several at a time."""
+  if not stacked:
+    fill(0, list(zip(indices, outs, strict=True)))
+    return
+  layers: dict[int, list[tuple[Index, np.ndarray]]] = {}
+  for index, out in zip(indices, outs, strict=True):
+    for place, layer in enumerate(range(*index[0].indices(shape[0]))):
+      layers.setdefault(layer, []).append((index[1:], out[place]))
+  if len(layers) == 1:
+    fill(*next(iter(layers.items())))
+    return
+  with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
+    list(pool.map(fill, layers.keys(), layers.values()))
+
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) of every axis
+
+
+def _boxes(wanted: Sequence[Box]) -> list[tuple[Box, list[int]]]:
+  """(what to read, which of the wanted boxes it fills): one box around all of them, so that
+  no chunk is read twice, or each alone where that one would hold much that nobody wants."""
+  around = tuple(
+    (min(start for start, _ in axis), max(stop for _, stop in axis))
+    for axis in zip(*wanted, strict=True)
+  )
+  size = lambda box: math.prod(stop - start for start, stop in box)
+  if size(around) <= sum(map(size, set(wanted))):
+    return [(around, list(range(len(wanted))))]
+  return [(box, [k]) for k, box in enumerate(wanted)]
 
 
 class OrbaxArrays(Arrays):
@@ -152,6 +271,28 @@ class OrbaxArrays(Arrays):
     self.shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
     self.dtypes = {name: store.dtype.numpy_dtype for name, store in self._stores.items()}
 
+  def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
+    shape, what = self.shapes[name], f"{self.directory}: {name}"
+    stacked = len(shape) > 2  # kernels, layers first; the rest is read in one piece
+
+    def fill(layer: int, parts: list[tuple[Index, np.ndarray]]) -> None:
+      at, inner = ((slice(layer, layer + 1),), shape[1:]) if stacked else ((), shape)
+      wanted = [
+        tuple(s.indices(n)[:2] for s, n in zip(index, inner, strict=True)) for index, _ in parts
+      ]
+      for box, members in _boxes(wanted):
+        data = self.read(name, (*at, *(slice(*bounds) for bounds in box)))
+        data = data[0] if stacked else data
+        for k in members:
+          inside = tuple(
+            slice(start - first, stop - first)
+            for (start, stop), (first, _) in zip(wanted[k], box, strict=True)
+          )
+          out = parts[k][1]
+          copy_bits(out, cast(data[inside], out.dtype, what))
+
+    _each_layer(stacked, shape, indices, outs, fill)
+
   def read(self, name: str, index: Index) -> np.ndarray:
     try:
       return self._stores[name][index].read().result()
@@ -160,21 +301,26 @@ class OrbaxArrays(Arrays):
 
 
 class UnionArrays(Arrays):
-  """Several sets of arrays with different names, as one."""
+  """Several sets of arrays as one; of two arrays with one name the later is taken."""
 
   def __init__(self, *parts: Arrays):
+    self._parts = parts
     self._owner = {name: part for part in parts for name in part.shapes}
     self.shapes = {name: part.shapes[name] for name, part in self._owner.items()}
     self.dtypes = {name: part.dtypes[name] for name, part in self._owner.items()}
 
-  def read(self, name: str, index: Index) -> np.ndarray:
-    return self._owner[name].read(name, index)
+  def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
+    self._owner[name].read_into(name, indices, outs)
+
+  def check(self) -> None:
+    for part in self._parts:
+      part.check()
 
 
 class MergedArrays(Arrays):
   """The base with its adapters added in, computed part by part as it is read.
 
-  W + A B alpha / r, summed in float32 and rounded once to the dtype of W.
+  W + A B alpha / r, summed in float32 and rounded once, to the dtype that is asked for.
   """
 
   def __init__(self, arrays: Arrays, alpha: float):
@@ -182,16 +328,38 @@ class MergedArrays(Arrays):
     self.shapes = {k: v for k, v in arrays.shapes.items() if not k.endswith(("lora_a", "lora_b"))}
     self.dtypes = {name: arrays.dtypes[name] for name in self.shapes}
 
-  def read(self, name: str, index: Index) -> np.ndarray:
-    kernel = self._arrays.read(name, index)
-    layer, _, leaf = name.rpartition("/")
-    if leaf != "kernel" or f"{layer}/lora_a" not in self._arrays.shapes:
-      return kernel
-    rank = slice(0, self._arrays.shapes[f"{layer}/lora_a"][-1])
-    a = self._arrays.read(f"{layer}/lora_a", (*index[:-1], rank)).astype(np.float32)
-    b = self._arrays.read(f"{layer}/lora_b", (*index[:-2], rank, index[-1])).astype(np.float32)
-    delta = np.matmul(a, b) * np.float32(self._alpha / rank.stop)
-    return (kernel.astype(np.float32) + delta).astype(kernel.dtype)
+  def check(self) -> None:
+    self._arrays.check()
+
+  def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
+    layer_name, _, leaf = name.rpartition("/")
+    pair = [f"{layer_name}/lora_a", f"{layer_name}/lora_b"]
+    if leaf != "kernel" or pair[0] not in self._arrays.shapes:
+      self._arrays.read_into(name, indices, outs)
+      return
+    shape, rank = self.shapes[name], self._arrays.shapes[pair[0]][-1]
+    scale, stacked = np.float32(self._alpha / rank), len(shape) > 2
+
+    def fill(layer: int, parts: list[tuple[Index, np.ndarray]]) -> None:
+      whole = lambda index: (slice(layer, layer + 1), *index) if stacked else index
+      ranks = slice(0, rank)
+      wanted = [[i for i, _ in parts], [(i[0], ranks) for i, _ in parts],
+                [(ranks, i[1]) for i, _ in parts]]  # fmt: skip
+      read = []
+      for array, inner in zip((name, *pair), wanted, strict=True):
+        indices = [whole(index) for index in inner]
+        arrays = [
+          np.empty(part_shape(i, self._arrays.shapes[array]), self._arrays.dtypes[array])
+          for i in indices
+        ]
+        self._arrays.read_into(array, indices, arrays)
+        read.append([x[0] if stacked else x for x in arrays])
+      for (_, out), kernel, a, b in zip(parts, *read, strict=True):
+        delta = np.matmul(a.astype(np.float32), b.astype(np.float32)) * scale
+        merged = kernel.astype(np.float32) + delta
+        copy_bits(out, cast(merged, out.dtype, f"{name} with its adapters"))
+
+    _each_layer(stacked, shape, indices, outs, fill)
 
 
 def check_arrays(arrays: Arrays, entries: Iterable[Entry], where: Any) -> None:

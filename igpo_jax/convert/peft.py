@@ -22,22 +22,20 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # one value that is supported, and PEFT's default is that value.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
-  "bias": ("none",),
-  "use_rslora": (False,),
-  "use_dora": (False,),
-  "use_qalora": (False,),
-  "lora_bias": (False,),
-  "fan_in_fan_out": (False,),
-  "modules_to_save": (None, []),
-  "layers_to_transform": (None, []),
-  "layers_pattern": (None, []),
-  "rank_pattern": (None, {}),
-  "alpha_pattern": (None, {}),
-  "layer_replication": (None, []),
-  "trainable_token_indices": (None, []),
-  "target_parameters": (None, []),
-  "alora_invocation_tokens": (None, []),
+  "bias": ("none", None),
 }
+# Options that say where an adapter came from or how it was trained, not what it computes.
+_INERT = frozenset({
+  "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+  "task_type", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config",
+  "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+})  # fmt: skip
+_READ = frozenset({
+  "r", "lora_alpha", "target_modules", "exclude_modules", "init_lora_weights",
+})  # fmt: skip
+# How A and B may have begun so that the base is still the published one. Others (PiSSA,
+# OLoRA, CorDA, LoftQ, LoRA-GA) took something out of the base weights at the start.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def module_name(family: families.Family, path: str) -> str:
@@ -55,8 +53,13 @@ def linear_layers(family: families.Family) -> list[str]:
   return [name.removesuffix("/kernel") for name in names if name.endswith("/kernel")]
 
 
-def read_config(directory: epath.PathLike, family_name: str) -> LoRAConfig:
+def read_config(directory: epath.PathLike, family_name: str, layers: int = 1) -> LoRAConfig:
   """The adapter's options in our terms.
+
+  Args:
+    directory: holds adapter_config.json.
+    family_name: of the base.
+    layers: how many the base has.
 
   Raises:
     UserError: no such file, or an option that changes what an adapter computes.
@@ -68,36 +71,115 @@ def read_config(directory: epath.PathLike, family_name: str) -> LoRAConfig:
   problems = [
     f"{option}={theirs[option]!r} is not supported (only {allowed[0]!r})"
     for option, allowed in _REQUIRED.items()
-    if option in theirs and theirs[option] not in allowed
+    if theirs.get(option, allowed[0]) not in allowed
+  ]
+  problems += [
+    f"{option}={value!r} is not supported (only {_off(value)!r})"
+    for option, value in theirs.items()
+    # Whatever else PEFT has or will have is off where it is empty; a 0 may be a layer's number.
+    if option not in {*_REQUIRED, *_INERT, *_READ}
+    and not (value is None or value is False or value in ([], {}, ""))
   ]
   problems += [f"{k} is missing" for k in ("r", "lora_alpha", "target_modules") if k not in theirs]
+  problems += _wrong_kinds(theirs)
+  start = theirs.get("init_lora_weights", True)
+  if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
+    problems.append(
+      f"init_lora_weights={start!r} took its first A and B out of the base weights, so this "
+      "adapter does not belong on the base as published; PEFT's save_pretrained makes a plain "
+      "one of it with path_initial_model_for_weight_conversion"
+    )
   raise_problems(file, problems)
-  targets = _our_targets(theirs["target_modules"], families.FAMILIES[family_name], file)
+  family = families.FAMILIES[family_name]
   return LoRAConfig(
-    rank=int(theirs["r"]),
+    rank=theirs["r"],
     alpha=float(theirs["lora_alpha"]),
-    targets=targets,
+    targets=_our_targets(theirs, family, layers, file),
     dropout=float(theirs.get("lora_dropout") or 0.0),
   )
 
 
-def _our_targets(modules: Any, family: families.Family, where: epath.Path) -> str:
-  """Our regular expression for PEFT's target_modules.
+def base_of(directory: epath.Path) -> str:
+  """What an adapter_config.json calls its base; "" if it does not say."""
+  name = tokenizer_lib.read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
+  return name if isinstance(name, str) else ""
 
-  As in PEFT, a string is a regular expression for whole names ("all-linear" means
-  all but the head), and a list holds names or the ends of names.
+
+def _off(value: Any) -> Any:
+  """What an option of this kind is where it is off."""
+  return False if isinstance(value, bool) else None
+
+
+def _wrong_kinds(theirs: Mapping[str, Any]) -> list[str]:
+  """What is no number or no name where there should be one; JSON's true is no number."""
+  number = lambda v: type(v) in (int, float)
+  names = lambda v: type(v) is list and bool(v) and all(type(m) is str for m in v)
+  modules = lambda v: (type(v) is str and _compiles(v)) or names(v)
+  wanted = {
+    "r": ("a whole number from 1", lambda v: type(v) is int and 1 <= v <= 10**6),
+    "lora_alpha": ("a number above 0", lambda v: number(v) and 0 < v < 1e30),
+    "lora_dropout": ("a number from 0, below 1", lambda v: v is None or (number(v) and 0 <= v < 1)),
+    "target_modules": ("a list of names, or a regular expression", modules),
+    "exclude_modules": (
+      "a list of names, or a regular expression", lambda v: v in (None, [], "") or modules(v)
+    ),
+  }  # fmt: skip
+  return [
+    f"{option}={theirs[option]!r} should be {what}"
+    for option, (what, fits) in wanted.items()
+    if option in theirs and not fits(theirs[option])
+  ]
+
+
+def _compiles(pattern: str) -> bool:
+  try:
+    re.compile(pattern)
+  except re.error:
+    return False
+  return True
+
+
+def _matches(modules: str | list[str] | None, module: str) -> bool:
+  """Whether PEFT's target_modules or exclude_modules means a module.
+
+  A string is a regular expression for whole names, a list holds names or the ends of names.
   """
+  if isinstance(modules, str):
+    return re.fullmatch(modules, module) is not None
+  return any(module == m or module.endswith(f".{m}") for m in modules or ())
 
-  def matches(module: str) -> bool:
-    if modules == "all-linear":
-      return module != module_name(family, "head")
-    if isinstance(modules, str):
-      return re.fullmatch(modules, module) is not None
-    return any(module == m or module.endswith(f".{m}") for m in modules)
 
-  found = [n for n in linear_layers(family) if matches(module_name(family, n).format(0))]
+def _our_targets(
+  theirs: Mapping[str, Any], family: families.Family, layers: int, where: epath.Path
+) -> str:
+  """Our regular expression for PEFT's target_modules less its exclude_modules.
+
+  "all-linear" means all but the head.
+  """
+  targets, excluded = theirs["target_modules"], theirs.get("exclude_modules")
+  everything = isinstance(targets, str) and targets.lower() == "all-linear"
+  head = module_name(family, "head")
+
+  def adapted(module: str) -> bool:
+    wanted = module != head if everything else _matches(targets, module)
+    return wanted and not _matches(excluded, module)
+
+  found, partly = [], []
+  for name in linear_layers(family):
+    pattern = module_name(family, name)
+    count = sum(adapted(pattern.format(n)) for n in range(layers))
+    if count == layers:
+      found.append(name)
+    elif count:
+      partly.append(f"{name} in {count} of {layers} layers")
+  if partly:
+    raise UserError(
+      f"{where}: target_modules={targets!r} and exclude_modules={excluded!r} adapt "
+      f"{', '.join(partly)}; adapters of some layers only are not supported"
+    )
   if not found:
-    raise UserError(f"{where}: target_modules={modules!r} names no linear layer of this model")
+    but = f" (exclude_modules={excluded!r})" if excluded else ""
+    raise UserError(f"{where}: target_modules={targets!r}{but} names no linear layer of this model")
   return "|".join(found)
 
 
@@ -134,12 +216,14 @@ def write_config(directory: epath.PathLike, cfg: LoRAConfig, family_name: str, b
   epath.Path(directory).joinpath(CONFIG_FILE).write_text(text)
 
 
-def open_adapter(directory: epath.PathLike, family_name: str) -> tuple[LoRAConfig, Reader]:
-  """An adapter's options and its tensors.
+def open_adapter(
+  directory: epath.PathLike, family_name: str, layers: int
+) -> tuple[LoRAConfig, Reader]:
+  """An adapter's options and its tensors, for a base with so many layers.
 
   Raises:
     UserError: a missing or damaged file, or an unsupported option.
   """
   directory = epath.Path(directory)
-  cfg = read_config(directory, family_name)
+  cfg = read_config(directory, family_name, layers)
   return cfg, Reader(directory, single_file=WEIGHTS_FILE)

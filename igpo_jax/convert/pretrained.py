@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import sys
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
 import numpy as np
 from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import ModelConfig
-from igpo_jax.convert import families, sources
-from igpo_jax.convert.arrays import Arrays, Index
+from igpo_jax.convert import sources
+from igpo_jax.convert.arrays import Arrays
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.models.llada import make_lm
-from igpo_jax.parallel.sharding import tree_shardings
+from igpo_jax.options import check_dtype
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.parallel.sharding import check_divides, tree_shardings
 from igpo_jax.types import LM, Params
-
-DTYPES = {
-  "float32": np.dtype(np.float32),
-  "bfloat16": np.dtype(ml_dtypes.bfloat16),
-  "float16": np.dtype(np.float16),
-}
 
 
 class Pretrained(NamedTuple):
@@ -64,28 +60,94 @@ def load_pretrained(
     UserError: a missing or damaged file, an option of config.json that would change
       the mathematics, or tensors that are missing, extra or of the wrong shape.
   """
-  if dtype not in DTYPES:
-    raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
   source = sources.open_source(path, adapter=adapter)
+  return load_source(source, check_dtype(dtype, "dtype"), mesh)
+
+
+def load_source(
+  source: sources.Source, dtype: str, mesh: jax.sharding.Mesh | None = None
+) -> Pretrained:
+  """`load_pretrained` of a source that is open already.
+
+  Raises:
+    UserError: as `load_pretrained`.
+  """
   config = dataclasses.replace(source.config, dtype=dtype, param_dtype=dtype)
   tokenizer = None
   if source.tokenizer is not None:
     tokenizer = tokenizer_lib.load_tokenizer(source.tokenizer)
-    if tokenizer.mask_id != config.mask_id:
-      raise UserError(
-        f"{source.tokenizer}: the tokenizer's mask token is {tokenizer.mask_id}, "
-        f"the model's {config.mask_id}"
-      )
+    check_tokenizer(tokenizer, config, source.tokenizer)
     stops = dict.fromkeys((*config.stop_ids, *tokenizer.stop_ids))
     config = dataclasses.replace(config, stop_ids=tuple(stops))
   lm = make_lm(config)
   shardings = None if mesh is None else tree_shardings(lm.logical_axes(), mesh)
-  params = read_params(source, DTYPES[dtype], shardings)
+  if shardings is not None:
+    check_divides(jax.eval_shape(lm.init, jax.random.key(0)), shardings)
+  source.arrays.check()
+  params = read_params(source, np.dtype(dtype), shardings)
   return Pretrained(lm, params, tokenizer, config)
 
 
+def fitting_mesh(source: sources.Source) -> jax.sharding.Mesh | None:
+  """The mesh of a program that only samples: parameters over as many devices as divide them.
+
+  Says on stderr which devices stay idle. None where there is one device.
+  """
+  lm = make_lm(source.config)
+  shapes, count = jax.eval_shape(lm.init, jax.random.key(0)), jax.device_count()
+  for used in range(count, 0, -1):
+    mesh = make_mesh(data=1, fsdp=used, devices=jax.devices()[:used])
+    try:
+      check_divides(shapes, tree_shardings(lm.logical_axes(), mesh))
+    except UserError:
+      continue
+    if used < count:
+      print(f"the model divides over {used} of {count} devices: the others stay idle",
+            file=sys.stderr)  # fmt: skip
+    return mesh if used > 1 else None
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, where: Any) -> None:
+  """Checks that a tokenizer's special tokens are the model's.
+
+  A tokenizer may have fewer tokens than the embedding has rows, and even more, as long as
+  those are not used: `data.tokenizer.check_ids` looks at the ids of each text.
+
+  Args:
+    tokenizer: a `igpo_jax.data.tokenizer.Tokenizer`.
+    config: the model's.
+    where: the tokenizer's directory or name, for messages.
+
+  Raises:
+    UserError: another mask or end-of-text token, or one that the embedding has no row for.
+  """
+  for what, ours, theirs in (
+    ("mask", tokenizer.mask_id, config.mask_id),
+    ("end-of-text", tokenizer.eos_id, config.eos_id),
+  ):
+    if ours != theirs:
+      raise UserError(
+        f"{where}: the tokenizer's {what} token is {ours}, the model's {theirs}; "
+        "is it the tokenizer of another model?"
+      )
+  used = {"padding": tokenizer.pad_id, "end-of-turn": tokenizer.turn_id}
+  used |= dict.fromkeys(["stop"], max(tokenizer.stop_ids))
+  for what, token in used.items():
+    if not 0 <= token < config.vocab_size:
+      raise UserError(
+        f"{where}: the tokenizer's {what} token is {token}, but the model's embedding has "
+        f"{config.vocab_size} rows; were tokens added without resizing the model?"
+      )
+
+
 def read_params(source: sources.Source, dtype: np.dtype, shardings: Any = None) -> Params:
-  """All parameters of an open source, one stacked array after the other."""
+  """All parameters of an open source, one stacked array after the other.
+
+  Args:
+    source: what to read.
+    dtype: of the base; adapters keep theirs.
+    shardings: NamedShardings, mirroring the parameters; None: all on the default device.
+  """
   params: dict[str, Any] = {}
   for entry in source.entries:
     sharding, node = shardings, params
@@ -95,39 +157,38 @@ def read_params(source: sources.Source, dtype: np.dtype, shardings: Any = None) 
       node = node.setdefault(name, {})
     adapter = entry.path[-1].startswith("lora_")
     target = source.arrays.dtypes[entry.name] if adapter else dtype
-    read = lambda index, entry=entry, target=target: read_as(source.arrays, entry, index, target)
     # One at a time: the host's copy of an array is gone before the next one is read.
-    node[entry.path[-1]] = jax.block_until_ready(place(entry.shape, sharding, read))
+    node[entry.path[-1]] = jax.block_until_ready(place(source.arrays, entry.name, target, sharding))
   return params
 
 
-def read_as(arrays: Arrays, entry: families.Entry, index: Index, dtype: np.dtype) -> np.ndarray:
-  """A part of an array, converted layer by layer: the unconverted whole is never held."""
-  if arrays.dtypes[entry.name] == dtype or not entry.stacked:
-    return arrays.read(entry.name, index).astype(dtype, copy=False)
-  layers = range(*index[0].indices(entry.shape[0]))
-  convert = lambda n: arrays.read(entry.name, (slice(n, n + 1), *index[1:])).astype(dtype)
-  first = convert(layers[0])
-  out = np.empty((len(layers), *first.shape[1:]), dtype)
-  out[:1] = first
-  for i, layer in enumerate(layers[1:], start=1):
-    out[i : i + 1] = convert(layer)
-  return out
-
-
 def place(
-  shape: tuple[int, ...],
-  sharding: jax.sharding.Sharding | None,
-  read: Callable[[Index], np.ndarray],
+  arrays: Arrays, name: str, dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-  """An array from `read(index)`, which is called once for each distinct local part."""
+  """One array on its devices; every byte of it is read from the file at most once.
+
+  Args:
+    arrays: has it.
+    name: its name there.
+    dtype: to convert it to, while it is read.
+    sharding: where its parts go; None: the default device.
+  """
+  shape = arrays.shapes[name]
   if sharding is None:
-    return jax.device_put(read(tuple(slice(0, n) for n in shape)))
-  parts: dict[tuple, np.ndarray] = {}
-  arrays = []
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-    if key not in parts:
-      parts[key] = read(tuple(slice(*bounds) for bounds in key))
-    arrays.append(jax.device_put(parts[key], device))
-  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    whole = np.empty(shape, dtype)
+    arrays.read_into(name, [tuple(slice(0, n) for n in shape)], [whole])
+    return jax.device_put(whole)
+  where = sharding.addressable_devices_indices_map(shape)
+  bounds = {
+    device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+    for device, index in where.items()
+  }
+  # Devices that hold the same part share the host's copy of it.
+  parts = {
+    part: np.empty([stop - start for start, stop in part], dtype)
+    for part in dict.fromkeys(bounds.values())
+  }
+  indices = [tuple(slice(*bound) for bound in part) for part in parts]
+  arrays.read_into(name, indices, list(parts.values()))
+  placed = [jax.device_put(parts[bounds[device]], device) for device in where]
+  return jax.make_array_from_single_device_arrays(shape, sharding, placed)

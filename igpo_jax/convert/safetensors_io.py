@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +24,7 @@ from igpo_jax.cli import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the format's own limit
+MOST_PROBLEMS = 20  # of one message
 DTYPES = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
@@ -42,40 +43,84 @@ class TensorInfo:
   nbytes: int
 
 
-def raise_problems(where: Any, problems: list[str]) -> None:
-  """Raises one UserError that lists every problem; does nothing if there is none."""
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What one file says it holds.
+
+  Attributes:
+    tensors: by key.
+    aliases: key -> the key of the tensor that stands for it. Of tensors that share their
+      memory (a tied head) the torch writer keeps one, and names the others in `__metadata__`.
+    problems: what is wrong with the file.
+  """
+
+  tensors: Mapping[str, TensorInfo]
+  aliases: Mapping[str, str]
+  problems: tuple[str, ...]
+
+
+def raise_problems(where: Any, problems: Sequence[str]) -> None:
+  """Raises one UserError that lists the problems, the first `MOST_PROBLEMS` of them in words.
+
+  Does nothing if there is none.
+  """
   if problems:
-    raise UserError(f"{where}: {'; '.join(problems)}")
+    more = len(problems) - MOST_PROBLEMS
+    listed = [*problems[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+    raise UserError(f"{where}: {'; '.join(listed)}")
 
 
-def read_header(file: epath.Path) -> tuple[dict[str, TensorInfo], list[str]]:
-  """The tensors of one file, and what is wrong with it."""
+def read_header(file: epath.Path) -> Header:
+  """The header of one file, checked: every tensor lies within it, and no two overlap."""
   size = file.stat().length
   with file.open("rb") as f:
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
-      return {}, [f"{file.name} is truncated or no safetensors file ({size} bytes)"]
+      return Header({}, {}, (f"{file.name} is truncated or no safetensors file ({size} bytes)",))
     text = f.read(length)
   try:
-    header = json.loads(text)
-    header.pop("__metadata__", None)
-    fields = {key: (v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for key, v in header.items()}
+    header = json.loads(text, object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", None) or {}
+    aliases = {k: v for k, v in metadata.items() if isinstance(v, str)}
+    fields = {key: _field(value) for key, value in header.items()}
   except (ValueError, KeyError, TypeError, AttributeError):
-    return {}, [f"{file.name} has a damaged header"]
-  tensors, problems, data = {}, [], 8 + length
-  for key, (dtype, shape, begin, end) in fields.items():
+    return Header({}, {}, (f"{file.name} has a damaged header",))
+  tensors, problems, data, end_of_last = {}, [], 8 + length, 0
+  for key, (dtype, shape, begin, end) in sorted(fields.items(), key=lambda item: item[1][2:]):
+    if begin != end_of_last:
+      problems.append(f"{key} in {file.name} overlaps another tensor or leaves a gap before it")
+    end_of_last = max(end, end_of_last)
     if dtype not in DTYPES:
       problems.append(f"{key} is stored as {dtype} (supported: {', '.join(DTYPES)})")
       continue
-    expected = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
       problems.append(f"{key} in {file.name} has {end - begin} bytes for shape {list(shape)}")
       continue
     tensors[key] = TensorInfo(file, DTYPES[dtype], shape, data + begin, expected)
-  promised = data + max((end for *_, end in fields.values()), default=0)
-  if size < promised:
-    problems.append(f"{file.name} is truncated: {size} of {promised} bytes")
-  return tensors, problems
+  if size < data + end_of_last:
+    problems.append(f"{file.name} is truncated: {size} of {data + end_of_last} bytes")
+  return Header(tensors, aliases, tuple(problems))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object, none of whose keys is there twice: the second would win in silence."""
+  out = dict(pairs)
+  if len(out) != len(pairs):
+    raise ValueError("a key is there twice")
+  return out
+
+
+def _field(value: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+  """(dtype, shape, begin, end) of a tensor in a header.
+
+  Raises:
+    ValueError: sizes that are no whole numbers from 0.
+  """
+  shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
+  if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    raise ValueError("sizes should be whole numbers")
+  return str(value["dtype"]), shape, begin, end
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
@@ -91,11 +136,27 @@ def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
   return len(text).to_bytes(8, "little") + text
 
 
+def _follow(key: str, aliases: Mapping[str, str], tensors: Mapping[str, Any]) -> str | None:
+  """The tensor that a key's aliases end at; None if at none."""
+  seen = set()
+  while key not in tensors and key in aliases and key not in seen:
+    seen.add(key)
+    key = aliases[key]
+  return key if key in tensors else None
+
+
 class Reader:
   """The tensors of a directory, single file or sharded. Safe to share between threads.
 
+  With an index, a tensor is the one of the shard that the index names; a copy of it that
+  another shard still holds is not looked at.
+
   Args:
     directory: holds model.safetensors, or an index and its shards.
+
+  Attributes:
+    tensors: where each tensor lies, by key. Two keys of one tied tensor lie in one place.
+    aliases: the keys that only the metadata names.
 
   Raises:
     UserError: no weights, pickled weights, a missing shard, a truncated file, or an
@@ -104,24 +165,49 @@ class Reader:
 
   def __init__(self, directory: epath.PathLike, single_file: str = SINGLE_FILE):
     self.directory = epath.Path(directory)
-    self.tensors: dict[str, TensorInfo] = {}
     self._handles: dict[epath.Path, Any] = {}
     self._lock = threading.Lock()
-    files, weight_map, problems = self._find_files(single_file)
-    for file in files:
-      tensors, found = read_header(file)
-      problems += found
-      self.tensors.update(tensors)
-    if not problems:
-      for key, name in weight_map.items():
-        if key not in self.tensors:
-          problems.append(f"{key} is in the index but not in {name}")
+    names, weight_map, problems = self._find_files(single_file)
+    headers = {name: read_header(self.directory / name) for name in names}
+    for header in headers.values():
+      problems += header.problems
+    if weight_map is None:
+      tensors = dict(headers[single_file].tensors)
+    else:
+      tensors = {
+        key: headers[name].tensors[key]
+        for key, name in weight_map.items()
+        if name in headers and key in headers[name].tensors
+      }
+    aliases = {
+      key: tensors[kept]
+      for header in headers.values()
+      for key in header.aliases.keys() - tensors.keys()
+      if (kept := _follow(key, header.aliases, tensors))
+    }
+    tensors |= aliases
+    if weight_map is not None and not problems:
+      problems += [
+        f"{key} is in the index but not in {name}"
+        for key, name in weight_map.items()
+        if key not in tensors
+      ]
+      problems += [
+        f"{key} is in {name} but not in the index"
+        for name, header in headers.items()
+        for key in header.tensors
+        if key not in weight_map
+      ]
     raise_problems(self.directory, problems)
+    self.tensors: Mapping[str, TensorInfo] = tensors
+    self.aliases = frozenset(aliases)
 
-  def _find_files(self, single_file: str):
+  def _find_files(self, single_file: str) -> tuple[list[str], dict[str, str] | None, list[str]]:
+    """(names of files, the index's tensor -> file or None, problems)."""
     index = self.directory / INDEX_FILE
-    if (self.directory / single_file).exists():
-      return [self.directory / single_file], {}, []
+    has_single = (self.directory / single_file).exists()
+    if has_single and (single_file != SINGLE_FILE or not index.exists()):
+      return [single_file], None, []
     if not index.exists():
       pickled = sorted(f.name for f in self.directory.glob("*.bin"))
       if pickled:
@@ -131,13 +217,20 @@ class Reader:
         )
       raise UserError(f"{self.directory} has neither {single_file} nor {INDEX_FILE}")
     try:
-      weight_map = dict(json.loads(index.read_text())["weight_map"])
+      weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+      names = sorted(set(weight_map.values()))
+      missing = [n for n in names if not (self.directory / n).exists()]
     except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f"{index} is damaged: it needs a JSON object with weight_map") from error
-    names = sorted(set(weight_map.values()))
-    missing = [n for n in names if not (self.directory / n).exists()]
-    files = [self.directory / n for n in names if n not in missing]
-    return files, weight_map, [f"shard {n} is missing" for n in missing]
+      raise UserError(
+        f"{index} is damaged: it needs a JSON object with weight_map, tensor -> file"
+      ) from error
+    if has_single and single_file not in names:
+      raise UserError(
+        f"{self.directory} has weights twice: {single_file}, and the shards of {INDEX_FILE}; "
+        "remove the ones that are out of date"
+      )
+    problems = [f"shard {n} is missing" for n in missing]
+    return [n for n in names if n not in missing], weight_map, problems
 
   def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Rows start:stop of a tensor (the whole of it by default), as stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,15 @@ STATE_DIR = "default"  # of a training checkpoint's step
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt",
                    ".pth", ".gguf", ".msgpack", ".h5")  # fmt: skip
 MAX_EXTRA_BYTES = 256 * 2**20
+# What a tokenizer is read from: a link of such a name that leads nowhere is a mistake.
+TOKENIZER_FILES = (
+  tokenizer_lib.HF_FILE,
+  tokenizer_lib.SENTENCEPIECE_FILE,
+  tokenizer_lib.DESCRIPTION_FILE,
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "chat_template.jinja",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,10 @@ class Source:
     arrays: the arrays.
     files: small files that belong to the model: tokenizer, template, code.
     tokenizer: the directory that has the tokenizer, None if there is none.
+    inputs: every directory that is read, and every file that lies elsewhere: what a
+      conversion must not write over.
+    base: what a PEFT export says that its adapters belong to.
+    left_out: (name, reason) of what is in the directory and does not travel.
   """
 
   kind: str
@@ -55,13 +69,19 @@ class Source:
   arrays: Arrays
   files: tuple[epath.Path, ...]
   tokenizer: epath.Path | None
+  inputs: tuple[epath.Path, ...]
+  base: str
+  left_out: tuple[tuple[str, str], ...] = ()
 
   @property
   def family(self) -> str:
     return self.hf_config["model_type"]
 
   def merged(self) -> Source:
-    """The same model without adapters: each is added to its kernel when that is read."""
+    """The same model without adapters: each is added to its kernel when that is read.
+
+    What `arrays.read_into` is asked for in another dtype is rounded once, to that one.
+    """
     if not self.config.lora.rank:
       return self
     config = dataclasses.replace(self.config, lora=LoRAConfig())
@@ -114,17 +134,31 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   return tokenizer_lib.read_json(file)
 
 
-def _extra_files(directory: epath.Path) -> tuple[epath.Path, ...]:
-  """Files of a model directory that are no weights, config.json aside."""
-  return tuple(
-    file
-    for file in sorted(directory.iterdir(), key=lambda f: f.name)
-    if not file.is_dir()
-    and file.name != CONFIG_FILE
-    and not file.name.startswith(".")
-    and not file.name.endswith(WEIGHT_SUFFIXES)
-    and file.stat().length <= MAX_EXTRA_BYTES
-  )
+def _extra_files(
+  directory: epath.Path,
+) -> tuple[tuple[epath.Path, ...], tuple[tuple[str, str], ...]]:
+  """(files of a model directory that are no weights, config.json aside; (name, reason) of those
+  that do not travel).
+
+  Raises:
+    UserError: a file of the tokenizer is a link that leads nowhere.
+  """
+  files, left_out = [], []
+  for file in sorted(directory.iterdir(), key=lambda f: f.name):
+    name = file.name
+    if (
+      file.is_dir() or name == CONFIG_FILE or name.startswith(".") or name.endswith(WEIGHT_SUFFIXES)
+    ):
+      continue
+    if not file.exists() and name in TOKENIZER_FILES:
+      raise UserError(f"{file} is a link to nothing; put the file there, or remove the link")
+    if not file.exists():
+      left_out.append((name, "a link to nothing"))
+    elif file.stat().length > MAX_EXTRA_BYTES:
+      left_out.append((name, f"larger than {MAX_EXTRA_BYTES // 2**20} MiB"))
+    else:
+      files.append(file)
+  return tuple(files), tuple(left_out)
 
 
 def _tokenizer_in(*directories: epath.Path) -> epath.Path | None:
@@ -137,39 +171,79 @@ def _open_hf(path: epath.Path) -> Source:
     steps = sorted(
       str(step)
       for stage in (path / "checkpoints").iterdir()
+      if stage.is_dir()
       for step in stage.iterdir()
       if step.name.isdigit()
     )
     raise UserError(f"{path} is a run, not a model: give one of {', '.join(steps) or 'no steps'}")
   config = families.model_config(hf_config, path / CONFIG_FILE)
-  entries = families.entries(hf_config["model_type"], config)
-  ignored = families.tied_keys(hf_config["model_type"], config)
-  arrays = SafetensorsArrays(Reader(path), entries, ignored)
-  files, tokenizer = _extra_files(path), _tokenizer_in(path)
-  return Source("hf", path, hf_config, config, entries, arrays, files, tokenizer)
+  family = families.find_family(hf_config, path / CONFIG_FILE)
+  reader = Reader(path)
+  arrays = SafetensorsArrays(
+    reader,
+    families.entries(family.model_type, config),
+    families.tied_copies(family.model_type, config),
+    family.fields["tie_embeddings"],
+  )
+  files, left_out = _extra_files(path)
+  return Source(
+    kind="hf",
+    directory=path,
+    hf_config=hf_config,
+    config=config,
+    entries=families.entries(family.model_type, config),
+    arrays=arrays,
+    files=files,
+    tokenizer=_tokenizer_in(path),
+    inputs=(path, path / CONFIG_FILE, *files, *{info.file for info in reader.tensors.values()}),
+    base=str(absolute(path)),
+    left_out=left_out,
+  )
 
 
 def _open_orbax(path: epath.Path) -> Source:
   hf_config = read_json(path / CONFIG_FILE)
-  config = families.model_config(hf_config, path / CONFIG_FILE)
+  config, base = families.model_config(hf_config, path / CONFIG_FILE), str(absolute(path))
   if (path / peft.CONFIG_FILE).exists():
-    config = dataclasses.replace(config, lora=peft.read_config(path, hf_config["model_type"]))
+    adapters = peft.read_config(path, hf_config["model_type"], config.n_layers)
+    config = dataclasses.replace(config, lora=adapters)
+    base = peft.base_of(path) or base
   entries = families.entries(hf_config["model_type"], config)
   arrays = OrbaxArrays(path / PARAMS_DIR)
   check_arrays(arrays, entries, path)
-  files = tuple(f for f in _extra_files(path) if f.name != peft.CONFIG_FILE)
-  return Source("orbax", path, hf_config, config, entries, arrays, files, _tokenizer_in(path))
+  files, left_out = _extra_files(path)
+  return Source(
+    kind="orbax",
+    directory=path,
+    hf_config=hf_config,
+    config=config,
+    entries=entries,
+    arrays=arrays,
+    files=tuple(f for f in files if f.name != peft.CONFIG_FILE),
+    tokenizer=_tokenizer_in(path),
+    inputs=(path, path / PARAMS_DIR, *files),
+    base=base,
+    left_out=left_out,
+  )
 
 
 def _with_adapter(source: Source, adapter: epath.Path) -> Source:
   if source.config.lora.rank:
     raise UserError(f"{source.directory} has adapters already; merge them first")
-  cfg, reader = peft.open_adapter(adapter, source.family)
+  cfg, reader = peft.open_adapter(adapter, source.family, source.config.n_layers)
   config = dataclasses.replace(source.config, lora=cfg)
   entries = families.entries(source.family, config)
   _, added = families.split_entries(entries)
   arrays = UnionArrays(source.arrays, SafetensorsArrays(reader, added))
-  return dataclasses.replace(source, config=config, entries=entries, arrays=arrays)
+  return dataclasses.replace(
+    source,
+    config=config,
+    entries=entries,
+    arrays=arrays,
+    inputs=(*source.inputs, adapter, adapter / peft.CONFIG_FILE, adapter / peft.WEIGHTS_FILE),
+    # Only a Hugging Face directory is of use to PEFT.
+    base=source.base if source.kind == "hf" else peft.base_of(adapter) or source.base,
+  )
 
 
 def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
@@ -181,31 +255,75 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   if workdir is None:
     raise UserError(f"{path}: no config.json of a run above this checkpoint")
   run = read_json(workdir / CONFIG_FILE)
-  model = {k: tuple(v) if isinstance(v, list) else v for k, v in run["model"].items()}
-  model["lora"] = LoRAConfig(**model.get("lora", {}))
+  model = _run_model(run, workdir / CONFIG_FILE)
   state = OrbaxArrays(path / STATE_DIR, ("params",))
-  base = base or run.get("init_from")
   tokenizer = _tokenizer_in(workdir / "tokenizer")
-  if base:
-    origin = open_source(base)
-    config = dataclasses.replace(origin.config, lora=model["lora"])
-    hf_config, files = origin.hf_config, origin.files
+  origin = _origin(path, base, run.get("init_from"))
+  if origin is not None:
+    hf_config, files, left_out = origin.hf_config, origin.files, origin.left_out
     tokenizer = tokenizer or origin.tokenizer
+    # Adapters that a run went on with are what they were: it may change their dropout only.
+    lora = origin.config.lora if origin.config.lora.rank else model.lora
+    lora = dataclasses.replace(lora, dropout=model.lora.dropout)
+    config = dataclasses.replace(origin.config, lora=lora)
   else:
     config = _own_config(model, state, tokenizer, workdir)
-    hf_config, files = families.hf_config(config), _extra_files(tokenizer) if tokenizer else ()
+    hf_config = families.hf_config(config)
+    files, left_out = _extra_files(tokenizer) if tokenizer else ((), ())
   arrays: Arrays = state
-  if base and "wte/embedding" not in state.shapes:
+  if origin is not None and "wte/embedding" not in state.shapes:
     arrays = UnionArrays(origin.arrays, state)
   elif not any(name.endswith("lora_a") for name in state.shapes):
     config = dataclasses.replace(config, lora=LoRAConfig())
   entries = families.entries(hf_config["model_type"], config)
   check_arrays(arrays, entries, path)
-  return Source("training", path, hf_config, config, entries, arrays, files, tokenizer)
+  inputs = (path, workdir / CONFIG_FILE, *files, *([tokenizer] if tokenizer else []))
+  return Source(
+    kind="training",
+    directory=path,
+    hf_config=hf_config,
+    config=config,
+    entries=entries,
+    arrays=arrays,
+    files=files,
+    tokenizer=tokenizer,
+    inputs=(*inputs, *(origin.inputs if origin else ())),
+    base=origin.base if origin and config.lora.rank else str(absolute(path)),
+    left_out=left_out,
+  )
+
+
+def _origin(path: epath.Path, base: epath.PathLike | None, init_from: str | None) -> Source | None:
+  """What a run began with: `base`, else its own init_from; None for random weights.
+
+  Raises:
+    UserError: as `open_source`.
+  """
+  if not base and init_from and not epath.Path(init_from).exists():
+    raise UserError(
+      f"{path}: the run began with init_from={init_from}, and there is no such directory"
+      + ("" if epath.Path(init_from).is_absolute() else f" in {os.getcwd()}")
+      + "; put the model there, or give igpo_jax.convert the option --base"
+    )
+  return open_source(base or init_from) if base or init_from else None
+
+
+def _run_model(run: Mapping[str, Any], file: epath.Path) -> ModelConfig:
+  """The section "model" of a run's config.json.
+
+  Raises:
+    UserError: it is not as this version writes it.
+  """
+  try:
+    model = {k: tuple(v) if isinstance(v, list) else v for k, v in run["model"].items()}
+    model["lora"] = LoRAConfig(**model.get("lora", {}))
+    return ModelConfig(**model)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{file}: its model is damaged or of another version: {error}") from error
 
 
 def _own_config(
-  model: dict[str, Any], state: Arrays, tokenizer: epath.Path | None, workdir: epath.Path
+  model: ModelConfig, state: Arrays, tokenizer: epath.Path | None, workdir: epath.Path
 ) -> ModelConfig:
   """The ModelConfig of a run that began with random weights."""
   if "wte/embedding" not in state.shapes:
@@ -219,4 +337,4 @@ def _own_config(
     "eos_id": known.eos_id,
     "stop_ids": tuple(known.stop_ids),
   }
-  return ModelConfig(**{**model, **facts, "dtype": "float32", "param_dtype": "float32"})
+  return dataclasses.replace(model, **facts, dtype="float32", param_dtype="float32")

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.convert import families, peft, writers
-from igpo_jax.convert.sources import CONFIG_FILE, PARAMS_DIR, Source
+from igpo_jax.convert.sources import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
 
 FORMATS = ("hf", "orbax", "peft")
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what config.json calls the dtype of its tensors
@@ -59,8 +60,20 @@ class Plan:
       out += [CONFIG_FILE, *(f.name for f in self.source.files)]
     if self.to == "peft" or self.source.config.lora.rank:
       out.append(peft.CONFIG_FILE)
+    out += [f"note: {note}" for note in self.notes()]
     size = sum(entry.size for entry in self.entries)
     out.append(f"{size:,} parameters, {gigabytes(self.nbytes)} -> {self.target}")
+    return out
+
+  def notes(self) -> list[str]:
+    """What a user should know of the result and would not see in it."""
+    out = [f"{name} is left out: {why}" for name, why in self.source.left_out if self.to != "peft"]
+    base = epath.Path(self.source.base)
+    if self.to == "peft" and any((base / n).exists() for n in (PARAMS_DIR, STATE_DIR)):
+      out.append(
+        f"{peft.CONFIG_FILE} names {base} as the base, which PEFT cannot load: convert that with "
+        "--to=hf and write its path there"
+      )
     return out
 
 
@@ -77,6 +90,7 @@ def make_plan(
   merge_lora: bool = False,
   max_shard_bytes: int = 5 * 10**9,
   overwrite: bool = False,
+  code: epath.PathLike | None = None,
 ) -> Plan:
   """Decides what to write; reads no tensor.
 
@@ -88,20 +102,27 @@ def make_plan(
     merge_lora: add the adapters into their kernels.
     max_shard_bytes: of one safetensors file.
     overwrite: replace the target if it exists.
+    code: a directory with the released PyTorch code, which is copied along and named in
+      config.json; only LLaDA's.
 
   Raises:
     UserError: the target exists or is the source, adapters where the format has no
       place for them, none where they were asked for, or too little space.
   """
-  target = epath.Path(target)
+  # A link stands for what it leads to: that is made or replaced, and the link stays.
+  target = _real(epath.Path(target))
   to = to or ("orbax" if source.kind == "hf" else "hf")
   has_adapters = source.config.lora.rank > 0
+  source = _with_code(source, epath.Path(code)) if code else source
   if target.exists() and not overwrite:
     raise UserError(f"target {target} exists; choose another or pass --overwrite")
-  for directory in {source.directory, *(f.parent for f in source.files)}:
-    if _inside(directory, target) or _inside(target, directory):
-      raise UserError(f"target {target} and source {directory} overlap")
-  if (merge_lora or to == "peft") and not has_adapters:
+  for path in source.inputs:
+    if _inside(path, target) or _inside(target, path):
+      raise UserError(f"target {target} and source {path} overlap")
+  _check_replaceable(target)
+  # A run that merged its adapters at the start has none, and nothing is left to merge.
+  nothing_to_merge = merge_lora and not (source.kind == "training" and to == "hf")
+  if (nothing_to_merge or to == "peft") and not has_adapters:
     raise UserError(f"{source.directory} has no adapters; --adapter=DIR brings some")
   if to == "hf" and has_adapters and not merge_lora:
     raise UserError(
@@ -128,9 +149,50 @@ def make_plan(
   return plan
 
 
+def _with_code(source: Source, code: epath.Path) -> Source:
+  """The source with the released code among its files, and `auto_map` in its config.json."""
+  if source.family != families.LLADA.model_type:
+    raise UserError(f"--code is LLaDA's; {source.directory} is of model_type {source.family!r}")
+  missing = [name for name in families.CODE_FILES if not (code / name).exists()]
+  if missing:
+    raise UserError(f"--code={code} has no {' and no '.join(missing)}")
+  kept = [f for f in source.files if f.name not in families.CODE_FILES]
+  return dataclasses.replace(
+    source,
+    hf_config={**source.hf_config, "auto_map": families.AUTO_MAP},
+    files=(*kept, *(code / name for name in families.CODE_FILES)),
+    inputs=(*source.inputs, code),
+  )
+
+
+def _check_replaceable(target: epath.Path) -> None:
+  """Refuses to delete what no conversion has made: somebody's folder, or a file."""
+  if not target.exists():
+    return
+  if not target.is_dir():
+    raise UserError(f"target {target} is a file; give a directory")
+  names = sorted(f.name for f in target.iterdir())
+  if names and not {CONFIG_FILE, peft.CONFIG_FILE} & set(names):
+    raise UserError(
+      f"target {target} is no model directory, and --overwrite would delete what is in it "
+      f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); choose another"
+    )
+
+
+def _real(path: epath.Path) -> epath.Path:
+  """The path from the root without links; a remote one as it is."""
+  return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
+
+
 def _inside(path: epath.Path, directory: epath.Path) -> bool:
-  path, directory = (epath.Path(os.path.abspath(p)) for p in (path, directory))
-  return directory == path or directory in path.parents
+  """Whether `path` is `directory` or lies in it, by whatever names they go."""
+  path, directory = _real(path), _real(directory)
+  if directory == path or directory in path.parents:
+    return True
+  if "://" in f"{path}{directory}" or not directory.exists():
+    return False
+  # One place may have two names without a link: a mount, or a disk that ignores case.
+  return any(p.exists() and os.path.samefile(p, directory) for p in (path, *path.parents))
 
 
 def _check_space(plan: Plan) -> None:
@@ -157,7 +219,8 @@ def execute(
       turns out to be damaged while it is read.
   """
   target = plan.target
-  temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+  # No process id: machines and containers that share a disk have the same ones.
+  temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
   lock = threading.Lock()
 
   def locked(nbytes: int) -> None:
@@ -165,6 +228,7 @@ def execute(
       with lock:
         progress(nbytes)
 
+  plan.source.arrays.check()
   try:
     temporary.mkdir(parents=True)
     _write(plan, temporary, locked, threads)
@@ -184,10 +248,9 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
     # Small files first: a problem with them should not come after the large ones.
     for file in source.files:
       (directory / file.name).write_bytes(file.read_bytes())  # they may lie in two places
-    (directory / CONFIG_FILE).write_text(_config_text(plan))
+    (directory / CONFIG_FILE).write_bytes(_config_bytes(plan))
   if source.config.lora.rank:
-    base = str(source.directory)
-    peft.write_config(directory, source.config.lora, source.family, base)
+    peft.write_config(directory, source.config.lora, source.family, source.base)
   if plan.to == "orbax":
     args = (plan.entries, plan.dtypes, source.arrays, progress, threads)
     writers.write_orbax(directory / PARAMS_DIR, *args)
@@ -195,8 +258,8 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
     writers.write_safetensors(directory, plan.shards, source.arrays, progress, threads)
 
 
-def _config_text(plan: Plan) -> str:
-  """config.json as it was, but for the dtype where that changes."""
+def _config_bytes(plan: Plan) -> bytes:
+  """config.json as it was, byte for byte, but for the dtype where that changes."""
   source = plan.source
   hf_config = dict(source.hf_config)
   base, _ = families.split_entries(plan.entries)
@@ -205,19 +268,23 @@ def _config_text(plan: Plan) -> str:
   if written != stored and len(written) == 1:
     hf_config |= {key: next(iter(written)) for key in DTYPE_KEYS if key in hf_config}
   file = source.directory / CONFIG_FILE
-  if source.kind != "training" and hf_config == source.hf_config:
-    return file.read_text()
-  return json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n"
+  if source.kind != "training" and hf_config == json.loads(file.read_bytes()):
+    return file.read_bytes()
+  return (json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _replace(temporary: epath.Path, target: epath.Path) -> None:
   if not target.exists():
     temporary.rename(target)
     return
-  old = target.parent / f".{target.name}.{os.getpid()}.old"
+  old = temporary.with_suffix(".old")
   target.rename(old)
-  temporary.rename(target)
-  old.rmtree() if old.is_dir() else old.unlink()
+  try:
+    temporary.rename(target)
+  except BaseException:
+    old.rename(target)
+    raise
+  old.rmtree()
 
 
 def _file_system_error(error: BaseException) -> str | None:

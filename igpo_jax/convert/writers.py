@@ -21,7 +21,14 @@ import tensorstore as ts
 from etils import epath
 
 from igpo_jax.convert import safetensors_io
-from igpo_jax.convert.arrays import TREE_METADATA, Arrays, Index, copy_bits, file_store
+from igpo_jax.convert.arrays import (
+  TREE_METADATA,
+  Arrays,
+  Index,
+  copy_bits,
+  file_store,
+  part_shape,
+)
 from igpo_jax.convert.families import Entry
 
 BLOCK_BYTES = 16 * 2**20
@@ -68,8 +75,14 @@ def blocks(entry: Entry, dtype: np.dtype, layers: Iterable[int]) -> Iterator[Blo
 
 
 def read_block(arrays: Arrays, block: Block, dtype: np.dtype) -> np.ndarray:
-  """A block in our layout, converted to `dtype`."""
-  return arrays.read(block.entry.name, block.index).astype(dtype, copy=False)
+  """A block in our layout, converted to `dtype`.
+
+  Raises:
+    UserError: `dtype` cannot hold a value of it.
+  """
+  out = np.empty(part_shape(block.index, block.entry.shape), dtype)
+  arrays.read_into(block.entry.name, [block.index], [out])
+  return out
 
 
 def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:

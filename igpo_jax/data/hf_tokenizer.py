@@ -7,58 +7,29 @@ format is that of the directory's own template.
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from igpo_jax.cli import UserError
+from igpo_jax.data import added_tokens, chat_template
 from igpo_jax.data import tokenizer as base
+from igpo_jax.data.records import Message
+from igpo_jax.textfiles import mend
 
-_FILES = (base.HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = (
+  base.HF_FILE,
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+)
 _MASK_NAMES = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>", "[MASK]", "<mask>")
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 _EOT_NAMES = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
-
-# A piece of a rendered prompt: its text, and whether special tokens in it count.
-Segment = tuple[str, bool]
-
-
-def llada_chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
-  """The chat format of LLaDA-8B-Instruct, up to the assistant's header.
-
-  One user message "Hi" is, in one piece,
-  "<|startoftext|><|start_header_id|>user<|end_header_id|>\\n\\nHi<|eot_id|>"
-  "<|start_header_id|>assistant<|end_header_id|>\\n\\n". Contents are stripped.
-  """
-  segments = [("<|startoftext|>", True)]
-  for message in messages:
-    segments += [
-      (f"<|start_header_id|>{message['role']}<|end_header_id|>", True),
-      ("\n\n" + message["content"].strip(), False),
-      ("<|eot_id|>", True),
-    ]
-  return [*segments, ("<|start_header_id|>assistant<|end_header_id|>", True), ("\n\n", False)]
-
-
-def chatml_chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
-  """The ChatML format, up to the assistant's header."""
-  segments = []
-  for message in messages:
-    segments += [
-      ("<|im_start|>", True),
-      (f"{message['role']}\n{message['content']}", False),
-      ("<|im_end|>", True),
-      ("\n", False),
-    ]
-  return [*segments, ("<|im_start|>", True), ("assistant\n", False)]
-
-
-def plain_chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
-  """Lines "User: ..." for a vocabulary without chat tokens (a base model)."""
-  lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
-  return [("".join(lines) + "Assistant: ", False)]
 
 
 class HFTokenizer(base.Tokenizer):
@@ -66,7 +37,8 @@ class HFTokenizer(base.Tokenizer):
 
   Args:
     directory: holds tokenizer.json, and if it has them tokenizer_config.json,
-      special_tokens_map.json, chat_template.jinja and the model's config.json.
+      special_tokens_map.json, added_tokens.json, chat_template.jinja and the model's config.json
+      and generation_config.json.
 
   Raises:
     UserError: a file that cannot be read, or no mask token to be found.
@@ -79,7 +51,7 @@ class HFTokenizer(base.Tokenizer):
     self._directory = directory
     try:
       self._files = {
-        name: (directory / name).read_bytes().decode()
+        name: (directory / name).read_bytes().decode("utf-8-sig")
         for name in _FILES
         if (directory / name).exists()
       }
@@ -91,163 +63,189 @@ class HFTokenizer(base.Tokenizer):
       tokenizer.no_padding()
       tokenizer.no_truncation()
     self._text.encode_special_tokens = True
-    self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values()) + 1
+    self._read_added_tokens()
     self._read_special_ids()
-    self._chat = self._choose_chat()
+    self._ours = self._known_chat()
+    self._template = self._read_template()
+    self._chat = self._template.chat(self._ours) if self._template else self._ours
+
+  def _read_added_tokens(self) -> None:
+    directory = self._directory
+    self._config = base.read_json(directory / "tokenizer_config.json")
+    self._special_map = base.read_json(directory / "special_tokens_map.json")
+    self._vocabulary = self._special.get_vocab(with_added_tokens=True)
+    found = added_tokens.find_added(
+      self._vocabulary,
+      self._config,
+      base.read_json(directory / "added_tokens.json"),
+      self._special_map,
+      directory,
+    )
+    self._added = {token.id: token for token in found}
+    self._vocabulary |= {token.text: token.id for token in found}
+    self._all_added = added_tokens.Splitter(found)
+    self._plain_added = added_tokens.Splitter([token for token in found if not token.special])
+    self.vocab_size = max(self._vocabulary.values()) + 1
 
   def _read_special_ids(self) -> None:
     directory = self._directory
-    self._tokenizer_config = base.read_json(directory / "tokenizer_config.json")
-    self._ours = base.read_json(directory / base.DESCRIPTION_FILE)
-    sources = (self._ours, base.read_json(directory / "config.json"))
-    names = (self._tokenizer_config, base.read_json(directory / "special_tokens_map.json"))
+    self._described = base.read_json(directory / base.DESCRIPTION_FILE)
+    files = {base.DESCRIPTION_FILE: self._described}
+    for name in ("config.json", "generation_config.json"):
+      files[name] = base.read_json(directory / name)
+    names = added_tokens.named_tokens(self._config, self._special_map)
 
-    def find(what: str, well_known: Sequence[str]) -> int | None:
-      for source in sources:
-        value = source.get(f"{what}_token_id", source.get(f"{what}_id"))
-        if isinstance(value, list):  # several ends of text: the first one pads
-          value = value[0] if value else None
-        if value is not None:
-          return int(value)
-      for source in names:
-        value = source.get(f"{what}_token")
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and self._special.token_to_id(value) is not None:
-          return self._special.token_to_id(value)
-      return next(
-        (i for name in well_known if (i := self._special.token_to_id(name)) is not None), None
+    def find(what: str, well_known: Sequence[str]) -> list[int]:
+      for file in (base.DESCRIPTION_FILE, "config.json"):
+        ids = _ids(files[file], what, directory / file)
+        if ids:
+          return ids
+      name = names.get(f"{what}_token") or added_tokens.token_text(
+        self._config.get(f"{what}_token")
       )
+      known = [self._vocabulary[n] for n in (name, *well_known) if n in self._vocabulary]
+      return known[:1]
 
     mask, eos = find("mask", _MASK_NAMES), find("eos", _EOS_NAMES)
     for what, value in (("mask", mask), ("end-of-text", eos)):
-      if value is None:
+      if not value:
         raise UserError(
           f"no {what} token in {directory}: config.json or tokenizer_config.json"
           f" should name one (mask_token_id, eos_token_id)"
         )
     eot, pad = find("eot", _EOT_NAMES), find("pad", ())
-    self.mask_id, self.eos_id = mask, eos
-    self.pad_id = eos if pad is None else pad
-    self.turn_id = eos if eot is None else eot
-    self.stop_ids = tuple(dict.fromkeys((eos, self.turn_id)))
-    added = self._special.get_added_tokens_decoder()
-    self.special_ids = frozenset(
-      (mask, self.pad_id, *self.stop_ids, *(i for i, token in added.items() if token.special))
-    )
+    self.mask_id, self.eos_id = mask[0], eos[0]
+    self.pad_id = pad[0] if pad else self.eos_id
+    self.turn_id = eot[0] if eot else self.eos_id
+    # Every end of text ends an answer, and the first one pads.
+    also = _ids(files["generation_config.json"], "eos", directory / "generation_config.json")
+    self.stop_ids = tuple(dict.fromkeys((*eos, self.turn_id, *also)))
+    inside = self._special.get_added_tokens_decoder().items()
+    special = [i for i, token in inside if token.special]
+    special += [i for i, token in self._added.items() if token.special]
+    self.special_ids = frozenset((self.mask_id, self.pad_id, *self.stop_ids, *special))
     self.vocab_size = max(self.vocab_size, *(i + 1 for i in self.special_ids))
 
-  def _choose_chat(self) -> Callable[[Sequence[dict[str, str]]], list[Segment]]:
-    """The directory's own template; ours where it says the same or there is none."""
+  def _known_chat(self) -> chat_template.Chat:
+    """The format of ours that goes with the special tokens of the vocabulary."""
     known = (
-      (("<|start_header_id|>", "<|startoftext|>"), llada_chat),
-      (("<|im_start|>", "<|im_end|>"), chatml_chat),
+      (("<|start_header_id|>", "<|startoftext|>"), chat_template.llada_chat),
+      (("<|im_start|>", "<|im_end|>"), chat_template.chatml_chat),
     )
-    ours = next(
-      (
-        chat
-        for tokens, chat in known
-        if all(self._special.token_to_id(t) is not None for t in tokens)
-      ),
-      plain_chat,
+    return next(
+      (chat for tokens, chat in known if all(token in self._vocabulary for token in tokens)),
+      chat_template.plain_chat,
     )
-    template = self._files.get("chat_template.jinja") or self._tokenizer_config.get("chat_template")
+
+  def _read_template(self) -> chat_template.Template | None:
+    template = self._files.get("chat_template.jinja") or self._config.get("chat_template")
     if isinstance(template, list):  # several by name
-      template = next((t["template"] for t in template if t.get("name") == "default"), None)
+      named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+      if named and "default" not in named:
+        raise UserError(
+          f"{self._directory}: of the chat templates {', '.join(map(str, named))} none is named"
+          " default: put the one to be used into chat_template.jinja"
+        )
+      template = named.get("default")
     if not template:
-      return ours
-    theirs = _template_chat(template, self._tokenizer_config, self._directory)
-    # Ours keeps a content that spells a special token as text; use it when it can be.
-    probe = [
-      {"role": role, "content": f" {role} \n"} for role in ("system", "user", "assistant", "user")
-    ]
+      return None
+    if not isinstance(template, str):
+      raise UserError(f"{self._directory}: the chat template should be text")
+    return chat_template.Template(
+      template,
+      added_tokens.named_tokens(self._config, self._special_map),
+      str(self._directory),
+      self._now(),
+    )
+
+  def _now(self) -> datetime.datetime:
+    """The time that a template may write: a run's is kept with its tokenizer, so that prompts stay
+    the same from day to day and host to host."""
+    kept = self._described.get("now")
     try:
-      same = _join(theirs(probe)) == _join(ours(probe))
-    except UserError:  # a template that refuses some role
-      same = False
-    return ours if same else theirs
+      return datetime.datetime.fromisoformat(kept) if kept else datetime.datetime.now()
+    except (TypeError, ValueError) as error:
+      raise UserError(f"{self._directory / base.DESCRIPTION_FILE}: now={kept!r}: {error}") from None
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], base.Offsets]:
+    return self._plain_added.encode(mend(text), self._encode_text)
+
+  def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], base.Offsets]]:
+    if self._plain_added:
+      return [self.encode_with_offsets(text) for text in texts]
+    encodings = self._text.encode_batch([mend(text) for text in texts], add_special_tokens=False)
+    return [(list(e.ids), list(e.offsets)) for e in encodings]
+
+  def _encode_text(self, text: str) -> tuple[list[int], base.Offsets]:
     encoding = self._text.encode(text, add_special_tokens=False)
     return list(encoding.ids), list(encoding.offsets)
 
-  def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], base.Offsets]]:
-    encodings = self._text.encode_batch(list(texts), add_special_tokens=False)
-    return [(list(e.ids), list(e.offsets)) for e in encodings]
+  def _encode_special(self, text: str) -> tuple[list[int], base.Offsets]:
+    encoding = self._special.encode(text, add_special_tokens=False)
+    return list(encoding.ids), list(encoding.offsets)
 
-  def render_prompt(self, messages: Sequence[dict[str, str]]) -> str:
+  def render_prompt(self, messages: Sequence[Message]) -> str:
     """The prompt as text, special tokens spelled out."""
     prefill = base.split_prefill(messages)
-    return _join(self._chat(prefill.messages)) + prefill.text
+    return chat_template.text_of(self._chat(prefill.messages)) + prefill.text
 
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     prefill = base.split_prefill(messages)
     ids: list[int] = []
-    for text, special in _merge([*self._chat(prefill.messages), (prefill.text, False)]):
-      tokenizer = self._special if special else self._text
-      ids += tokenizer.encode(text, add_special_tokens=False).ids
+    segments = [*self._chat(prefill.messages), (prefill.text, False)]
+    for text, special in chat_template.merged(segments):
+      if special:
+        ids += self._all_added.encode(mend(text), self._encode_special)[0]
+      else:
+        ids += self.encode(text)
     return ids
 
   def save(self, directory: epath.PathLike) -> None:
-    base.write_description(
-      directory,
-      {
-        "type": "hf",
-        "mask_token_id": self.mask_id,
-        "eos_token_id": self.eos_id,
-        "pad_token_id": self.pad_id,
-        "eot_token_id": self.turn_id,
-      },
-    )
+    description = {
+      "type": "hf",
+      "mask_token_id": self.mask_id,
+      # All of them, for the files that told of them do not come along.
+      "eos_token_id": self.eos_id if len(self.stop_ids) == 1 else list(self.stop_ids),
+      "pad_token_id": self.pad_id,
+      "eot_token_id": self.turn_id,
+    }
+    if self._template and self._template.tells_time:
+      description["now"] = self._template.now.isoformat(timespec="seconds")
+    base.write_description(directory, description)
     for name in reversed(_FILES):  # tokenizer.json last: with it, the directory counts as whole
       if name in self._files:
         base.write_file(directory, name, self._files[name].encode())
 
   def _decode_text(self, ids: list[int]) -> str:
-    return self._special.decode(ids, skip_special_tokens=True)
+    if not self._plain_added:
+      return self._special.decode(ids, skip_special_tokens=True)
+    out, run = [], []
+    for i in ids:
+      if i in self._added:
+        out += [self._special.decode(run, skip_special_tokens=True), self._added[i].text]
+        run = []
+      else:
+        run.append(i)
+    return "".join([*out, self._special.decode(run, skip_special_tokens=True)])
 
 
-def _join(segments: Sequence[Segment]) -> str:
-  return "".join(text for text, _ in segments)
+def _ids(file: dict[str, Any], what: str, where: epath.Path) -> list[int]:
+  """The ids of a special token in a file: one, several, or none (null, or a negative one).
 
-
-def _merge(segments: Sequence[Segment]) -> list[Segment]:
-  """Joins neighbours of one kind: a tokenizer must see a text whole."""
-  merged: list[Segment] = []
-  for text, special in segments:
-    if merged and merged[-1][1] == special:
-      merged[-1] = (merged[-1][0] + text, special)
-    elif text:
-      merged.append((text, special))
-  return merged
-
-
-def _template_chat(template: str, tokenizer_config: dict[str, Any], where: epath.Path):
-  """A chat format from a Jinja template, which runs sandboxed."""
-  import jinja2
-  import jinja2.sandbox
-
-  def refuse(message: str):
-    raise UserError(f"the chat template of {where} refuses these messages: {message}")
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-  environment.globals["raise_exception"] = refuse
-  tokens = {}
-  for name in ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token"):
-    value = tokenizer_config.get(name)
-    tokens[name] = value.get("content") if isinstance(value, dict) else value or ""
-  try:
-    compiled = environment.from_string(template)
-  except jinja2.TemplateError as error:
-    raise UserError(f"the chat template of {where} cannot be read: {error}") from error
-
-  def chat(messages: Sequence[dict[str, str]]) -> list[Segment]:
-    try:
-      text = compiled.render(messages=list(messages), add_generation_prompt=True, **tokens)
-    except jinja2.TemplateError as error:
-      raise UserError(f"the chat template of {where} fails: {error}") from error
-    return [(text, True)]
-
-  return chat
+  Raises:
+    UserError: it is no whole number.
+  """
+  name = f"{what}_token_id" if f"{what}_token_id" in file else f"{what}_id"
+  value = file.get(name)
+  ids = []
+  for item in value if isinstance(value, list) else [value]:
+    if item is None:
+      continue
+    if not isinstance(item, int) or isinstance(item, bool):
+      raise UserError(f"{where}: {name}={value!r} should be a whole number")
+    if item >= 0:
+      ids.append(item)
+  return ids
 
 
 def _untrimmed(text: str) -> str:

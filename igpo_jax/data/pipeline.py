@@ -145,6 +145,11 @@ class _Stream:
     return len(self._items)
 
   @property
+  def ids(self) -> list[str]:
+    """Ids of the records in use, in their order."""
+    return [item.record.id for item in self._items]
+
+  @property
   def local_batch_size(self) -> int:
     return self.batch_size // self.process_count
 

@@ -121,6 +121,9 @@ def stream_records(uri: str, **options: Any) -> Stream:
   return Stream(loaded.records, dict(loaded.dropped))
 
 
+FILE_SOURCES = ("jsonl", "csv", "parquet")  # what follows the colon is a path or a pattern
+
+
 def check_files(uri: str) -> None:
   """Looks whether the files of a source are there, without reading them.
 
@@ -131,7 +134,7 @@ def check_files(uri: str) -> None:
   if not colon or name not in _SOURCES:
     load_records(uri)  # says which sources there are
   path, _, query = rest.partition("?")
-  if name in ("jsonl", "csv", "parquet"):
+  if name in FILE_SOURCES:
     find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
 
 

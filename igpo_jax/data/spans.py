@@ -47,25 +47,47 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
   r"""Characters [start, end) from where a trace first states its final answer to its end.
 
-  The start is the earliest of: the last box that closes, the last "####", the last "<answer>"; and
-  every other statement that the grader would read, unless it plainly says something else than
-  `answer` and that box (`values.may_equal`). The last "the answer is" is the start where there
-  is none of these, or where it opens the line that has the start. Without any, the last place
-  where the value `answer` stands. None if there is none.
+  The start is the earliest of: where the final statement begins (`final_statement`); and every
+  other statement that the grader would read, unless it plainly says something else than `answer`
+  and the last box (`values.may_equal`). None if there is none.
   """
-  found = [[match.start() for match in mark.finditer(trace)] for mark in _MARKS]
+  final = _marked(trace)
   closed = boxes(trace)
-  found.append([start for start, _, _ in closed])
-  starts = [places[-1] for places in found if places]
-  said = [match.start() for match in _SAID_SO.finditer(trace)]
   answered = [text for text in (answer, closed[-1][2] if closed else "") if text]
-  starts += _stated(trace, answered, min(starts, default=len(trace)))
-  first = min(starts, default=len(trace))
-  if said and (not starts or (said[-1] < first and "\n" not in trace[said[-1] : first])):
-    starts.append(said[-1])
-  if not starts and answer:
-    starts = [start for start, _ in value_spans(trace, answer)][-1:]
-  return (min(starts), len(trace)) if starts else None
+  stated = _stated(trace, answered, len(trace) if final is None else final)
+  start = final if stated is None else stated
+  start = final_statement(trace, answer) if start is None else _line_opened(trace, start)
+  return None if start is None else (start, len(trace))
+
+
+def final_statement(trace: str, answer: str = "") -> int | None:
+  r"""The character at which a trace begins to state its final answer, the last time it does.
+
+  That is the earliest of the last box that closes, the last "####" and the last "<answer>", or the
+  "the answer is" that opens its line. Without any of these it is the last "the answer is", without
+  that the last place where the value `answer` stands. None if there is none.
+  """
+  start = _marked(trace)
+  if start is not None:
+    return _line_opened(trace, start)
+  said = [match.start() for match in _SAID_SO.finditer(trace)]
+  if not said and answer:
+    said = [start for start, _ in value_spans(trace, answer)]
+  return said[-1] if said else None
+
+
+def _marked(trace: str) -> int | None:
+  """The earliest of the last box that closes, the last "####" and the last "<answer>"."""
+  found = [[match.start() for match in mark.finditer(trace)] for mark in _MARKS]
+  found.append([start for start, _, _ in boxes(trace)])
+  return min((places[-1] for places in found if places), default=None)
+
+
+def _line_opened(trace: str, start: int) -> int:
+  """`start`, or where "the answer is" begins before it on its line."""
+  said = [match.start() for match in _SAID_SO.finditer(trace)]
+  opened = bool(said) and said[-1] < start and "\n" not in trace[said[-1] : start]
+  return said[-1] if opened else start
 
 
 def last_boxed(trace: str) -> str:
@@ -73,8 +95,8 @@ def last_boxed(trace: str) -> str:
   return (answers.find_answer(trace, ("boxed",)) or "").strip()
 
 
-def _stated(trace: str, answered: list[str], before: int) -> list[int]:
-  """Where the grader would read a statement that may say one of `answered`: the first, or none.
+def _stated(trace: str, answered: list[str], before: int) -> int | None:
+  """Where the grader first reads a statement that may say one of `answered`; None: nowhere.
 
   Only those that begin before the character `before` are asked for.
   """
@@ -84,5 +106,5 @@ def _stated(trace: str, answered: list[str], before: int) -> list[int]:
       break
     text = answers.find_answer(trace[start:end])
     if text is not None and any(may_equal(text, target) for target in answered):
-      return [start]
-  return []
+      return start
+  return None

@@ -12,10 +12,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.data import maps, synthetic
+from igpo_jax.data.records import ROLES, Message
+from igpo_jax.textfiles import mend
 
 # Our own description file: all there is of a character tokenizer, and beside the
 # others the special ids, which their own files do not always tell.
@@ -57,7 +60,7 @@ class Tokenizer(abc.ABC):
     """
 
   @abc.abstractmethod
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     """Chat messages in the model's format, up to where the assistant's turn begins.
 
     A last message with the role "assistant" is the beginning of that turn: it is
@@ -96,6 +99,29 @@ class Tokenizer(abc.ABC):
     )
 
 
+def check_ids(ids: Sequence[int] | np.ndarray, rows: int, what: str) -> None:
+  """Checks that a model has an embedding for every token id.
+
+  On the host, before anything runs: an array library fills what is past a table's end with
+  NaN, and no error is raised.
+
+  Args:
+    ids: token ids, an array of any shape.
+    rows: of the embedding; ids are from 0 to rows - 1.
+    what: has these ids, for the message.
+
+  Raises:
+    UserError: names the first id that has none.
+  """
+  ids = np.asarray(ids)
+  wrong = ids[(ids < 0) | (ids >= rows)]
+  if wrong.size:
+    raise UserError(
+      f"{what} has the token id {wrong[0]}, but the model's embedding has {rows} rows; is it the "
+      "tokenizer of another model, or were tokens added without resizing the model?"
+    )
+
+
 class CharTokenizer(Tokenizer):
   """One token per character, for tasks that are generated rather than read.
 
@@ -128,7 +154,7 @@ class CharTokenizer(Tokenizer):
       ) from None
     return ids, [(k, k + 1) for k in range(len(text))]
 
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     ids, prefill = [], split_prefill(messages)
     for message in prefill.messages:
       ids += [*self.encode(message["content"]), self.TURN]
@@ -155,7 +181,6 @@ class SentencePieceTokenizer(Tokenizer):
   """
 
   MASK_PIECES = ("<mask>", "<|mask|>", "[MASK]", "<|mdm_mask|>")
-  ROLES = ("system", "user", "assistant")
 
   def __init__(self, model: bytes):
     import sentencepiece
@@ -177,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
     self.pad_id = pad if pad >= 0 else eos
     self.stop_ids, self.turn_id = (eos,), eos
     self._roles = {
-      role: self._sp.piece_to_id(f"<|{role}|>") for role in self.ROLES if self._has(f"<|{role}|>")
+      role: self._sp.piece_to_id(f"<|{role}|>") for role in ROLES if self._has(f"<|{role}|>")
     }
     control = [i for i in range(self._sp.vocab_size()) if self._sp.is_control(i)]
     self.special_ids = frozenset(
@@ -188,7 +213,7 @@ class SentencePieceTokenizer(Tokenizer):
     return self._sp.id_to_piece(self._sp.piece_to_id(piece)) == piece
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-    encoded = self._sp.encode(text, return_type="offset_mapping")
+    encoded = self._sp.encode(mend(text), return_type="offset_mapping")
     offsets = [(int(start), int(end)) for start, end in encoded["offsets"]]
     # Of the bytes of one letter only the last is given its width; all belong to it.
     for k in range(len(offsets) - 2, -1, -1):
@@ -196,9 +221,9 @@ class SentencePieceTokenizer(Tokenizer):
         offsets[k] = (offsets[k][0], offsets[k + 1][1])
     return list(encoded["ids"]), offsets
 
-  def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
     ids, prefill = [], split_prefill(messages)
-    if len(self._roles) < len(self.ROLES):
+    if len(self._roles) < len(ROLES):
       lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in prefill.messages]
       return self.encode("".join(lines) + "Assistant: " + prefill.text)
     for message in prefill.messages:
@@ -250,7 +275,7 @@ def train_sentencepiece(
       eos_id=1,
       bos_id=-1,
       pad_id=-1,
-      control_symbols=["<mask>", *(f"<|{role}|>" for role in SentencePieceTokenizer.ROLES)],
+      control_symbols=["<mask>", *(f"<|{role}|>" for role in ROLES)],
       user_defined_symbols=["\n"],
       num_threads=1,
       shuffle_input_sentence=False,
@@ -269,11 +294,11 @@ def train_sentencepiece(
 class Prefill(NamedTuple):
   """Messages that are complete, and the text that the assistant's turn begins with."""
 
-  messages: Sequence[dict[str, str]]
+  messages: Sequence[Message]
   text: str
 
 
-def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
+def split_prefill(messages: Sequence[Message]) -> Prefill:
   """Takes a last message of the assistant off; checks the roles.
 
   Raises:
@@ -282,10 +307,9 @@ def split_prefill(messages: Sequence[dict[str, str]]) -> Prefill:
   if not messages:
     raise UserError("a prompt needs at least one message")
   for message in messages:
-    if message["role"] not in SentencePieceTokenizer.ROLES:
+    if message["role"] not in ROLES:
       raise UserError(
-        f"unknown role {message['role']!r} in a prompt: expected one of"
-        f" {', '.join(SentencePieceTokenizer.ROLES)}"
+        f"unknown role {message['role']!r} in a prompt: expected one of {', '.join(ROLES)}"
       )
   if messages[-1]["role"] == "assistant":
     return Prefill(messages[:-1], messages[-1]["content"])
@@ -317,7 +341,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return {}
   try:
     value = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(value, dict):
     raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -325,7 +349,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def _find_sentencepiece(directory: epath.Path) -> epath.Path | None:
-  models = sorted(directory.glob("*.model"), key=lambda p: (p.name != SENTENCEPIECE_FILE, p.name))
+  models = [p for p in directory.glob("*.model") if p.exists()]  # a link may lead nowhere
+  models = sorted(models, key=lambda p: (p.name != SENTENCEPIECE_FILE, p.name))
   return models[0] if models else None
 
 

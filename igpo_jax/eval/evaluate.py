@@ -75,6 +75,9 @@ def make_stream(
 ) -> PromptStream:
   """The rows as batches that devices and processes can share; no problem is left out.
 
+  The longest prompts come first, equal lengths in the order of the problems: batches then
+  hold prompts of like length, and one long problem pads one batch only.
+
   Args:
     batch_size: no more than there are rows, rounded up to a multiple of devices (data x
       fsdp) and processes.
@@ -82,11 +85,14 @@ def make_stream(
   """
   processes = jax.process_count()
   ways = math.lcm(num_shards("act_batch", mesh=mesh), processes)
-  longest = max(len(tokenizer.encode_prompt(p.asked.prompt)) for p in problems if p.sample == 0)
+  lengths = {  # samples of a problem are asked alike
+    p.record.id: len(tokenizer.encode_prompt(p.asked.prompt)) for p in problems if p.sample == 0
+  }
+  longest = max(lengths.values())
   if longest > buckets[-1]:
     buckets = (*buckets, -(-longest // BUCKET_STEP) * BUCKET_STEP)
   return PromptStream(
-    [problem.asked for problem in problems],
+    [p.asked for p in sorted(problems, key=lambda p: -lengths[p.record.id])],
     tokenizer,
     -(-min(batch_size, len(problems)) // ways) * ways,
     buckets,
@@ -166,18 +172,19 @@ def evaluate(
     progress: wraps the numbers of the batches that are left.
   """
   by_id = {problem.asked.id: problem for problem in problems}
-  keys = [(problem.record.id, problem.sample) for problem in problems]
-  size = stream.batch_size
+  key_of = lambda problem: (problem.record.id, problem.sample)
+  keys, size = [key_of(problem) for problem in problems], stream.batch_size
+  sampled = [key_of(by_id[name]) for name in stream.ids]
   left = [
     batch
     for batch in range(stream.num_ordered_batches())
-    if any(k not in generations.rows for k in keys[batch * size : (batch + 1) * size])
+    if any(k not in generations.rows for k in sampled[batch * size : (batch + 1) * size])
   ]
   for number in progress(left):
     # A batch that is half known is made whole again: the same batch gives the same rows.
     batch = next(stream.ordered_batches(number))
     generations.add(generate_rows(lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key))
-  generations.close()
+  generations.close(keys)
   # One process decides: grading may time out on one machine and not on another.
   summary = []
   if jax.process_index() == 0:

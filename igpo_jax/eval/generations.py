@@ -1,5 +1,7 @@
 """The completions of an evaluation on disk: written as they come, continued after a kill.
 
+They come in the order of the batches; a finished file is in the order of the problems.
+
     DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads
     DIR/NAME-XXXXXXXX.settings.json   what decided them: weights, problems, protocol, seed
 
@@ -64,10 +66,14 @@ class Generations:
     if self._file and new:
       self._file.add(new)
 
-  def close(self) -> None:
-    """All rows are there."""
+  def close(self, order: Sequence[Key]) -> None:
+    """All rows are there: puts the file in the order of `order`, their keys, if it is not."""
+    ordered = {key: self.rows[key] for key in order}
+    in_order, self.rows = list(self.rows) == list(ordered), ordered
     if self._file:
       self._file.close()
+      if not in_order:
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in ordered.values()))
 
 
 def records_digest(records: Iterable[Record]) -> str:

@@ -24,7 +24,7 @@ from igpo_jax.models import lora
 from igpo_jax.models.attention import attend, platform
 from igpo_jax.models.cache import Cache, write
 from igpo_jax.models.cache import empty as empty_cache
-from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, low_rank, rope_tables
+from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, dot_f32, low_rank, rope_tables
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Array, Params
 
@@ -211,11 +211,11 @@ def make_lm(config: ModelConfig) -> LM:
       weights = {"kernel": params["wte"]["embedding"].T}
     else:
       weights = params["head"]
-    dtype, kw = jnp.dtype(config.dtype), {"preferred_element_type": jnp.float32}
+    dtype = jnp.dtype(config.dtype)
     h = h.astype(dtype)
-    y = jnp.dot(h, constrain(weights["kernel"].astype(dtype), "embed", "vocab"), **kw)
+    y = dot_f32(h, constrain(weights["kernel"].astype(dtype), "embed", "vocab"))
     if "lora_a" in weights:
-      y = y + low_rank(h, weights["lora_a"], weights["lora_b"], config.lora.alpha, **kw)
+      y = y + low_rank(h, weights["lora_a"], weights["lora_b"], config.lora.alpha)
     return y
 
   def logits(params, tokens, valid=None):

@@ -32,7 +32,10 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
   if sizes.count(-1) > 1:
     raise UserError(f"{text}: only one axis may be -1")
   if any(s < 1 and s != -1 for s in sizes):
-    raise UserError(f"{text}: sizes are positive, or -1 for the rest of the devices")
+    raise UserError(
+      f"{text}: sizes are positive, or -1 for the rest of the devices (0, for data and fsdp, is "
+      "what train.sizes.resolve replaces)"
+    )
   known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes:
     if num_devices % known:
@@ -48,21 +51,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(data, fsdp, tensor, len(devices))
   mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-  check_rows(mesh.devices)
+  check_rows(np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices))
   return mesh
 
 
-def check_rows(devices: np.ndarray) -> None:
+def check_rows(process_of: np.ndarray) -> None:
   """Checks that every process can have rows of its own, as the data and the graders do.
 
   Args:
-    devices: [data,fsdp,tensor].
+    process_of: i[data,fsdp,tensor], the process that each device belongs to.
 
   Raises:
     UserError: several processes would have to hold the same rows.
   """
-  for block in devices.reshape(-1, devices.shape[-1]):
-    processes = sorted({device.process_index for device in block})
+  for block in process_of.reshape(-1, process_of.shape[-1]):
+    processes = sorted(set(block.tolist()))
     if len(processes) > 1:
       raise UserError(
         f"config.mesh: tensor={len(block)} spreads the same rows over processes "
@@ -80,11 +83,44 @@ def check_micro_batches(mesh: jax.sharding.Mesh, rows: int, count: int, name: st
     UserError: names the option, such as "rl.micro_batches".
   """
   ways = num_shards("act_batch", mesh=mesh)
+  _check_resolved(count, name)
   if count > 1 and (rows // count) % ways:
     raise UserError(
       f"config: {name}={count} leaves {rows // count} of {rows} rows, which do not divide over "
-      f"{ways} devices (mesh data x fsdp): lower it, or raise mesh.tensor"
+      f"{ways} devices (mesh data x fsdp): lower it, leave it to the devices with 0, or raise "
+      "mesh.tensor"
     )
+
+
+def check_sample_slices(mesh, prompts: int, group_size: int, slices: int, processes: int) -> None:
+  """Checks that a step's prompts share out over slices, processes and devices.
+
+  Args:
+    prompts: of a step, over all processes.
+    group_size: completions of each.
+    slices: `rl.sample_slices`.
+
+  Raises:
+    UserError: they do not.
+  """
+  ways = num_shards("act_batch", mesh=mesh)
+  _check_resolved(slices, "rl.sample_slices")
+  advice = "lower rl.sample_slices, or leave it to the devices with 0"
+  if prompts % (slices * processes):
+    raise UserError(
+      f"config: rl.prompts_per_step={prompts} is not a multiple of rl.sample_slices={slices} x "
+      f"{processes} process(es): {advice}"
+    )
+  if (prompts // slices * group_size) % ways:
+    raise UserError(
+      f"config: rl.sample_slices={slices} leaves {prompts // slices} prompts x {group_size} "
+      f"completions, which do not share out over {ways} devices (mesh data x fsdp): {advice}"
+    )
+
+
+def _check_resolved(count: int, name: str) -> None:
+  if count < 1:
+    raise UserError(f"config: {name}={count} is left to the devices: train.sizes.resolve decides")
 
 
 def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:

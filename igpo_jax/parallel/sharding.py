@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from igpo_jax.cli import UserError
 from igpo_jax.types import Array
 
 LogicalAxes = tuple[str | None, ...]
@@ -96,6 +97,30 @@ def tree_shardings(logical_axes: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(
     lambda axes: NamedSharding(mesh, partition_spec(axes)), logical_axes, is_leaf=is_axes
   )
+
+
+def check_divides(arrays: Any, shardings: Any) -> None:
+  """Checks that every array can be cut into the equal parts that its sharding asks for.
+
+  Args:
+    arrays: a tree of arrays or ShapeDtypeStructs.
+    shardings: NamedShardings, mirroring it.
+
+  Raises:
+    UserError: names the first array that cannot, the dimension and the mesh axis.
+  """
+  leaves = zip(jax.tree_util.tree_leaves_with_path(arrays), jax.tree.leaves(shardings), strict=True)
+  for (path, x), sharding in leaves:
+    sizes = dict(sharding.mesh.shape)
+    for size, axes in zip(x.shape, sharding.spec, strict=False):  # the spec may be shorter
+      names = (axes,) if isinstance(axes, str) else axes or ()
+      if size % math.prod(sizes[name] for name in names):
+        over = " x ".join(f"{name}={sizes[name]}" for name in names)
+        name = "/".join(str(key.key) for key in path)
+        raise UserError(
+          f"config.mesh: {name} {list(x.shape)} does not divide over the devices: {size} over "
+          f"{over}; choose mesh sizes that divide the model's, or fewer devices"
+        )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

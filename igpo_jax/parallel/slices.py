@@ -1,7 +1,10 @@
-"""TPU chips, and the slices of them that the configs are sized for: facts, in one table each.
+"""Chips, and the slices of TPUs that the configs are sized for: facts, in one table each.
 
-Peak rates and bandwidths are the published ones (Cloud TPU documentation, "TPU v5e", "TPU
-v5p", "TPU v6e": system architecture); usable memory is what XLA's compiler allows a program.
+Peak rates and bandwidths are the published ones. TPUs: Cloud TPU documentation, "TPU v5e", "TPU
+v5p", "TPU v6e", system architecture; usable memory is what XLA's compiler allows a program.
+GPUs: NVIDIA's data sheets of the H100, H200 and A100 (SXM boards; peaks without sparsity; NVLink
+counted in one direction); usable memory is the share that this program asks for of what CUDA
+reports.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ class Chip:
   """One chip.
 
   Attributes:
+    platform: "tpu" or "gpu".
     hbm_bytes: memory that a program may use.
     flops: peak, bfloat16 products per second x 2.
     hbm_bandwidth: bytes per second.
-    ici_bandwidth: bytes per second that all links of a chip receive.
+    ici_bandwidth: bytes per second that all links of a chip receive, within a slice or machine.
   """
 
+  platform: str
   hbm_bytes: int
   flops: float
   hbm_bandwidth: float
@@ -29,12 +34,28 @@ class Chip:
 
 
 GIB = 2**30
+# Of a GPU's memory, for the programs' arrays. jax's own default is 0.75; the rest is for CUDA's
+# context, cuDNN and NCCL, which allocate their own.
+GPU_SHARE = 0.92
 # By jax's `device_kind`.
 CHIPS = {
-  "TPU v5 lite": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9),
-  "TPU v5": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9),
-  "TPU v6 lite": Chip(int(31.25 * GIB), 918e12, 1640e9, 400e9),
+  "TPU v5 lite": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9),
+  "TPU v5": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9),
+  "TPU v6 lite": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 400e9),
+  "NVIDIA H100 80GB HBM3": Chip("gpu", int(GPU_SHARE * 79.1 * GIB), 989e12, 3350e9, 450e9),
+  "NVIDIA H200": Chip("gpu", int(GPU_SHARE * 139.7 * GIB), 989e12, 4800e9, 450e9),
+  "NVIDIA A100-SXM4-80GB": Chip("gpu", int(GPU_SHARE * 79.1 * GIB), 312e12, 2039e9, 300e9),
 }
+# By the name that `config.mesh.hardware` gives it.
+KINDS = {
+  "v5e": "TPU v5 lite",
+  "v5p": "TPU v5",
+  "v6e": "TPU v6 lite",
+  "h100": "NVIDIA H100 80GB HBM3",
+  "h200": "NVIDIA H200",
+  "a100": "NVIDIA A100-SXM4-80GB",
+}
+PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +99,19 @@ def find_chip(device_kind: str) -> Chip:
   if device_kind not in CHIPS:
     raise UserError(f"no facts about the chip {device_kind!r}: known are {', '.join(CHIPS)}")
   return CHIPS[device_kind]
+
+
+def find_hardware(name: str) -> tuple[str, str]:
+  """(platform, device kind or "") of a name that `config.mesh.hardware` may have.
+
+  Example: `find_hardware("h200") == ("gpu", "NVIDIA H200")`.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if name in PLATFORMS:
+    return name, ""
+  if name not in KINDS:
+    known = ", ".join((*PLATFORMS, *KINDS))
+    raise UserError(f"config: mesh.hardware={name!r} is not one of {known}")
+  return CHIPS[KINDS[name]].platform, KINDS[name]

@@ -39,7 +39,7 @@ class Exploration:
       advantages are not all zero, filled up to one of a few sizes.
     groups: which of this process's groups they are, i64[X].
     metrics: means over all hosts.
-    rows: one dict per completion of this host, for samples.jsonl.
+    rows: one dict per completion of this host, both tries, for samples.jsonl; see `_rows`.
   """
 
   rollout: Rollout
@@ -112,14 +112,14 @@ class Explorer:
 
     # 3. Correct ones replace wrong originals, at most lambda G of a group.
     mixed = own.copy()
-    replaced = np.zeros((p, g), bool)
+    source = np.full((p, g), -1)  # which extra completion took the place; -1: none
     most_replaced = math.floor(cfg.hints.replace_fraction * g + 1e-9)
     for row, group in enumerate(wrong if extra is not None else []):
       rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 1])
       correct = rng.permutation(np.flatnonzero(extra.correct[row]))[:most_replaced]
-      for target, source in zip(rng.permutation(g), correct, strict=False):
-        mixed.put(group, target, extra, row, source)
-        replaced[group, target] = True
+      for target, number in zip(rng.permutation(g), correct, strict=False):
+        mixed.put(group, target, extra, row, number)
+        source[group, target] = number
 
     # 4. To the devices: everything, and what there is to learn from.
     arrays = self._rollout(batch, mixed)
@@ -127,8 +127,9 @@ class Explorer:
     rollout = learnt = shard_rows(self.mesh, arrays)
     if len(groups) < p:
       learnt = shard_rows(self.mesh, jax.tree.map(lambda x: x[groups], arrays))
-    metrics = self._metrics(batch, own, mixed, extra, wrong, replaced, arrays.advantages)
-    return Exploration(rollout, learnt, groups, metrics, self._rows(batch, mixed, replaced))
+    metrics = self._metrics(batch, own, mixed, extra, wrong, source >= 0, arrays.advantages)
+    rows = self._rows(batch, own, extra, wrong, source)
+    return Exploration(rollout, learnt, groups, metrics, rows)
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -210,20 +211,55 @@ class Explorer:
     totals = over_processes(np.array(list(sums.values()), np.float64), np.sum)
     return {name: float(a / max(b, 1)) for name, (a, b) in zip(sums, totals, strict=True)}
 
-  def _rows(self, batch, samples: Samples, replaced) -> list[dict[str, Any]]:
-    rows = []
+  def _rows(self, batch, own: Samples, extra: Samples | None, wrong, source) -> list[dict]:
+    """One dict per completion, those first that show what inpainting did.
+
+    Groups in which something was inserted come first, then the others that were all wrong,
+    then the rest: `rank` says so, for rows of several processes. Within a group, every
+    inserted completion is followed by the one that it replaced.
+
+    "phase": "own", "hinted" or "resampled". "used": an own completion is "kept" or
+    "replaced", one of the second try "inserted" or "dropped". "number": its place in its
+    try; "partner": that of the completion it replaced or was replaced by, None without one.
+    """
+    second = "hinted" if self.config.rl.exploration == "inpaint" else "resampled"
+    tries = {group: row for row, group in enumerate(wrong if extra is not None else [])}
+    out = []
     for group, record in enumerate(batch.records):
-      for row in range(samples.reward.shape[1]):
-        rows.append({
-          "id": record.id,
-          "prompt": record.question,
-          "answer": record.answer,
-          "completion": samples.texts[group][row],
-          "hints": segments(samples.hinted[group, row]),
-          "commit_step": samples.commit_step[group, row].tolist(),
-          "reward": float(samples.reward[group, row]),
-          "correct": bool(samples.correct[group, row]),
-          "status": samples.status[group][row],
-          "inserted": bool(replaced[group, row]),
-        })  # fmt: skip
-    return rows
+      taken = {int(number): k for k, number in enumerate(source[group]) if number >= 0}
+      first = [
+        self._row(record, own, group, k, "own", *(("kept", None) if s < 0 else ("replaced", s)))
+        for k, s in enumerate(source[group].tolist())
+      ]
+      again = []
+      if group in tries:
+        again = [
+          self._row(record, extra, tries[group], k, second,
+                    *(("inserted", taken[k]) if k in taken else ("dropped", None)))
+          for k in range(len(first))
+        ]  # fmt: skip
+      rows = [row for number, k in taken.items() for row in (again[number], first[k])]
+      rows += [row for row in again + first if row["partner"] is None]
+      place = {
+        "group": jax.process_index() * len(batch.records) + group,
+        "rank": 0 if taken else 1 if again else 2,
+      }
+      out += [place | row for row in rows]
+    return sorted(out, key=lambda row: row["rank"])
+
+  def _row(self, record, samples: Samples, group, k, phase, used, partner) -> dict[str, Any]:
+    return {
+      "id": record.id,
+      "prompt": record.question,
+      "answer": record.answer,
+      "completion": samples.texts[group][k],
+      "hints": segments(samples.hinted[group, k]),
+      "commit_step": samples.commit_step[group, k].tolist(),
+      "reward": float(samples.reward[group, k]),
+      "correct": bool(samples.correct[group, k]),
+      "status": samples.status[group][k],
+      "phase": phase,
+      "used": used,
+      "number": k,
+      "partner": partner,
+    }

@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.diffusion.sampler import denoise
-from igpo_jax.parallel.mesh import local_rows, over_processes, shard_rows
+from igpo_jax.parallel.mesh import check_sample_slices, local_rows, over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, Scores
 from igpo_jax.types import LM, Array, Canvas, Params
@@ -240,13 +239,9 @@ class GroupSampler:
     self.sampler, self.group_size = config.sampler, config.rl.group_size
     self.prompt_buckets = config.data.prompt_buckets
     ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
-    slices = config.rl.sample_slices
-    if config.rl.prompts_per_step % (slices * processes):
-      raise UserError(
-        f"config: rl.prompts_per_step={config.rl.prompts_per_step} is not a multiple of "
-        f"rl.sample_slices={slices} x {processes} process(es)"
-      )
-    self.slice_size = config.rl.prompts_per_step // slices // processes
+    prompts, slices = config.rl.prompts_per_step, config.rl.sample_slices
+    check_sample_slices(mesh, prompts, self.group_size, slices, processes)
+    self.slice_size = prompts // slices // processes
     # Few groups are enough to give every device a row.
     rows = processes * self.group_size
     self.buckets = group_buckets(self.slice_size, ways // math.gcd(ways, rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
-from igpo_jax.config import Config
+from igpo_jax.config import Config, ModelConfig
 from igpo_jax.models import lora
 from igpo_jax.models.attention import program_for
 from igpo_jax.models.flops import forward_flops
@@ -107,9 +108,15 @@ def _abstract(tree: Any, shardings: Any) -> Any:
 
 def abstract_params(config: Config, mesh) -> Params:
   """The parameters of `config.model`, as ShapeDtypeStructs laid out over the mesh."""
-  lm = make_lm(config.model)
-  shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
-  return _abstract(shapes, tree_shardings(lm.logical_axes(), mesh))
+  shapes, axes = _shapes(config.model)
+  return _abstract(shapes, tree_shardings(axes, mesh))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: ModelConfig) -> tuple[Params, Any]:
+  """Shapes and logical axes of a model's parameters; finding them takes a good part of a second."""
+  lm = make_lm(model)
+  return jax.eval_shape(lambda: lm.init(jax.random.key(0))), lm.logical_axes()
 
 
 def abstract_state(optimizer, params: Params, mesh) -> TrainState:

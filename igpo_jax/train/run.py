@@ -17,6 +17,7 @@ from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
+from igpo_jax.parallel.machine import check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.inputs import check_inputs
@@ -32,18 +33,24 @@ from igpo_jax.train.setup import (
   purpose_key,
 )
 from igpo_jax.train.sft import handed_on, train_sft
+from igpo_jax.train.sizes import asked, resolve, said
 from igpo_jax.train.workdir import hold, open_workdir
 
 
 def train(config: Config, workdir: epath.Path) -> dict:
   """Runs every stage of a config; returns the summary that summary.json holds."""
+  machine = here()
+  check_machine(config.mesh, machine)
   check_inputs(config)
+  sized = resolve(config, machine)
   with hold(workdir, say):
-    return _train(config, workdir)
+    open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
+    distributed.agree("the choice of sizes", asked(sized))
+    say(said(sized, machine))
+    return _train(sized, workdir)
 
 
 def _train(config: Config, workdir: epath.Path) -> dict:
-  open_workdir(workdir, config)
   mesh = configured_mesh(config.mesh)
   with (
     jax.set_mesh(mesh),

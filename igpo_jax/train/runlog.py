@@ -107,14 +107,15 @@ class RunLog:
     """Appends completions of all processes to samples.jsonl, in the order of the batch.
 
     Args:
-      rows: this process's share of a batch, as many as every other's. A collective.
-      limit: write only so many of the whole batch; 0: all.
+      rows: this process's. Those of the lowest "rank", which is not written, come first,
+        whichever process they are of. A collective.
+      limit: write only so many; 0: all.
     """
-    if limit:
-      rows = rows[: max(0, limit - jax.process_index() * len(rows))]
-    rows = share([{"stage": stage, "step": step, **row} for row in rows])
+    rank = lambda row: row.get("rank", 0)
+    rows = sorted(share(sorted(rows, key=rank)[: limit or None]), key=rank)[: limit or None]
     if self._writes:
-      self._samples.add(rows)
+      head = {"stage": stage, "step": step}
+      self._samples.add([head | {k: v for k, v in r.items() if k != "rank"} for r in rows])
 
   def flush(self) -> None:
     """Every row is in its file, wherever that is: call it before a checkpoint is saved."""

@@ -62,10 +62,18 @@ def _told(workdir: epath.Path) -> Iterator[None]:
     raise UserError(f"workdir {workdir}: {error}") from error
 
 
-def open_workdir(workdir: epath.Path, config: Config) -> None:
+def open_workdir(
+  workdir: epath.Path, config: Config, resolved: dict[str, Any] | None = None
+) -> None:
   """Makes the workdir, or checks that the run in it is this one; writes config.json.
 
   A collective: process 0 looks and decides for all.
+
+  Args:
+    config: as it was given. A size that it leaves to the devices stays 0 in config.json, so a
+      run may be continued on other devices.
+    resolved: what these devices made of such sizes (train/sizes.py). It is written under
+      "resolved", for people; nothing is compared with it.
 
   Raises:
     UserError: the workdir holds a run with other settings, cannot be used, or is not the
@@ -81,12 +89,14 @@ def open_workdir(workdir: epath.Path, config: Config) -> None:
         )
   agree("--workdir", str(workdir))
   with _told(workdir):
-    from_first(lambda: _open(workdir, config, current))
+    from_first(lambda: _open(workdir, config, current, resolved or {}))
   if jax.process_count() > 1:
     _check_shared(workdir)
 
 
-def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
+def _open(
+  workdir: epath.Path, config: Config, current: dict[str, Any], resolved: dict[str, Any]
+) -> None:
   path = workdir / "config.json"
   only_eval = config.stages == ("eval",)
   # A mistake that ended the program before it made anything leaves the workdir free.
@@ -103,7 +113,7 @@ def _open(workdir: epath.Path, config: Config, current: dict[str, Any]) -> None:
   if only_eval and path.exists() and begun:
     return  # the run's own settings stay, so that it can be continued
   workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(path, json.dumps(current, indent=2) + "\n")
+  write_whole(path, json.dumps({**current, "resolved": resolved}, indent=2) + "\n")
 
 
 def as_json(config: Config) -> dict[str, Any]:

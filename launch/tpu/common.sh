@@ -61,7 +61,7 @@ parse() {
         usage
         exit 0
         ;;
-      --dry-run) DRY_RUN=1 ;;
+      --dry-run | --dry_run) DRY_RUN=1 ;;
       --project=*) IGPO_PROJECT=${1#*=} ;;
       --zone=*) IGPO_ZONE=${1#*=} ;;
       --name=*) IGPO_NAME=${1#*=} ;;

@@ -44,7 +44,7 @@ do_start() {
     return
   fi
   mkdir -p "$state"
-  rm -f "$state/exit" "$state/stopped"
+  rm -f "$state/exit" "$state/stopped" "$state/program"
   # A session of its own, so that the end of the ssh connection does not reach it.
   setsid nohup bash "${BASH_SOURCE[0]}" attend "$@" >>"$state/run.log" 2>&1 </dev/null &
   echo $! >"$state/pid"
@@ -57,7 +57,13 @@ do_attend() { # runs the program and keeps its exit code; its log goes to the wo
   trap : TERM
   local code=0
   echo "--- $(date -u +%FT%TZ) $(hostname): ${*:2}"
-  "$python" -m igpo_jax.main --distributed "--workdir=$1" "${@:2}" || code=$?
+  "$python" -m igpo_jax.main --distributed "--workdir=$1" "${@:2}" &
+  echo $! >"$state/program"
+  wait $! || code=$?
+  while kill -0 $! 2>/dev/null; do # a signal to this shell ended the wait, not the program
+    code=0
+    wait $! || code=$?
+  done
   echo "--- $(date -u +%FT%TZ) exit $code"
   gcloud storage cp "$state/run.log" "$1/logs/$(hostname).log" || echo "log not copied"
   echo "$code" >"$state/exit.partial"
@@ -81,17 +87,21 @@ do_state() {
 do_stop() {
   if alive; then
     run touch "$state/stopped"
-    run pkill -TERM -P "$(cat "$state/pid")" # the program itself, not its graders
+    while [ "$dry_run" = 0 ] && alive && [ ! -s "$state/program" ]; do sleep 0.1; done
+    # The program itself, not its graders.
+    run kill -TERM "$(cat "$state/program" 2>/dev/null)" || true # it may have ended just now
     while [ "$dry_run" = 0 ] && alive; do sleep 1; done
   fi
   do_state
 }
 
 dry_run=0
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=1
-  shift
-fi
+case ${1:-} in
+  --dry-run | --dry_run)
+    dry_run=1
+    shift
+    ;;
+esac
 case ${1:-} in
   install | attend | start | state | stop)
     command=$1

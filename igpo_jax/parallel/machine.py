@@ -1,0 +1,121 @@
+"""The devices that a run has: how many, of which kind, with how much memory.
+
+A config says what it is for (`mesh.hardware`, `mesh.devices`, `mesh.slice`). Whether that is what
+there is shows only once jax has looked, which with several processes is after they have joined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import MeshConfig
+from igpo_jax.parallel.mesh import over_processes
+from igpo_jax.parallel.slices import CHIPS, GIB, GPU_SHARE, SLICES, find_hardware, find_slice
+
+# Of either, jax takes the share of a GPU's memory that it allocates at its start.
+MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """All devices of a run, over all of its processes.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu".
+    kind: jax's `device_kind`.
+    devices, processes: how many. Every process has equally many devices.
+    memory: bytes that arrays may take on each device, at least; 0 where that is not known.
+  """
+
+  platform: str
+  kind: str
+  devices: int
+  processes: int = 1
+  memory: int = 0
+
+  def __str__(self) -> str:
+    memory = f" with {self.memory / GIB:.1f} GiB each" if self.memory else ""
+    processes = f" in {self.processes} processes" if self.processes > 1 else ""
+    return f"{self.devices} x {self.kind}{memory}{processes}"
+
+
+def here() -> Machine:
+  """The machine that this process is part of. A collective."""
+  device = jax.local_devices()[0]
+  limit = min((x.memory_stats() or {}).get("bytes_limit", 0) for x in jax.local_devices())
+  # Cards of one kind differ by some MiB; what is decided from it has to be the same on all.
+  limit = int(over_processes(np.array(limit // 2**20), np.min)) * 2**20
+  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+  return Machine(platform, device.device_kind, jax.device_count(), jax.process_count(), limit)
+
+
+def modelled(hardware: str, devices: int, processes: int = 1) -> Machine:
+  """A machine that is not there, by what is known of its devices.
+
+  Args:
+    hardware: a name that `mesh.hardware` may have.
+
+  Raises:
+    UserError: an unknown name, or devices that do not share out over the processes.
+  """
+  if devices < 1 or processes < 1 or devices % processes:
+    raise UserError(f"{devices} device(s) cannot be shared by {processes} process(es)")
+  platform, kind = find_hardware(hardware)
+  return Machine(
+    platform, kind or platform, devices, processes, CHIPS[kind].hbm_bytes if kind else 0
+  )
+
+
+def hardware_of(cfg: MeshConfig) -> str:
+  """What a config is for: `mesh.hardware`, or the chip of its slice; "" for anything.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if cfg.slice:
+    return find_slice(cfg.slice).topology.partition(":")[0]
+  if cfg.hardware:
+    find_hardware(cfg.hardware)
+  return cfg.hardware
+
+
+def check_machine(cfg: MeshConfig, machine: Machine) -> None:
+  """Checks that a config is for the devices there are: their platform, and how many.
+
+  Raises:
+    UserError: says what there is, and what to do.
+  """
+  hardware = hardware_of(cfg)
+  platform = find_hardware(hardware)[0] if hardware else ""
+  named = f"mesh.slice={cfg.slice}" if cfg.slice else f"mesh.hardware={cfg.hardware}"
+  if platform and platform != machine.platform:
+    install = {"gpu": "the [cuda] extra", "tpu": "the [tpu] extra"}.get(platform)
+    missing = f"install {install} where there is one (docs/launch.md), " if install else ""
+    raise UserError(
+      f"config: {named} is for a {platform}, and jax finds only {machine.devices} "
+      f"{machine.platform} device(s) here: {missing}choose a preset for this machine, or give "
+      "--config.mesh.slice= --config.mesh.hardware= to run on what there is"
+    )
+  fewest = int(np.prod(SLICES[cfg.slice].mesh)) if cfg.slice else cfg.devices
+  if machine.devices < fewest or (cfg.slice and machine.devices != fewest):
+    raise UserError(
+      f"config: {named} is sized for {fewest} devices, and there are {machine.devices}: choose a "
+      "preset for fewer or more, such as gpu, or give --config.mesh.devices=0 "
+      "(a slice: --config.mesh.slice= --config.mesh.fsdp=-1)"
+    )
+
+
+def claim_memory(cfg: MeshConfig, environment: dict[str, str] | None = None) -> None:
+  """Lets a program that is for GPUs have nearly all of their memory, not jax's 75%.
+
+  Nothing happens where the user chose a share. Call it before jax looks for its devices.
+  """
+  environment = os.environ if environment is None else environment
+  hardware = hardware_of(cfg)
+  if hardware and find_hardware(hardware)[0] == "gpu" and not set(MEMORY_SHARE) & set(environment):
+    environment[MEMORY_SHARE[0]] = str(GPU_SHARE)

@@ -1,0 +1,406 @@
+"""python -m igpo_jax.rehearse --config=configs/X.py[:ARGUMENT] [--config.a.b=value]
+
+Everything that a start of igpo_jax.main would check, on devices that are not there and without
+weights: the config, its sizes, how batches share out over devices and processes, memory. The
+programs are traced and lowered for the platform, at full width; nothing is compiled or run. Prints
+one page: sizes, memory of a device, FLOPs, hours, checkpoints, and which files are here. Exit code
+0 if the run could start, 2 with one line if not.
+
+  --devices     how many; default: as many as the config is sized for, or 1
+  --processes   of the run; default: one for up to 8 GPUs and one a GPU beyond, as slurm.sbatch
+                starts them; on a TPU slice one for each machine. No process is started: what each
+                would hold is counted.
+  --chip        h100, h200, a100, v5e, v5p, v6e; default: the config's; an h100 for any GPU
+  --share       of the chips' peak that is reached, for the hours; default 0.4. Not measured.
+  --hinted      share of the groups that are all wrong and sampled again; default 0.3
+  --nolower     does not lower the programs: what takes most of the time here
+
+Time and memory of programs are estimates (igpo_jax/train/costs.py, memory.py), parameters and
+optimizer state exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+from typing import Any
+
+from absl import flags
+
+from igpo_jax import cli
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.flags import config_flag, parse
+
+FLAGS = config_flag()
+flags.DEFINE_integer("devices", 0, "How many; 0: the config's own.", 0, flag_values=FLAGS)
+flags.DEFINE_integer("processes", 0, "Of the run; 0: the usual number.", 0, flag_values=FLAGS)
+flags.DEFINE_string("chip", "", "The kind of device.", flag_values=FLAGS)
+flags.DEFINE_float("share", 0.4, "Of the peak that is reached.", 0.01, 1.0, flag_values=FLAGS)
+flags.DEFINE_float("hinted", 0.3, "Groups sampled again.", 0.0, 1.0, flag_values=FLAGS)
+flags.DEFINE_bool("lower", True, "Lower the programs.", flag_values=FLAGS)
+
+FAKE_DEVICES = "--xla_force_host_platform_device_count"
+LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
+KERNELS = ("__cudnn$fmha", "tpu_custom_call")  # of fused attention, in a lowered program
+MACHINE_GPUS, MACHINE_CHIPS = 8, 4  # of a machine with GPUs; of a machine of a TPU slice
+
+
+def machine_for(config: Config, devices: int = 0, processes: int = 0, chip: str = ""):
+  """The machine that a config would run on; zeros and "" take what the config is sized for.
+
+  Raises:
+    UserError: an unknown chip, or devices that do not share out over the processes.
+  """
+  from igpo_jax.parallel import machine
+  from igpo_jax.parallel.slices import SLICES, find_hardware
+
+  hardware = machine.hardware_of(config.mesh)
+  chip = chip or {"gpu": "h100", "tpu": "v5e"}.get(hardware, hardware) or "cpu"
+  platform, _ = find_hardware(chip)
+  if not devices:
+    slice_ = SLICES.get(config.mesh.slice)
+    devices = math.prod(slice_.mesh) if slice_ else config.mesh.devices or 1
+  if not processes:
+    processes = 1
+    if platform == "gpu" and devices > MACHINE_GPUS:
+      processes = devices
+    if platform == "tpu" and devices > 8 and devices % MACHINE_CHIPS == 0:
+      processes = devices // MACHINE_CHIPS
+  return machine.modelled(chip, devices, processes)
+
+
+def rehearse(
+  config: Config, machine, share: float = 0.4, hinted: float = 0.3, lower: bool = True
+) -> dict[str, Any]:
+  """Checks what a start would check; returns the facts that `page` prints.
+
+  Args:
+    config: the run's.
+    machine: see `machine_for`; jax has at least as many devices here, real or fake.
+    share: of the peak, for the seconds.
+    hinted: share of the groups that are sampled again.
+    lower: also lowers the programs for the machine's platform.
+
+  Raises:
+    UserError: the run could not start.
+  """
+  import jax
+
+  from igpo_jax.eval.protocols import plan
+  from igpo_jax.parallel.mesh import configured_mesh
+  from igpo_jax.parallel.slices import CHIPS
+  from igpo_jax.train import costs, memory
+  from igpo_jax.train.sizes import asked, model_of, resolve
+
+  sized = resolve(config, machine, strict=True)
+  sized = dataclasses.replace(sized, model=model_of(config))
+  if len(jax.devices()) < machine.devices:
+    raise UserError(
+      f"{machine.devices} devices cannot be rehearsed in a process that has {len(jax.devices())}: "
+      f"set XLA_FLAGS={FAKE_DEVICES}={machine.devices} before jax is used"
+    )
+  mesh = configured_mesh(sized.mesh, devices=jax.devices()[: machine.devices])
+  kernels = _lowered(_only_programs(sized), mesh, LOWERED_FOR[machine.platform]) if lower else {}
+
+  chip = CHIPS.get(machine.kind)
+  rate = chip.flops * machine.devices * share if chip else 0.0
+  seconds = lambda flops: flops / rate if rate else None
+  buckets = config.data.prompt_buckets
+  steps = {
+    bucket: {
+      stage: {part: (flops, seconds(flops)) for part, flops in parts.items()}
+      for stage, parts in costs.step_flops(sized, mesh, bucket, hinted).items()
+    }
+    for bucket in dict.fromkeys((buckets[0], buckets[-1]))
+  }
+  files = missing_files(config)
+  evaluations = {}
+  for task in plan(config):
+    problems = _problems(config, task, files)
+    flops = problems and costs.evaluation_flops(sized, task, problems, buckets[-1])
+    evaluations[task.name] = {
+      "problems": problems, "samples": task.setting.samples, "seconds": problems and seconds(flops)
+    }  # fmt: skip
+  needed = memory.memory(sized, mesh)
+  return {
+    "config": sized, "machine": machine, "sizes": asked(sized), "share": share, "hinted": hinted,
+    "peak": chip.flops if chip else 0.0, "parameters": _count(sized, mesh), "kernels": kernels,
+    "memory": needed, "steps": steps, "evaluations": evaluations,
+    "stages": _stages(sized, files), "files": files,
+    "checkpoint": memory.checkpoint_bytes(sized, mesh),
+  }  # fmt: skip
+
+
+def _only_programs(config: Config) -> Config:
+  """The config with defaults for what the programs do not depend on."""
+  default, buckets = Config(), config.data.prompt_buckets
+  data = dataclasses.replace(default.data, prompt_buckets=buckets)
+  kept = ("stages", "model", "mesh", "sampler", "objective", "sft", "rl")
+  return dataclasses.replace(default, data=data, **{name: getattr(config, name) for name in kept})
+
+
+@functools.lru_cache(maxsize=64)
+def _lowered(config: Config, mesh, platform: str) -> dict[str, int]:
+  """Lowers every program of a config; returns how many kernels of fused attention each has."""
+  from igpo_jax.train.programs import programs
+
+  kernels = {}
+  for name, program in programs(config, mesh).items():
+    text = program.lower(platform).as_text()
+    kernels[name] = sum(text.count(kernel) for kernel in KERNELS)
+  return kernels
+
+
+def _count(config: Config, mesh) -> tuple[int, int]:
+  """(All parameters, those that are trained.)"""
+  import jax
+
+  from igpo_jax.models import lora
+  from igpo_jax.train.programs import abstract_params
+
+  params = abstract_params(config, mesh)
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return size(params), size(lora.split(params)[0])
+
+
+def missing_files(config: Config) -> dict[str, str]:
+  """What the run reads and is not here: option or benchmark -> what is said of it.
+
+  Raises:
+    UserError: a source of an unknown kind.
+  """
+  from igpo_jax.data.sources import FILE_SOURCES, check_files
+  from igpo_jax.eval.protocols import plan
+
+  uris = {f"data.{s}": getattr(config.data, s) for s in config.stages if s != "eval"}
+  uris |= {f"data.eval {task.name}": task.uri for task in plan(config)}
+  missing = {}
+  for name, uri in uris.items():
+    if uri.partition(":")[0] not in FILE_SOURCES:
+      check_files(uri)
+      continue
+    try:
+      check_files(uri)
+    except UserError as error:
+      missing[name] = str(error)
+  if config.init_from and not os.path.exists(config.init_from) and "://" not in config.init_from:
+    missing["init_from"] = f"{config.init_from}: no such directory; sizes are the config's"
+  return missing
+
+
+def _problems(config: Config, task, missing: dict[str, str]) -> int:
+  """How many problems a benchmark has; 0 where that is not known."""
+  from igpo_jax.data.sources import load_records
+  from igpo_jax.train.costs import PUBLISHED
+
+  if f"data.eval {task.name}" in missing:
+    count = PUBLISHED.get(task.name.partition("@")[0], 0)
+  else:
+    count = len(load_records(task.uri).records)
+  return min(count, config.eval.limit) if config.eval.limit else count
+
+
+def _stages(config: Config, missing: dict[str, str]) -> dict[str, tuple[int, int]]:
+  """Training stage -> (steps, evaluations); 0 steps where a file tells that is not here."""
+  from igpo_jax.data.sources import load_records
+  from igpo_jax.train.costs import evaluations
+
+  out = {}
+  training = [stage for stage in config.stages if stage != "eval"]
+  for stage in training:
+    section = getattr(config, stage)
+    steps = section.steps
+    if stage == "sft" and section.epochs:
+      records = 0 if "data.sft" in missing else len(load_records(config.data.sft).records)
+      steps = math.ceil(section.epochs * records / section.batch_size)
+    initial = config.eval.initial and stage == training[0]
+    out[stage] = steps, evaluations(steps, section.eval_every, initial)
+  return out
+
+
+# --- the page ------------------------------------------------------------------------------
+
+
+def page(facts: dict[str, Any], name: str) -> str:
+  """The facts as text of at most 100 columns."""
+  config, machine, sizes = facts["config"], facts["machine"], facts["sizes"]
+  everything, trained = facts["parameters"], facts["parameters"][1]
+  rank = config.model.lora.rank
+  kind = f"LoRA, rank {rank}" if rank else "all of them"
+  lines = [
+    f"{name} on {machine}",
+    "A rehearsal: nothing was run or measured.",
+    "",
+    f"model        {everything[0]:,} parameters; trained: {trained:,} ({kind})",
+    *_wrapped("sizes", [f"{k}={v}" for k, v in sizes.items()]),
+    *_work_lines(config, machine),
+  ]
+  if facts["kernels"]:
+    fused = [f"{k} ({n} fused kernels)" if n else k for k, n in facts["kernels"].items()]
+    lines += _wrapped(f"lowered for {LOWERED_FOR[machine.platform]}", fused)
+  lines += ["", *_memory_lines(facts), "", *_time_lines(facts), "", *_checkpoint_lines(facts)]
+  if facts["files"]:
+    lines += ["", "not here, and needed for a real start:"]
+    lines += [f"  {what}: {said}" for what, said in facts["files"].items()]
+  return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _wrapped(head: str, items: list[str], width: int = 100) -> list[str]:
+  """ "head         item, item, ..." on as many lines as that takes."""
+  lines = [f"{head:<12}"]
+  for k, item in enumerate(items):
+    item = f" {item}," if k + 1 < len(items) else f" {item}"
+    if len(lines[-1]) + len(item) > width:
+      lines.append(" " * 12)
+    lines[-1] += item
+  return lines
+
+
+def _work_lines(config: Config, machine) -> list[str]:
+  """How the batches of a step are cut."""
+  lines, ways = [], config.mesh.data * config.mesh.fsdp
+  lengths = ", ".join(map(str, config.data.prompt_buckets))
+  if "rl" in config.stages:
+    rl, sampler = config.rl, config.sampler
+    slice_ = rl.prompts_per_step // rl.sample_slices
+    micro = rl.prompts_per_step // rl.micro_batches
+    lines += [
+      f"rl step      {rl.prompts_per_step} prompts x {rl.group_size} completions; sampled"
+      f" {slice_} prompts at a time",
+      f"             ({slice_ * rl.group_size // ways} rows a device), updated {micro} at a time"
+      f" ({micro // ways or 1} a device)",
+      f"             prompts padded to {lengths}; {sampler.gen_length} positions in"
+      f" {sampler.steps} steps, blocks of {sampler.block_length}",
+    ]
+  if "sft" in config.stages:
+    sft = config.sft
+    responses = ", ".join(map(str, sft.response_lengths or (config.sampler.gen_length,)))
+    lines += [
+      f"sft step     {sft.batch_size} rows, {sft.batch_size // sft.micro_batches} at a time,"
+      f" {sft.batch_size // sft.micro_batches // ways} a device",
+      f"             prompts padded to {lengths}; responses to {responses}",
+    ]
+  if machine.processes > 1:
+    each = machine.devices // machine.processes
+    lines.append(
+      f"processes    {machine.processes}, each with {each} device(s), its share of every batch, "
+      "and graders of its own"
+    )
+  return lines
+
+
+def _memory_lines(facts: dict[str, Any]) -> list[str]:
+  from igpo_jax.parallel.slices import GIB
+
+  size = lambda value: f"{value / GIB:.1f}" if value >= 0.05 * GIB else f"{value / GIB:.3f}"
+  usable = facts["machine"].memory
+  lines = [f"memory, GiB on each device{f', of {size(usable)} usable' if usable else ''}",
+           f"  {'':<12}{'in all':>8}{'held':>8}{'work':>8}{'to spare':>10}"]  # fmt: skip
+  for name, one in facts["memory"].items():
+    spare = f"{1 - one.total / usable:.0%}" if usable else "-"
+    held, work = sum(one.held.values()), sum(one.work.values())
+    lines.append(f"  {name:<12}{size(one.total):>8}{size(held):>8}{size(work):>8}{spare:>10}")
+  largest = max(facts["memory"].values(), key=lambda one: one.total, default=None)
+  if largest:
+    parts = lambda these: [f"{what} {size(value)}" for what, value in these.items()]
+    lines += _wrapped("  held", parts(largest.held)) + _wrapped("  work", parts(largest.work))
+  return lines
+
+
+def _hours(seconds: float | None) -> str:
+  if seconds is None:
+    return "-"
+  for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    if seconds >= 2 * length:
+      return f"{seconds / length:.1f} {unit}"
+  return f"{seconds:.3g} s"
+
+
+def step_seconds(facts: dict[str, Any], stage: str, bucket: int) -> float | None:
+  """Seconds of a step with all prompts padded to `bucket`; None where no peak is known."""
+  seconds = [s for _, s in facts["steps"][bucket][stage].values()]
+  return None if None in seconds else sum(seconds)
+
+
+def _time_lines(facts: dict[str, Any]) -> list[str]:
+  config, buckets = facts["config"], sorted(facts["steps"])
+  peak = facts["peak"]
+  at = f"at {facts['share']:.0%} of {peak / 1e12:.0f} TFLOP/s a device" if peak else "no peak known"
+  lines = [f"time, {at}: products only, every row denoised to its end"]
+  heads = [f"prompts of {bucket}" for bucket in buckets]
+  lines.append(f"  {'':<22}{'PFLOP':>10}" + "".join(f"{head:>16}" for head in heads))
+  for stage in facts["steps"][buckets[-1]]:
+    for part in facts["steps"][buckets[-1]][stage]:
+      label = f"{stage} {part}"
+      if part == "groups tried again":
+        label += f" {facts['hinted']:.0%}"
+      cells = [_hours(facts["steps"][b][stage][part][1]) for b in buckets]
+      flops = facts["steps"][buckets[-1]][stage][part][0]
+      row = "".join(f"{cell:>16}" for cell in cells)
+      lines.append(f"  {label:<26}{flops / 1e15:>6.3g}{row}")
+    totals = [step_seconds(facts, stage, bucket) for bucket in buckets]
+    lines.append(f"  {f'{stage}: a step':<32}" + "".join(f"{_hours(t):>16}" for t in totals))
+    steps, _ = facts["stages"][stage]
+    if steps:
+      whole = "".join(f"{_hours(t and t * steps):>16}" for t in totals)
+      lines.append(f"  {f'{stage}: {steps} steps':<32}{whole}")
+    else:
+      lines.append(f"  {stage}: how many steps depends on the records, which are not here")
+  evaluation = 0.0
+  for name, one in facts["evaluations"].items():
+    rows = f"{one['problems']} problems" if one["problems"] else "problems not here"
+    rows += f" x {one['samples']}" if one["samples"] > 1 else ""
+    lines.append(f"  evaluation {name:<12} {rows}: {_hours(one['seconds'] or None)}")
+    evaluation += one["seconds"] or 0.0
+  times = sum(count for _, count in facts["stages"].values()) + ("eval" in config.stages)
+  if evaluation and all(steps for steps, _ in facts["stages"].values()):
+    lines.append(f"  all evaluations, {times} times: {_hours(times * evaluation)}")
+  return lines
+
+
+def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
+  from igpo_jax.train.memory import gib
+
+  config, lines = facts["config"], []
+  cfg, bucket = config.checkpoint, max(facts["steps"])
+  minutes = getattr(cfg, "minutes", 0)
+  for stage in facts["steps"][bucket]:
+    step = step_seconds(facts, stage, bucket)
+    lost = step and step * cfg.every
+    if minutes and (step or not cfg.every):
+      lost = min(lost or float("inf"), 60 * minutes + (step or 0))
+    often = " or ".join(
+      f"every {number:g} {unit}"
+      for number, unit in ((cfg.every, "steps"), (minutes, "minutes"))
+      if number
+    )
+    lines.append(
+      f"checkpoints  {stage}: {gib(facts['checkpoint'])} each, {often or 'at the end only'}, the "
+      f"last {cfg.keep} kept"
+    )
+    if lost:
+      lines.append(f"             a kill without notice loses at most {_hours(lost)} of work")
+  return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  argv = sys.argv if argv is None else ["rehearse", *argv]
+  config, name = parse(FLAGS, argv, __doc__)
+  named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), name)
+  machine = machine_for(config, FLAGS.devices, FLAGS.processes, FLAGS.chip)
+  # jax reads both when it first looks for devices, which nothing has made it do.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}={machine.devices}"
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  facts = rehearse(config, machine, FLAGS.share, FLAGS.hinted, FLAGS.lower)
+  print(page(facts, named), end="")
+
+
+if __name__ == "__main__":
+  cli.run(main)

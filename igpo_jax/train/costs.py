@@ -1,0 +1,61 @@
+"""What a run costs in FLOPs, counted from its shapes, and what that is in hours.
+
+Products only, at most: every row denoises to its end, and prompts have the length that is given.
+Seconds are FLOPs over a share of the chips' peak, which the caller chooses: nothing is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from igpo_jax.config import Config
+from igpo_jax.eval.protocols import Task
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.train.programs import programs
+
+# Problems of the published test sets, for where the files are not at hand (docs/evaluation.md).
+PUBLISHED = {"gsm8k": 1319, "math500": 500, "amc": 40, "minerva": 272}
+
+
+def step_flops(config: Config, mesh, prompt: int, hinted: float = 0.0) -> dict[str, dict[str, int]]:
+  """Stage -> part of a step -> FLOPs over all devices, with every prompt padded to `prompt`.
+
+  Args:
+    config: with every size resolved, and `model.vocab_size`.
+    hinted: share of the groups that are sampled again.
+  """
+  data = dataclasses.replace(config.data, prompt_buckets=(prompt,))
+  made = programs(dataclasses.replace(config, data=data), mesh)
+  out: dict[str, dict[str, int]] = {}
+  if "sft" in made:
+    out["sft"] = {"update": made["sft"].flops}
+  if "rollout" in made:
+    rollout = made["rollout"].flops * config.rl.sample_slices
+    again = 0.0 if config.rl.exploration == "none" else hinted
+    out["rl"] = {
+      "rollout": rollout,
+      "groups tried again": int(again * rollout),
+      "likelihood": made["likelihood"].flops,
+      "updates": made["update"].flops * config.rl.inner_updates,
+    }
+  return out
+
+
+def evaluation_flops(config: Config, task: Task, problems: int, prompt: int) -> int:
+  """FLOPs of one evaluation over all devices, the rows that fill up the last batch included."""
+  sampler = task.setting.sampler
+  rows = problems * task.setting.samples
+  batch = min(config.eval.batch_size, rows)
+  rows = -(-rows // batch) * batch if rows else 0
+  total, block = prompt + sampler.gen_length, sampler.block_length
+  calls = sampler.steps * (2 if sampler.cfg_scale else 1)
+  return calls * forward_flops(config.model, rows, total, total, block, read=block)
+
+
+def evaluations(steps: int, eval_every: int, initial: bool) -> int:
+  """How many times a stage of `steps` steps evaluates: before, between and at its end.
+
+  Example: `evaluations(200, 50, True) == 5`.
+  """
+  between = (steps - 1) // eval_every if eval_every and steps else 0
+  return int(initial) + between + (steps > 0)

@@ -1,0 +1,223 @@
+"""Memory of a run, counted for one device: what is held exactly, what a program works with roughly.
+
+Held are parameters, optimizer moments, copies and the reference: arrays whose shapes and layouts
+are known. What a program needs besides while it runs is the compiler's choice; it is estimated
+from a few large terms (`_forward`, `_denoising`, `_backward`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import Config, ModelConfig, SamplerConfig
+from igpo_jax.eval.protocols import plan
+from igpo_jax.models import lora
+from igpo_jax.ops.token_stats import LOGITS_AT_ONCE
+from igpo_jax.parallel.sharding import num_shards
+from igpo_jax.train.programs import abstract_params, abstract_state, bytes_per_chip
+from igpo_jax.train.setup import make_optimizer
+
+FLOAT = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on each device while one program runs, by what they are.
+
+  Attributes:
+    held: counted from shapes and layouts.
+    work: estimated.
+  """
+
+  held: dict[str, int]
+  work: dict[str, int]
+
+  @property
+  def total(self) -> int:
+    return sum(self.held.values()) + sum(self.work.values())
+
+
+def rows_per_device(rows: int, mesh) -> int:
+  """Rows of a batch on each device, rounded up."""
+  return -(-rows // num_shards("act_batch", mesh=mesh))
+
+
+def memory(config: Config, mesh) -> dict[str, Memory]:
+  """Memory of every program of a config: "sft"; "rollout", "likelihood", "update"; "evaluation".
+
+  Args:
+    config: with every size resolved (train/sizes.py) and `model.vocab_size` set.
+    mesh: of devices, or abstract.
+  """
+  model, out = config.model, {}
+  bucket = config.data.prompt_buckets[-1]
+  if "sft" in config.stages:
+    held = _held(model, mesh)
+    length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
+    rows = rows_per_device(config.sft.batch_size // config.sft.micro_batches, mesh)
+    # The first parameters stay with whoever called the stage.
+    first = {} if model.lora.rank else {"parameters it began with": held["parameters"]}
+    kept = {k: held[k] for k in ("parameters", "optimizer", "base") if held[k]} | first
+    work = _backward(model, mesh, rows, bucket + length, bucket + length, config.sft.micro_batches)
+    out["sft"] = Memory(kept, work)
+  if "rl" in config.stages:
+    out |= _of_policy(config, mesh)
+  samplers = [task.setting.sampler for task in plan(config)]
+  if samplers:
+    held = _held(model, mesh)
+    rows = rows_per_device(config.eval.batch_size, mesh)
+    works = [_denoising(model, mesh, rows, bucket + s.gen_length, s) for s in samplers]
+    out["evaluation"] = Memory(
+      {k: v for k, v in held.items() if v}, max(works, key=lambda work: sum(work.values()))
+    )
+  return out
+
+
+def _of_policy(config: Config, mesh) -> dict[str, Memory]:
+  model, rl, sampler = config.model, config.rl, config.sampler
+  held = {k: v for k, v in _held(model, mesh, config.objective.beta > 0).items() if v}
+  total = config.data.prompt_buckets[-1] + sampler.gen_length
+  sampled = rows_per_device(rl.prompts_per_step // rl.sample_slices * rl.group_size, mesh)
+  read = rl.prompts_per_step // rl.micro_batches
+  if rl.estimator != "mean_field":
+    read *= rl.group_size
+  read = rows_per_device(read, mesh)
+  stats = _statistics(model, mesh, read, sampler.gen_length)
+  backward = _backward(model, mesh, read, total, sampler.gen_length, rl.micro_batches)
+  return {
+    "rollout": Memory(held, _denoising(model, mesh, sampled, total, sampler)),
+    "likelihood": Memory(held, _forward(model, mesh, read, total) | {"logits": stats}),
+    "update": Memory(held, backward),
+  }
+
+
+@functools.lru_cache(maxsize=64)
+def _held(model: ModelConfig, mesh, reference: bool = False) -> dict[str, int]:
+  """What lies on a device throughout a stage."""
+  optimizer = make_optimizer(Config().rl_optimizer, 1)
+  params = abstract_params(dataclasses.replace(Config(), model=model), mesh)
+  trainable, frozen = lora.split(params)
+  compute = jnp.dtype(model.dtype)
+  stored, own = bytes_per_chip(trainable), bytes_per_chip(_cast(trainable, compute))
+  is_cast = any(x.dtype != compute for x in jax.tree.leaves(trainable))
+  return {
+    "base": bytes_per_chip(frozen),
+    "parameters": stored,
+    "optimizer": bytes_per_chip(abstract_state(optimizer, trainable, mesh)) - stored,
+    f"copy in {model.dtype}": own if is_cast else 0,
+    "reference": own if reference else 0,
+  }
+
+
+def _cast(tree, dtype):
+  cast = lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+  return jax.tree.map(cast, tree)
+
+
+def _item(model: ModelConfig) -> int:
+  return jnp.dtype(model.dtype).itemsize
+
+
+def _layer_width(model: ModelConfig, tensor: int) -> int:
+  """Bytes for each token that a layer works with at a time: its widest place.
+
+  In the MLP: the residual stream, its norm, two branches and their product; under LoRA the
+  branches are summed in float32. In attention: queries, keys, values and the result.
+  """
+  heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
+  mlp = _item(model) * 3 * model.mlp_hidden
+  attention = _item(model) * (2 * heads + 2 * kv_heads)
+  if model.lora.rank:
+    mlp += FLOAT * 2 * model.mlp_hidden
+    attention += FLOAT * heads
+  return _item(model) * 2 * model.d_model + max(mlp, attention) // tensor
+
+
+def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
+  """Of a forward pass over `rows` rows of `total` positions on a device."""
+  tensor = mesh.shape["tensor"]
+  work = {"activations": rows * total * _layer_width(model, tensor)}
+  if model.attention == "einsum":
+    # Scores and weights of all pairs, which fused attention never holds.
+    work["attention scores"] = 2 * FLOAT * rows * total**2 * model.n_heads // tensor
+  if mesh.shape["fsdp"] > 1:
+    work["gathered weights"] = _gathered(model, tensor)
+  return work
+
+
+def _gathered(model: ModelConfig, tensor: int) -> int:
+  """The weights of two layers, one at work and one on its way, and the head's."""
+  heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
+  layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * model.mlp_hidden)
+  return _item(model) * (2 * layer + model.d_model * model.vocab_size) // tensor
+
+
+def _denoising(
+  model: ModelConfig, mesh, rows: int, total: int, sampler: SamplerConfig
+) -> dict[str, int]:
+  """Of a denoising loop over `rows` rows of a device."""
+  tensor = mesh.shape["tensor"]
+  rows *= 2 if sampler.cfg_scale else 1
+  work = _forward(model, mesh, rows, total)
+  # Logits, noise and their sum.
+  logits = 3 * FLOAT * rows * sampler.block_length * model.vocab_size // tensor
+  work["logits"] = logits
+  if sampler.cache != "none":
+    kv = model.kv_heads * model.head_size // tensor
+    work["cache of keys and values"] = 2 * _item(model) * model.n_layers * rows * total * kv
+  return work
+
+
+def _statistics(model: ModelConfig, mesh, rows: int, length: int) -> int:
+  """Bytes of a chunk of logits, its softmax and its gradient (ops/token_stats.py)."""
+  elements = rows * length * model.vocab_size // mesh.shape["tensor"]
+  return 3 * FLOAT * min(elements, LOGITS_AT_ONCE)
+
+
+def _backward(
+  model: ModelConfig, mesh, rows: int, total: int, scored: int, micro_batches: int
+) -> dict[str, int]:
+  """Of an update: a forward and a backward pass over `rows` rows of a device, and its gradients."""
+  tensor, tokens = mesh.shape["tensor"], rows * total
+  width = _layer_width(model, tensor)
+  stream = _item(model) * model.d_model // (tensor if model.shard_sequence else 1)
+  # What remat keeps of every layer: its input; also the products; or all it worked with.
+  heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
+  products = _item(model) * (heads + 2 * kv_heads + 2 * model.mlp_hidden) // tensor + 2 * stream
+  kept = {"full": stream, "dots": stream + products, "none": stream + 2 * width}[model.remat]
+  work = _forward(model, mesh, rows, total)
+  work["activations"] *= 3  # recomputed, their gradients, and those of the layer before
+  if model.remat == "none" and "attention scores" in work:
+    work["attention scores"] *= model.n_layers
+  work["kept for the backward pass"] = model.n_layers * tokens * kept
+  work["logits"] = _statistics(model, mesh, rows, scored)
+  trainable = _held(model, mesh)["parameters"]
+  # Those of a micro-batch, their sum, and what the optimizer makes of it.
+  work["gradients"] = trainable * (3 if micro_batches > 1 else 2)
+  if not model.lora.rank and num_shards("act_batch", mesh=mesh) > 1:
+    # The head's, whole, before it is reduced to the device's own part.
+    whole = model.d_model * model.vocab_size // tensor
+    work["gradients"] += (FLOAT + _item(model)) * whole
+  return work
+
+
+def largest(memories: dict[str, Memory]) -> tuple[str, Memory]:
+  """The program that needs most, by name."""
+  return max(memories.items(), key=lambda item: item[1].total)
+
+
+def checkpoint_bytes(config: Config, mesh) -> int:
+  """Bytes of one checkpoint on disk: trained parameters and optimizer moments, over all devices."""
+  whole = jax.sharding.AbstractMesh((1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types)
+  held = _held(config.model, whole)
+  return held["parameters"] + held["optimizer"]
+
+
+def gib(size: float) -> str:
+  """Bytes as text: gib(3 * 2**30) == "3.0 GiB"."""
+  unit = next((u for u in ("GiB", "MiB") if size >= {"GiB": 2**30, "MiB": 2**20}[u]), "KiB")
+  return f"{size / {'GiB': 2**30, 'MiB': 2**20, 'KiB': 2**10}[unit]:.1f} {unit}"
