@@ -59,6 +59,21 @@ def test_prefill_is_the_beginning_of_the_answer_and_examples_are_turns():
   assert turns[2]["content"] == "Question: How many?\nLet's think step by step\nAnswer:"
 
 
+@pytest.mark.parametrize(
+  ("benchmark", "boxed", "end"),
+  [
+    # A space after the sentence; the other has a quotation mark, a space and a line at the end.
+    ("gsm8k", "\\boxed{}. \nRespond", "</answer>\n\nHow many?"),
+    ("math500", "\\boxed{}.\nRespond", '</answer>" \n\n\nHow many?'),
+  ],
+)
+def test_d1_has_a_prompt_for_each_benchmark(benchmark, boxed, end):
+  """To the letter: a model's accuracy hangs on such things (eval/gsm8k.py, eval/math500.py)."""
+  for setting in PROTOCOLS["d1"][benchmark]:
+    user, _ = setting.messages("How many?")
+    assert boxed in user["content"] and user["content"].endswith(end)
+
+
 def eval_config(*items, **options):
   config = default_config()
   config.stages = ("eval",)

@@ -96,32 +96,35 @@ def _igpo() -> Protocol:
   }
 
 
-# The wording belongs to the protocol: with another one it would be another protocol.
+# The wording belongs to the protocol: with another one it would be another protocol. The two
+# benchmarks' differ in white space, and one has a quotation mark at the end.
 _D1_SYSTEM = (
   "You are a math expert. You will be given a question to solve. Solve it step by step. "
-  "Wrap the final answer in a \\boxed{}. \nRespond in the following format:\n<reasoning>\n"
-  "Your reasoning here\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>"
+  "Wrap the final answer in a \\boxed{}.%s\nRespond in the following format:\n<reasoning>\n"
+  "Your reasoning here\n</reasoning>\n<answer>\n\\boxed{...}\n</answer>%s"
 )
+_D1_GSM8K = _D1_SYSTEM % (" ", "")
+_D1_MATH500 = _D1_SYSTEM % ("", '" \n')
 
 
 def _d1() -> Protocol:
   """d1 and SPG: no examples, instructions in the user's turn, reasoning tag prefilled."""
 
-  def setting(length: int, published: float, source: str) -> Setting:
+  def setting(system: str, source: str, length: int, published: float) -> Setting:
     return Setting(
       sampler=_sampler(length, length // 2, 32),
-      template=_D1_SYSTEM + "\n\n{question}",
+      template=system + "\n\n{question}",
       prefill="<reasoning>",
       rules=("boxed", "tag"),
       published=published,
       source=source,
     )
 
-  gsm8k = "d1's dumps, recomputed on 1,130 questions"
-  math500 = "arXiv 2504.12216"
+  gsm8k = _D1_GSM8K, "d1's dumps, recomputed on 1,130 questions"
+  math500 = _D1_MATH500, "arXiv 2504.12216"
   return {
-    "gsm8k": tuple(setting(*x, gsm8k) for x in ((128, 0.693), (256, 0.764), (512, 0.781))),
-    "math500": tuple(setting(*x, math500) for x in ((128, 0.260), (256, 0.324), (512, 0.362))),
+    "gsm8k": tuple(setting(*gsm8k, *x) for x in ((128, 0.693), (256, 0.764), (512, 0.781))),
+    "math500": tuple(setting(*math500, *x) for x in ((128, 0.260), (256, 0.324), (512, 0.362))),
   }
 
 
