@@ -1,15 +1,42 @@
-"""Orbax checkpoints of a stage: the last few, and the best by a metric."""
+"""Orbax checkpoints of a stage: the last few and the best, and what to do with damaged ones.
+
+    DIRECTORY/STEP/...            one checkpoint, as Orbax writes it
+    DIRECTORY/STEP/files.json     the size of each of its files
+    DIRECTORY/damaged-STEP/...    a checkpoint that could not be read, moved out of the way
+
+Orbax restores files whose bytes were changed without a word. So the sums of all arrays
+travel with a checkpoint and are compared when it is read.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from igpo_jax.cli import UserError
+from igpo_jax.rowfile import can_append, write_whole
+
+FILES = "files.json"
+ARRAYS = "default"  # Orbax's folder of a step's arrays
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Words of errors that say nothing about the files: another look may succeed.
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED")
+
+
+class DamagedCheckpoint(UserError):
+  """A checkpoint that is there, and whose files are incomplete or changed."""
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -22,59 +49,109 @@ class Checkpoints:
   """The checkpoints of one stage, in `directory`/<step>.
 
   Saving is synchronous: when `save` returns, the checkpoint is complete under its
-  final name, and what was reported as saved survives any kill.
+  final name, and what was reported as saved survives any kill. Where several processes
+  share the arrays, each of them calls every method, except `note`.
 
   Args:
     directory: made if need be; local or gs://.
     keep: how many of the latest to keep.
-    best_metric: name of the metric whose best checkpoint is kept besides; "" for none.
+    scores: step -> a number; the checkpoint with the highest is kept besides, the later one
+      of two that are equal. The caller may add to it and call `prune`.
   """
 
-  def __init__(self, directory: epath.PathLike, keep: int = 2, best_metric: str = ""):
-    self.best_metric = best_metric
-    rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
-    metric_of = (lambda metrics: metrics[best_metric]) if best_metric else None
-    if metric_of:
-      rules.append(
-        policies.BestN(get_metric_fn=metric_of, n=1, keep_checkpoints_without_metrics=False)
-      )
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(rules),
-      best_fn=metric_of,  # else metrics are not written, and a continued run forgets its best
-      enable_async_checkpointing=False,
-      step_prefix=None,
-    )
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    keep: int = 2,
+    scores: MutableMapping[int, float] | None = None,
+  ):
+    self.keep, self.scores = keep, {} if scores is None else scores
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, step_prefix=None)
     self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+    self.directory = epath.Path(self._manager.directory)
 
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint; None where there is none."""
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The step of the best checkpoint; None where none has the metric."""
-    return self._manager.best_step() if self.best_metric else None
+    """The step of the checkpoint with the highest score; None where none has one."""
+    scored = [(self.scores[step], step) for step in self.steps() if step in self.scores]
+    return max(scored)[1] if scored else None
 
   def steps(self) -> list[int]:
     """Steps of all checkpoints kept, ascending."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-    """Writes a pytree of arrays; `metrics` ranks it if it has the best metric."""
-    ranked = {k: v for k, v in (metrics or {}).items() if k == self.best_metric}
-    self._manager.save(step, args=ocp.args.StandardSave(state), metrics=ranked or None, force=True)
-    self._manager.wait_until_finished()
+  def save(self, step: int, state: Any, note: dict[str, Any] | None = None) -> None:
+    """Writes a pytree of arrays, then removes what need not be kept any longer.
+
+    Args:
+      note: a JSON object to be kept with it.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    sums = digests(state)
+    with _words_of_absl() as words:
+      try:
+        self._manager.save(
+          step,
+          args=ocp.args.StandardSave(state),
+          custom_metadata={"sums": sums, "note": note or {}},
+          force=True,
+        )
+        self._manager.wait_until_finished()
+      except Exception as error:
+        if not _is_disk_full(error):
+          raise
+        words.clear()
+        raise UserError(self._full(step, state)) from error
+    self._write_sizes(step)
+    self.prune()
+
+  def _full(self, step: int, state: Any) -> str:
+    """What to say of a full disk; removes what was written of the checkpoint."""
+    begun = self.directory / f"{step}.orbax-checkpoint-tmp"
+    with contextlib.suppress(OSError):
+      begun.rmtree(missing_ok=True)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    last = self.latest()
+    return (
+      f"no space left on the device: the checkpoint of step {step} ({in_bytes(size)}) does not fit "
+      f"in {self.directory}; free some and start the same command again, which continues from "
+      + (f"step {last}" if last is not None else "the beginning of the stage")
+    )
+
+  def prune(self) -> None:
+    """Removes every checkpoint but the latest few and the best."""
+    steps = self.steps()
+    keep = {*steps[-self.keep :], self.best()}
+    for step in steps:
+      if step not in keep:
+        self._manager.delete(step)
+
+  def note(self, step: int) -> dict[str, Any]:
+    """What `save` was given to keep with the checkpoint; {} if nothing."""
+    return self._kept(step).get("note") or {}
 
   def restore(self, step: int, like: Any) -> Any:
     """The pytree saved at `step`, with the shapes, dtypes and shardings of `like`.
 
+    Args:
+      like: arrays or jax.ShapeDtypeStructs with a sharding.
+
     Raises:
+      DamagedCheckpoint: its files are not what was written.
       UserError: there is no such checkpoint, or its arrays do not fit `like`.
     """
-    directory = self._directory(step)
-    try:
-      return self._manager.restore(step, args=ocp.args.StandardRestore(like))
-    except (ValueError, KeyError) as error:
-      raise UserError(f"the checkpoint {directory} does not fit this config: {error}") from error
+    path = self._directory(step)
+    self._check_sizes(path)
+    self._check_fit(path, like, whole=True)
+    with _damage_told(path):
+      tree = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    self._check_sums(step, tree)
+    return tree
 
   def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
     """Some entries of the pytree saved at `step`, as `restore`; the others are not read.
@@ -85,20 +162,38 @@ class Checkpoints:
     Raises:
       UserError: as `restore`.
     """
-    path = self._directory(step) / "default"
-    reader = ocp.PyTreeCheckpointHandler()
-    missing = _leaves(like) - _leaves(reader.metadata(path).tree)
-    if missing:  # Orbax would leave them as they are
-      raise UserError(f"the checkpoint {path} has no {', '.join(sorted(missing)[:3])}")
+    path = self._directory(step)
+    self._check_sizes(path)
+    self._check_fit(path, like, whole=False)
     args = ocp.checkpoint_utils.construct_restore_args(like)
+    restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
+    reader = ocp.PyTreeCheckpointHandler()
     try:
-      return reader.restore(
-        path, args=ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
-      )
-    except (ValueError, KeyError) as error:
-      raise UserError(f"the checkpoint {path} does not fit this config: {error}") from error
+      with _damage_told(path):
+        tree = reader.restore(path / ARRAYS, args=restore)
     finally:
       reader.close()
+    self._check_sums(step, tree)
+    return tree
+
+  def set_aside(self, step: int) -> epath.Path:
+    """Moves a damaged checkpoint out of the way; returns where it is now.
+
+    One process calls it, then all call `reload`.
+    """
+    target = self.directory / f"damaged-{step}"
+    target.rmtree(missing_ok=True)
+    return (self.directory / str(step)).rename(target)
+
+  def reload(self) -> None:
+    """Looks at the directory again."""
+    self._manager.reload()
+
+  def close(self) -> None:
+    """Releases the manager's threads."""
+    self._manager.close()
+
+  # --- is it what was written? -------------------------------------------------------------
 
   def _directory(self, step: int) -> epath.Path:
     """Where the checkpoint of `step` is.
@@ -109,17 +204,152 @@ class Checkpoints:
     if step not in self._manager.all_steps():
       self._manager.reload()  # another process may have written it
     if step not in self._manager.all_steps():
-      raise UserError(f"no checkpoint of step {step} in {self._manager.directory}")
-    return epath.Path(self._manager.directory) / str(step)
+      raise UserError(f"no checkpoint of step {step} in {self.directory}")
+    return self.directory / str(step)
 
-  def close(self) -> None:
-    """Releases the manager's threads."""
-    self._manager.close()
+  def _write_sizes(self, step: int) -> None:
+    """Notes the size of each file, for `_check_sizes`. Objects on gs:// are whole or absent."""
+    if jax.process_index() or not can_append(self.directory):
+      return
+    path = self.directory / str(step)
+    write_whole(path / FILES, json.dumps(_sizes(path), indent=1) + "\n")
+
+  def _check_sizes(self, path: epath.Path) -> None:
+    if not can_append(path) or not (path / FILES).exists():
+      return  # written by an older version, or the last thing before a kill
+    found = _sizes(path)
+    try:
+      for name, size in json.loads((path / FILES).read_text()).items():
+        if found.get(name) != size:
+          there = "is missing" if name not in found else f"has {found[name]} bytes of {size}"
+          raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} {there}")
+    except (ValueError, AttributeError) as error:
+      if isinstance(error, UserError):
+        raise
+      raise DamagedCheckpoint(
+        f"the checkpoint {path} is damaged: {FILES} makes no sense"
+      ) from error
+
+  def _check_fit(self, path: epath.Path, like: Any, whole: bool) -> None:
+    """Raises `UserError` unless the checkpoint's arrays are those of `like`."""
+    reader = ocp.PyTreeCheckpointHandler()
+    try:
+      with _damage_told(path):
+        saved = _named(reader.metadata(path / ARRAYS).tree)
+    finally:
+      reader.close()
+    wanted = _named(like)
+    unfit = f"the checkpoint {path} does not fit this config: "
+    if missing := sorted(wanted.keys() - saved.keys()):  # Orbax would leave them as they are
+      raise UserError(f"{unfit}it has no {', '.join(missing[:3])}")
+    if whole and (more := sorted(saved.keys() - wanted.keys())):
+      raise UserError(f"{unfit}it has {', '.join(more[:3])}, too")
+    for name, array in wanted.items():
+      there, here = tuple(saved[name].shape), tuple(array.shape)
+      if there != here:
+        raise UserError(f"{unfit}{name} has shape {there} there, {here} here")
+
+  def _check_sums(self, step: int, tree: Any) -> None:
+    kept = self._kept(step).get("sums", {})
+    for name, sums in digests(tree).items():
+      if kept.get(name, sums) != sums:
+        path = self.directory / str(step)
+        raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} is not what was saved")
+
+  def _kept(self, step: int) -> dict[str, Any]:
+    return self._manager.metadata(step).custom_metadata or {}
 
 
-def _leaves(tree: Any) -> set[str]:
-  """Names of a tree's arrays, such as "params/blocks/q_proj/kernel"."""
+def in_bytes(size: float) -> str:
+  """A size in words: in_bytes(1.5e9) == "1.5 GB"."""
+  units = ["TB", "GB", "MB", "kB", "B"]
+  while size >= 1000 and len(units) > 1:
+    size /= 1000
+    units.pop()
+  return f"{size:.3g} {units[-1]}"
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+  while error is not None:
+    texts = [os.strerror(number) for number in DISK_FULL]
+    if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in texts):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+@contextlib.contextmanager
+def _words_of_absl() -> Iterator[list[logging.LogRecord]]:
+  """Holds back what absl's logger says in the body; the caller may drop it before its end."""
+  held: list[logging.LogRecord] = []
+  logger = logging.getLogger("absl")
+  hold = lambda record: bool(held.append(record))
+  logger.addFilter(hold)
+  try:
+    yield held
+  finally:
+    logger.removeFilter(hold)
+    for record in held:
+      logger.handle(record)
+
+
+@contextlib.contextmanager
+def _damage_told(path: epath.Path) -> Iterator[None]:
+  """Raises `DamagedCheckpoint` for what Orbax raises where files are missing or changed."""
+  with _words_of_absl() as words:
+    try:
+      yield
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      words.clear()
+      text = " ".join(str(error).split())
+      passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+      if passing or any(word in text for word in PASSING):
+        raise UserError(f"the checkpoint {path} cannot be read: {text[:300]}") from error
+      raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {text[:150]}") from error
+
+
+def _sizes(path: epath.Path) -> dict[str, int]:
+  """Name -> bytes of every file below `path`."""
+  root, out = os.fspath(path), {}
+  for folder, _, names in os.walk(root):
+    for name in names:
+      file = os.path.join(folder, name)
+      out[os.path.relpath(file, root)] = os.path.getsize(file)
+  out.pop(FILES, None)
+  return dict(sorted(out.items()))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  """A tree's leaves by names such as "params/blocks/q_proj/kernel"."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/")
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def digests(tree: Any) -> dict[str, str]:
+  """A name for the arrays of each entry of a tree, the same on every mesh.
+
+  Two trees have equal names if their arrays have, but for an unlikely accident.
+  """
+  out: dict[str, Any] = {}
+  for name, (total, mixed) in sorted(jax.device_get(bit_sums(_named(tree))).items()):
+    entry = out.setdefault(name.partition("/")[0], hashlib.blake2s(digest_size=8))
+    entry.update(f"{name} {int(total)} {int(mixed)}\n".encode())
+  return {name: entry.hexdigest() for name, entry in out.items()}
+
+
+@jax.jit
+def bit_sums(tree: Any) -> Any:
+  """Of every array two sums over its bits, one of them after mixing: (u32[], u32[])."""
+
+  def sums(x):
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
+    mixed = mixed ^ (mixed >> 13)
+    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
+
+  return jax.tree.map(sums, tree)

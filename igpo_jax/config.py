@@ -11,20 +11,15 @@ Defaults are the paper's where the paper states them (docs/method.md#defaults).
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import math
-import os
-import pathlib
-import sys
-import traceback
 import typing
 from typing import Annotated, Any, Literal
 
 import ml_collections
 from ml_collections import config_dict
 
-from igpo_jax.cli import UserError, mistake
+from igpo_jax.cli import UserError
+from igpo_jax.config_file import load_config_file  # noqa: F401  for those who import it from here
 from igpo_jax.fields import (
   Count,
   Finite,
@@ -265,12 +260,15 @@ class CheckpointConfig:
 
   Attributes:
     every: steps between checkpoints; 0: only at the end of a stage.
+    minutes: also whenever so many have passed since the last one, by process 0's clock; 0:
+      never. What a kill loses at most.
     keep: how many of the latest to keep.
     best_metric: metric whose best checkpoint is kept as well, for example
       "eval/test/accuracy"; "" keeps none. Higher is better.
   """
 
   every: Natural = 100
+  minutes: NonNegative = 30.0
   keep: Count = 2
   best_metric: str = ""
 
@@ -390,57 +388,6 @@ def _to_config_dict(section: Any) -> config_dict.ConfigDict:
       value = config_dict.placeholder(kind)
     out[field.name] = value
   return out
-
-
-def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
-  """`get_config(*args)` of a config file, which is found by its path, not imported.
-
-  Modules beside the file, such as a reward of one's own, can be imported from it.
-
-  Raises:
-    UserError: what the file raises; or it fails, has no get_config, or one that does not
-      take `args`.
-  """
-  path = pathlib.Path(path)
-  name = f"config_{path.stem}"
-  spec = importlib.util.spec_from_file_location(name, path)
-  if spec is None:
-    raise UserError(f"{path}: a config file is Python and ends in .py")
-  # The last place: a config called json.py should not hide a module of the same name.
-  folder = str(path.resolve().parent)
-  if folder not in sys.path:
-    sys.path.append(folder)
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-      raise UserError(f"{path} has no function get_config")
-    try:
-      inspect.signature(get_config).bind(*args)
-    except TypeError:
-      given = f"takes no argument {args[0]!r}" if args else "needs an argument: FILE:ARGUMENT"
-      raise UserError(f"{path}: get_config {given} (--config=FILE --help tells more)") from None
-    config = get_config(*args)
-  except Exception as error:
-    if known := mistake(error):
-      raise known from None
-    raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
-  if not isinstance(config, config_dict.ConfigDict):
-    raise UserError(
-      f"{path}: get_config returned {config!r}; return a config, from "
-      "igpo_jax.config.default_config()"
-    )
-  return config
-
-
-def _place(error: BaseException, path: pathlib.Path) -> str:
-  """ "FILE, line N": where in the config file an error came from."""
-  if isinstance(error, SyntaxError) and error.filename:
-    return f"{error.filename}, line {error.lineno}"
-  frames = traceback.extract_tb(error.__traceback__)
-  lines = [f.lineno for f in frames if pathlib.Path(f.filename) == path]
-  return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def freeze(config: ml_collections.ConfigDict) -> Config:

@@ -25,12 +25,12 @@ FLOORS = (
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
   ("parallel", "checkpoint", "rowfile", "textfiles"),
-  ("types", "config", "options", "fields", "cli", "flags", "usage"),
+  ("types", "config", "config_file", "options", "fields", "cli", "flags", "usage"),
 )
 # Along a floor: commands and definitions among themselves; graders read records, a trace's answer
 # is where the grader finds one, and hints ask where an answer's value stands.
 SHARED = (0, len(FLOORS) - 1)
-ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data")}
+ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data"), ("checkpoint", "rowfile")}
 HOST_ROOMS = ("data", "hints", "rewards")
 NO_JAX_ROOMS = (*HOST_ROOMS, "align")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")

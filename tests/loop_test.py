@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import logging
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +18,19 @@ import numpy as np
 import pytest
 from etils import epath
 
-from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint, in_bytes
 from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rowfile import row_file
-from igpo_jax.train.loop import NonFinite, Run, Stage, StopSignal, due, run_stage, should_save
+from igpo_jax.train import loop
+from igpo_jax.train.lock import Holder, WorkdirLock
+from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
 from igpo_jax.train.report import draw_curves, summarize, table
 from igpo_jax.train.runlog import RunLog
+from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import TrainState
+from tests.fakes import REPO
 
 # --- checkpoints ----------------------------------------------------------------------
 
@@ -31,28 +40,28 @@ def tree(value):
 
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):
-  checkpoints = Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy")
-  for step, accuracy in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.7)):
-    metrics = {"loss": 1.0} if accuracy is None else {"loss": 1.0, "eval/accuracy": accuracy}
-    checkpoints.save(step, tree(step), metrics)
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step, score in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.9)):
+    checkpoints.save(step, tree(step))
     assert checkpoints.latest() == step
-  assert checkpoints.steps() == [2, 5, 6]
-  assert checkpoints.restore(2, tree(0))["n"] == 2
+    if score is not None:  # measured after it was saved
+      checkpoints.scores[step] = score
+      checkpoints.prune()
+  assert checkpoints.steps() == [5, 6] and checkpoints.best() == 6  # the later of two equal ones
   checkpoints.close()
-  again = Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy")  # of another process
-  again.save(7, tree(7), {"eval/accuracy": 0.1})
-  assert again.steps() == [2, 6, 7]
-  again.save(8, tree(8), {"eval/accuracy": 0.95})
-  assert again.steps() == [7, 8]
+  again = Checkpoints(tmp_path, keep=1, scores={5: 0.8, 6: 0.1, 2: 3.0})  # of another process
+  again.save(7, tree(7))
+  assert again.steps() == [5, 7] and again.best() == 5
+  assert again.restore(5, tree(0))["n"] == 5
   again.close()
 
 
-def test_without_a_best_metric_only_the_last_few_are_kept(tmp_path):
+def test_without_scores_only_the_last_few_are_kept(tmp_path):
   checkpoints = Checkpoints(tmp_path, keep=1)
-  assert checkpoints.latest() is None
+  assert checkpoints.latest() is None and checkpoints.best() is None
   for step in (1, 2, 3):
-    checkpoints.save(step, tree(step), {"eval/accuracy": 1 / step})
-  assert checkpoints.steps() == [3]
+    checkpoints.save(step, tree(step), {"row": {"x": step}})
+  assert checkpoints.steps() == [3] and checkpoints.note(3) == {"row": {"x": 3}}
   checkpoints.close()
 
 
@@ -81,6 +90,111 @@ def test_a_checkpoint_that_is_not_there_or_does_not_fit_is_told(step, like, tmp_
   with pytest.raises(UserError, match="checkpoint"):
     checkpoints.restore(step, like)
   checkpoints.close()
+
+
+def flip(step):
+  """One bit of the largest file: what Orbax restores without a word."""
+  file = max(
+    (p for p in (step / "default").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+  )
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(bytes(data))
+
+
+def cut(step):
+  file = max(
+    (p for p in (step / "default").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+  )
+  file.write_bytes(file.read_bytes()[:100])
+
+
+def emptied(step):
+  shutil.rmtree(step)
+  step.mkdir()
+
+
+def without(name):
+  return lambda step: (step / name).unlink()
+
+
+DAMAGES = {
+  "flip": flip,
+  "cut": cut,
+  "emptied": emptied,
+  "without manifest": without("default/manifest.ocdbt"),
+  "without metadata": without("default/_METADATA"),
+  "sizes": lambda step: (step / "files.json").write_text("{"),
+  "empty metadata": lambda step: (step / "default/_METADATA").write_text(""),
+}
+
+
+def noise(step):
+  return {"w": jax.random.normal(jax.random.key(step), (64, 64)), "n": jnp.int32(step)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's
+@pytest.mark.parametrize("sizes", ["with sizes", "without"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_told_from_a_good_one(damage, sizes, tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (1, 2):
+    checkpoints.save(step, noise(step))
+    if sizes == "without":  # of an older version, or the last thing before a kill
+      (tmp_path / f"{step}" / "files.json").unlink()
+  if sizes == "without" and damage == "sizes":
+    return
+  DAMAGES[damage](tmp_path / "2")
+  for restore in (checkpoints.restore, checkpoints.restore_part):
+    with pytest.raises(DamagedCheckpoint, match=rf"the checkpoint {tmp_path}/2 is damaged: "):
+      restore(2, noise(0))
+  assert checkpoints.set_aside(2) == epath.Path(tmp_path / "damaged-2")
+  checkpoints.reload()
+  assert checkpoints.steps() == [1]
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, noise(0)), noise(1))
+  checkpoints.close()
+
+
+def test_a_folder_of_checkpoints_may_hold_other_things(tmp_path):
+  """Notes, copies, what a system leaves everywhere: none is a checkpoint."""
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, tree(1))
+  for name in ("notes.txt", ".DS_Store"):
+    (tmp_path / name).write_text("x")
+  for name in ("1 (copy)", "backup", "3.orbax-checkpoint-tmp"):
+    (tmp_path / name).mkdir()
+  again = Checkpoints(tmp_path, keep=1)
+  assert again.steps() == [1] and int(again.restore(1, tree(0))["n"]) == 1
+  again.save(2, tree(2))
+  assert again.steps() == [2]
+  again.close()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_rubbish(
+  tmp_path, monkeypatch, caplog
+):
+  """Orbax's own error has four hundred lines, some of them from its threads."""
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, tree(1))
+
+  def save(step, **kwargs):
+    (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+    logging.getLogger("absl").error("a traceback")
+    raise ValueError("RESOURCE_EXHAUSTED: writing w/0.0: No space left on device [source ...]")
+
+  monkeypatch.setattr(checkpoints._manager, "save", save)
+  with pytest.raises(UserError, match=r"no space left .*step 2 \(16 B\) does not .*from step 1$"):
+    checkpoints.save(2, tree(2))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1"] and not caplog.records
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  ("size", "words"),
+  [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (16.2e9, "16.2 GB"), (5e16, "5e+04 TB")],
+)
+def test_sizes_are_in_words(size, words):
+  assert in_bytes(size) == words
 
 
 # --- the record -----------------------------------------------------------------------
@@ -168,9 +282,11 @@ def fresh():
   return TrainState(zero(), jnp.float32(0), {"m": jnp.zeros(2)}, zero(), zero())
 
 
-def make_run(path, keep=2, every=2, best="", **log):
-  log = LogConfig(tensorboard=False, samples_every=3, samples_per_step=2, **log)
-  config = dataclasses.replace(Config(), checkpoint=CheckpointConfig(every, keep, best), log=log)
+def make_run(path, keep=2, every=2, best="", minutes=0.0, log_every=1, **log):
+  log = LogConfig(log_every, tensorboard=False, samples_every=3, samples_per_step=2, **log)
+  config = dataclasses.replace(
+    Config(), checkpoint=CheckpointConfig(every, minutes, keep, best), log=log
+  )
   evaluate = lambda params, label: {"eval/t/accuracy": 1 / (1 + float(params))}
   return Run(config, epath.Path(path), RunLog(epath.Path(path), log), make_mesh(), evaluate)
 
@@ -234,19 +350,192 @@ def test_a_signal_finishes_the_step_saves_and_exits(number, tmp_path):
   seen = []
   with pytest.raises(SystemExit) as info:
     run_stage(make_run(tmp_path), counting_stage(at_step=send, seen=seen), fresh())
-  assert info.value.code == 143 and seen == [0, 1, 2]
+  assert info.value.code == 128 + number and seen == [0, 1, 2]
   assert make_run(tmp_path).checkpoints("rl").latest() == 3
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
   state = run_stage(make_run(tmp_path), counting_stage(), fresh())
   assert float(state.params) == 21
 
 
+def test_a_step_that_is_stopped_half_way_is_made_again(tmp_path):
+  """Between two slices of a rollout nothing has been changed: what was done is saved."""
+  peace, war, seen = tmp_path / "peace", tmp_path / "war", []
+  run_stage(make_run(peace), counting_stage(), fresh())
+
+  def stop(n):
+    if n == 3:
+      raise Stopped(signal.SIGTERM)
+
+  with pytest.raises(SystemExit, match="143"):
+    run_stage(make_run(war, every=100), counting_stage(at_step=stop), fresh())
+  assert make_run(war).checkpoints("rl").steps() == [3]
+  with pytest.raises(SystemExit):  # again, before anything new is done
+    run_stage(make_run(war, every=100), counting_stage(at_step=stop), fresh())
+  state = run_stage(make_run(war), counting_stage(seen=seen), fresh())
+  assert seen == [3, 4, 5] and float(state.params) == 21
+  assert written(war) == written(peace)
+
+
+# What the evaluation of a run that is killed in it does: n counts evaluations.
+ENDS = {"killed": lambda: Killed(), "stopped": lambda: Stopped(signal.SIGINT)}
+
+
+def ending_run(path, end, at, **options):
+  """`make_run` whose evaluation number `at` (from 0) ends the run."""
+  run, count = make_run(path, **options), itertools.count()
+  evaluate = run.evaluate
+
+  def ending(params, label):
+    if next(count) == at:
+      raise ENDS[end]()
+    return evaluate(params, label)
+
+  return dataclasses.replace(run, evaluate=ending)
+
+
+@pytest.mark.parametrize("best", ["", "eval/t/accuracy"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_evaluation_that_is_cut_off_costs_no_step_and_is_made_up(end, at, best, tmp_path):
+  """It is made after the checkpoint, in which the row waits that it belongs to."""
+  peace, war, seen = tmp_path / "peace", tmp_path / "war", []
+  options = {"every": 2, "best": best, "keep": 1}
+  run_stage(make_run(peace, **options), counting_stage(eval_every=2), fresh())
+  with pytest.raises((Killed, SystemExit)):
+    run = ending_run(war, end, at, **options)
+    run_stage(run, counting_stage(eval_every=2), fresh())
+  assert make_run(war, **options).checkpoints("rl").latest() == 2 * (at + 1)
+  with (war / "metrics.jsonl").open("a") as file:
+    file.write('{"stage": "rl", "st')  # a line that the kill cut
+  state = run_stage(make_run(war, **options), counting_stage(seen=seen, eval_every=2), fresh())
+  assert seen == list(range(2 * (at + 1), 6)) and float(state.params) == 21
+  assert written(war) == written(peace)
+  kept = [make_run(path, **options).checkpoints("rl") for path in (war, peace)]
+  assert kept[0].steps() == kept[1].steps() == ([2, 6] if best else [6])
+  assert kept[0].best() == kept[1].best()
+
+
+def test_a_stop_in_an_evaluation_between_checkpoints_saves_first(tmp_path):
+  peace, war = tmp_path / "peace", tmp_path / "war"
+  run_stage(make_run(peace), counting_stage(eval_every=3), fresh())
+  with pytest.raises(SystemExit, match="130"):
+    run_stage(ending_run(war, "stopped", 0, every=100), counting_stage(eval_every=3), fresh())
+  assert make_run(war).checkpoints("rl").steps() == [3]
+  run_stage(make_run(war), counting_stage(eval_every=3), fresh())
+  assert written(war) == written(peace)
+
+
+def test_evaluations_come_when_they_are_due_whatever_rows_are_written(tmp_path):
+  run_stage(make_run(tmp_path, log_every=4), counting_stage(eval_every=3), fresh())
+  rows, _ = written(tmp_path)
+  assert [r["step"] for r in rows] == [3, 4, 6]
+  assert [r["step"] for r in rows if "eval/t/accuracy" in r] == [3, 6]
+
+
+def test_minutes_save_between_the_steps_that_are_due_anyway(tmp_path, monkeypatch):
+  """Every step takes half a minute here, by the clock that decides."""
+  now = itertools.count(0, 30)
+  monkeypatch.setattr(loop.time, "monotonic", lambda: next(now))
+  run = make_run(tmp_path, keep=9, every=0, minutes=1.5)
+  run_stage(run, counting_stage(steps=9), fresh())
+  assert run.checkpoints("rl").steps() == [3, 6, 9]
+
+
+@pytest.mark.parametrize("minutes", [0.0, 1e6])
+def test_no_minutes_save_nothing(minutes, tmp_path):
+  run = make_run(tmp_path, keep=9, every=0, minutes=minutes)
+  run_stage(run, counting_stage(), fresh())
+  assert run.checkpoints("rl").steps() == [6]
+
+
+@pytest.mark.parametrize("damage", ["flip", "emptied"])
+def test_a_run_goes_on_from_the_last_good_checkpoint(damage, tmp_path, capsys):
+  peace, war, seen = tmp_path / "peace", tmp_path / "war", []
+  run_stage(make_run(peace), counting_stage(), fresh())
+  with pytest.raises(SystemExit):
+    send = lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 4 else None
+    run_stage(make_run(war), counting_stage(at_step=send), fresh())
+  folder = war / "checkpoints" / "rl"
+  DAMAGES[damage](folder / "5")
+  capsys.readouterr()
+  run_stage(make_run(war), counting_stage(seen=seen), fresh())
+  assert seen == [4, 5] and written(war) == written(peace)
+  said = capsys.readouterr().err
+  assert f"rl: the checkpoint {folder}/5 is damaged: " in said
+  assert f"; it is {folder}/damaged-5 now" in said
+  assert "rl: continues from its checkpoint of step 4" in said
+  assert make_run(war).checkpoints("rl").steps() == [4, 6]
+
+
+def test_where_no_checkpoint_is_good_nothing_is_thrown_away(tmp_path):
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  for step in (4, 6):
+    flip(tmp_path / "checkpoints" / "rl" / f"{step}")
+  before = written(tmp_path)
+  with pytest.raises(UserError, match=r"rl: no checkpoint can be read: .*rl/6 is .*; .*rl/4 is "):
+    run_stage(make_run(tmp_path), counting_stage(), fresh())
+  assert written(tmp_path) == before and make_run(tmp_path).checkpoints("rl").steps() == [4, 6]
+
+
+def test_a_run_whose_workdir_was_taken_over_writes_no_more(tmp_path):
+  lock = WorkdirLock(tmp_path)
+  run = dataclasses.replace(make_run(tmp_path, every=1), lock=lock)
+
+  def take_over(n):
+    if n == 3:
+      lock._taken_by = Holder()
+
+  with pytest.raises(UserError, match="was taken over by another run"):
+    run_stage(run, counting_stage(at_step=take_over), fresh())
+  assert run.checkpoints("rl").latest() == 3
+
+
+# --- signals ----------------------------------------------------------------------------
+
+
 def test_asked_twice_it_stops_at_once():
   with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop
+    assert stop.received == signal.SIGINT
     os.kill(os.getpid(), signal.SIGINT)
     signal.sigtimedwait([], 1)  # let it arrive
+
+
+def test_the_first_signal_decides_the_exit_code():
+  with StopSignal() as stop:
+    for number in (signal.SIGTERM, signal.SIGTERM):
+      os.kill(os.getpid(), number)
+    assert stop.agreed(True, False) == [signal.SIGTERM, 1, 0]
+    with pytest.raises(Stopped) as info:
+      stop.check_soon()
+  assert info.value.signal == signal.SIGTERM
+  with stop:  # of the next stage
+    stop.check()
+
+
+# No handler of Python's runs while the main thread is in C.
+COMPILING = """
+import hashlib
+from igpo_jax.train.stop import StopSignal
+with StopSignal() as stop:
+  stop.next_start = "the same command continues from step 3"
+  print("compiling", flush=True)
+  hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)
+"""
+
+
+def test_ctrl_c_in_a_compilation_is_answered_at_once_and_ends_it_at_the_second_press():
+  process = subprocess.Popen(
+    [sys.executable, "-c", COMPILING], cwd=REPO, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+  assert process.stdout.readline() == "compiling\n"
+  for line in ("finishing this step; press again to stop now\n",
+               "stopping now; the same command continues from step 3\n"):  # fmt: skip
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == line
+  assert process.wait(20) == 128 + signal.SIGINT
+  assert process.communicate() == ("", "")
 
 
 def test_updates_skipped_in_a_row_stop_the_run_and_single_ones_do_not(tmp_path):
@@ -274,6 +563,8 @@ def test_what_is_due_when(every, expected):
   cfg = CheckpointConfig(every=every, best_metric="m")
   assert [n for n in range(1, 7) if should_save(cfg, n, 6, {})] == expected
   assert should_save(cfg, 3, 6, {"m": 1.0})
+  cfg = CheckpointConfig(every=every, best_metric="eval/t/accuracy")
+  assert should_save(cfg, 3, 6, {}, evaluating=True)
 
 
 # --- the report -----------------------------------------------------------------------

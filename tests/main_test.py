@@ -101,15 +101,17 @@ def test_the_kills_hit_where_they_were_meant_to(runs):
   for name, code, last in (
     ("killed in sft", -signal.SIGKILL, ("sft", 3)),
     ("killed in rl", -signal.SIGKILL, ("rl", 3)),
-    ("asked to stop", 128 + signal.SIGTERM, ("rl", 5)),  # the step under way was finished
+    ("asked to stop", 128 + signal.SIGTERM, ("rl", 4)),  # step 5 was stopped in its rollout
   ):
     done, rows = steps[name]
     assert done.returncode == code, done.stderr
     assert at(rows["metrics"])[-1] == last
-  assert "sft: continues from its checkpoint of step 2" in steps["killed in rl"][0].stderr
+  # It was killed in the evaluation of step 4, whose checkpoint comes first.
+  assert "sft: continues from its checkpoint of step 4" in steps["killed in rl"][0].stderr
   assert "rl: continues from its checkpoint of step 2" in steps["asked to stop"][0].stderr
-  assert "rl: stopped by a signal; saved at step 5" in steps["asked to stop"][0].stderr
-  assert "rl: continues from its checkpoint of step 5" in steps["continued"].stderr
+  stopped = "rl: stopped by SIGTERM; the same command continues from step 4"
+  assert stopped in steps["asked to stop"][0].stderr
+  assert "rl: continues from its checkpoint of step 4" in steps["continued"].stderr
 
 
 @pytest.mark.slow

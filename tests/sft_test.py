@@ -201,7 +201,8 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
 def test_a_best_that_was_never_measured_is_told(tmp_path):
   config = tiny(**{"sft.hand_on": "best", "checkpoint.best_metric": "eval/test/accuracy"})
   config = dataclasses.replace(config, checkpoint=CheckpointConfig(best_metric="eval/test/x"))
-  run = Run(config, epath.Path(tmp_path), None, None, None)
+  workdir = epath.Path(tmp_path)
+  run = Run(config, workdir, RunLog(workdir, config.log), None, None)
   with pytest.raises(UserError, match=r"has the metric checkpoint.best_metric='eval/test/x'"):
     sft.handed_on(run, "sft")
   with pytest.raises(UserError, match=r"sft.hand_on='best' goes by checkpoint.best_metric=''"):

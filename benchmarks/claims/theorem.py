@@ -45,7 +45,7 @@ def measure(config: Config, sft_workdir: epath.Path, smoke: bool) -> dict:
   with jax.set_mesh(mesh), Scorer(config.reward.verifier) as scorer:
     tokenizer = make_tokenizer(config, sft_workdir)
     model = make_model(config, tokenizer, mesh)
-    checkpoints = Checkpoints(sft_workdir / "checkpoints" / "sft", config.checkpoint.keep, "")
+    checkpoints = Checkpoints(sft_workdir / "checkpoints" / "sft", config.checkpoint.keep)
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params
     )

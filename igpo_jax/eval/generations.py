@@ -17,10 +17,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
+from igpo_jax.checkpoint import bit_sums
 from igpo_jax.data.records import Record
 from igpo_jax.parallel.distributed import share
 from igpo_jax.rowfile import Row, row_file, write_whole
@@ -90,24 +89,10 @@ def params_digest(params: Params) -> str:
   Rows must not be continued with other weights, and a step number is no proof.
   """
   digest = hashlib.blake2s(digest_size=8)
-  sums = jax.device_get(_bit_sums(params))
+  sums = jax.device_get(bit_sums(params))
   for path, (total, mixed) in jax.tree_util.tree_leaves_with_path(
     sums, is_leaf=lambda x: isinstance(x, tuple)
   ):
     name = jax.tree_util.keystr(path)
     digest.update(f"{name} {int(total)} {int(mixed)}\n".encode())
   return digest.hexdigest()
-
-
-@jax.jit
-def _bit_sums(params: Params) -> Any:
-  """Of every leaf two sums over its bits, one of them after mixing."""
-
-  def sums(x):
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
-    mixed = mixed ^ (mixed >> 13)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
-
-  return jax.tree.map(sums, params)

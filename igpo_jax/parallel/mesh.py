@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import MeshConfig
@@ -184,3 +186,21 @@ def over_processes(values: np.ndarray, reduce: Callable) -> np.ndarray:
   if jax.process_count() == 1:
     return reduce(values[None], axis=0)
   return reduce(np.asarray(multihost_utils.process_allgather(values)), axis=0)
+
+
+def max_over_processes(value: int) -> jax.Array:
+  """i32[], the largest of one number per process, as soon as the devices come to it.
+
+  A collective that does not wait: it is queued behind what the devices have to do.
+  """
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  shape = (jax.process_count(), len(devices) // jax.process_count())
+  mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), ("process", "local"))
+  sharding = NamedSharding(mesh, PartitionSpec("process"))
+  values = jax.make_array_from_process_local_data(sharding, np.full(1, value, np.int32))
+  return _max(NamedSharding(mesh, PartitionSpec()))(values)
+
+
+@functools.cache
+def _max(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(jnp.max, out_shardings=sharding)

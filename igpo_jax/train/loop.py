@@ -2,31 +2,32 @@
 
 The order inside a step is what makes resume exact: everything about step n is
 written before checkpoint n is saved, and a restart drops every row beyond the
-checkpoint it continues from.
+checkpoint it continues from. Only an evaluation, which may take hours, comes after the
+checkpoint: the row that waits for it is kept in the checkpoint, and a restart makes it up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import signal
+import math
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config
 from igpo_jax.parallel.distributed import from_first
-from igpo_jax.parallel.mesh import over_processes
-from igpo_jax.train.runlog import RunLog, say
+from igpo_jax.train.lock import WorkdirLock
+from igpo_jax.train.runlog import RunLog, plain, say
+from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import Params, TrainState
-
-STOPPED_BY_SIGNAL = 128 + signal.SIGTERM  # the exit code a shell gives such a process
 
 
 class NonFinite(RuntimeError):
@@ -40,7 +41,10 @@ class Run:
   Attributes:
     config, workdir, log: of the run.
     mesh: the device mesh.
-    evaluate: params, label -> metrics "eval/<name>/..." on every benchmark.
+    evaluate: params, label -> metrics "eval/<name>/..." on every benchmark; raises
+      `Stopped` if `stop` wants it.
+    stop: what asks a stage to stop.
+    lock: of the workdir.
   """
 
   config: Config
@@ -48,11 +52,18 @@ class Run:
   log: RunLog
   mesh: jax.sharding.Mesh
   evaluate: Callable[[Params, str], dict[str, float]]
+  stop: StopSignal = dataclasses.field(default_factory=StopSignal)
+  lock: WorkdirLock | None = None
 
   def checkpoints(self, stage: str) -> Checkpoints:
-    """The checkpoints of a stage."""
+    """The checkpoints of a stage. A collective."""
     cfg = self.config.checkpoint
-    return Checkpoints(self.workdir / "checkpoints" / stage, cfg.keep, cfg.best_metric)
+    scores = from_first(lambda: self.log.values(stage, cfg.best_metric))
+    return Checkpoints(self.workdir / "checkpoints" / stage, cfg.keep, dict(scores))
+
+  def is_taken_over(self) -> bool:
+    """Whether another run has the workdir now, as far as this process knows."""
+    return self.lock is not None and self.lock.taken_by is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Stage:
     eval_every: steps between evaluations; 0: only at the end.
     step: (state, n) -> (state, metrics, sample rows); n counts from 0. Metrics may be
       arrays on the device; they are fetched only when they are written. One without a "/"
-      in its name is the stage's.
+      in its name is the stage's. May raise `Stopped` if it has left the state as it was.
     whole: the state's parameters -> all of the model's: adds what is not trained.
     shown: metrics for the progress bar.
   """
@@ -78,43 +89,30 @@ class Stage:
   shown: tuple[str, ...]
 
 
-class StopSignal:
-  """True once SIGTERM or SIGINT has come in on any process; the step under way is finished."""
-
-  def __init__(self):
-    self._received = False
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self) -> StopSignal:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._previous[number] = signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number, frame) -> None:
-    if self._received and number == signal.SIGINT:
-      raise KeyboardInterrupt  # asked twice: now
-    self._received = True
-
-  def __exit__(self, *exc_info) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def __bool__(self) -> bool:
-    return bool(over_processes(np.array(self._received), np.max))
-
-
 def due(every: int, done: int, total: int) -> bool:
   """True at every `every`-th step and at the last."""
   return done == total or (every > 0 and done % every == 0)
 
 
-def should_save(cfg: CheckpointConfig, done: int, total: int, metrics: dict) -> bool:
-  """At the interval, at the end, and whenever the metric of the best was measured."""
-  return due(cfg.every, done, total) or (bool(cfg.best_metric) and cfg.best_metric in metrics)
+def should_save(
+  cfg: CheckpointConfig, done: int, total: int, metrics: dict, evaluating: bool = False
+) -> bool:
+  """At the interval, at the end, and whenever the metric of the best is measured.
+
+  Args:
+    metrics: of the step.
+    evaluating: an evaluation of it follows.
+  """
+  best = cfg.best_metric
+  measured = bool(best) and (best in metrics or (evaluating and best.startswith("eval/")))
+  return due(cfg.every, done, total) or measured
 
 
 def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
-  """Runs a stage from its last checkpoint, or from `state` if there is none.
+  """Runs a stage from its last good checkpoint, or from `state` if there is none.
+
+  Args:
+    state: used up where there is a checkpoint.
 
   Returns:
     The state after the last step.
@@ -123,51 +121,139 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     NonFinite: `log.max_skipped` updates in a row were skipped; the last checkpoint
       stands.
     SystemExit: a signal asked to stop; the state was saved first.
+    UserError: no checkpoint can be read, there is no room for another one, or the workdir
+      was taken over by another run.
   """
-  cfg = run.config
+  cfg, best = run.config, run.config.checkpoint.best_metric
   checkpoints = run.checkpoints(stage.name)
-  start = from_first(checkpoints.latest) or 0
-  if start:
-    state = checkpoints.restore(start, state)
-    say(f"{stage.name}: continues from its checkpoint of step {start}")
-  if start < stage.steps:
-    run.log.rewind(stage.name, start)
-
+  done, state, waiting = resume(run, stage, checkpoints, state)
+  saved, saved_at = done, time.monotonic()
   bar = tqdm(
-    total=stage.steps, initial=start, desc=stage.name, unit="step", file=sys.stderr,
+    total=stage.steps, initial=done, desc=stage.name, unit="step", file=sys.stderr,
     disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
   )  # fmt: skip
-  with bar, StopSignal() as stop:
-    for n in range(start, stage.steps):
-      began = time.perf_counter()
-      done = n + 1
-      state, metrics, samples = stage.step(state, n)
-      if due(cfg.log.every, done, stage.steps):
-        metrics = jax.device_get(metrics)
-        row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
-        row["time/step_seconds"] = time.perf_counter() - began
-        if due(stage.eval_every, done, stage.steps):
-          row |= run.evaluate(stage.whole(state.params), f"{stage.name} {done}")
-        run.log.metrics(stage.name, done, row)
-        bar.set_postfix(
-          {k: f"{float(metrics[k]):.3g}" for k in stage.shown if k in metrics}, refresh=False
-        )
-        if metrics["skipped_in_a_row"] >= cfg.log.max_skipped:
-          raise NonFinite(
-            f"{stage.name}: {cfg.log.max_skipped} updates in a row had a loss or gradient "
-            f"that is not finite (last at step {done}); see {run.log.metrics_path}"
+
+  def save(note: dict[str, Any]) -> None:
+    nonlocal saved, saved_at
+    run.log.flush()
+    checkpoints.save(done, state, note)
+    saved, saved_at = done, time.monotonic()
+    run.stop.next_start = f"the same command continues from step {saved}"
+
+  def evaluate(row: dict[str, Any]) -> None:
+    """Makes up the evaluation that the row of this step waits for."""
+    row |= run.evaluate(stage.whole(state.params), f"{stage.name} {done}")
+    run.log.metrics(stage.name, done, row)
+    run.log.flush()
+    score(row)
+    checkpoints.prune()
+
+  def score(row: dict[str, Any]) -> None:
+    if row.get(best) is not None and math.isfinite(row[best]):
+      checkpoints.scores[done] = float(row[best])
+
+  with contextlib.closing(checkpoints), bar, run.stop as stop:
+    stop.next_start = f"the same command continues from step {saved}"
+    try:
+      if waiting:
+        evaluate(dict(waiting))
+        waiting = None
+      for n in range(done, stage.steps):
+        began = time.perf_counter()
+        state, metrics, samples = stage.step(state, n)
+        done = n + 1
+        evaluating = due(stage.eval_every, done, stage.steps)
+        row: dict[str, Any] = {}
+        if evaluating or due(cfg.log.every, done, stage.steps):
+          metrics = jax.device_get(metrics)
+          row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
+          row["time/step_seconds"] = time.perf_counter() - began
+          bar.set_postfix(
+            {k: f"{float(metrics[k]):.3g}" for k in stage.shown if k in metrics}, refresh=False
           )
-      else:
-        row = {}
-      if samples and cfg.log.samples_every and due(cfg.log.samples_every, done, stage.steps):
-        run.log.samples(stage.name, done, samples, cfg.log.samples_per_step)
-      stopping = bool(stop)
-      if stopping or should_save(cfg.checkpoint, done, stage.steps, row):
-        run.log.flush()
-        checkpoints.save(done, state, row)
-      bar.update()
-      if stopping:
-        say(f"{stage.name}: stopped by a signal; saved at step {done}")
-        raise SystemExit(STOPPED_BY_SIGNAL)
-  checkpoints.close()
+          skipped = metrics["skipped_in_a_row"] >= cfg.log.max_skipped
+          if skipped or not evaluating:
+            run.log.metrics(stage.name, done, row)
+          if skipped:
+            raise NonFinite(
+              f"{stage.name}: {cfg.log.max_skipped} updates in a row had a loss or gradient "
+              f"that is not finite (last at step {done}); see {run.log.metrics_path}"
+            )
+        if samples and cfg.log.samples_every and due(cfg.log.samples_every, done, stage.steps):
+          run.log.samples(stage.name, done, samples, cfg.log.samples_per_step)
+        score(row)
+        waiting = plain(row) if evaluating else None
+        stopping, late, lost = stop.agreed(is_late(cfg.checkpoint, saved_at), run.is_taken_over())
+        if lost:
+          raise UserError(
+            f"{run.workdir} was taken over by another run (see docs/several_hosts.md)"
+          )
+        if stopping or late or should_save(cfg.checkpoint, done, stage.steps, row, evaluating):
+          save({"row": waiting} if waiting else {})
+        bar.update()
+        if stopping:
+          raise Stopped(stopping)
+        if evaluating:
+          evaluate(row)
+          waiting = None
+    except Stopped as stopped:
+      if saved != done:
+        save({"row": waiting} if waiting else {})
+      say(f"{stage.name}: {stopped}; {stop.next_start}")
+      raise SystemExit(128 + stopped.signal) from None
+    except KeyboardInterrupt:
+      say(f"{stage.name}: stopped at once; {stop.next_start}")
+      raise
   return state
+
+
+def is_late(cfg: CheckpointConfig, saved_at: float) -> bool:
+  """Whether process 0 has saved nothing for `checkpoint.minutes`: its clock is everyone's."""
+  late = cfg.minutes > 0 and time.monotonic() - saved_at >= 60 * cfg.minutes
+  return late and jax.process_index() == 0
+
+
+def resume(
+  run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
+) -> tuple[int, TrainState, dict[str, Any] | None]:
+  """(steps done, state, row that waits for its evaluation) of the last good checkpoint.
+
+  Rows beyond it are dropped, and damaged checkpoints beyond it moved out of the way. Every
+  process sees the damage of files whose sizes or sums are wrong; if only one of several
+  fails to read its part, the run ends and says so.
+
+  Raises:
+    UserError: there are checkpoints, and none can be read.
+  """
+  steps = from_first(checkpoints.steps)
+  start, damaged = 0, []
+  if steps:
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
+  for step in reversed(steps):
+    try:
+      state, start = checkpoints.restore(step, like), step
+      break
+    except DamagedCheckpoint as error:
+      damaged.append((step, error))
+  if damaged and not start:
+    raise UserError(
+      f"{stage.name}: no checkpoint can be read: {'; '.join(str(e) for _, e in damaged)}. Put a "
+      f"good one there, or move {checkpoints.directory} away to begin the stage anew"
+    )
+  for step, error in damaged:
+    moved = from_first(lambda step=step: str(checkpoints.set_aside(step)))
+    say(f"{stage.name}: {error}; it is {moved} now")
+  if damaged:
+    checkpoints.reload()
+  waiting = None
+  if start:
+    waiting = from_first(lambda: checkpoints.note(start)).get("row")
+    say(f"{stage.name}: continues from its checkpoint of step {start}")
+  if waiting and run.log.has(stage.name, start):
+    waiting = None
+  if waiting or start < stage.steps:
+    run.log.rewind(stage.name, start)
+  return start, state, waiting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +26,41 @@ from igpo_jax.train.setup import (
   purpose_key,
   start_state,
 )
+from igpo_jax.train.stop import StopSignal
 from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Params, TrainState
 
 
 def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
   """Trains the policy from `model.params`, which stay as the KL reference."""
-  stage, state = make_stage(run.config, run.mesh, model, scorer)
+  stage, state = make_stage(run.config, run.mesh, model, scorer, lambda: StepClock(run.stop))
   return stage.whole(run_stage(run, stage, state).params)
 
 
-def make_stage(config: Config, mesh, model: Model, scorer: Scorer) -> tuple[Stage, TrainState]:
-  """The stage's steps, and the state they start from."""
+class StepClock(DeviceClock):
+  """Stops a step between two slices of its rollout, if `stop` wants it."""
+
+  def __init__(self, stop: StopSignal):
+    super().__init__()
+    self.stop = stop
+
+  def sampled(self, commit_step, prompt_length):
+    del commit_step, prompt_length
+    self.stop.check_soon()
+
+
+def make_stage(
+  config: Config,
+  mesh,
+  model: Model,
+  scorer: Scorer,
+  new_clock: Callable[[], DeviceClock] = DeviceClock,
+) -> tuple[Stage, TrainState]:
+  """The stage's steps, and the state they start from.
+
+  Args:
+    new_clock: makes what is told how far a step is.
+  """
   # data: prompts with their traces
   stream = PromptStream(
     load_source(config.data.rl, say),
@@ -69,7 +93,7 @@ def make_stage(config: Config, mesh, model: Model, scorer: Scorer) -> tuple[Stag
 
   # step
   def step(state, n):
-    clock = DeviceClock()
+    clock = new_clock()
     key = lambda purpose: purpose_key(config.seed, n, purpose)
     policy, batch = readable(whole(state.params)), stream.batch(n)
     explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)

@@ -21,6 +21,7 @@ from igpo_jax.parallel.machine import check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.inputs import check_inputs
+from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
 from igpo_jax.train.report import table, write_report
 from igpo_jax.train.rl import train_rl
@@ -34,6 +35,7 @@ from igpo_jax.train.setup import (
 )
 from igpo_jax.train.sft import handed_on, train_sft
 from igpo_jax.train.sizes import asked, resolve, said
+from igpo_jax.train.stop import StopSignal
 from igpo_jax.train.workdir import hold, open_workdir
 
 
@@ -43,14 +45,14 @@ def train(config: Config, workdir: epath.Path) -> dict:
   check_machine(config.mesh, machine)
   check_inputs(config)
   sized = resolve(config, machine)
-  with hold(workdir, say):
+  with hold(workdir, say) as lock:
     open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
     distributed.agree("the choice of sizes", asked(sized))
     say(said(sized, machine))
-    return _train(sized, workdir)
+    return _train(sized, workdir, lock)
 
 
-def _train(config: Config, workdir: epath.Path) -> dict:
+def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   mesh = configured_mesh(config.mesh)
   with (
     jax.set_mesh(mesh),
@@ -66,7 +68,9 @@ def _train(config: Config, workdir: epath.Path) -> dict:
     count = sum(x.size for x in jax.tree.leaves(model.params))
     say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
     log = RunLog(workdir, config.log)
-    run = Run(config, workdir, log, mesh, make_evaluation(config, model, scorer, mesh, workdir))
+    stop = StopSignal()
+    evaluate = make_evaluation(config, model, scorer, mesh, workdir, stop)
+    run = Run(config, workdir, log, mesh, evaluate, stop, lock)
 
     training = "sft" in config.stages or "rl" in config.stages
     if training and config.eval.initial and not log.has("init"):
@@ -92,12 +96,23 @@ def _train(config: Config, workdir: epath.Path) -> dict:
   return summary
 
 
-def make_evaluation(config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path):
-  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`."""
+def make_evaluation(
+  config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path, stop: StopSignal
+):
+  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`.
+
+  Raises `Stopped` between two batches if `stop` wants it; what was made is kept.
+  """
+
+  def batches(left, description):
+    for number in _bar(left, description):
+      yield number
+      stop.check()
+
   evaluation = Evaluation(
     config, plan(config), model.lm, model.tokenizer, scorer, mesh,
     purpose_key(config.seed, 0, "evaluate"), workdir / "evals",
-    functools.partial(load_source, log=say), _bar,
+    functools.partial(load_source, log=say), batches,
   )  # fmt: skip
 
   def evaluate_all(params, label: str) -> dict[str, float | str]:

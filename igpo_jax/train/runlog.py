@@ -75,9 +75,14 @@ class RunLog:
       folder = str(workdir) if can_append(workdir) else None
       self._wandb = wandb.init(project=cfg.wandb_project, dir=folder, resume="allow")
 
-  def has(self, stage: str) -> bool:
-    """Whether there is a row of `stage`; the same on every process. A collective."""
-    return from_first(lambda: any(row["stage"] == stage for row in self.rows))
+  def has(self, stage: str, step: int = 0) -> bool:
+    """Whether there is the row of a step of `stage`; the same on every process. A collective."""
+    return from_first(lambda: any((r["stage"], r["step"]) == (stage, step) for r in self.rows))
+
+  def values(self, stage: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in all rows of `stage` that have it; process 0 knows."""
+    rows = [row for row in self.rows if row["stage"] == stage and row.get(name) is not None]
+    return [(row["step"], row[name]) for row in rows]
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops every row beyond `step` of `stage`, from both files."""
@@ -89,7 +94,7 @@ class RunLog:
 
   def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
     """Appends one row; values that are not finite are written as null."""
-    clean = {name: _plain(value) for name, value in values.items()}
+    clean = plain(values)
     if not self._writes:
       return
     row = {"stage": stage, "step": step, **clean}
@@ -132,6 +137,11 @@ class RunLog:
       self._tensorboard.close()
     if self._wandb:
       self._wandb.finish()
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+  """Metrics as JSON has them; numbers that are not finite become None."""
+  return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
