@@ -20,18 +20,23 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
 from igpo_jax.cli import UserError
-from igpo_jax.rowfile import can_append, write_whole
+from igpo_jax.rowfile import can_append
+
+try:
+  import fcntl
+except ImportError:  # no Unix
+  fcntl = None
 
 FILE = "lock.json"
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
 LONG_SILENT_SECONDS = 900.0  # by two machines' clocks: no need to wait and see
-SETTLE_SECONDS = 2.0  # on gs://, for two that begin at the same moment
+SETTLE_SECONDS = 2.0  # for two that begin at the same moment, where nothing is exclusive (gs://)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,8 @@ class WorkdirLock:
       OSError: the workdir cannot be written.
     """
     self.workdir.mkdir(parents=True, exist_ok=True)
-    while not self._write():
+    dead = None
+    while not self._replace(dead):
       text = self._read()
       if text is None:
         continue  # released a moment ago
@@ -96,7 +102,7 @@ class WorkdirLock:
           f"workdir {self.workdir} is in use by {holder}: wait until it has finished, stop it, "
           "or choose another --workdir"
         )
-      self._remove_dead(holder)
+      dead = text
     self._released.clear()
     threading.Thread(target=self._keep_beating, daemon=True).start()
 
@@ -116,8 +122,14 @@ class WorkdirLock:
 
   # --- taking ------------------------------------------------------------------------------
 
-  def _text(self) -> str:
-    return json.dumps(dataclasses.asdict(dataclasses.replace(self._holder, beat=time.time())))
+  def _write(self) -> None:
+    text = json.dumps(dataclasses.asdict(dataclasses.replace(self._holder, beat=time.time())))
+    if not can_append(self.file):
+      self.file.write_text(text)
+      return
+    draft = self.workdir / f".{FILE}-{self._holder.token}"  # others may write at this moment
+    draft.write_text(text)
+    draft.replace(self.file)
 
   def _read(self) -> str | None:
     try:
@@ -125,33 +137,32 @@ class WorkdirLock:
     except FileNotFoundError:
       return None
 
-  def _write(self) -> bool:
-    """Writes the lock unless there is one."""
-    if not can_append(self.file):
-      return self._write_object()
-    draft = pathlib.Path(self.workdir) / f".{FILE}-{self._holder.token}"
-    draft.write_text(self._text())
-    try:
-      os.link(draft, self.file)  # one step that fails where the name is taken, on NFS, too
-    except FileExistsError:
-      return False
-    except OSError:  # a file system without links
-      try:
-        with open(self.file, "x") as file:
-          file.write(draft.read_text())
-      except FileExistsError:
+  def _replace(self, dead: str | None) -> bool:
+    """Writes the lock if there is none, or that of a dead holder; returns whether it is ours."""
+    with self._alone() as alone:
+      if self._read() not in (None, dead):
         return False
-    finally:
-      draft.unlink(missing_ok=True)
-    return True
+      self._write()
+    if not alone:  # of two that write it at the same moment the last keeps it
+      time.sleep(SETTLE_SECONDS)
+    return alone or self._is_ours()
 
-  def _write_object(self) -> bool:
-    """On gs:// nothing is exclusive: the last of two that write it keeps it."""
-    if self.file.exists():
-      return False
-    self.file.write_text(self._text())
-    time.sleep(SETTLE_SECONDS)
-    return self._is_ours()
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[bool]:
+    """Keeps others on this machine out, where the file system can; yields whether it does."""
+    if fcntl is None or not can_append(self.file):
+      yield False
+      return
+    folder = os.open(self.workdir, os.O_RDONLY)
+    try:
+      try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the kernel forgets it with the process
+        alone = True
+      except OSError:  # some network disks
+        alone = False
+      yield alone
+    finally:
+      os.close(folder)
 
   def _is_ours(self) -> bool:
     text = self._read()
@@ -180,22 +191,6 @@ class WorkdirLock:
         return True
     return False
 
-  def _remove_dead(self, holder: Holder) -> None:
-    """Removes a dead holder's lock, and not that of another run which was faster."""
-    if not can_append(self.file):
-      text = self._read()
-      if text is not None and _parse(text).token == holder.token:
-        self.file.unlink(missing_ok=True)
-      return
-    aside = pathlib.Path(self.workdir) / f".{FILE}-{self._holder.token}"
-    try:
-      os.rename(self.file, aside)
-    except FileNotFoundError:
-      return
-    if _parse(aside.read_text()).token != holder.token and not self.file.exists():
-      os.replace(aside, self.file)
-    aside.unlink(missing_ok=True)
-
   # --- holding -----------------------------------------------------------------------------
 
   def _keep_beating(self) -> None:
@@ -208,7 +203,7 @@ class WorkdirLock:
         if text is not None and _parse(text).token != self._holder.token:
           self._taken_by = _parse(text)
           return
-        write_whole(self.file, self._text())
+        self._write()
 
 
 def _parse(text: str) -> Holder:
