@@ -57,6 +57,11 @@ def leave(code: int) -> NoReturn:
   os._exit(code)
 
 
+def say(line: str) -> None:
+  """One line of news on standard error: standard output is for results alone."""
+  print(line, file=sys.stderr, flush=True)
+
+
 def fail(message: object) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2."""
   raise SystemExit(explain(UserError(message)))
@@ -137,6 +142,10 @@ class ArgumentParser(argparse.ArgumentParser):
     return super().parse_known_args(words, namespace)
 
   def error(self, message: str) -> NoReturn:
+    error = sys.exc_info()[1]
+    known = mistake(error)
+    if known is not None:  # what an option's type says of its value (fields.number)
+      raise UserError(f"{getattr(error, 'argument_name', 'command line')}={known}") from None
     fail(f"{message} (see --help)")
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -153,6 +152,9 @@ def meant(given: Any, known: Iterable[Any]) -> str:
 def number(kind: Any) -> Callable[[str], Any]:
   """A command line's option of such a kind, for argparse's `type`.
 
+  The function that it returns raises `UserError`, to which `cli.ArgumentParser` adds the name of
+  the option: "--steps=0 must be at least 1".
+
   Args:
     kind: `Count`, `Share`, or another number with its `Range`.
   """
@@ -163,9 +165,9 @@ def number(kind: Any) -> Callable[[str], Any]:
     try:
       value = base(text)
     except ValueError:
-      raise argparse.ArgumentTypeError(f"{text!r} should be {what}") from None
+      raise UserError(f"{text} should be {what}") from None
     if value not in allowed:
-      raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+      raise UserError(f"{text} must be {allowed}")
     return value
 
   parse.allowed = allowed

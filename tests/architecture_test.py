@@ -18,13 +18,13 @@ MOST_LINES = 500
 
 # Imports run downwards only, from a floor to the floors below it or along it.
 FLOORS = (
-  ("api", "aot", "generate", "grade", "main", "rehearse", "rewrite", "__main__"),
-  ("train",),
+  ("api", "aot", "chat", "generate", "grade", "main", "rehearse", "rewrite", "__main__"),
+  ("train", "inference"),
   ("eval", "convert", "align"),
   ("rl",),
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
-  ("parallel", "checkpoint", "rowfile", "textfiles"),
+  ("parallel", "checkpoint", "rowfile", "textfiles", "outputs"),
   ("types", "config", "config_file", "options", "fields", "cli", "flags", "usage"),
 )
 # Along a floor: commands and definitions among themselves; graders read records, a trace's answer
@@ -152,7 +152,16 @@ def test_no_path_is_one_machines():
 
 @pytest.mark.parametrize(
   "module",
-  ["igpo_jax.rewards.score", "igpo_jax.data.sources", "igpo_jax.data.pipeline", "igpo_jax.main"],
+  [
+    "igpo_jax.rewards.score",
+    "igpo_jax.data.sources",
+    "igpo_jax.data.pipeline",
+    "igpo_jax.main",
+    "igpo_jax.generate",
+    "igpo_jax.chat",
+    "igpo_jax.grade",
+    "igpo_jax.rewrite",
+  ],
 )
 def test_host_modules_start_without_jax(module):
   """A grading worker or a data builder should not pay for jax, nor need it. The command

@@ -18,9 +18,10 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax import generate, grade, rowfile, textfiles
+from igpo_jax import grade, rowfile, textfiles
 from igpo_jax.cli import UserError
 from igpo_jax.data import sources
+from igpo_jax.inference import requests
 
 ROWS = [{"question": f"{k}+1 é?", "answer": str(k + 1), "trace": f"so {k + 1}"} for k in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -83,7 +84,7 @@ def test_only_line_ends_end_a_row(tmp_path, char):
   assert [r["question"] for _, r in textfiles.read_objects(epath.Path(path))] == [f"a{char}b"] * 2
   assert len(list(grade.read_generations(path))) == 2
   path.write_text(json.dumps({"prompt": f"a{char}b"}, ensure_ascii=char < " ") + "\n", "utf-8")
-  assert generate.read_rows(path) == [{"prompt": f"a{char}b"}]
+  assert [row for _, row in requests.read_rows(path)] == [{"prompt": f"a{char}b"}]
   assert rowfile.row_file(path).read() == [{"prompt": f"a{char}b"}]
   rowfile.row_file(path).cut()
   assert rowfile.row_file(path).read() == [{"prompt": f"a{char}b"}]

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from igpo_jax import cli
 from igpo_jax.cli import UserError
-from igpo_jax.parallel.mesh import over_processes
+from igpo_jax.parallel.mesh import check_devices, over_processes
 from igpo_jax.parallel.watch import Watch
 
 # jax's own name for the first; the others go with it.
@@ -40,6 +40,7 @@ def joined(detect: bool = False) -> Iterator[None]:
   does as it would without this.
   """
   start(detect)
+  check_devices()
   if jax.process_count() == 1:
     yield
     return

@@ -21,6 +21,24 @@ from igpo_jax.parallel.slices import find_slice
 AXES = ("data", "fsdp", "tensor")
 
 
+def check_devices() -> None:
+  """Lets jax look for its devices; call it before anything is computed, and after joining.
+
+  Raises:
+    UserError: what JAX_PLATFORMS asks for is not here.
+  """
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
+    asked = jax.config.jax_platforms
+    reason = str(error).partition("(set JAX_PLATFORMS")[0].strip().splitlines()
+    raise UserError(
+      f"JAX_PLATFORMS={asked or ''}: jax finds no such device here"
+      f"{f' ({reason[0].strip()})' if reason else ''}; install igpo_jax with the extra tpu or cuda "
+      "on a machine that has one, or set JAX_PLATFORMS=cpu"
+    ) from error
+
+
 def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
   """Resolves the one size that may be -1 ("the rest").
 

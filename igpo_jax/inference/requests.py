@@ -1,0 +1,232 @@
+"""What is asked of a model: a prompt, and what of the answer is given. No jax in here.
+
+Given tokens are hints, TEXT@POSITION, or a template of the whole answer:
+
+    "A[MASK*6] B"        "A", six tokens to fill in, " B", and what is left of the canvas
+    "so it is [MASK][END]"    one token to fill in; the answer ends there
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.data.records import read_messages
+from igpo_jax.data.sources import Prompting
+from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.textfiles import find_files, mend, read_objects
+
+LENGTH_STEP = 64  # prompts are padded to a multiple of it: one program for many lengths
+_MARK = re.compile(r"\[(?:MASK(?:\*(\d+))?|(END))\]", re.IGNORECASE)
+_ALMOST = re.compile(r"(?<!\\)\[(?:MASK|END)\b[^\]]*\]?", re.IGNORECASE)
+
+Hint = tuple[tuple[int, ...], int]  # token ids, and their position in the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One answer to be written.
+
+  Attributes:
+    prompt: token ids, up to where the answer begins.
+    hints: (token ids, position in the answer) pairs.
+    end: where the answer ends: end-of-text from there on; None: wherever the model ends it.
+  """
+
+  prompt: tuple[int, ...]
+  hints: tuple[Hint, ...] = ()
+  end: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """An answer with gaps.
+
+  Attributes:
+    pieces: text, and numbers of tokens to be filled in, in their order.
+    ends: nothing follows the last piece.
+  """
+
+  pieces: tuple[str | int, ...]
+  ends: bool = False
+
+
+def parse_hint(text: str) -> tuple[str, int]:
+  """("TEXT", POSITION) from "TEXT@POSITION"; the last @ counts.
+
+  Raises:
+    UserError: no @, no text, or a position that is no number.
+  """
+  hint, at, position = text.rpartition("@")
+  if not at or not hint or not re.fullmatch(r"[0-9]{1,9}", position):
+    raise UserError(f"hint {text!r}: write TEXT@POSITION, the position in tokens from 0")
+  return hint, int(position)
+
+
+def parse_template(text: str) -> Template:
+  r"""A template from its text; see the module's examples. \[ is a plain bracket.
+
+  Raises:
+    UserError: a mark that is not well formed, a gap of no token, or text after [END].
+  """
+  pieces: list[str | int] = []
+  at, ends = 0, False
+  for match in [*_MARK.finditer(text), None]:
+    if match and text[: match.start()].endswith("\\"):
+      continue  # \[MASK] is text
+    plain = text[at : match.start() if match else len(text)]
+    if wrong := _ALMOST.search(plain):
+      raise UserError(f"template {text!r}: write [MASK], [MASK*N] or [END], not {wrong[0]}")
+    if plain and ends:
+      raise UserError(f"template {text!r}: {plain!r} follows [END]")
+    if plain:
+      pieces.append(plain.replace("\\[", "["))
+    if match is None:
+      break
+    if ends:
+      raise UserError(f"template {text!r}: {match[0]} follows [END]")
+    at, ends = match.end(), bool(match[2])
+    if not ends:
+      count = int(match[1] or 1)
+      if not 1 <= count < 10**6:
+        raise UserError(f"template {text!r}: {match[0]} is no number of tokens")
+      pieces.append(count)
+  if not pieces:
+    raise UserError(f"template {text!r}: there is nothing in it")
+  return Template(tuple(pieces), ends)
+
+
+def place_template(template: Template, tokenizer: Tokenizer) -> tuple[list[Hint], int | None]:
+  """(hints, where the answer ends or None) of a template, each piece encoded by itself."""
+  hints, at = [], 0
+  for piece in template.pieces:
+    if isinstance(piece, int):
+      at += piece
+      continue
+    ids = tuple(tokenizer.encode(piece))
+    hints.append((ids, at))
+    at += len(ids)
+  return hints, at if template.ends else None
+
+
+def canvas_with_hints(
+  request: Request, length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens i32[length], hinted bool[length]): masks, with what is given in its place.
+
+  Raises:
+    UserError: a hint that ends past the canvas, or two on one position.
+  """
+  tokens, hinted = np.full(length, tokenizer.mask_id, np.int32), np.zeros(length, bool)
+  for ids, position in request.hints:
+    end = position + len(ids)
+    if end > length:
+      raise UserError(
+        f"a hint of {len(ids)} tokens at position {position} ends at {end}, past "
+        f"gen_length={length}"
+      )
+    if hinted[position:end].any():
+      raise UserError(f"the hint of {len(ids)} tokens at position {position} overlaps another one")
+    tokens[position:end], hinted[position:end] = ids, True
+  if request.end is not None:
+    if request.end > length:
+      raise UserError(f"the template takes {request.end} tokens, but gen_length={length}")
+    if hinted[request.end :].any():
+      raise UserError(f"a hint lies past the template's [END] at position {request.end}")
+    tokens[request.end :], hinted[request.end :] = tokenizer.eos_id, True
+  return tokens, hinted
+
+
+def batch_arrays(
+  requests: Sequence[Request], length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(tokens i32[B,T], fixed bool[B,T], valid bool[B,T]): left-padded prompts, then canvases."""
+  longest = max(len(r.prompt) for r in requests)
+  prompt_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+  shape = (len(requests), prompt_length + length)
+  tokens = np.full(shape, tokenizer.pad_id, np.int32)
+  fixed, valid = np.ones(shape, bool), np.ones(shape, bool)
+  for row, request in enumerate(requests):
+    start = prompt_length - len(request.prompt)
+    tokens[row, start:prompt_length] = request.prompt
+    valid[row, :start] = False
+    canvas, hinted = canvas_with_hints(request, length, tokenizer)
+    tokens[row, prompt_length:], fixed[row, prompt_length:] = canvas, hinted
+  return tokens, fixed, valid
+
+
+def read_rows(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
+  """(where it stands, row) of each row of a JSONL file or a JSON array, as `make_request` takes it.
+
+  Raises:
+    UserError: no such file, none in it, or a row that cannot be asked; says where.
+  """
+  rows = []
+  for path in find_files(str(file)):
+    for where, row in read_objects(path):
+      check_row(row, where)
+      rows.append((where, row))
+  if not rows:
+    raise UserError(f"--input: {file} has no rows")
+  return rows
+
+
+def check_row(row: dict[str, Any], where: str) -> None:
+  """Raises `UserError`, with `where` in it, for a row that cannot be asked."""
+  if ("prompt" in row) == ("messages" in row):
+    raise UserError(f'{where}: give "prompt" or "messages", one of them')
+  for name in ("prompt", "template"):
+    if not isinstance(row.get(name, ""), str):
+      raise UserError(f'{where}: "{name}" should be text, not {type(row[name]).__name__}')
+  hints = row.get("hints", [])
+  if not isinstance(hints, list) or not all(isinstance(hint, str) for hint in hints):
+    raise UserError(f'{where}: "hints" should be a list of "TEXT@POSITION", not {hints!r}')
+  try:
+    for hint in hints:
+      parse_hint(hint)
+    if "template" in row:
+      parse_template(row["template"])
+    if "messages" in row:
+      read_messages(row["messages"])
+  except ValueError as reason:
+    raise UserError(f"{where}: {reason}") from reason
+
+
+def make_request(
+  row: dict[str, Any],
+  tokenizer: Tokenizer,
+  prompting: Prompting | None = None,
+  raw: bool = False,
+) -> Request:
+  """A row in token ids.
+
+  Args:
+    row: "prompt" (text) or "messages" (a chat); "hints", a list of TEXT@POSITION, and
+      "template" if there are any.
+    tokenizer: of the model.
+    prompting: how a "prompt" becomes messages; None: it is the user's message.
+    raw: no chat format around the prompt, and no `prompting`.
+
+  Raises:
+    UserError: text that the tokenizer does not know, or `raw` with a chat.
+  """
+  if raw and "messages" in row:
+    raise UserError('--raw has no chat format: give "prompt", not "messages"')
+  if raw:
+    prompt = tokenizer.encode(mend(row["prompt"]))
+  elif "messages" in row:
+    prompt = tokenizer.encode_prompt(read_messages(row["messages"]))
+  else:
+    prompt = tokenizer.encode_prompt((prompting or Prompting()).messages(mend(row["prompt"])))
+  hints, end = [], None
+  if "template" in row:
+    hints, end = place_template(parse_template(mend(row["template"])), tokenizer)
+  for text, at in map(parse_hint, row.get("hints", ())):
+    hints.append((tuple(tokenizer.encode(mend(text))), at))
+  return Request(tuple(prompt), tuple(hints), end)

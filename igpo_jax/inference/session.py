@@ -1,0 +1,121 @@
+"""A model in memory that can be asked as often as one likes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import SamplerConfig
+from igpo_jax.convert.pretrained import Pretrained, fitting_mesh, load_source
+from igpo_jax.convert.sources import open_source
+from igpo_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.inference.requests import Request, batch_arrays
+from igpo_jax.parallel.compile_cache import use_cache
+from igpo_jax.parallel.mesh import check_devices
+from igpo_jax.types import Canvas
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What denoising made of a request.
+
+  Attributes:
+    text: up to the first stop token, without special tokens.
+    tokens: i32[L], the whole canvas.
+    commit_step: i32[L], when each position was committed; -1 on hints.
+  """
+
+  text: str
+  tokens: np.ndarray
+  commit_step: np.ndarray
+
+
+def generate(
+  pre: Pretrained,
+  requests: Sequence[Request],
+  cfg: SamplerConfig,
+  key: jax.Array,
+  batch_size: int = 8,
+) -> Iterator[Answer]:
+  """Answers in the order of the requests, a batch at a time.
+
+  A row's noise comes from its number, so an answer does not depend on its batch.
+  """
+  batch_size = min(batch_size, len(requests))
+  for start in range(0, len(requests), batch_size):
+    batch = list(requests[start : start + batch_size])
+    missing = batch_size - len(batch)
+    arrays = batch_arrays(batch + batch[-1:] * missing, cfg.gen_length, pre.tokenizer)
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(np.arange(batch_size) + start)
+    out = denoise(pre.lm, pre.params, Canvas(*arrays), keys, cfg)
+    tokens = np.asarray(out.tokens)[:, -cfg.gen_length :]
+    steps = np.asarray(out.commit_step)[:, -cfg.gen_length :]
+    for row in range(len(batch)):
+      yield Answer(pre.tokenizer.decode(tokens[row]), tokens[row], steps[row])
+
+
+class Session:
+  """A model that is opened, then loaded, then asked.
+
+  Opening reads the tokenizer and the headers of the weights, so that what is wrong with a
+  prompt shows before the weights are read.
+
+  Args:
+    model: see `load_pretrained`.
+    adapter: PEFT directory to put on top.
+    dtype: "" for bfloat16, on a CPU float32.
+
+  Attributes:
+    tokenizer: the model's.
+
+  Raises:
+    UserError: the model cannot be read or has no tokenizer, or jax finds no device.
+  """
+
+  tokenizer: Tokenizer
+
+  def __init__(self, model: epath.Path, adapter: str | None = None, dtype: str = ""):
+    check_devices()
+    self._dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    self._pre: Pretrained | None = None
+    self._mesh = None
+    self._source = open_source(model, adapter=adapter)
+    if self._source.tokenizer is None:
+      raise UserError(f"{model} has no tokenizer")
+    self.tokenizer = load_tokenizer(self._source.tokenizer)
+
+  def check(self, request: Request) -> None:
+    """Raises `UserError` for a token that the model has no embedding for."""
+    for what, ids in (
+      ("the prompt", request.prompt),
+      *(("a hint", ids) for ids, _ in request.hints),
+    ):
+      check_ids(ids, self._source.config.vocab_size, what)
+
+  def load(self) -> None:
+    """Reads the weights; `answers` does it where nobody has."""
+    if self._pre is None:
+      use_cache()
+      self._mesh = fitting_mesh(self._source)
+      self._pre = load_source(self._source, self._dtype, self._mesh)
+
+  def answers(
+    self,
+    requests: Sequence[Request],
+    sampler: SamplerConfig,
+    seed: int = 0,
+    batch_size: int = 8,
+  ) -> Iterator[Answer]:
+    """Answers in the order of the requests; see `generate`."""
+    self.load()
+    with contextlib.ExitStack() as stack:
+      if self._mesh is not None:
+        stack.enter_context(jax.set_mesh(self._mesh))
+      yield from generate(self._pre, requests, sampler, jax.random.key(seed), batch_size)

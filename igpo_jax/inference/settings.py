@@ -1,0 +1,156 @@
+"""How a model is asked: as its own run asked it, and as flags say otherwise. No jax in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config, EvalConfig, SamplerConfig
+from igpo_jax.data.sources import Prompting
+from igpo_jax.data.tokenizer import read_json
+from igpo_jax.eval.protocols import plain_setting
+
+CONFIG_FILE = "config.json"
+STAGES = ("rl", "sft")  # of two stages' checkpoints, the later stage's
+
+
+class Settings(NamedTuple):
+  """How a model is asked.
+
+  Attributes:
+    sampler: lengths, steps, temperature and the rest.
+    prompting: what stands around a prompt.
+    origin: the run that they are of, None without one.
+  """
+
+  sampler: SamplerConfig
+  prompting: Prompting
+  origin: epath.Path | None
+
+
+def find_model(model: str) -> epath.Path:
+  """The directory to read a model from: for the folder of a run its newest checkpoint.
+
+  Raises:
+    UserError: there is no such directory, or the run has no checkpoint.
+  """
+  path = epath.Path(model)
+  if not model or not path.exists():
+    raise UserError(f"--model={model}: no such directory")
+  if not path.is_dir():
+    raise UserError(f"--model={model} is a file; give the directory of the model")
+  if not (_is_run(path) and (path / "checkpoints").is_dir()):
+    return path
+  for stage in STAGES:
+    folder = path / "checkpoints" / stage
+    steps = [s for s in folder.iterdir() if s.name.isdecimal()] if folder.is_dir() else []
+    if steps:
+      return max(steps, key=lambda step: int(step.name))
+  raise UserError(f"--model={model} is a run without a checkpoint; let it train first")
+
+
+def _is_run(folder: epath.Path) -> bool:
+  file = folder / CONFIG_FILE
+  return file.exists() and "stages" in read_json(file)
+
+
+def find_run(model: epath.Path) -> epath.Path | None:
+  """The workdir that a checkpoint is in; None for a model of its own."""
+  here = model if "://" in str(model) else epath.Path(model).absolute()
+  for folder in here.parents:
+    if folder.name == "checkpoints":
+      return folder.parent if _is_run(folder.parent) else None
+  return None
+
+
+def settings_of(model: epath.Path) -> Settings:
+  """As the run of a checkpoint evaluates and trains; the defaults for a model without a run.
+
+  The sampler is that of the run's own evaluations (`eval.temperature`, `eval.steps`,
+  `eval.cache` with `sampler`); what stands around a question is that of `data.rl`, or
+  else `data.sft`.
+
+  Raises:
+    UserError: the run's config.json cannot be read, or has options that are not known.
+  """
+  run = find_run(model)
+  if run is None:
+    return Settings(SamplerConfig(), Prompting(), None)
+  file = run / CONFIG_FILE
+  values = read_json(file)
+  config = dataclasses.replace(
+    Config(),
+    sampler=_section(SamplerConfig, values, "sampler", file),
+    eval=_section(EvalConfig, values, "eval", file),
+  )
+  data = values.get("data")
+  uris = [data.get(name) for name in ("rl", "sft")] if isinstance(data, dict) else []
+  uri = next((uri for uri in uris if isinstance(uri, str) and uri), "")
+  options = dict(urllib.parse.parse_qsl(uri.partition("?")[2]))
+  prompting = Prompting(**{k: v for k, v in options.items() if k in ("system", "template")})
+  return Settings(plain_setting(config).sampler, prompting, run)
+
+
+def _section(cls: type, values: Mapping[str, Any], name: str, file: epath.Path) -> Any:
+  """One section of a run's config.json; what it does not have is as by default."""
+  section = values.get(name, {})
+  if not isinstance(section, dict):
+    raise UserError(f"{file}: {name} should be an object, not {type(section).__name__}")
+  known = {field.name for field in dataclasses.fields(cls)}
+  if unknown := sorted(set(section) - known):
+    raise UserError(f"{file}: {name}.{unknown[0]} is no option of this version")
+  try:
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
+
+
+def override(sampler: SamplerConfig, given: Mapping[str, Any]) -> SamplerConfig:
+  """A sampler with the options in `given`; lengths that are not given fit those that are.
+
+  Examples, of the default 256 tokens in blocks of 32, 128 steps: gen_length=64 gives blocks
+  of 32 and 32 steps; gen_length=100 blocks of 25 and 48 steps; block_length=48 gives 288
+  tokens, for 256 are no multiple; steps=256 changes nothing else.
+
+  Raises:
+    UserError: what is given cannot be, or nothing fits it.
+  """
+  lengths = ("gen_length", "block_length", "steps")
+  if not any(name in given for name in lengths):
+    return dataclasses.replace(sampler, **given)
+  gen = given.get("gen_length", sampler.gen_length)
+  block = given.get("block_length")
+  if block is None:
+    per = sampler.block_length
+    divisors = [d for d in range(1, gen + 1) if gen % d == 0]
+    if "steps" in given:  # a share of the steps for every block
+      divisors = [d for d in divisors if given["steps"] % (gen // d) == 0] or divisors
+    # The nearest, and of two as near the shorter.
+    block = min(divisors, key=lambda d: (abs(math.log(d / per)), d))
+  elif "gen_length" not in given:
+    gen = -(-gen // block) * block
+  blocks = max(1, gen // block)
+  density = sampler.steps / sampler.gen_length  # steps for a token
+  steps = given.get("steps") or blocks * max(1, math.floor(block * density))
+  fitted = dict(zip(lengths, (gen, block, steps), strict=True))
+  return dataclasses.replace(sampler, **{**given, **fitted})
+
+
+def describe(settings: Settings, given: Mapping[str, Any]) -> str:
+  """One line: lengths, steps, temperature, what else is not as by default, and whose it is."""
+  sampler, plain = settings.sampler, SamplerConfig()
+  shown = ["gen_length", "block_length", "steps", "temperature"]
+  shown += [
+    field.name
+    for field in dataclasses.fields(sampler)
+    if field.name not in shown and getattr(sampler, field.name) != getattr(plain, field.name)
+  ]
+  text = " ".join(f"{name}={getattr(sampler, name)}" for name in shown)
+  whose = "the defaults" if settings.origin is None else f"as {settings.origin} evaluates"
+  return f"{text} ({whose}{', with ' + ', '.join(given) + ' as given' if given else ''})"
