@@ -439,6 +439,19 @@ def test_a_run_without_a_checkpoint_is_told(run_folder, tmp_path):
     find_model(str(tmp_path))
 
 
+def test_the_librarys_example_in_the_readme_runs(model, capsys):
+  text = (REPO / "README.md").read_text()
+  code = text.partition("<!-- library -->\n```python\n")[2].partition("```")[0]
+  code = code.replace("path/to/LLaDA-8B-Instruct", str(model)).replace("bfloat16", "float32")
+  scope = {}
+  capsys.readouterr()
+  exec(code, scope)
+  assert capsys.readouterr().out.strip()
+  tokens, hint = np.asarray(scope["result"].tokens)[0, -128:], scope["hint"]
+  assert tokens[4 : 4 + len(hint)].tolist() == hint
+  assert not (tokens == scope["pre"].tokenizer.mask_id).any()
+
+
 # --- chat ---------------------------------------------------------------------------------
 
 
