@@ -315,6 +315,14 @@ def test_a_set_is_disjoint_pieces_in_order():
   assert sets.read(lex("(5,2)")) is None  # a pair, and no interval
 
 
+@pytest.mark.parametrize("name", ["min", "max", "gcd", "lcm", "mod", "binom", "sin", "log", "det"])
+@pytest.mark.parametrize("arguments", ["", "5", "x", "4, 6", "4, 6, 8", r"\frac{1}{2}, 3", "i"])
+def test_no_function_raises_whatever_it_is_given(name, arguments):
+  for text in (rf"\{name}({arguments})", f"{name}({arguments})", rf"\{name} {arguments}"):
+    status, _ = equivalence.compare("5 x", text)
+    assert status in ("ok", "unparseable", "timeout")
+
+
 # --- time ------------------------------------------------------------------------------
 
 MODULES = (answers, equivalence, names, numbers, sets, spelling, units, values, words)

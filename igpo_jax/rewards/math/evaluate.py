@@ -186,6 +186,8 @@ class Evaluator:
         return _determinant(values[0])
       raise Undefined(f"{name} of a matrix")
     if name in _OF_WHOLE:
+      if not values or (name in _OF_TWO and len(values) != 2):
+        raise Unreadable(f"{name} of {len(values)}")
       if not all(is_exact(value) for value in values):
         raise Undefined(f"{name} of what is not rational")
       return _OF_WHOLE[name](*values)
@@ -438,11 +440,12 @@ def _modulo(value: Fraction, by: Fraction) -> Fraction:
 _OF_WHOLE = {
   "gcd": lambda *v: Fraction(math.gcd(*_integers(v))),
   "lcm": lambda *v: Fraction(math.lcm(*_integers(v))),
-  "min": min,
-  "max": max,
+  "min": lambda *v: min(v),
+  "max": lambda *v: max(v),
   "binom": _binomial,
   "mod": _modulo,
 }
+_OF_TWO = frozenset(("binom", "mod"))
 _FUNCTIONS = {
   **{name: getattr(mp, name) for name in "sin cos tan cot sec csc sinh cosh tanh coth".split()},
   **{name: getattr(mp, name) for name in "ln exp floor ceil".split()},

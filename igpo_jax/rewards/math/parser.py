@@ -18,7 +18,7 @@ from fractions import Fraction
 from igpo_jax.rewards.math import constructs, numbers
 from igpo_jax.rewards.math.tokens import Token, Tokens, Unreadable, closing, split, written
 from igpo_jax.rewards.math.tree import Node, number
-from igpo_jax.rewards.math.words import FUNCTIONS, GREEK
+from igpo_jax.rewards.math.words import FUNCTIONS, GREEK, is_prose
 
 MAX_DEPTH = 60  # of the tree
 MAX_RUN = 40  # letters side by side
@@ -41,6 +41,7 @@ _STARTS = (
   | _COMMAND_FUNCTIONS
   | _ARGUMENT_COMMANDS
 )
+_PAIRS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 _PREFIXES = tuple(sorted((f for f in FUNCTIONS if len(f) > 2), key=len, reverse=True))
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot"}
@@ -75,6 +76,8 @@ class Parser:
   def inside(self, start: int) -> Tokens:
     """The tokens of the group whose first token is `start`; moves behind the group."""
     end = closing(self.tokens, start)
+    if _PAIRS.get(self.tokens[start - 1].text) != self.tokens[end].text:
+      raise Unreadable("brackets that do not match")
     self.at = end + 1
     return tuple(self.tokens[start:end])
 
@@ -292,7 +295,7 @@ class Parser:
       self.at += 1
       return _CONSTANTS[r"\pi" if text == "pi" else r"\infty"]
     if token.kind == "letters" and text not in GREEK:
-      if not text.isascii() or len(text) > MAX_RUN:
+      if not text.isascii() or len(text) > MAX_RUN or is_prose(text):
         raise Unreadable("letters that are no mathematics")
       for at in range(len(text)):
         function = next((name for name in _PREFIXES if text.startswith(name, at)), None)
@@ -347,7 +350,9 @@ class Parser:
       name += "^-1"
     if self.text() != "(":
       return None
-    inside = tuple(self.tokens[self.at + 1 : closing(self.tokens, self.at + 1)])
+    start = self.at
+    inside = self.inside(start + 1)
+    end, self.at = self.at, start
     parts = split(inside, ",")
     single = len(inside) == 1 and (inside[0].kind != "letters" or len(inside[0].text) == 1)
     plain = len(token.text) == 1 and token.kind == "letters" and name not in "fghFGHP"
@@ -355,7 +360,7 @@ class Parser:
       return None
     if token.kind == "command" and len(parts) == 1 and not single:
       return None
-    self.at += len(inside) + 2
+    self.at = end
     return Node("call", (name, *map(self.of_call, parts)))
 
   def of_call(self, part: Tokens) -> Node:

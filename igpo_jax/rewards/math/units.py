@@ -182,12 +182,15 @@ def split(tokens: Tokens) -> Split:
   core, phrase = core[:start], core[start:]
   if not phrase:
     return Split(core, names)
-  if turns((), [token.text.lower() for token in phrase]):
+  said = [token.text.lower() for token in phrase]
+  if turns((), said) or TURNING["after"].intersection(said) - {"and", "to"}:
     return Split(tokens)
   scale, words = Fraction(1), []
   for token in phrase:
     text = token.text
-    if text in MULTIPLES and not words:
+    if text in MULTIPLES:
+      if words:
+        return Split(tokens)  # "15 cm million"
       scale *= MULTIPLES[text]
     elif text in ("percent", "percentage") or (text == "cent" and words[-1:] == ["per"]):
       core += (Token("symbol", "%"),)

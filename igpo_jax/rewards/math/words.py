@@ -92,6 +92,14 @@ def looks_like_word(text: str) -> bool:
   return bool(set(low) & set("aeiouy")) and low not in string.ascii_lowercase and low != "xyz"
 
 
+_PROSE = frozenset("was are the for than not".split())  # "at" is a product in e^{at}
+
+
+def is_prose(run: str) -> bool:
+  """Whether a run of letters among symbols is a word of a sentence, and no product."""
+  return run.lower() in _PROSE or (len(run) > 3 and looks_like_word(run))
+
+
 def bare(tokens: Tokens) -> Tokens:
   """Less brackets that enclose everything, and a command that only names a group."""
   group = enclosed(tokens)
@@ -163,6 +171,11 @@ def choice(tokens: Tokens) -> tuple[str, bool, Tokens] | None:
   option = after[closed:]
   marked = opened or introduced or closed or letter.kind == "word"
   if option and not (opened or closed):
+    return None
+  said = [token.text.lower() for token in option]
+  if said[:1] in (["is"], ["was"], ["isn"]) and (
+    said[0] == "isn" or {"wrong", "incorrect", "false", "not", "impossible"}.intersection(said)
+  ):
     return None
   if option and (
     option[0].text.lower() in ("or", "and", ",", "+", "-", "*", "/", "^", "=", "_", "'")
@@ -251,7 +264,7 @@ def turns(before: Sequence[str], after: Sequence[str]) -> bool:
     if before[-1] == "of" and (len(before) < 2 or before[-2] not in _OF):
       return True
   if after:
-    if after[0] in TURNING["after"]:
+    if after[0] in TURNING["after"] or "times" in after:
       return True
     if after[0] in TURNING["with than"] and list(after[1:2]) == ["than"]:
       return True
