@@ -47,6 +47,17 @@ DOCUMENTED = {
 }
 
 
+PAGES = tuple(REPO / "docs" / name for name in ("one_gpu.md", "eight_gpus.md", "tpu_slice.md"))
+BLOCK = re.compile(
+  r"```bash\npython -m igpo_jax\.rehearse (--config[^\n]*)\n```\n\n```text\n(.*?)```", re.DOTALL
+)
+
+
+def shown(page):
+  """What the documents show of a page: neither checkpoints nor what is missing here."""
+  return page.partition("\ncheckpoints")[0].rstrip() + "\n"
+
+
 def cases():
   """(name, words, whether the programs are lowered) of every case."""
   out = []
@@ -65,6 +76,9 @@ def cases():
   for count in (1, 2, 4, 8, 16, 32):
     words = ["--config=configs/sft_openr1.py:data,gpu", f"--devices={count}"]
     out.append((f"sft gpu on {count}", words, False))
+  for page in PAGES:
+    for words, _ in BLOCK.findall(page.read_text()):
+      out.append((words, shlex.split(words), True))
   refused = "--config=configs/math500.py:data,h100-8-full"
   out += [
     ("too few", [refused, "--devices=4"], False),
@@ -77,8 +91,7 @@ def cases():
   return out
 
 
-@pytest.fixture(scope="module")
-def rehearsed():
+def rehearse_all():
   done = subprocess.run(
     [sys.executable, "-m", "tests.rehearse_program"],
     input=json.dumps(cases()), text=True, capture_output=True, cwd=REPO, check=False,
@@ -86,6 +99,9 @@ def rehearsed():
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout.splitlines()[-1])
+
+
+rehearsed = pytest.fixture(scope="module")(rehearse_all)
 
 
 REFUSED = ("too few", "too small", "uneven", "unshared")
@@ -193,3 +209,21 @@ def test_the_command_prints_a_page_or_one_line_and_exit_2(tmp_path):
   bad = command("--config=configs/math500.py:data,gpu --devices=3")
   assert bad.returncode == 2 and bad.stderr.count("\n") == 1, bad
   assert bad.stderr.startswith("error: config: rl.prompts_per_step=64 does not share out")
+
+
+def test_the_documents_show_what_the_rehearsal_says(rehearsed):
+  """`python -m tests.rehearse_test` writes the blocks anew."""
+  for page in PAGES:
+    blocks = BLOCK.findall(page.read_text())
+    assert blocks, page
+    for words, block in blocks:
+      assert block == shown(rehearsed[words]["page"]), f"{page.name}: {words}"
+
+
+if __name__ == "__main__":
+  pages = rehearse_all()
+  for path in PAGES:
+    new = lambda match: match[0].replace(
+      f"```text\n{match[2]}```", f"```text\n{shown(pages[match[1]]['page'])}```"
+    )
+    path.write_text(BLOCK.sub(new, path.read_text()))

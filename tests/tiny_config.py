@@ -72,6 +72,10 @@ def get_config():
   config.eval.batch_size = 8
   config.rl.eval_every = 3
 
+  # What is left to the devices goes through the real program, too (train/sizes.py).
+  config.rl.sample_slices = config.rl.micro_batches = config.sft.micro_batches = 0
+  config.mesh.data = config.mesh.fsdp = 0
+
   config.checkpoint.every = 2
   config.log.samples_every = 1
   config.log.samples_per_step = 0
