@@ -57,7 +57,6 @@ from igpo_jax.types import Rollout
 GIB = 2**30
 COMPILE_SECONDS = 45  # kept back for each part that is still to come
 TORCH_SHARE = 0.25  # of all seconds
-REPEATS = 5  # of what takes less than a second
 TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5}  # relative L2, of attention
 
 
@@ -243,7 +242,7 @@ class Bench:
     took, scores = self.repeat(lambda: compiled(*given), seconds / 2)
     lines = [
       self.line("likelihood, old and reference", facts, took, read,
-                planned["likelihood"].flops / took, "median of several")
+                planned["likelihood"].flops / took, f"median of at most {args.repeats}")
     ]  # fmt: skip
 
     compiled, facts = common.compile_facts(
@@ -260,7 +259,7 @@ class Bench:
       raise FloatingPointError("an update's loss or gradient is not finite")
     lines.append(
       self.line("LoRA update", facts, took, read, planned["update"].flops / took,
-                "median of several")
+                f"median of at most {args.repeats}")
     )  # fmt: skip
     return lines
 
@@ -272,10 +271,10 @@ class Bench:
     return time.perf_counter() - began, out
 
   def repeat(self, run: Callable[[], Any], seconds: float) -> tuple[float, Any]:
-    """(Median seconds, last result) of a few runs after one that is not counted."""
+    """(Median seconds, last result) of --repeats runs, or fewer in that time, after a first one."""
     jax.block_until_ready(run())
     times, began = [], time.monotonic()
-    while len(times) < REPEATS and (not times or time.monotonic() - began < seconds):
+    while len(times) < self.args.repeats and (not times or time.monotonic() - began < seconds):
       took, out = self.wait(run, ())
       times.append(took)
     return statistics.median(times), out
@@ -368,7 +367,7 @@ def table(lines: list[Line], peak: float) -> str:
 
 def check_options(args: argparse.Namespace) -> None:
   """Raises `UserError` for sizes that do not go together, before anything is made."""
-  for name in ("rows", "prompt", "group", "lora_rank"):
+  for name in ("rows", "prompt", "group", "lora_rank", "repeats"):
     if getattr(args, name) < 1:
       raise cli.UserError(f"--{name}={getattr(args, name)}: at least 1")
   if args.group < 2 or args.rows % args.group:
