@@ -68,20 +68,20 @@ def fail(message: object) -> NoReturn:
 
 
 def mistake(error: BaseException | None) -> UserError | None:
-  """The innermost `UserError` that an error was raised from, however libraries wrapped it.
+  """The `UserError` that an error was raised from, however libraries wrapped it, or itself.
 
-  Looks at causes, at what was being handled, and into groups of errors.
+  Looks at causes, at what was being handled, and into groups of errors. Of one that was raised
+  from another, to say where it is, the outer one.
   """
-  found, seen, waiting = None, set(), [error]
+  seen, waiting = set(), [error]
   while waiting:
     error = waiting.pop(0)
-    if error is None or id(error) in seen:
-      continue
-    seen.add(id(error))
     if isinstance(error, UserError):
-      found = error
-    waiting += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
-  return found
+      return error
+    if error is not None and id(error) not in seen:
+      seen.add(id(error))
+      waiting += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+  return None
 
 
 def explain(error: BaseException) -> int:

@@ -10,7 +10,6 @@ A completion that is null counts as one without an answer.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,8 @@ from etils import epath
 
 from igpo_jax import cli
 from igpo_jax.data.records import Record
+from igpo_jax.fields import Count, Positive, number
+from igpo_jax.outputs import output_file
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.textfiles import read_values
@@ -62,22 +63,22 @@ def _row(row: Any, where: str) -> tuple[dict, Record]:
   return row, Record(where, ({"role": "user", "content": row["question"]},), "", gold)
 
 
-def grade(generations: pathlib.Path, output: pathlib.Path, scorer: Scorer) -> dict[str, int]:
+def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> dict[str, int]:
   """Grades a file of generations and writes the verdicts.
 
   Returns:
     Counts: "rows", "correct", each status, and, where every row came with a boolean
     "correct" of its own, "agree".
+
+  Raises:
+    UserError: a row that cannot be graded, none at all, or an output that cannot be written.
   """
   counts = dict.fromkeys(("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0)
   labelled = True
-  partial = output.with_name(output.name + ".partial")
-  rows = list(read_generations(generations))
-  try:
-    partial.touch()
-  except OSError as error:
-    raise cli.UserError(f"--output: cannot write {output}: {error.strerror}") from error
-  with open(partial, "w", encoding="utf-8") as file:
+  with output_file(output, source=generations) as file:
+    rows = list(read_generations(generations))
+    if not rows:
+      raise cli.UserError(f"--generations: {generations} has no rows, nothing to grade")
     for start in range(0, len(rows), BATCH):
       batch = rows[start : start + BATCH]
       scores = scorer(
@@ -91,22 +92,23 @@ def grade(generations: pathlib.Path, output: pathlib.Path, scorer: Scorer) -> di
         counts["agree"] += row.get("correct") is correct
         counts[status] += 1
         graded = {**row, "correct": correct, "extracted": scores.extracted[at], "status": status}
-        file.write(json.dumps(graded) + "\n")
-  os.replace(partial, output)
+        file.write(json.dumps(graded))
   if not labelled:
     del counts["agree"]
   return counts
 
 
-def main() -> None:
+def make_parser() -> cli.ArgumentParser:
   parser = cli.ArgumentParser(prog="python -m igpo_jax.grade", description=__doc__.splitlines()[0])
   parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
   parser.add_argument("--generations", required=True, type=pathlib.Path, help="JSONL to read")
-  parser.add_argument("--output", required=True, type=pathlib.Path, help="JSONL to write")
-  parser.add_argument("--workers", type=int, help="worker processes (default: one per core)")
+  parser.add_argument("--output", required=True, help="JSONL to write")
+  parser.add_argument(
+    "--workers", type=number(Count), help="worker processes (default: one per core)"
+  )
   parser.add_argument(
     "--timeout",
-    type=float,
+    type=number(Positive),
     default=5.0,
     help="seconds per answer, then it counts as timeout (default: %(default)s)",
   )
@@ -116,22 +118,22 @@ def main() -> None:
     help="how the answer is found, in order of preference, out of "
     f"{','.join(answers.RULES)} (default: %(default)s)",
   )
-  args = parser.parse_args()
-  if args.timeout <= 0:
-    raise cli.UserError(f"--timeout: {args.timeout} seconds; give a positive number")
-  if args.workers is not None and args.workers < 1:
-    raise cli.UserError(f"--workers: {args.workers}; give at least 1")
-  with Scorer(
-    "math", workers=args.workers, timeout=args.timeout, rules=tuple(args.extraction.split(","))
-  ) as scorer:
+  return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  args = make_parser().parse_args(argv)
+  rules = tuple(args.extraction.split(","))
+  with Scorer("math", workers=args.workers, timeout=args.timeout, rules=rules) as scorer:
     counts = grade(args.generations, args.output, scorer)
   rows = counts["rows"]
   print(
-    f"{args.benchmark}: accuracy {counts['correct'] / rows if rows else 0.0:.4f} "
+    f"{args.benchmark}: accuracy {counts['correct'] / rows:.4f} "
     f"({counts['correct']} of {rows}); ok {counts['ok']}, unparseable "
     f"{counts['unparseable']}, timeout {counts['timeout']}"
   )
-  if rows and "agree" in counts:
+  if "agree" in counts:
     print(
       f"agrees with the verdicts in {args.generations.name}: {counts['agree']} of {rows} "
       f"({counts['agree'] / rows:.4f})"

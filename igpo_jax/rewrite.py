@@ -21,7 +21,7 @@ import os
 import pathlib
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -34,16 +34,18 @@ from igpo_jax.align.judge import Judge
 from igpo_jax.cli import UserError
 from igpo_jax.data import sources
 from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, open_tokenizer
+from igpo_jax.fields import Count, Natural, NonNegative, Positive, Range, number
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
 
+AtLeastTwo = Annotated[int, Range(2)]  # a token, and the end of the text
 DEFAULT_KEY = "OPENAI_API_KEY"
 GRACE = 20.0  # seconds that requests under way are given when the program is asked to stop
 SHOWN = 3  # prompts of a dry run
 PROBE = "If $x^2 = 16$ and x > 0, then x = 4.\n\\boxed{4} é 0123456789"
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> cli.ArgumentParser:
   parser = cli.ArgumentParser(
     prog="python -m igpo_jax.rewrite",
     description=__doc__,
@@ -59,20 +61,22 @@ def parse_arguments() -> argparse.Namespace:
   add("--source", help="records with traces, by URI (docs/data.md)")
   add("--output", type=pathlib.Path, help="JSONL of accepted traces; a data source of its own")
   add("--tokenizer", help="directory of the model that is to be trained, char or char:maps")
-  add("--max_tokens", type=int, default=1500, help="of an accepted trace (%(default)s)")
+  add(
+    "--max_tokens", type=number(AtLeastTwo), default=1500, help="of an accepted trace (%(default)s)"
+  )
   add(
     "--window",
-    type=int,
+    type=number(Count),
     action="append",
     metavar="L",
     help="canvas lengths that the report asks about; may be repeated (256)",
   )
-  add("--limit", type=int, help="look at no more than the first so many records")
+  add("--limit", type=number(Count), help="look at no more than the first so many records")
   add("--dry_run", action="store_true", help="show what would be asked, ask nothing")
   add("--report", action="store_true", help="only write the report of an output that exists")
   add("--verifier", choices=("math", "exact"), default="math", help="how answers are compared")
-  add("--workers", type=int, help="grading processes (one per core)")
-  add("--concurrency", type=int, default=16, help="requests in flight (%(default)s)")
+  add("--workers", type=number(Count), help="grading processes (one per core)")
+  add("--concurrency", type=number(Count), default=16, help="requests in flight (%(default)s)")
   group = parser.add_argument_group("rewrite")
   add = group.add_argument
   add("--endpoint", help="OpenAI-compatible base address, such as http://localhost:8000/v1")
@@ -83,37 +87,44 @@ def parse_arguments() -> argparse.Namespace:
     metavar="NAME",
     help="environment variable with the key (%(default)s)",
   )
-  add("--temperature", type=float, default=0.3, help="(%(default)s)")
+  add("--temperature", type=number(NonNegative), default=0.3, help="(%(default)s)")
   add(
     "--extra",
     default="{}",
     metavar="JSON",
     help="further fields of each request; null leaves one out",
   )
-  add("--timeout", type=float, default=300.0, help="seconds for one request (%(default)s)")
-  add("--retries", type=int, default=8, help="of one request (%(default)s)")
-  add("--backoff", type=float, default=1.0, help="seconds before the first retry (%(default)s)")
+  add(
+    "--timeout", type=number(Positive), default=300.0, help="seconds for one request (%(default)s)"
+  )
+  add("--retries", type=number(Natural), default=8, help="of one request (%(default)s)")
+  add(
+    "--backoff",
+    type=number(NonNegative),
+    default=1.0,
+    help="seconds before the first retry (%(default)s)",
+  )
   add(
     "--max_failures",
-    type=int,
+    type=number(Count),
     default=10,
     help="stop when so many records in a row get no answer at all (%(default)s)",
   )
-  add("--price_in", type=float, default=0.0, help="per million tokens, to show the cost")
-  add("--price_out", type=float, default=0.0, help="per million tokens")
+  add(
+    "--price_in", type=number(NonNegative), default=0.0, help="per million tokens, to show the cost"
+  )
+  add("--price_out", type=number(NonNegative), default=0.0, help="per million tokens")
   group = parser.add_argument_group("trim")
   group.add_argument(
     "--rules",
     default="english",
     help="whose notation to trim by; chains and maps are the generated tasks' (%(default)s)",
   )
-  args = parser.parse_args()
-  check(args)
-  return args
+  return parser
 
 
 def check(args: argparse.Namespace) -> None:
-  """Raises `UserError` for options that are missing or out of range."""
+  """Raises `UserError` for options that are missing or do not fit."""
   remote = args.mode == "rewrite" and not args.report
   needed = ["output"] if args.report else ["source"]
   if not args.report and not args.dry_run:
@@ -121,15 +132,7 @@ def check(args: argparse.Namespace) -> None:
   for name in needed:
     if getattr(args, name) is None:
       raise UserError(f"--{name} is missing (see --help)")
-  for name, least in (("max_tokens", 2), ("concurrency", 1), ("retries", 0), ("max_failures", 1),
-                      ("timeout", 1e-3), ("backoff", 0), ("limit", 1), ("workers", 1),
-                      ("temperature", 0), ("price_in", 0), ("price_out", 0)):  # fmt: skip
-    value = getattr(args, name)
-    if value is not None and not value >= least:
-      raise UserError(f"--{name}={value}: give at least {least}")
   args.window = args.window or [256]
-  if min(args.window) < 1:
-    raise UserError(f"--window={min(args.window)}: give at least 1")
   try:
     args.extra = json.loads(args.extra)
   except ValueError as error:
@@ -263,8 +266,10 @@ def write_report(output: pathlib.Path, windows: list[int]) -> None:
   print(lengths.table(report))
 
 
-def main() -> int:
-  args = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  args = make_parser().parse_args(argv)
+  check(args)
   if args.report:
     write_report(args.output, args.window)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 
 import pytest
 
-from igpo_jax import cli, flags, usage
+from igpo_jax import aot, chat, cli, flags, generate, grade, rehearse, rewrite, usage
 from igpo_jax import main as program
 from igpo_jax.cli import UserError
 from igpo_jax.config import default_config
+from igpo_jax.convert import __main__ as convert
 from tests.fakes import REPO
 
 
@@ -63,14 +65,20 @@ def test_exit_codes_and_the_one_line(main, code, said, capsys):
   assert capsys.readouterr().err == said
 
 
-def test_the_innermost_mistake_is_told():
-  try:
+@pytest.mark.parametrize("suppress", [False, True])
+def test_a_place_that_was_added_to_a_mistake_is_told(suppress, capsys):
+  def main():
     try:
-      raise UserError("the cause")
+      raise UserError("no such token")
     except UserError as error:
-      raise UserError("what came of it") from error
-  except UserError as error:
-    assert str(cli.mistake(error)) == "the cause"
+      try:
+        raise UserError(f"in.jsonl, line 2: {error}") from (None if suppress else error)
+      except UserError as error:
+        raise RuntimeError("in a library") from error
+
+  with pytest.raises(SystemExit):
+    cli.run(main)
+  assert capsys.readouterr().err == "error: in.jsonl, line 2: no such token\n"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError(5, "I/O"), BrokenPipeError()])
@@ -106,6 +114,36 @@ def test_options_are_understood_with_hyphens_and_with_underscores():
     args = parser.parse_args(argv)
     assert (args.max_size, args.dry_run, args.words) == (3, True, ["a-b"])
   assert cli.underscored(["--a-b=c-d", "e-f", "--", "--g-h"]) == ["--a_b=c-d", "e-f", "--", "--g-h"]
+
+
+COMMANDS = {"generate": generate, "chat": chat, "grade": grade, "rewrite": rewrite,
+            "convert": convert}  # fmt: skip
+NUMBERS = [
+  (name, action)
+  for name, command in COMMANDS.items()
+  for action in command.make_parser()._actions
+  if action.type in (int, float) or hasattr(action.type, "allowed")
+]
+
+
+@pytest.mark.parametrize(("name", "action"), NUMBERS, ids=[f"{n}{a.dest}" for n, a in NUMBERS])
+def test_every_number_of_a_command_declares_its_range_and_is_held_to_it(name, action):
+  option = action.option_strings[-1]
+  assert hasattr(action.type, "allowed"), f"{name} {option}: which values can it have?"
+  allowed = action.type.allowed
+  outside = [str(allowed.low if allowed.above else allowed.low - 1), "many", "nan", "inf", ""]
+  outside += [str(allowed.high if allowed.below else allowed.high + 1)] * (allowed.high < 1e300)
+  for text in outside:
+    with pytest.raises(UserError, match=re.escape(f"{option}={text} ")):
+      COMMANDS[name].make_parser().parse_args([f"{option}={text}"])
+
+
+def test_the_numbers_of_commands_that_take_a_config_are_bounded():
+  for command in (program, aot, rehearse):
+    for name in command.FLAGS:
+      parser = command.FLAGS[name].parser
+      if parser.syntactic_help in ("an integer", "a number", "a non-negative integer"):
+        assert parser.lower_bound is not None, f"{command.__name__} --{name}"
 
 
 # --- in a process of its own --------------------------------------------------------------

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
+import signal
 import subprocess
 import sys
 
 import fakes
 import pytest
+
+from igpo_jax import grade as command
+from igpo_jax.cli import UserError
 
 ROWS = (
   {"question": "q", "completion": r"\boxed{x+x}<|eot_id|>", "answer": "2x", "note": 1},
@@ -121,3 +127,38 @@ def test_verdicts_on_real_generations_agree_with_careful_humans(tmp_path, benchm
   agree = sum(row["correct"] is verdict["correct"] for row, verdict in pairs)
   assert len(pairs) == rows and agree / rows >= 0.995
   assert f"{agree} of {rows}" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "[]"])
+def test_an_empty_file_is_a_mistake_not_an_accuracy_of_0(tmp_path, text):
+  source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  source.write_text(text)
+  with pytest.raises(UserError, match=r"--generations: .*in\.jsonl has no rows"):
+    command.main(["--benchmark=gsm8k", f"--generations={source}", f"--output={out}"])
+  assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_grading(tmp_path):
+  source = pathlib.Path(write(tmp_path / "in.jsonl", ROWS))
+  for output in (tmp_path, tmp_path / "no" / "out.jsonl", source):
+    with pytest.raises(UserError, match="--output: "):
+      command.main(["--benchmark=gsm8k", f"--generations={source}", f"--output={output}"])
+  assert read(source) == list(ROWS)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_grading_ends_with_the_signals_code(tmp_path, number, code):
+  rows = [{"question": "q", "completion": r"\boxed{1}", "answer": "2"}]
+  fifo = tmp_path / "in.jsonl"  # read for as long as somebody writes
+  os.mkfifo(fifo)
+  running = subprocess.Popen(
+    [sys.executable, "-m", "igpo_jax.grade", "--benchmark=gsm8k", f"--generations={fifo}",
+     f"--output={tmp_path / 'out.jsonl'}"],
+    cwd=fakes.REPO, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+  )  # fmt: skip
+  with fifo.open("w") as writer:  # opens once the command reads
+    writer.write(json.dumps(rows[0]) + "\n")
+    writer.flush()
+    running.send_signal(number)
+    _, err = running.communicate(timeout=30)
+  assert running.returncode == code and err in ("interrupted\n", "terminated\n")

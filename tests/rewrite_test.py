@@ -363,7 +363,7 @@ def test_other_settings_need_another_output(server, tokenizer, tmp_path, monkeyp
     ({"key_env": "NO_SUCH_KEY"}, "--key_env=NO_SUCH_KEY: there is no such environment variable"),
     ({"extra": "{"}, "--extra: not JSON"),
     ({"extra": "[1]"}, "--extra: expected a JSON object"),
-    ({"max_tokens": 1}, "--max_tokens=1: give at least 2"),
+    ({"max_tokens": 1}, "--max_tokens=1 must be at least 2"),
     ({"source": "jsonl:/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
     ({"source": "nowhere:x"}, "no data source for 'nowhere:x'"),
     ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),

@@ -18,6 +18,7 @@ import tqdm
 
 from igpo_jax import cli
 from igpo_jax.convert import sources, transfer, writers
+from igpo_jax.fields import Count, number
 from igpo_jax.options import Dtype, check_dtype
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -59,15 +60,13 @@ def make_parser() -> cli.ArgumentParser:
   parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
   parser.add_argument("--dry_run", action="store_true",
                       help="list what would be written; reads no tensor data")  # fmt: skip
-  parser.add_argument("--threads", type=int, default=writers.THREADS,
+  parser.add_argument("--threads", type=number(Count), default=writers.THREADS,
                       help=f"blocks in flight ({writers.THREADS})")  # fmt: skip
   return parser
 
 
 def main(argv: list[str] | None = None) -> None:
   args = make_parser().parse_args(argv)
-  if args.threads < 1:
-    raise cli.UserError(f"--threads={args.threads} must be at least 1")
   jax.config.update("jax_platforms", "cpu")  # nothing here computes on an accelerator
   plan = transfer.make_plan(
     sources.open_source(args.source, adapter=args.adapter, base=args.base),
