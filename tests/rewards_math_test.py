@@ -60,6 +60,10 @@ def test_each_kind_has_siblings_and_near_misses():
 
 
 COMPLETIONS = (
+  ("end markers", r"\boxed{4}<|assistant|>\boxed{5}", "4", True),
+  ("end markers", r"\boxed{4}<|system|>\boxed{5}", "4", True),
+  ("end markers", r"\boxed{4} [/INST] \boxed{5}", "4", True),
+  ("end markers", "<|assistant|>\n\\boxed{5}", "5", True),
   (
     "a formula and a closing sentence",
     "The final answer is $42$. I hope it is correct.",

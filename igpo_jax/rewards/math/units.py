@@ -188,10 +188,10 @@ def split(tokens: Tokens) -> Split:
   scale, words = Fraction(1), []
   for token in phrase:
     text = token.text
-    if text in MULTIPLES:
+    if text.lower() in MULTIPLES:
       if words:
         return Split(tokens)  # "15 cm million"
-      scale *= MULTIPLES[text]
+      scale *= MULTIPLES[text.lower()]
     elif text in ("percent", "percentage") or (text == "cent" and words[-1:] == ["per"]):
       core += (Token("symbol", "%"),)
       words = []
@@ -276,7 +276,7 @@ def _may_begin(tokens: Tokens, at: int) -> bool:
   )
   for other in tokens[at:]:
     if other.kind == "letters" and len(other.text) > 1:
-      known = other.text in UNITS or other.text in _EXPANDED or other.text in MULTIPLES
+      known = other.text in UNITS or other.text in _EXPANDED or other.text.lower() in MULTIPLES
       if variables and not (known and len(other.text) > 2):
         return False
   return True
