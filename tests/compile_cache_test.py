@@ -76,5 +76,5 @@ def test_no_setting_at_all_is_told():
 
 def test_a_run_may_go_on_with_another_folder(tmp_path):
   open_workdir(tmp_path, Config(stages=()))
-  (tmp_path / "metrics.jsonl").write_text("")
+  (tmp_path / "metrics.jsonl").write_text('{"stage": "init", "step": 0}\n')
   open_workdir(tmp_path, dataclasses.replace(Config(stages=()), compilation_cache="off"))

@@ -188,7 +188,7 @@ def test_however_a_run_ends_its_workdir_is_free(how, tmp_path, monkeypatch):
   monkeypatch.setattr(os, "_exit", lambda code: None)
 
   def run():
-    with workdir_module.hold(tmp_path, print):
+    with workdir_module.hold(tmp_path):
       assert (tmp_path / FILE).exists()
       if how == "error":
         raise KeyboardInterrupt
@@ -208,6 +208,6 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path):
   (tmp_path / "file").write_text("")
   with (
     pytest.raises(UserError, match=r"workdir .*file/run: "),
-    workdir_module.hold(tmp_path / "file" / "run", print),
+    workdir_module.hold(tmp_path / "file" / "run"),
   ):
     pass

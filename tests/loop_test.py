@@ -28,6 +28,7 @@ from igpo_jax.train.lock import Holder, WorkdirLock
 from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
 from igpo_jax.train.report import draw_curves, summarize, table
 from igpo_jax.train.runlog import RunLog
+from igpo_jax.train.sft import is_spent
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import TrainState
 from tests.fakes import REPO
@@ -477,6 +478,50 @@ def test_where_no_checkpoint_is_good_nothing_is_thrown_away(tmp_path):
   assert written(tmp_path) == before and make_run(tmp_path).checkpoints("rl").steps() == [4, 6]
 
 
+def test_a_finished_stage_without_checkpoints_is_not_trained_again(tmp_path):
+  """Somebody deleted them to free the disk: its rows, and those after it, are to stay."""
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  shutil.rmtree(tmp_path / "checkpoints" / "rl")
+  before, seen = written(tmp_path), []
+  with pytest.raises(UserError, match=r"rl: its rows reach the last step, 6, but .* no checkpoint"):
+    run_stage(make_run(tmp_path), counting_stage(seen=seen), fresh())
+  assert not seen and written(tmp_path) == before
+
+
+def test_sft_steps_made_again_for_rl_leave_every_row_where_it_is(tmp_path, capsys):
+  """The newest checkpoint of SFT is damaged when RL has rows that a rewind would drop."""
+  sft = dataclasses.replace(counting_stage(), name="sft")
+  run_stage(make_run(tmp_path), sft, fresh())
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  before, seen = written(tmp_path), []
+  flip(tmp_path / "checkpoints" / "sft" / "6")
+  again = dataclasses.replace(counting_stage(seen=seen), name="sft")
+  state = run_stage(make_run(tmp_path), again, fresh())
+  assert seen == [4, 5] and float(state.params) == 21 and written(tmp_path) == before
+  assert "sft: makes step 5 to 6 again, for RL; rows are kept" in capsys.readouterr().err
+  assert make_run(tmp_path).checkpoints("sft").latest() == 6
+
+
+@pytest.mark.parametrize(
+  ("rl_step", "beta", "spent"), [(None, 0.0, False), (3, 0.0, True), (3, 0.1, None), (6, 0.1, True)]
+)
+def test_rl_goes_on_without_sfts_checkpoints_where_it_can(rl_step, beta, spent, tmp_path):
+  run = make_run(tmp_path)
+  config = dataclasses.replace(
+    run.config,
+    rl=dataclasses.replace(run.config.rl, steps=6),
+    objective=dataclasses.replace(run.config.objective, beta=beta),
+  )
+  run = dataclasses.replace(run, config=config)
+  if rl_step:
+    run.checkpoints("rl").save(rl_step, tree(1))
+  if spent is None:  # the reference is lost
+    with pytest.raises(UserError, match=r"at step 3 of 6, needs .* KL reference"):
+      is_spent(run)
+  else:
+    assert is_spent(run) == spent
+
+
 def test_a_run_whose_workdir_was_taken_over_writes_no_more(tmp_path):
   lock = WorkdirLock(tmp_path)
   run = dataclasses.replace(make_run(tmp_path, every=1), lock=lock)
@@ -516,6 +561,7 @@ def test_the_first_signal_decides_the_exit_code():
 # No handler of Python's runs while the main thread is in C.
 COMPILING = """
 import hashlib
+from igpo_jax.train.sft import is_spent
 from igpo_jax.train.stop import StopSignal
 with StopSignal() as stop:
   stop.next_start = "the same command continues from step 3"

@@ -182,11 +182,11 @@ def test_an_evaluation_goes_on_with_what_is_there(folder):
   rows = [{"id": f"{n}", "sample": 0} for n in range(6)]
   first = Generations(folder / "evals", "test", {"seed": 1})
   first.add(rows[:4])
-  first.close()
+  first.close(list(first.rows))
   again = Generations(folder / "evals", "test", {"seed": 1})
   assert list(again.rows.values()) == rows[:4]
   again.add(rows[2:])
-  again.close()
+  again.close(list(again.rows))
   assert [json.loads(line) for line in again.path.read_text().splitlines()] == rows
   assert not Generations(folder / "evals", "test", {"seed": 2}).rows
 
@@ -201,6 +201,10 @@ def test_the_rest_of_a_workdir_can_be_an_object_store(tmp_path, monkeypatch, cap
   assert has_tokenizer(workdir / "tokenizer")
   assert load_tokenizer(workdir / "tokenizer").encode("cab") == CharTokenizer("abc").encode("cab")
   open_workdir(workdir, freeze(config))
+  row_file(workdir / "metrics.jsonl").add([{"stage": "init", "step": 0}])
+  config.log.every = 2
+  open_workdir(workdir, freeze(config))
+  assert '"log.every": [1, 2]' in (workdir / "changes.jsonl").read_text()
   config.seed = 3
   with pytest.raises(UserError, match=r"another config\.seed: 0 there, 3 now"):
     open_workdir(workdir, freeze(config))
@@ -210,21 +214,14 @@ def test_the_rest_of_a_workdir_can_be_an_object_store(tmp_path, monkeypatch, cap
   log.close()
   write_report(ROWS, workdir)
   made = {p.name for p in (tmp_path / "bucket" / "run").iterdir()}
-  files = {"config.json", "metrics.jsonl", "summary.json", "table.md", "curves.png", "tokenizer"}
+  files = {
+    "config.json",
+    "changes.jsonl",
+    "metrics.jsonl",
+    "summary.json",
+    "table.md",
+    "curves.png",
+    "tokenizer",
+  }
   assert made == files
   assert (tmp_path / "bucket/run/curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_workdir_from_before_an_option_existed_can_be_continued(tmp_path):
-  config = default_config()
-  config.stages = ()
-  open_workdir(epath.Path(tmp_path), freeze(config))
-  (tmp_path / "metrics.jsonl").touch()
-  old = json.loads((tmp_path / "config.json").read_text())
-  del old["rl"]["exploration"], old["hints"]
-  (tmp_path / "config.json").write_text(json.dumps(old))
-  open_workdir(epath.Path(tmp_path), freeze(config))
-  (tmp_path / "config.json").write_text(json.dumps(old))
-  config.rl.exploration = "none"
-  with pytest.raises(UserError, match=r"another config.rl: .*inpaint.* there, .*none.* now"):
-    open_workdir(epath.Path(tmp_path), freeze(config))

@@ -301,7 +301,7 @@ def test_a_run_may_be_continued_on_other_devices(tmp_path):
     machine = Machine("cpu", "cpu", devices)
     sized = resolve(config, machine)
     open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
-    (workdir / "metrics.jsonl").touch()
+    (workdir / "metrics.jsonl").write_text('{"stage": "init", "step": 0}\n')
     kept = json.loads((workdir / "config.json").read_text())
     assert kept["rl"]["sample_slices"] == 0 and kept["mesh"]["fsdp"] == 0
     assert kept["resolved"]["devices"].startswith(f"{devices} x cpu")

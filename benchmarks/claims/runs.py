@@ -25,7 +25,7 @@ from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.main import train
 from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.rowfile import write_whole
-from igpo_jax.train.workdir import as_json
+from igpo_jax.train.continued import as_json
 
 THEOREM = "theorem"  # the run of claim 11
 CURVES = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/extra_correct",

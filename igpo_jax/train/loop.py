@@ -127,6 +127,8 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   cfg, best = run.config, run.config.checkpoint.best_metric
   checkpoints = run.checkpoints(stage.name)
   done, state, waiting = resume(run, stage, checkpoints, state)
+  # Steps that are made again for what the next stage starts from have their rows already.
+  log = None if is_behind(run, stage.name) else run.log
   saved, saved_at = done, time.monotonic()
   bar = tqdm(
     total=stage.steps, initial=done, desc=stage.name, unit="step", file=sys.stderr,
@@ -162,9 +164,9 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
         began = time.perf_counter()
         state, metrics, samples = stage.step(state, n)
         done = n + 1
-        evaluating = due(stage.eval_every, done, stage.steps)
+        evaluating = log is not None and due(stage.eval_every, done, stage.steps)
         row: dict[str, Any] = {}
-        if evaluating or due(cfg.log.every, done, stage.steps):
+        if evaluating or (log is not None and due(cfg.log.every, done, stage.steps)):
           metrics = jax.device_get(metrics)
           row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
           row["time/step_seconds"] = time.perf_counter() - began
@@ -179,7 +181,8 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
               f"{stage.name}: {cfg.log.max_skipped} updates in a row had a loss or gradient "
               f"that is not finite (last at step {done}); see {run.log.metrics_path}"
             )
-        if samples and cfg.log.samples_every and due(cfg.log.samples_every, done, stage.steps):
+        wanted = log is not None and cfg.log.samples_every
+        if samples and wanted and due(cfg.log.samples_every, done, stage.steps):
           run.log.samples(stage.name, done, samples, cfg.log.samples_per_step)
         score(row)
         waiting = plain(row) if evaluating else None
@@ -213,6 +216,17 @@ def is_late(cfg: CheckpointConfig, saved_at: float) -> bool:
   return late and jax.process_index() == 0
 
 
+def is_behind(run: Run, stage: str) -> bool:
+  """Whether RL has begun with what this stage ended with. A collective."""
+
+  def rl_has_begun() -> bool:
+    folder = run.workdir / "checkpoints" / "rl"
+    saved = folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    return saved or any(row["stage"] == "rl" for row in run.log.rows)
+
+  return stage == "sft" and from_first(rl_has_begun)
+
+
 def resume(
   run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
@@ -223,7 +237,8 @@ def resume(
   fails to read its part, the run ends and says so.
 
   Raises:
-    UserError: there are checkpoints, and none can be read.
+    UserError: there are checkpoints, and none can be read; or there are none, though the
+      stage was finished.
   """
   steps = from_first(checkpoints.steps)
   start, damaged = 0, []
@@ -248,10 +263,20 @@ def resume(
     say(f"{stage.name}: {error}; it is {moved} now")
   if damaged:
     checkpoints.reload()
+  if not steps and run.log.has(stage.name, stage.steps):
+    raise UserError(
+      f"{stage.name}: its rows reach the last step, {stage.steps}, but {checkpoints.directory} "
+      "holds no checkpoint: put them back, or choose another --workdir"
+    )
   waiting = None
   if start:
-    waiting = from_first(lambda: checkpoints.note(start)).get("row")
     say(f"{stage.name}: continues from its checkpoint of step {start}")
+  if is_behind(run, stage.name):
+    if start < stage.steps:
+      say(f"{stage.name}: makes step {start + 1} to {stage.steps} again, for RL; rows are kept")
+    return start, state, waiting
+  if start:
+    waiting = from_first(lambda: checkpoints.note(start)).get("row")
   if waiting and run.log.has(stage.name, start):
     waiting = None
   if waiting or start < stage.steps:

@@ -33,7 +33,7 @@ from igpo_jax.train.setup import (
   make_tokenizer,
   purpose_key,
 )
-from igpo_jax.train.sft import handed_on, train_sft
+from igpo_jax.train.sft import handed_on, is_spent, train_sft
 from igpo_jax.train.sizes import asked, resolve, said
 from igpo_jax.train.stop import StopSignal
 from igpo_jax.train.workdir import hold, open_workdir
@@ -45,7 +45,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
   check_machine(config.mesh, machine)
   check_inputs(config)
   sized = resolve(config, machine)
-  with hold(workdir, say) as lock:
+  with hold(workdir) as lock:
     open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
     distributed.agree("the choice of sizes", asked(sized))
     say(said(sized, machine))
@@ -75,7 +75,7 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
     training = "sft" in config.stages or "rl" in config.stages
     if training and config.eval.initial and not log.has("init"):
       log.metrics("init", 0, run.evaluate(model.params, "init"))
-    if "sft" in config.stages:
+    if "sft" in config.stages and not is_spent(run):
       model = dataclasses.replace(model, params=train_sft(run, model))
     if "rl" in config.stages:
       model = dataclasses.replace(model, params=train_rl(run, model, scorer))

@@ -60,6 +60,8 @@ class RunLog:
       return
     workdir.mkdir(parents=True, exist_ok=True)
     self._metrics, self._samples = row_file(self.metrics_path), row_file(workdir / "samples.jsonl")
+    for file in (self._metrics, self._samples):
+      file.cut()  # half a row at the end would run into the next one
     self.rows = self._metrics.read()
     if cfg.tensorboard and can_append(workdir):
       from tensorboardX import SummaryWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -68,6 +69,33 @@ def train_sft(run: Run, model: Model) -> Params:
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   del state  # there may be no room for two
   return whole(run.checkpoints("sft").restore(best, like).params)
+
+
+def is_spent(run: Run) -> bool:
+  """Whether SFT's checkpoints are gone and RL can go on without them, from its own.
+
+  Somebody may have deleted them to free the disk. A collective.
+
+  Raises:
+    UserError: they are gone, and RL needs them.
+  """
+  config = run.config
+  with (
+    contextlib.closing(run.checkpoints("sft")) as sft,
+    contextlib.closing(run.checkpoints("rl")) as rl,
+  ):
+    kept, step = from_first(lambda: [sft.latest(), rl.latest()])
+    directory = sft.directory
+  if "rl" not in config.stages or kept is not None or step is None:
+    return False
+  if step < config.rl.steps and config.objective.beta > 0:
+    raise UserError(
+      f"sft: {directory} holds no checkpoint any more, and RL, which is at step {step} of "
+      f"{config.rl.steps}, needs what SFT ended with as its KL reference "
+      f"(objective.beta={config.objective.beta}): put them back, or choose another --workdir"
+    )
+  say(f"sft: {directory} holds no checkpoint any more; RL goes on from its own")
+  return True
 
 
 def handed_on(run: Run, stage: str) -> int:

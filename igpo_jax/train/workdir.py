@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,20 +15,19 @@ from etils import epath
 from igpo_jax.cli import UserError, before_leaving
 from igpo_jax.config import Config
 from igpo_jax.parallel.distributed import agree, from_first, share
-from igpo_jax.rowfile import write_whole
+from igpo_jax.rowfile import Row, row_file, write_whole
+from igpo_jax.train.continued import Progress, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
+from igpo_jax.train.runlog import say
 
-# What may differ between the run that a workdir holds and the one that continues it:
-# nothing that decides the numbers.
-MAY_CHANGE = ("stages", "log", "mesh", "checkpoint", "compilation_cache")
-# What makes the model of a workdir that is only evaluated.
-MODEL = ("model", "init_from")
+# A line for every start with other options than the one before: when, after which row, what.
+CHANGES = "changes.jsonl"
 
 SIGHT_SECONDS = 60.0  # network disks show a new file after a while
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[WorkdirLock]:
+def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
   """Keeps other runs out of the workdir during the body; makes the workdir if need be.
 
   A collective: process 0 holds the lock for all.
@@ -75,9 +73,12 @@ def open_workdir(
     resolved: what these devices made of such sizes (train/sizes.py). It is written under
       "resolved", for people; nothing is compared with it.
 
+  Options that do not decide what is learnt may differ from those of the run in it
+  (train/continued.py): what differs is printed in one line and noted in changes.jsonl.
+
   Raises:
-    UserError: the workdir holds a run with other settings, cannot be used, or is not the
-      same for all processes; or the processes were started with different configs.
+    UserError: the workdir holds another run, cannot be used, or is not the same for all
+      processes; or the processes were started with different configs.
   """
   current = as_json(config)
   for index, other in enumerate(configs := share([current])):
@@ -88,44 +89,90 @@ def open_workdir(
           f"process {index} was started with another config.{name} than process 0: {here}, {first}"
         )
   agree("--workdir", str(workdir))
-  with _told(workdir):
-    from_first(lambda: _open(workdir, config, current, resolved or {}))
+
+  def first() -> dict[str, list]:
+    with _told(workdir):
+      return _open(workdir, config, current, resolved or {})
+
+  if changed := from_first(first):
+    words = (f"{name}={now!r} (was {before!r})" for name, (before, now) in changed.items())
+    say(f"the run is continued with {', '.join(words)}; noted in {CHANGES}")
   if jax.process_count() > 1:
     _check_shared(workdir)
 
 
 def _open(
   workdir: epath.Path, config: Config, current: dict[str, Any], resolved: dict[str, Any]
-) -> None:
-  path = workdir / "config.json"
-  only_eval = config.stages == ("eval",)
-  # A mistake that ended the program before it made anything leaves the workdir free.
-  begun = any((workdir / name).exists() for name in ("tokenizer", "metrics.jsonl", "checkpoints"))
-  if path.exists() and begun:
-    previous = _filled(json.loads(path.read_text()), as_json(Config()))
-    for name in MODEL if only_eval else current:
-      if name not in MAY_CHANGE and current[name] != previous.get(name):
-        old, new = difference(previous.get(name), current[name])
-        raise UserError(
-          f"{workdir} holds a run with another config.{name}: {old} there, {new} now; "
-          "choose another --workdir, or the same settings"
-        )
-  if only_eval and path.exists() and begun:
-    return  # the run's own settings stay, so that it can be continued
+) -> dict[str, list]:
+  """Checks and writes config.json; returns what differs from the run that is continued."""
+  path, changed = workdir / "config.json", {}
+  rows = row_file(workdir / "metrics.jsonl").read()
+  progress = _progress(workdir, rows)
+  if progress.begun:
+    changed = changes(_config_of(workdir), config, progress, workdir)
+    if config.stages == ("eval",):
+      return {}  # the run's own settings stay, so that it can be continued
+  elif not path.exists() or _differs(path, current):
+    # A run that ended before it did anything leaves the workdir free, whatever it was.
+    for left in (workdir / "tokenizer", workdir / "evals"):
+      if left.exists():
+        left.rmtree()
   workdir.mkdir(parents=True, exist_ok=True)
+  if changed:
+    _note_changes(workdir / CHANGES, changed, rows)
   write_whole(path, json.dumps({**current, "resolved": resolved}, indent=2) + "\n")
+  return {name: list(pair) for name, pair in changed.items()}
 
 
-def as_json(config: Config) -> dict[str, Any]:
-  """The config as JSON gives it back."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+def _progress(workdir: epath.Path, rows: list[Row]) -> Progress:
+  """How far the run in a workdir is, by its rows and checkpoints."""
+  done, begun = {}, {row["stage"] for row in rows}
+  for stage in ("sft", "rl"):
+    folder = workdir / "checkpoints" / stage
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    steps = [int(name) for name in names if name.isdigit()]
+    if steps or any(name.startswith("damaged-") for name in names):
+      begun.add(stage)
+    if steps:
+      done[stage] = max(steps)
+  return Progress(done, frozenset(begun))
 
 
-def _filled(old: Any, defaults: Any) -> Any:
-  """Old settings with the defaults of options that did not exist then."""
-  if not (isinstance(old, dict) and isinstance(defaults, dict)):
-    return old
-  return {**defaults, **{n: _filled(v, defaults.get(n)) for n, v in old.items()}}
+def _config_of(workdir: epath.Path) -> dict[str, Any]:
+  """config.json of a run that has begun.
+
+  Raises:
+    UserError: there is none, or it makes no sense.
+  """
+  path = workdir / "config.json"
+  advice = "it tells which run this is: put it back, or choose another --workdir"
+  try:
+    config = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(f"{workdir} holds a run, but no config.json; {advice}") from None
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}); {advice}") from None
+  if not isinstance(config, dict):
+    raise UserError(f"{path} is damaged (no JSON object); {advice}")
+  return config
+
+
+def _differs(path: epath.Path, current: dict[str, Any]) -> bool:
+  try:
+    return {n: v for n, v in json.loads(path.read_text()).items() if n != "resolved"} != current
+  except (ValueError, AttributeError):
+    return True
+
+
+def _note_changes(path: epath.Path, changed: dict[str, Any], rows: list[Row]) -> None:
+  last = rows[-1] if rows else {}
+  line = {
+    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    "after": {name: last.get(name) for name in ("stage", "step")},
+    "changes": changed,
+  }
+  text = path.read_text() if path.exists() else ""
+  write_whole(path, f"{text}{json.dumps(line)}\n")
 
 
 def difference(old: Any, new: Any) -> tuple[Any, Any]:
