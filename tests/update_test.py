@@ -105,6 +105,12 @@ def test_log_probabilities_and_entropies_are_the_official_codes(golden):
       np.testing.assert_array_equal(kept, batch["token_mask"][k])
 
 
+# Norm of the second gradient in float64. The official code's is 5e-5 and 8e-5 off it: a thousandth
+# of the elements have a first gradient of the size of Adam's eps, where the step hangs on rounding
+# (docs/LOG.md, 2026-11-29).
+SECOND_NORM = {"seq": 5.04861857, "token": 19.90563307}
+
+
 @pytest.mark.parametrize("ratio", ["seq", "token"])
 def test_two_updates_are_the_official_codes(golden, ratio):
   batch, params = golden_batch(golden), golden_model("llada_tiny").params
@@ -122,7 +128,9 @@ def test_two_updates_are_the_official_codes(golden, ratio):
     assert float(loss) == pytest.approx(float(golden[f"{ratio}/loss_step{k}"]), rel=2e-4)
     state, metrics = apply(state, loss, grads)
     norm = float(golden[f"{ratio}/grad_norm_step{k}"])
-    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=(1e-5, 2e-4)[k])
+    if k == 1:
+      assert float(metrics["grad_norm"]) == pytest.approx(SECOND_NORM[ratio], rel=1e-4)
     gradients = {name: sampled(g) for name, g in by_torch_name(grads).items()}
     assert len(gradients) == 30
     if k == 0:
