@@ -144,7 +144,8 @@ def test_two_updates_are_the_official_codes(golden, ratio):
       sure[name] &= np.abs(gradients[name]) * 0.2 / norm > 1e-5
       assert sure[name].sum() > 16
       expected = golden[f"{ratio}/param_after_step{k}/{name}"][sure[name]]
-      close(sampled(array)[sure[name]], expected, 2e-5, name)
+      close(sampled(array)[sure[name]], expected, (1e-6, 4e-5)[k], name)
+      close(np.quantile(np.abs(sampled(array)[sure[name]] - expected), 0.99), 0, 5e-6, name)
       moved = np.abs(sampled(array) - start[name])[sure[name]]
       assert np.median(moved) > 5e-4
   assert int(state.step) == 2 and int(state.skipped) == 0
