@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -146,6 +147,8 @@ class ArgumentParser(argparse.ArgumentParser):
     known = mistake(error)
     if known is not None:  # what an option's type says of its value (fields.number)
       raise UserError(f"{getattr(error, 'argument_name', 'command line')}={known}") from None
+    # Python 3.11 quotes the choices, later versions do not.
+    message = re.sub(r"\(choose from .*\)", lambda found: found[0].replace("'", ""), message)
     fail(f"{message} (see --help)")
 
 

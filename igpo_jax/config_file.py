@@ -48,7 +48,8 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
   except Exception as error:
     if known := mistake(error):
       raise known from None
-    raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+    text = error.msg if isinstance(error, SyntaxError) else error
+    raise UserError(f"{_place(error, path)}: {type(error).__name__}: {text}") from error
   if not isinstance(config, config_dict.ConfigDict):
     raise UserError(
       f"{path}: get_config returned {config!r}; return a config, from "
@@ -60,7 +61,8 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
 def _place(error: BaseException, path: pathlib.Path) -> str:
   """ "FILE, line N": where in the config file an error came from."""
   if isinstance(error, SyntaxError) and error.filename:
-    return f"{error.filename}, line {error.lineno}"
+    same = pathlib.Path(error.filename).resolve() == path.resolve()
+    return f"{path if same else error.filename}, line {error.lineno}"
   frames = traceback.extract_tb(error.__traceback__)
-  lines = [f.lineno for f in frames if pathlib.Path(f.filename) == path]
+  lines = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == path.resolve()]
   return f"{path}, line {lines[-1]}" if lines else str(path)

@@ -18,7 +18,7 @@ from etils import epath
 
 from igpo_jax import cli
 from igpo_jax.data.records import Record
-from igpo_jax.fields import Count, Positive, number
+from igpo_jax.fields import Count, Positive, meant, number
 from igpo_jax.outputs import output_file
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
@@ -125,6 +125,12 @@ def main(argv: list[str] | None = None) -> None:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
   args = make_parser().parse_args(argv)
   rules = tuple(args.extraction.split(","))
+  for rule in rules:
+    if rule not in answers.RULES:
+      raise cli.UserError(
+        f"--extraction={args.extraction}: {rule!r} is not one of {', '.join(answers.RULES)}"
+        f"{meant(rule, answers.RULES)}"
+      )
   with Scorer("math", workers=args.workers, timeout=args.timeout, rules=rules) as scorer:
     counts = grade(args.generations, args.output, scorer)
   rows = counts["rows"]
