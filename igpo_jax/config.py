@@ -32,6 +32,7 @@ from igpo_jax.fields import (
   meant,
 )
 from igpo_jax.options import (
+  Dtype,
   HintConfig,
   LoRAConfig,  # noqa: F401  for those who import it from here
   ModelConfig,
@@ -39,6 +40,7 @@ from igpo_jax.options import (
   SamplerConfig,
   check_section,
   check_trainable,
+  full_dtype,
   require,
 )
 
@@ -440,6 +442,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
         f"{inside(name)}={value!r} should be a section of options",
       )
       value = _from_config_dict(hints[name], value, inside(name))
+    elif hints[name] == Dtype:
+      value = full_dtype(value)
     elif isinstance(value, (list, tuple)):
       value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     kwargs[name] = value

@@ -96,12 +96,15 @@ class Denoised:
       a mask was left).
     forwards: i32[], calls of the network that the loop made.
     refreshes: i32[], how many of them saw the whole canvas: all, without a cache.
+    finite: bool[B], False where a row's logits were no numbers (NaN or infinite): its tokens
+      are then no answer of the model.
   """
 
   tokens: Array
   commit_step: Array
   forwards: Array
   refreshes: Array
+  finite: Array
 
 
 @flax.struct.dataclass

@@ -25,7 +25,17 @@ FLOORS = (
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
   ("parallel", "checkpoint", "rowfile", "textfiles", "outputs"),
-  ("types", "config", "config_file", "options", "fields", "cli", "flags", "usage"),
+  (
+    "types",
+    "config",
+    "config_file",
+    "options",
+    "fields",
+    "cli",
+    "flags",
+    "usage",
+    "token_ids",
+  ),
 )
 # Along a floor: commands and definitions among themselves; graders read records, a trace's answer
 # is where the grader finds one, and hints ask where an answer's value stands.

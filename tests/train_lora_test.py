@@ -10,13 +10,16 @@ from etils import epath
 
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import freeze
-from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.data.tokenizer import load_tokenizer
 from igpo_jax.main import train
 from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train.setup import make_model, make_optimizer, make_state, make_tokenizer
 from tests.fakes import REPO
 from tests.tiny_config import get_config
+from tests.tiny_tokenizer import make_directory
+
+SPECIAL_IDS = {"mask_token_id": 511, "eos_token_id": 510, "pad_token_id": 510}  # llada_tiny's
 
 
 def lora_config():
@@ -46,7 +49,7 @@ def test_a_lora_run_trains_and_saves_adapters_only(tmp_path):
   assert np.abs(np.asarray(saved.params["blocks"]["q_proj"]["lora_b"])).max() > 0
 
 
-def test_fresh_adapters_on_loaded_weights_change_nothing():
+def test_fresh_adapters_on_loaded_weights_change_nothing(tmp_path):
   weights = str(REPO / "tests" / "goldens" / "llada_tiny")
   config = dataclasses.replace(lora_config(), init_from=weights)
   plain = dataclasses.replace(
@@ -54,7 +57,7 @@ def test_fresh_adapters_on_loaded_weights_change_nothing():
   )
   mesh = make_mesh()
   with jax.set_mesh(mesh):
-    tokenizer = CharTokenizer("ab")
+    tokenizer = load_tokenizer(make_directory(tmp_path / "tokenizer", config=SPECIAL_IDS))
     adapted, base = make_model(config, tokenizer, mesh), make_model(plain, tokenizer, mesh)
     assert "lora_a" in adapted.params["blocks"]["q_proj"]
     tokens = np.arange(10)[None]

@@ -111,7 +111,7 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, where: Any) -> None:
   """Checks that a tokenizer's special tokens are the model's.
 
   A tokenizer may have fewer tokens than the embedding has rows, and even more, as long as
-  those are not used: `data.tokenizer.check_ids` looks at the ids of each text.
+  those are not used: `token_ids.check_ids` looks at the ids of each text.
 
   Args:
     tokenizer: a `igpo_jax.data.tokenizer.Tokenizer`.

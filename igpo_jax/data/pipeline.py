@@ -18,6 +18,7 @@ import numpy as np
 from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Offsets, Tokenizer
+from igpo_jax.token_ids import check_ids
 
 PROMPT_TOO_LONG = "prompt longer than the longest bucket"
 RESPONSE_TOO_LONG = "response too long"
@@ -112,6 +113,7 @@ class _Stream:
     seed: int,
     process_index: int,
     process_count: int,
+    embedding_rows: int | None,
   ):
     if not buckets or any(b <= 0 for b in buckets) or list(buckets) != sorted(set(buckets)):
       raise UserError(f"prompt buckets {tuple(buckets)} should be growing lengths above 0")
@@ -122,6 +124,8 @@ class _Stream:
       )
     self.tokenizer, self.batch_size, self.buckets = tokenizer, batch_size, tuple(buckets)
     self.seed, self.process_index, self.process_count = seed, process_index, process_count
+    # A tokenizer that is no larger than the table cannot give an id past its end.
+    self._rows = embedding_rows if (embedding_rows or 0) < tokenizer.vocab_size else None
     self._dropped: collections.Counter[str] = collections.Counter()
     self._notes: collections.Counter[str] = collections.Counter()
     self._items = [item for item in self._tokenize(records) if self._keep(item)]
@@ -163,12 +167,12 @@ class _Stream:
           raise UserError(f"two records have the id {record.id!r}: ids should be unique")
         ids.add(record.id)
         span = record.answer_span
-        yield _Item(
-          record,
-          np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32),
-          np.asarray(trace, np.int32),
-          span and token_span(offsets, span),
-        )
+        prompt = np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32)
+        trace = np.asarray(trace, np.int32)
+        if self._rows is not None:
+          check_ids(prompt, self._rows, f"the prompt of record {record.id!r}")
+          check_ids(trace, self._rows, f"the trace of record {record.id!r}")
+        yield _Item(record, prompt, trace, span and token_span(offsets, span))
 
   def _keep(self, item: _Item) -> bool:
     """Whether the item is used; counts it under its reason if not."""
@@ -226,9 +230,11 @@ class PromptStream(_Stream):
     process_index, process_count: which share of each batch is built here.
     max_trace: leave out records whose trace has more tokens; None keeps all of them
       (exploration cuts a trace to the canvas).
+    embedding_rows: of the model; token ids past them are an error. None: not known.
 
   Raises:
-    UserError: no usable record, ids that repeat, sizes that do not go together.
+    UserError: no usable record, ids that repeat, sizes that do not go together, or a token
+      that the model has no embedding for.
   """
 
   def __init__(
@@ -242,9 +248,12 @@ class PromptStream(_Stream):
     process_count: int = 1,
     *,
     max_trace: int | None = None,
+    embedding_rows: int | None = None,
   ):
     self.max_trace = max_trace
-    super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
+    super().__init__(
+      records, tokenizer, batch_size, buckets, seed, process_index, process_count, embedding_rows
+    )
 
   def _keep(self, item: _Item) -> bool:
     keep = super()._keep(item)
@@ -319,12 +328,15 @@ class SFTStream(_Stream):
     process_count: int = 1,
     *,
     group_batches: int = 16,
+    embedding_rows: int | None = None,
   ):
     single = isinstance(response_length, int)
     self.response_lengths = (response_length,) if single else tuple(response_length)
     self.group_batches = group_batches
     self._group: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
-    super().__init__(records, tokenizer, batch_size, buckets, seed, process_index, process_count)
+    super().__init__(
+      records, tokenizer, batch_size, buckets, seed, process_index, process_count, embedding_rows
+    )
 
   def num_steps(self, epochs: float) -> int:
     """Steps until every record has been seen `epochs` times on average, rounded up."""

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from igpo_jax.cli import UserError
@@ -96,29 +95,6 @@ class Tokenizer(abc.ABC):
       ids = ids[:end]
     return self._decode_text(
       [i for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids]
-    )
-
-
-def check_ids(ids: Sequence[int] | np.ndarray, rows: int, what: str) -> None:
-  """Checks that a model has an embedding for every token id.
-
-  On the host, before anything runs: an array library fills what is past a table's end with
-  NaN, and no error is raised.
-
-  Args:
-    ids: token ids, an array of any shape.
-    rows: of the embedding; ids are from 0 to rows - 1.
-    what: has these ids, for the message.
-
-  Raises:
-    UserError: names the first id that has none.
-  """
-  ids = np.asarray(ids)
-  wrong = ids[(ids < 0) | (ids >= rows)]
-  if wrong.size:
-    raise UserError(
-      f"{what} has the token id {wrong[0]}, but the model's embedding has {rows} rows; is it the "
-      "tokenizer of another model, or were tokens added without resizing the model?"
     )
 
 

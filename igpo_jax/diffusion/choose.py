@@ -21,7 +21,7 @@ def choose(
   keys: Array,
   places: Array,
   gumbel: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
   """Decides a step for w positions of each row (docs/method.md#sampling).
 
   Noise belongs to a position: the same for it whichever others are decided with it.
@@ -37,7 +37,8 @@ def choose(
     gumbel: f32[B,w,V] standard noise in place of what `keys` would give; for tests.
 
   Returns:
-    (commit bool[B,w], chosen tokens i32[B,w]).
+    (commit bool[B,w], chosen tokens i32[B,w], finite bool[B,w]: the logits give
+    probabilities, which NaN and infinity do not).
   """
   scores = logits
   if cfg.temperature > 0:
@@ -65,7 +66,7 @@ def choose(
   if cfg.factor is not None:
     sure = factor_count(log_confidence, candidates, cfg.factor)
     commit |= topk_mask(log_confidence, candidates, sure)
-  return commit, chosen
+  return commit, chosen, jnp.isfinite(log_confidence)
 
 
 def at_places(draw, keys: Array, places: Array, stream: int) -> Array:

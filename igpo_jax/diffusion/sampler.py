@@ -21,6 +21,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
@@ -36,7 +37,13 @@ from igpo_jax.diffusion.network import (
 )
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
 from igpo_jax.parallel.sharding import constrain, num_shards
+from igpo_jax.token_ids import check_ids
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params
+
+NOT_A_NUMBER = (
+  "the model's logits are not finite (NaN or infinity), so there is no answer: its weights are "
+  "damaged, or too large for the dtype of the computation"
+)
 
 NoiseFn = Callable[[int, tuple[int, int, int]], Array]
 
@@ -64,10 +71,11 @@ def denoise(
 
   Returns:
     The filled canvas, the step at which each position was committed (-1 where
-    fixed), and the number of calls of the network.
+    fixed), the number of calls of the network, and whether its logits were numbers.
 
   Raises:
-    UserError: shapes that do not fit, or a canvas shorter than the completion.
+    UserError: shapes that do not fit, a canvas shorter than the completion, or token ids that
+      the model has no embedding for (not looked at inside `jax.jit`).
   """
   b, t = canvas.tokens.shape
   if canvas.fixed.shape != (b, t) or canvas.valid.shape != (b, t):
@@ -77,6 +85,10 @@ def denoise(
     )
   if t < cfg.gen_length:
     raise UserError(f"canvas of {t} positions is shorter than sampler.gen_length={cfg.gen_length}")
+  if not isinstance(canvas.tokens, jax.core.Tracer) and (
+    isinstance(canvas.tokens, np.ndarray) or canvas.tokens.is_fully_addressable
+  ):
+    check_ids(canvas.tokens, lm.vocab_size, "the canvas")
   keys = _row_keys(key, b)
   noise_table = None
   if noise is not None:
@@ -105,6 +117,7 @@ class _Rows:
   commit_step: Array  # i32[B,T]
   fixed: Array  # bool[B,T]
   valid: Array  # bool[B,T]
+  finite: Array  # bool[B], all logits so far were numbers
   keys: Array  # key[B]
   number: Array  # i32[B], the row's place in the canvas
 
@@ -140,6 +153,7 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
     commit_step=jnp.full((b, t), -1, jnp.int32),
     fixed=canvas.fixed,
     valid=canvas.valid,
+    finite=jnp.ones(b, bool),
     keys=keys,
     number=jnp.arange(b),
   )
@@ -165,7 +179,9 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
       some, count = run(jax.tree.map(lambda x: x[chosen], rows), count)
       put = lambda x, new: constrain(x.at[chosen].set(new), "act_batch", "act_length")
       return rows.replace(
-        tokens=put(rows.tokens, some.tokens), commit_step=put(rows.commit_step, some.commit_step)
+        tokens=put(rows.tokens, some.tokens),
+        commit_step=put(rows.commit_step, some.commit_step),
+        finite=rows.finite.at[chosen].set(some.finite),
       ), count
 
     # The smallest batch that holds the unfinished rows, and the block's width.
@@ -176,7 +192,7 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
     return block + 1, *jax.lax.switch(which, branches, rows, count)
 
   _, rows, count = jax.lax.while_loop(blocks_left, run_block, (zero, rows, count))
-  return Denoised(rows.tokens, rows.commit_step, count.forwards, count.refreshes)
+  return Denoised(rows.tokens, rows.commit_step, count.forwards, count.refreshes, rows.finite)
 
 
 def _masks(lm, cfg, rows: _Rows) -> Array:
@@ -186,7 +202,7 @@ def _masks(lm, cfg, rows: _Rows) -> Array:
 
 
 def _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel):
-  """Head and choice where it matters: (commit bool[B,width], chosen i32[B,width]).
+  """Head and choice where it matters: (commit bool[B,width], chosen i32[B,width], finite bool[B]).
 
   What is committed needs no logits, on average half of a block. Each row's candidates
   come first, and as many positions are decided as the row with the most of them has,
@@ -214,11 +230,13 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel):
     else:
       at, take = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
     logits = head_logits(lm, params, cfg, h)
-    commit, chosen = choose(lm, cfg, logits, take(candidates), share, keys, first + at, noise)
+    asked = take(candidates)
+    commit, chosen, finite = choose(lm, cfg, logits, asked, share, keys, first + at, noise)
+    finite = jnp.all(finite | ~asked, axis=1)
     if size == width:
-      return commit, chosen
+      return commit, chosen, finite
     put = lambda x: jax.vmap(lambda at, x: jnp.zeros(width, x.dtype).at[at].set(x))(at, x)
-    return put(commit), put(chosen)
+    return put(commit), put(chosen), finite
 
   if len(sizes) == 1:
     return with_width(width, h)
@@ -264,7 +282,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     candidates = part(masks_of(rows) & (position < begin + cfg.block_length))
     share = commits_at(had, per_block, i)
     first = start - (t - cfg.gen_length)  # noise is named by places in the completion
-    commit, chosen = _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel)
+    commit, chosen, finite = _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel)
 
     old = part(rows.tokens)
     new = jnp.where(commit, chosen, old)
@@ -275,6 +293,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     rows = rows.replace(
       tokens=put(rows.tokens, new),
       commit_step=put(rows.commit_step, jnp.where(filled, now, part(rows.commit_step))),
+      finite=rows.finite & finite,
     )
     count = count._replace(forwards=count.forwards + 1, refreshes=count.refreshes + (seen is None))
     if cfg.early_stop == "row":

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from igpo_jax.cli import UserError
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.eval.generations import Generations, params_digest, records_digest
 from igpo_jax.eval.metrics import summarize
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
@@ -72,6 +74,7 @@ def make_stream(
   batch_size: int,
   buckets: Sequence[int],
   mesh: jax.sharding.Mesh,
+  embedding_rows: int | None = None,
 ) -> PromptStream:
   """The rows as batches that devices and processes can share; no problem is left out.
 
@@ -82,6 +85,7 @@ def make_stream(
     batch_size: no more than there are rows, rounded up to a multiple of devices (data x
       fsdp) and processes.
     buckets: prompt lengths; one is added where the longest prompt needs it.
+    embedding_rows: see `PromptStream`.
   """
   processes = jax.process_count()
   ways = math.lcm(num_shards("act_batch", mesh=mesh), processes)
@@ -99,6 +103,7 @@ def make_stream(
     0,  # of an order that evaluations do not use
     jax.process_index(),
     processes,
+    embedding_rows=embedding_rows,
   )
 
 
@@ -119,14 +124,21 @@ def generate_rows(
     batch: this process's share.
     problems: by the id of their rows.
     key: noise at temperature above 0, folded with each row's identity.
+
+  Raises:
+    UserError: the logits of every row are NaN or infinite.
   """
   p, length = len(batch.records), setting.sampler.gen_length
   canvas = np.full((p, length), lm.mask_id, np.int32)
   arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
   prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
   keys = row_keys(key, ids, jnp.zeros(ids.shape, jnp.int32))
-  completion, _ = sample_rows(lm, params, prompt, valid, canvas, fixed, keys, setting.sampler)
-  completion = local_rows(completion)
+  completion, _, finite = sample_rows(
+    lm, params, prompt, valid, canvas, fixed, keys, setting.sampler
+  )
+  completion, finite = local_rows((completion, finite))
+  if not finite.any():  # the weights are to blame, not a problem
+    raise UserError(NOT_A_NUMBER)
   real = np.flatnonzero(batch.real)
   texts = [tokenizer.decode(completion[i]) for i in real]
   made = [problems[batch.records[i].id] for i in real]
@@ -236,8 +248,9 @@ class Evaluation:
       problems = problems_of(task.setting, records, examples)
       self._problems[task.name] = problems
       self._streams[task.name] = make_stream(
-        problems, tokenizer, config.eval.batch_size, config.data.prompt_buckets, mesh
-      )
+        problems, tokenizer, config.eval.batch_size, config.data.prompt_buckets, mesh,
+        lm.vocab_size,
+      )  # fmt: skip
 
   def __call__(self, params: Params, label: str) -> dict[str, dict[str, Any]]:
     """Benchmark -> its numbers, and what to compare them with.

@@ -14,11 +14,12 @@ from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.convert.pretrained import Pretrained, fitting_mesh, load_source
 from igpo_jax.convert.sources import open_source
-from igpo_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
-from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from igpo_jax.diffusion.sampler import NOT_A_NUMBER, denoise
 from igpo_jax.inference.requests import Request, batch_arrays
 from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.parallel.mesh import check_devices
+from igpo_jax.token_ids import check_ids
 from igpo_jax.types import Canvas
 
 
@@ -47,6 +48,9 @@ def generate(
   """Answers in the order of the requests, a batch at a time.
 
   A row's noise comes from its number, so an answer does not depend on its batch.
+
+  Raises:
+    UserError: the logits of a row are NaN or infinite: it has no answer.
   """
   batch_size = min(batch_size, len(requests))
   for start in range(0, len(requests), batch_size):
@@ -55,6 +59,8 @@ def generate(
     arrays = batch_arrays(batch + batch[-1:] * missing, cfg.gen_length, pre.tokenizer)
     keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(np.arange(batch_size) + start)
     out = denoise(pre.lm, pre.params, Canvas(*arrays), keys, cfg)
+    if not np.asarray(out.finite)[: len(batch)].all():
+      raise UserError(NOT_A_NUMBER)
     tokens = np.asarray(out.tokens)[:, -cfg.gen_length :]
     steps = np.asarray(out.commit_step)[:, -cfg.gen_length :]
     for row in range(len(batch)):

@@ -137,7 +137,7 @@ def sample_rows(
   hinted: Array,
   keys: Array,
   cfg: SamplerConfig,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
   """Denoises completions. Rows stand alone, so a group may lie on several devices.
 
   Args:
@@ -147,14 +147,14 @@ def sample_rows(
     keys: key[B], see `row_keys`.
 
   Returns:
-    (completion i32[B,L], commit_step i32[B,L]).
+    (completion i32[B,L], commit_step i32[B,L], finite bool[B], see `Denoised`).
   """
   tokens = jnp.concatenate([prompt, canvas], axis=1)
   fixed = jnp.concatenate([jnp.ones_like(prompt_valid), hinted], axis=1)
   valid = jnp.concatenate([prompt_valid, jnp.ones_like(hinted)], axis=1)
   out = denoise(lm, params, Canvas(tokens, fixed, valid), keys, cfg)
   begin = prompt.shape[1]
-  return out.tokens[:, begin:], out.commit_step[:, begin:]
+  return out.tokens[:, begin:], out.commit_step[:, begin:], out.finite
 
 
 @jax.jit
@@ -300,7 +300,8 @@ class GroupSampler:
       )  # fmt: skip
       keys = row_keys(key, ids, numbers)
       with clock.program("rollout", prompt.shape):
-        out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
+        # Logits that are no numbers make gradients that are none, which the update counts.
+        *out, _ = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
       clock.dispatched()
       return part, prompt.shape[1], out
 

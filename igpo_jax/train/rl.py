@@ -70,6 +70,7 @@ def make_stage(
     config.seed,
     jax.process_index(),
     jax.process_count(),
+    embedding_rows=model.lm.vocab_size,
   )
   say(f"rl: {len(stream)} records, left out: {describe(stream.dropped)}")
   if stream.notes:

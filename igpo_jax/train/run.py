@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.convert.sources import open_source
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
@@ -32,6 +33,7 @@ from igpo_jax.train.setup import (
   make_model,
   make_tokenizer,
   purpose_key,
+  with_lora,
 )
 from igpo_jax.train.sft import handed_on, is_spent, train_sft
 from igpo_jax.train.sizes import asked, resolve, said
@@ -44,6 +46,8 @@ def train(config: Config, workdir: epath.Path) -> dict:
   machine = here()
   check_machine(config.mesh, machine)
   check_inputs(config)
+  if config.init_from:
+    with_lora(open_source(config.init_from), config.model.lora)  # a mistake costs no workdir
   sized = resolve(config, machine)
   with hold(workdir) as lock:
     open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 
 from igpo_jax.cli import UserError
-from igpo_jax.config import Config, OptimizerConfig
-from igpo_jax.convert.pretrained import load_pretrained
-from igpo_jax.convert.sources import open_source
+from igpo_jax.config import Config, LoRAConfig, ModelConfig, OptimizerConfig
+from igpo_jax.convert.pretrained import check_tokenizer, read_params
+from igpo_jax.convert.sources import Source, open_source
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
 from igpo_jax.data.tokenizer import (
@@ -27,7 +28,7 @@ from igpo_jax.data.tokenizer import (
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.distributed import agree, from_first
-from igpo_jax.parallel.sharding import replicated, tree_shardings
+from igpo_jax.parallel.sharding import check_divides, replicated, tree_shardings
 from igpo_jax.types import LM, Array, Params, TrainState
 
 
@@ -78,55 +79,124 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
 
 
 def _new_tokenizer(config: Config) -> Tokenizer:
-  spec = config.data.tokenizer
-  if config.init_from and spec == "char":
-    spec = str(open_source(config.init_from).tokenizer or spec)  # the weights' own
+  spec, source = config.data.tokenizer, None
+  if config.init_from:
+    source = open_source(config.init_from)
+    if spec == "char":
+      spec = str(source.tokenizer or spec)  # the weights' own
   if spec.startswith("sentencepiece:"):
     size = spec.partition(":")[2]
     if not size.isdigit():
       raise UserError(f"config: data.tokenizer={spec!r}: give a number of pieces after the colon")
-    source = config.data.sft or config.data.rl
-    records = load_records(source).records
+    uri = config.data.sft or config.data.rl
+    records = load_records(uri).records
     texts = [text for record in records for text in (record.question, record.trace)]
-    return train_sentencepiece(texts, int(size))
-  return open_tokenizer(spec)
+    tokenizer = train_sentencepiece(texts, int(size))
+  else:
+    tokenizer = open_tokenizer(spec)
+  if source is not None:  # before it is kept in the workdir
+    check_tokenizer(tokenizer, source.config, _tokenizer_of(config))
+  return tokenizer
+
+
+def _tokenizer_of(config: Config) -> str:
+  return f"config: data.tokenizer={config.data.tokenizer!r} with init_from={config.init_from}"
+
+
+def with_lora(source: Source, asked: LoRAConfig) -> Source:
+  """What a run with `model.lora` = `asked` begins with.
+
+  A base stays a base, which gets fresh adapters if any are asked for. Adapters that the
+  source brings are merged into their kernels where none are asked for; else the run goes on
+  with them, so they have to be the ones that are asked for. Their dropout may differ: it
+  belongs to the training.
+
+  Raises:
+    UserError: other adapters are asked for.
+  """
+  found = source.config.lora
+  if not found.rank:
+    return source
+  if not asked.rank:
+    return source.merged()
+  tree: dict[str, Any] = {}
+  for entry in source.entries:
+    if entry.path[-1] == "kernel":
+      tree = lora.combine(tree, _nested(entry.path, entry.shape))
+  names = lambda cfg: sorted("/".join(path) for path in lora.find_targets(tree, cfg))
+  here = {"rank": found.rank, "alpha": found.alpha, "targets": names(found)}
+  there = {"rank": asked.rank, "alpha": asked.alpha, "targets": names(asked)}
+  wrong = [name for name in here if here[name] != there[name]]
+  if wrong:
+    told = lambda cfg: ", ".join(f"model.lora.{name}={getattr(cfg, name)!r}" for name in wrong)
+    raise UserError(
+      f"config: {told(asked)}, but init_from={source.directory} has adapters with {told(found)}: "
+      "give their values to go on with them, or model.lora.rank=0 to merge them and train "
+      "every parameter"
+    )
+  return dataclasses.replace(source, config=dataclasses.replace(source.config, lora=asked))
+
+
+def _nested(path: tuple[str, ...], leaf: Any) -> dict[str, Any]:
+  for name in reversed(path):
+    leaf = {name: leaf}
+  return leaf
 
 
 def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Model:
   """The model to start from: `init_from`'s weights, or random ones from the seed.
 
-  With `model.lora.rank` above 0 it has fresh adapters, unless the weights bring theirs.
+  With `model.lora.rank` above 0 it has fresh adapters, unless the weights bring theirs
+  (`with_lora`).
+
+  Raises:
+    UserError: a tokenizer of another model, other adapters than the weights have, or a mesh
+      that the model does not divide over; all before any weight is read.
   """
+  stop_ids = tuple(tokenizer.stop_ids)
   if not config.init_from:
     model_config = dataclasses.replace(
       config.model,
       vocab_size=config.model.vocab_size or tokenizer.vocab_size,
       mask_id=tokenizer.mask_id,
       eos_id=tokenizer.eos_id,
-      stop_ids=tuple(tokenizer.stop_ids),
+      stop_ids=stop_ids,
     )
-    lm = make_lm(model_config)
-    shardings = tree_shardings(lm.logical_axes(), mesh)
+    if model_config.vocab_size < tokenizer.vocab_size:
+      raise UserError(
+        f"config: model.vocab_size={model_config.vocab_size} is less than the "
+        f"{tokenizer.vocab_size} tokens of the tokenizer; 0 takes their number"
+      )
+    lm, shardings = _laid_out(model_config, mesh)
     params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(config.seed))
     return Model(lm, params, shardings, tokenizer)
 
-  pre = load_pretrained(config.init_from, dtype=config.model.param_dtype, mesh=mesh)
-  has_adapters = pre.config.lora.rank > 0
+  source = open_source(config.init_from)
+  check_tokenizer(tokenizer, source.config, _tokenizer_of(config))
+  source = with_lora(source, config.model.lora)
+  brings_adapters = source.config.lora.rank > 0
+  run = ("dtype", "param_dtype", "remat", "attention", "shard_sequence", "lora")
   model_config = dataclasses.replace(
-    pre.config,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    attention=config.model.attention,
-    shard_sequence=config.model.shard_sequence,
-    lora=pre.config.lora if has_adapters else config.model.lora,
+    source.config,
+    stop_ids=tuple(dict.fromkeys((*source.config.stop_ids, *stop_ids))),
+    **{name: getattr(config.model, name) for name in run},
   )
-  lm, params = make_lm(model_config), pre.params
-  shardings = tree_shardings(lm.logical_axes(), mesh)
-  if model_config.lora.rank and not has_adapters:
+  lm, shardings = _laid_out(model_config, mesh)
+  source.arrays.check()
+  params = read_params(source, np.dtype(model_config.param_dtype), shardings)
+  if model_config.lora.rank and not brings_adapters:
     fresh = jax.jit(lora.init, static_argnums=2, out_shardings=lora.split(shardings)[0])
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     params = lora.combine(params, fresh(params, key, model_config.lora))
   return Model(lm, params, shardings, tokenizer)
+
+
+def _laid_out(model_config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[LM, Any]:
+  """(the model, the shardings of its parameters), which divide over the mesh."""
+  lm = make_lm(model_config)
+  shardings = tree_shardings(lm.logical_axes(), mesh)
+  check_divides(jax.eval_shape(lm.init, jax.random.key(0)), shardings)
+  return lm, shardings
 
 
 def learning_rate(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:

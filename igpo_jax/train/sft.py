@@ -34,6 +34,7 @@ def train_sft(run: Run, model: Model) -> Params:
     config.sft.response_lengths or config.sampler.gen_length,
     jax.process_index(),
     jax.process_count(),
+    embedding_rows=model.lm.vocab_size,
     group_batches=config.sft.group_batches,
   )
   steps = stream.num_steps(config.sft.epochs) if config.sft.epochs else config.sft.steps
