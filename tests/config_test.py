@@ -277,8 +277,8 @@ def test_a_value_of_another_kind_is_told(path, value, complaint):
 
 def test_a_choice_that_is_almost_right_is_pointed_to():
   config = sourced()
-  config.model.dtype = "bf16"
-  with pytest.raises(UserError, match=r"model.dtype='bf16' is not one of .*did you mean bfloat16"):
+  config.model.dtype = "bfloat"
+  with pytest.raises(UserError, match=r"model.dtype='bfloat' is not one .*mean bfloat16"):
     freeze(config)
 
 
