@@ -34,6 +34,13 @@ def can_append(path: epath.PathLike) -> bool:
   return "://" not in os.fspath(path)
 
 
+def resolved(path: epath.PathLike) -> epath.Path:
+  """The path from the root, where all links on it lead to; a gs:// path as it is."""
+  path = epath.Path(path)
+  # epath's own method only makes it absolute.
+  return path if "://" in str(path) else epath.Path(os.path.realpath(path))
+
+
 def write_whole(path: epath.Path, text: str) -> None:
   """Writes a small file at once: a kill leaves the old one or the new one."""
   if not can_append(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -12,12 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config, LoRAConfig, ModelConfig
 from igpo_jax.convert import families, peft, sources
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.inference.settings import find_run
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from tests.convert_helpers import (
@@ -265,6 +268,29 @@ def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
     assert pre.config == full and pre.tokenizer.encode("1+2") == tokenizer.encode("1+2")
   with pytest.raises(UserError, match=r"is a run, not a model: give one of .*checkpoints/rl/7"):
     sources.open_source(tmp_path / "run")
+
+
+def test_a_link_to_a_step_is_the_step(tmp_path):
+  """Links such as "best" or "latest", to a step, a stage or a run, and links to links."""
+  tokenizer = CharTokenizer("0123456789+= ")
+  model = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden=24)
+  full = dataclasses.replace(model, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+                             eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids)  # fmt: skip
+  params = jax.jit(make_lm(full).init)(jax.random.key(0))
+  step = save_run(tmp_path / "run", Config(model=model), params, tokenizer)
+  other = tmp_path / "elsewhere"
+  other.mkdir()
+  for name, target in {"best": step, "stage": step.parent, "run": tmp_path / "run"}.items():
+    (other / name).symlink_to(target)
+  (other / "relative").symlink_to("best")
+  for link in ("best", "relative", "stage/7", "run/checkpoints/rl/7"):
+    source = sources.open_source(other / link)
+    assert source.kind == "training" and os.path.samefile(
+      source.tokenizer, tmp_path / "run/tokenizer"
+    )
+    assert os.path.samefile(find_run(epath.Path(other / link)), tmp_path / "run")
+  back = load_pretrained(convert(other / "best", tmp_path / "hf"), dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, back.params, params)
 
 
 LORA = LoRAConfig(rank=2, alpha=4.0, targets="blocks/(q|k)_proj")

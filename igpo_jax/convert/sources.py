@@ -24,6 +24,7 @@ from igpo_jax.convert.arrays import (
 )
 from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.data import tokenizer as tokenizer_lib
+from igpo_jax.rowfile import resolved
 
 CONFIG_FILE = "config.json"
 PARAMS_DIR = "params"  # of a directory that this package wrote
@@ -249,7 +250,7 @@ def _with_adapter(source: Source, adapter: epath.Path) -> Source:
 def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   """A step of a run: the parameters of its TrainState, on the base if they are adapters."""
   workdir = next(
-    (d for d in absolute(path).parents if (d / CONFIG_FILE).exists() and
+    (d for d in resolved(path).parents if (d / CONFIG_FILE).exists() and
      "stages" in tokenizer_lib.read_json(d / CONFIG_FILE)), None,
   )  # fmt: skip
   if workdir is None:

@@ -15,6 +15,7 @@ from igpo_jax.config import Config, EvalConfig, SamplerConfig
 from igpo_jax.data.sources import Prompting
 from igpo_jax.data.tokenizer import read_json
 from igpo_jax.eval.protocols import plain_setting
+from igpo_jax.rowfile import resolved
 
 CONFIG_FILE = "config.json"
 STAGES = ("rl", "sft")  # of two stages' checkpoints, the later stage's
@@ -62,8 +63,7 @@ def _is_run(folder: epath.Path) -> bool:
 
 def find_run(model: epath.Path) -> epath.Path | None:
   """The workdir that a checkpoint is in; None for a model of its own."""
-  here = model if "://" in str(model) else epath.Path(model).absolute()
-  for folder in here.parents:
+  for folder in resolved(model).parents:
     if folder.name == "checkpoints":
       return folder.parent if _is_run(folder.parent) else None
   return None

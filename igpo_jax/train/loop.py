@@ -221,7 +221,8 @@ def is_behind(run: Run, stage: str) -> bool:
 
   def rl_has_begun() -> bool:
     folder = run.workdir / "checkpoints" / "rl"
-    saved = folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    entries = folder.iterdir() if folder.is_dir() else ()
+    saved = any(entry.name.isdigit() and entry.is_dir() for entry in entries)
     return saved or any(row["stage"] == "rl" for row in run.log.rows)
 
   return stage == "sft" and from_first(rl_has_begun)

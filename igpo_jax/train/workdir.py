@@ -129,7 +129,8 @@ def _progress(workdir: epath.Path, rows: list[Row]) -> Progress:
   done, begun = {}, {row["stage"] for row in rows}
   for stage in ("sft", "rl"):
     folder = workdir / "checkpoints" / stage
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = [entry.name for entry in entries if entry.is_dir()]
     steps = [int(name) for name in names if name.isdigit()]
     if steps or any(name.startswith("damaged-") for name in names):
       begun.add(stage)
