@@ -70,7 +70,9 @@ def test_samples_are_the_same_on_every_mesh(results, mesh):
   for name in names:
     assert other[name] == one[name] and len(set(one[name])) > 3, name
   # One slice of all 8 prompts against two, of which the second has only short ones.
-  assert one["cuts"] == [[0, 8, 8]] and other["cuts"] == [[0, 4, 8], [4, 8, 6]]
+  sliced = mesh in ("1x8x1", "2x2x2", "lora 2x2x2")
+  assert one["cuts"] == [[0, 8, 8]]
+  assert other["cuts"] == ([[0, 4, 8], [4, 8, 6]] if sliced else [[0, 8, 8]])
 
 
 def test_parameters_and_rows_are_laid_out_over_the_mesh(results):
