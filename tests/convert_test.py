@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import ModelConfig, freeze
+from igpo_jax.convert import arrays as arrays_lib
 from igpo_jax.convert import families, sources, writers
 from igpo_jax.convert.__main__ import parse_size
 from igpo_jax.convert.arrays import OrbaxArrays
@@ -256,26 +258,76 @@ def test_shards_hold_every_tensor_once_and_are_not_too_large(rows, limit):
 
 
 MESH_SCRIPT = """
-import sys, jax, numpy as np
+import collections, sys
+import jax, numpy as np
+from igpo_jax.convert.arrays import OrbaxArrays
 from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.parallel.mesh import make_mesh
-mesh = make_mesh(2, 2, 2)
+
+read = collections.Counter()  # bytes of each array, or of each tensor of a file
+
+def counted(cls, name_of):
+  inner = cls.read
+  def outer(self, *args, **kwargs):
+    part = inner(self, *args, **kwargs)
+    read[name_of(*args, **kwargs)] += part.nbytes
+    return part
+  cls.read = outer
+
+counted(Reader, lambda key, *rows: key)
+counted(OrbaxArrays, lambda name, index: name)
+
 reference = load_pretrained(sys.argv[1], dtype="float32")
-for path in sys.argv[1:]:
-  pre = load_pretrained(path, dtype="float32", mesh=mesh)
-  kernel = pre.params["blocks"]["q_proj"]["kernel"]
-  assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
-  assert kernel.addressable_shards[0].data.shape == (3, 32, 32)
-  jax.tree.map(np.testing.assert_array_equal, pre.params, reference.params)
+stored = sum(x.nbytes for x in jax.tree.leaves(reference.params))
+for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 4), (1, 2, 4), (8, 1, 1)):
+  mesh = make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+  for path in sys.argv[1:]:
+    for dtype in ("float32", "bfloat16"):
+      read.clear()
+      pre = load_pretrained(path, dtype=dtype, mesh=mesh)
+      assert sum(read.values()) == stored, (path, sizes, sum(read.values()) / stored)
+      jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, np.asarray(y).astype(x.dtype)),
+        pre.params, reference.params)
+      kernel = pre.params["blocks"]["q_proj"]["kernel"]
+      assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+      part = (3, 64 // sizes[1], 64 // sizes[2])
+      assert kernel.addressable_shards[0].data.shape == part
 """
 
 
-def test_parameters_go_straight_into_the_shards_of_a_mesh(hf, tmp_path):
+def test_a_mesh_is_filled_by_reading_each_byte_once(hf, tmp_path):
   orbax = convert(hf, tmp_path / "orbax")
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-c", MESH_SCRIPT, str(hf), str(orbax)]
   done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=6),
+       st.integers(1, 5))  # fmt: skip
+def test_runs_of_rows_cover_what_is_wanted_once(wanted, step):
+  wanted = [range(start, start + size) for start, size in wanted]
+  rows = [row for run in arrays_lib._runs(wanted, step) for row in range(*run)]
+  assert rows == sorted({row for part in wanted for row in part})
+  assert all(0 < stop - start <= step for start, stop in arrays_lib._runs(wanted, step))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4,
+                unique=True))  # fmt: skip
+def test_boxes_fill_every_part_and_read_no_more_than_the_parts(cells):
+  # Parts of a grid of 2 x 2 cells, as the devices of one host of several hold them.
+  wanted = [((2 * i, 2 * i + 2), (2 * j, 2 * j + 2)) for i, j in cells]
+  boxes = arrays_lib._boxes(wanted)
+  assert sorted(k for _, members in boxes for k in members) == list(range(len(wanted)))
+  size = lambda box: math.prod(stop - start for start, stop in box)
+  assert sum(size(box) for box, _ in boxes) <= sum(map(size, wanted))
+  for box, members in boxes:
+    for k in members:
+      assert all(o[0] <= w[0] and w[1] <= o[1] for w, o in zip(wanted[k], box, strict=True))
 
 
 # Families
