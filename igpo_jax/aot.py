@@ -23,9 +23,8 @@ import os
 import re
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 
 from igpo_jax import cli
@@ -33,10 +32,10 @@ from igpo_jax.cli import UserError
 from igpo_jax.config import Config
 from igpo_jax.flags import config_flag, parse
 from igpo_jax.parallel.hlo import KINDS, Collective, collectives
-from igpo_jax.parallel.mesh import abstract_mesh, configured_mesh
-from igpo_jax.parallel.sharding import layout_table
 from igpo_jax.parallel.slices import GIB, Chip, find_chip, find_slice
-from igpo_jax.train.programs import Program, abstract_params, programs
+
+if TYPE_CHECKING:  # importing jax takes seconds: after the first line
+  from igpo_jax.train.programs import Program
 
 FLAGS = config_flag()
 flags.DEFINE_string("topology", "", "Of the slice, such as v5e:8x8.", flag_values=FLAGS)
@@ -80,8 +79,10 @@ def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) ->
   writes and reads each product's result once. Attention is counted as if its scores never
   left the chip.
   """
+  from jax.numpy import dtype
+
   cfg = config.model
-  item = jax.numpy.dtype(cfg.dtype).itemsize
+  item = dtype(cfg.dtype).itemsize
   heads = (cfg.n_heads + cfg.kv_heads) * cfg.head_size
   weights = cfg.n_layers * cfg.d_model * (2 * heads + 3 * cfg.mlp_hidden)
   weights += 2 * cfg.d_model * cfg.vocab_size
@@ -103,6 +104,8 @@ def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> b
 
 def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any]:
   """Compiles a program and returns what the JSON object says of it."""
+  import jax
+
   chips, tensor = mesh.size, mesh.shape["tensor"]
   began = time.perf_counter()
   lowered = program.lower()
@@ -180,6 +183,11 @@ def table(report: dict[str, Any]) -> str:
 
 def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -> dict[str, Any]:
   """Compiles the programs of a config for a topology; returns the JSON object."""
+  import jax
+
+  from igpo_jax.parallel.mesh import configured_mesh
+  from igpo_jax.train.programs import programs
+
   devices = topology_devices(topology)
   chip = find_chip(devices[0].device_kind)
   mesh = configured_mesh(config.mesh, devices=devices)
@@ -224,10 +232,18 @@ def main(argv: list[str] | None = None) -> None:
   topology = FLAGS.topology or (find_slice(config.mesh.slice).topology if config.mesh.slice else "")
   if not topology:
     raise UserError("command line: --topology=v5e:8x8 is missing, and config.mesh.slice is empty")
+  chips = chips_of(topology)
+  cli.say(f"aot: {topology}: loading jax")
+  import jax
+
   jax.config.update("jax_platforms", "cpu")  # what little runs here needs no accelerator
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # off Google Cloud there is nobody to ask
   if FLAGS.layout:
-    print(layout_table(abstract_params(config, abstract_mesh(config.mesh, chips_of(topology)))))
+    from igpo_jax.parallel.mesh import abstract_mesh
+    from igpo_jax.parallel.sharding import layout_table
+    from igpo_jax.train.programs import abstract_params
+
+    print(layout_table(abstract_params(config, abstract_mesh(config.mesh, chips))))
     return
   report = report_on(config, topology, FLAGS.programs)
   print(table(report), file=sys.stderr)

@@ -171,6 +171,9 @@ def test_no_path_is_one_machines():
     "igpo_jax.chat",
     "igpo_jax.grade",
     "igpo_jax.rewrite",
+    "igpo_jax.convert.__main__",
+    "igpo_jax.aot",
+    "igpo_jax.rehearse",
   ],
 )
 def test_host_modules_start_without_jax(module):

@@ -204,7 +204,7 @@ def error_line(stderr):
   """The one line of an error; before it there may be news of a command that had begun."""
   lines = [line for line in stderr.splitlines() if line]
   errors = [line for line in lines if line.startswith("error: ")]
-  news = [line for line in lines if re.match(r"(generate|chat|igpo_jax): ", line)]
+  news = [line for line in lines if re.match(r"(generate|chat|convert|aot|igpo_jax): ", line)]
   assert len(errors) == 1 and len(news) + 1 == len(lines) and lines[-1] == errors[0], stderr
   return errors[0]
 

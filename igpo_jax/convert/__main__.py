@@ -12,12 +12,11 @@ import sys
 import time
 import typing
 
-import jax
-import numpy as np
 import tqdm
+from etils import epath
 
 from igpo_jax import cli
-from igpo_jax.convert import sources, transfer, writers
+from igpo_jax.convert import FORMATS, THREADS
 from igpo_jax.fields import Count, number
 from igpo_jax.options import Dtype, check_dtype
 
@@ -47,7 +46,7 @@ def make_parser() -> cli.ArgumentParser:
   parser.add_argument("--source", required=True, help="Hugging Face directory, Orbax directory, "
                       "or WORKDIR/checkpoints/STAGE/STEP; local or gs://")  # fmt: skip
   parser.add_argument("--target", required=True, help="directory to make")
-  parser.add_argument("--to", choices=transfer.FORMATS,
+  parser.add_argument("--to", choices=FORMATS,
                       help="format; default: orbax from Hugging Face, else hf")  # fmt: skip
   parser.add_argument("--dtype", help=f"{', '.join(typing.get_args(Dtype))}; default: as stored")
   parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file (5GB)")
@@ -60,21 +59,33 @@ def make_parser() -> cli.ArgumentParser:
   parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
   parser.add_argument("--dry_run", action="store_true",
                       help="list what would be written; reads no tensor data")  # fmt: skip
-  parser.add_argument("--threads", type=number(Count), default=writers.THREADS,
-                      help=f"blocks in flight ({writers.THREADS})")  # fmt: skip
+  parser.add_argument("--threads", type=number(Count), default=THREADS,
+                      help=f"blocks in flight ({THREADS})")  # fmt: skip
   return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Runs a command line; `argv` is what follows the program's name, default the process's."""
   args = make_parser().parse_args(argv)
+  shard_bytes = parse_size(args.max_shard_size)
+  dtype = check_dtype(args.dtype, "--dtype") if args.dtype else None
+  if not epath.Path(args.source).exists():
+    raise cli.UserError(f"no such directory: {args.source}")
+  cli.say(f"convert: {args.source}: loading jax")
+  # Importing jax takes seconds: after the mistakes that can be told without it.
+  import jax
+  import numpy as np
+
+  from igpo_jax.convert import sources, transfer
+
   jax.config.update("jax_platforms", "cpu")  # nothing here computes on an accelerator
   plan = transfer.make_plan(
     sources.open_source(args.source, adapter=args.adapter, base=args.base),
     args.target,
     to=args.to,
-    dtype=np.dtype(check_dtype(args.dtype, "--dtype")) if args.dtype else None,
+    dtype=np.dtype(dtype) if dtype else None,
     merge_lora=args.merge_lora,
-    max_shard_bytes=parse_size(args.max_shard_size),
+    max_shard_bytes=shard_bytes,
     overwrite=args.overwrite,
     code=args.code,
   )

@@ -16,10 +16,9 @@ import numpy as np
 from etils import epath
 
 from igpo_jax.cli import UserError
-from igpo_jax.convert import families, peft, writers
+from igpo_jax.convert import THREADS, families, peft, writers
 from igpo_jax.convert.sources import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
 
-FORMATS = ("hf", "orbax", "peft")
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what config.json calls the dtype of its tensors
 
 
@@ -208,7 +207,7 @@ def _check_space(plan: Plan) -> None:
 
 
 def execute(
-  plan: Plan, progress: Callable[[int], Any] | None = None, threads: int = writers.THREADS
+  plan: Plan, progress: Callable[[int], Any] | None = None, threads: int = THREADS
 ) -> None:
   """Writes the plan under a temporary name beside the target, then renames it.
 

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from igpo_jax.convert import safetensors_io
+from igpo_jax.convert import THREADS, safetensors_io
 from igpo_jax.convert.arrays import (
   TREE_METADATA,
   Arrays,
@@ -32,7 +32,6 @@ from igpo_jax.convert.arrays import (
 from igpo_jax.convert.families import Entry
 
 BLOCK_BYTES = 16 * 2**20
-THREADS = 4
 INNER_PARTS = 16  # a reader of 1/16 of the rows of a chunk need not read the rest
 
 Progress = Callable[[int], Any]  # told the bytes of each block once it is written
