@@ -34,12 +34,14 @@ from igpo_jax.config import (
   RLConfig,
   SamplerConfig,
 )
+from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.sampling import group_buckets
+from igpo_jax.train.preflight import rl_stream
 from igpo_jax.train.rl import make_stage
 from igpo_jax.train.setup import make_model
 
@@ -129,8 +131,9 @@ def main() -> None:
   with jax.set_mesh(mesh):
     peak = common.matmul_peak(args, config.model)
     model = make_model(config, CharTokenizer(ALPHABET), mesh)
-    igpo, state = make_stage(config, mesh, model, grader)
-    grpo, _ = make_stage(make_config(args, "none"), mesh, model, grader)
+    stream = rl_stream(config, model.tokenizer, load_records(config.data.rl).records)
+    igpo, state = make_stage(config, mesh, model, grader, stream)
+    grpo, _ = make_stage(make_config(args, "none"), mesh, model, grader, stream)
     cases = {"grpo": (grpo, 0)} | {f"igpo {k}": (igpo, k) for k in wrong}
 
     def run(name: str, n: int):

@@ -28,6 +28,7 @@ from igpo_jax.fields import (
   Positive,
   Range,
   Seed,
+  Share,
   check_fields,
   meant,
 )
@@ -198,12 +199,17 @@ class RewardConfig:
   Attributes:
     verifier: "math", "exact", "countdown", "sudoku", or a registered name (docs/grading.md).
     parts: (name, weight) of each part of the reward; "correct" is the verdict itself.
+    extraction: how "math" finds the answer, in order of preference, out of boxed, tag, hashes,
+      phrase and last_number, with commas between; "": as `igpo_jax.grade` does.
+    gold_floor: RL does not begin if the verifier calls a smaller share of the gold traces correct.
     workers: grading processes of the verifier "math".
     timeout: seconds that one answer may take; then it counts as wrong.
   """
 
   verifier: str = "math"
   parts: tuple[tuple[str, Finite], ...] = (("correct", 1.0),)
+  extraction: str = ""
+  gold_floor: Share = 0.5
   workers: Count = 2
   timeout: Positive = 5.0
 

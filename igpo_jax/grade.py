@@ -34,11 +34,8 @@ def read_generations(path: pathlib.Path) -> Iterator[tuple[dict, Record]]:
   Raises:
     UserError: no such file, or a line that is not such a row.
   """
-  try:
-    for where, row in read_values(epath.Path(path)):
-      yield _row(row, where)
-  except cli.UserError as error:
-    raise cli.UserError(f"--generations: {error}") from error
+  for where, row in read_values(epath.Path(path)):
+    yield _row(row, where)
 
 
 def _row(row: Any, where: str) -> tuple[dict, Record]:

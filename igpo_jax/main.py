@@ -1,4 +1,4 @@
-"""python -m igpo_jax.main --config=configs/X.py [--workdir=DIR] [--config.a.b=value]
+"""python -m igpo_jax.main --config=configs/X.py [--workdir=DIR] [--dry-run] [--config.a.b=value]
 
 Flags, config, then one stage after the other (train/run.py). Importing jax takes seconds,
 so it is imported after the mistakes that can be told without it, and after a first line.
@@ -21,6 +21,12 @@ from igpo_jax.train.inputs import check_inputs
 FLAGS = config_flag()
 flags.DEFINE_string(
   "workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+  "dry_run",
+  False,
+  "Read and check everything, print the plan (options, data, sizes, memory, time), and stop.",
+  flag_values=FLAGS,
 )
 flags.DEFINE_bool(
   "distributed", False, "Join the processes of a TPU pod or cluster.", flag_values=FLAGS
@@ -58,6 +64,11 @@ def main(argv: list[str] | None = None) -> None:
   claim_memory(config.mesh)
   with distributed.joined(detect=FLAGS.distributed):
     use_cache(config.compilation_cache)
+    if FLAGS.dry_run:
+      from igpo_jax.train.dry_run import dry_run
+
+      dry_run(config, workdir)
+      return
     train(config, workdir)
 
 

@@ -19,11 +19,13 @@ from igpo_jax.config import (
   SamplerConfig,
 )
 from igpo_jax.data.pipeline import PromptBatch
+from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, group_buckets
+from igpo_jax.train.preflight import rl_stream
 from igpo_jax.train.rl import make_stage
 from igpo_jax.train.setup import make_model
 
@@ -79,7 +81,8 @@ def test_a_run_compiles_a_program_for_each_bucket_and_nothing_after_warming_up()
   mesh, grader, counter = make_mesh(), Told(), CompileCounter()
   with jax.set_mesh(mesh):
     model = make_model(CONFIG, CharTokenizer(ALPHABET), mesh)
-    stage, state = make_stage(CONFIG, mesh, model, grader)
+    stream = rl_stream(CONFIG, model.tokenizer, load_records(CONFIG.data.rl).records)
+    stage, state = make_stage(CONFIG, mesh, model, grader, stream)
     before, counts = dict(counter.names), {}
     buckets = group_buckets(P, 1)
     assert buckets == [1, 2, 4]

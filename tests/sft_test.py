@@ -25,6 +25,7 @@ from igpo_jax.main import train
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train import sft
 from igpo_jax.train.loop import Run
+from igpo_jax.train.preflight import sft_stream
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.setup import make_model
 from igpo_jax.train.update import make_sft_update
@@ -191,7 +192,8 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
   workdir, mesh = epath.Path(tmp_path), make_mesh()
   run = Run(config, workdir, RunLog(workdir, config.log), mesh, evaluate)
   with jax.set_mesh(mesh):
-    params = sft.train_sft(run, make_model(config, TOKENIZER, mesh))
+    stream = sft_stream(config, TOKENIZER, load_records(config.data.sft).records)
+    params = sft.train_sft(run, make_model(config, TOKENIZER, mesh), stream)
   assert len(kept) == 5 and sft.handed_on(run, "sft") == 2
   jax.tree.map(np.testing.assert_array_equal, params, kept[1])
   last = dataclasses.replace(config, sft=dataclasses.replace(config.sft, hand_on="last"))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from igpo_jax.cli import UserError
+from igpo_jax.data.lengths import Lengths, rounded
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Offsets, Tokenizer
 from igpo_jax.token_ids import check_ids
@@ -25,6 +26,7 @@ RESPONSE_TOO_LONG = "response too long"
 TRACE_TOO_LONG = "trace too long"
 EMPTY_TRACE = "empty trace"
 NO_SPAN = "answer span unknown"
+BROKEN_TEXT = "broken character"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,11 @@ def row_identity(record_id: str, epoch: int) -> int:
 
 
 class _Stream:
-  """What prompt and SFT streams share: tokenised items, their order, the hosts' shares."""
+  """What prompt and SFT streams share: tokenised items, their order, the hosts' shares.
+
+  Attributes:
+    prompt_lengths, trace_lengths: of all records, those left out included.
+  """
 
   def __init__(
     self,
@@ -128,11 +134,38 @@ class _Stream:
     self._rows = embedding_rows if (embedding_rows or 0) < tokenizer.vocab_size else None
     self._dropped: collections.Counter[str] = collections.Counter()
     self._notes: collections.Counter[str] = collections.Counter()
-    self._items = [item for item in self._tokenize(records) if self._keep(item)]
+    self._items = self._measured(records)
     if not self._items:
       counts = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
-      raise UserError(f"none of {len(records)} records can be used: {counts or 'there are none'}")
+      advice = "".join(f"; {text}" for text in self.advice())
+      raise UserError(
+        f"none of {len(records)} records can be used: {counts or 'there are none'}{advice}"
+      )
     self._order = None
+
+  def _measured(self, records: Sequence[Record]) -> list[_Item]:
+    """The items that are used; `prompt_lengths` and `trace_lengths` are of all records."""
+    kept, prompts, traces = [], [], []
+    for item in self._tokenize(records):
+      prompts.append(len(item.prompt))
+      traces.append(len(item.trace))
+      if self._keep(item):
+        kept.append(item)
+        record = item.record
+        if any("\ufffd" in text for text in (record.question, record.trace, record.answer)):
+          self._notes[BROKEN_TEXT] += 1
+    self.prompt_lengths, self.trace_lengths = Lengths.of(prompts), Lengths.of(traces)
+    return kept
+
+  def advice(self) -> list[str]:
+    """For each length that records were left out for: how long they are, and what keeps them."""
+    if not self._dropped[PROMPT_TOO_LONG]:
+      return []
+    longest = self.prompt_lengths.longest
+    return [
+      f"longest prompt {longest} tokens, longest bucket {self.buckets[-1]}: a bucket of"
+      f" {rounded(longest)} in data.prompt_buckets keeps them all"
+    ]
 
   @property
   def dropped(self) -> dict[str, int]:
@@ -355,6 +388,17 @@ class SFTStream(_Stream):
     if reason:
       self._dropped[reason] += 1
     return reason is None
+
+  def advice(self) -> list[str]:
+    if not self._dropped[RESPONSE_TOO_LONG]:
+      return super().advice()
+    longest = self.trace_lengths.longest + 1
+    return [
+      *super().advice(),
+      f"longest response {longest} tokens with the one that ends it, longest length"
+      f" {self.response_lengths[-1]}: {rounded(longest)} in sft.response_lengths (or as"
+      " sampler.gen_length) keeps them all",
+    ]
 
   def _padded(self, rows: Sequence[tuple[int, int]]) -> int:
     """The smallest response length that holds every trace of the rows, and its end."""

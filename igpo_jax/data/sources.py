@@ -87,7 +87,8 @@ def load_records(uri: str, **options: Any) -> Loaded:
   stream = stream_records(uri, **options)
   records = list(stream)
   if not records:
-    raise UserError(f"{uri}: no record that can be used ({describe(stream.dropped)})")
+    what = f"no record that can be used: {describe(stream.dropped)}"
+    raise UserError(f"{uri}: {what if stream.dropped else 'no record: there is nothing in it'}")
   return Loaded(records, dict(stream.dropped))
 
 

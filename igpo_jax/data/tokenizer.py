@@ -214,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_sentencepiece(
-  texts: Iterable[str], vocab_size: int, path: epath.PathLike | None = None
+  texts: Iterable[str], vocab_size: int, path: epath.PathLike | None = None, *, what: str = ""
 ) -> SentencePieceTokenizer:
   """Trains a unigram model on `texts`, reversible and the same on every run.
 
@@ -226,6 +226,7 @@ def train_sentencepiece(
     texts: any strings; long ones are cut at line ends for training.
     vocab_size: number of ids, the 256 bytes and the special ones included.
     path: also write the model there (a .model file).
+    what: asked for it; what an error's message begins with.
 
   Raises:
     UserError: `texts` are too few or too plain for so large a vocabulary.
@@ -259,7 +260,7 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise UserError(
-      f"SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
+      f"{what}SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
       f" {str(error).split('] ')[-1]}"
     ) from error
   if path is not None:

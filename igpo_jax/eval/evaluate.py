@@ -278,6 +278,7 @@ class Evaluation:
         "weights": weights,
         "compute_dtype": self.config.model.dtype,
         "verifier": "math" if setting.rules else self.config.reward.verifier,
+        **self._extraction(setting),
         "seed": self.config.seed,
       },
     )
@@ -293,6 +294,11 @@ class Evaluation:
         shots = f", {setting.shots}-shot" if setting.shots and not task.examples else ""
         result |= {"published": setting.published, "published_source": setting.source + shots}
     return result
+
+  def _extraction(self, setting: Setting) -> dict[str, str]:
+    """How answers are found, where that is neither the protocol's nor the default."""
+    extraction = self.config.reward.extraction
+    return {"extraction": extraction} if extraction and not setting.rules else {}
 
   def _scorer(self, setting: Setting) -> contextlib.AbstractContextManager[Scorer]:
     """The protocol's grader, or the run's."""

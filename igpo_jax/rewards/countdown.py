@@ -85,7 +85,7 @@ def _tree(extracted: str | None) -> tuple[Fraction, list[int]] | None:
   return evaluate(extracted.split("=")[0])
 
 
-@registry.register_verifier("countdown")
+@registry.register_verifier("countdown", reads_golds=True)
 def verify(completion: str, record: Record) -> registry.Verdict:
   """Correct: uses each number once and is exactly the target."""
   numbers, target = _gold(record)

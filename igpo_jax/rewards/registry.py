@@ -33,11 +33,16 @@ Verifier = Callable[[str, Record], Verdict]
 RewardFn = Callable[[str, Record, Verdict], float]
 
 _VERIFIERS: dict[str, Verifier] = {}
+_READS_GOLDS = {POOLED}
 _REWARDS: dict[str, RewardFn] = {}
 
 
-def register_verifier(name: str) -> Callable[[Verifier], Verifier]:
+def register_verifier(name: str, *, reads_golds: bool = False) -> Callable[[Verifier], Verifier]:
   """Registers `fn(completion, record) -> Verdict` under `name`, as a decorator.
+
+  Args:
+    reads_golds: a gold trace is a completion that it should call correct. Then RL does not begin
+      if it calls fewer of them correct than `reward.gold_floor` asks for.
 
   Raises:
     ValueError: the name is taken.
@@ -47,6 +52,8 @@ def register_verifier(name: str) -> Callable[[Verifier], Verifier]:
     if name == POOLED or name in _VERIFIERS:
       raise ValueError(f"verifier {name!r} is already registered")
     _VERIFIERS[name] = fn
+    if reads_golds:
+      _READS_GOLDS.add(name)
     return fn
 
   return decorate
@@ -66,6 +73,11 @@ def register_reward(name: str) -> Callable[[RewardFn], RewardFn]:
     return fn
 
   return decorate
+
+
+def reads_golds(name: str) -> bool:
+  """Whether a verifier is one that should call gold traces correct."""
+  return name in _READS_GOLDS
 
 
 def verifier(name: str) -> Verifier:

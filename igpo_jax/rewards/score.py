@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from igpo_jax.cli import UserError
+from igpo_jax.config import RewardConfig
 from igpo_jax.data.records import Record
 from igpo_jax.rewards import answers, registry
 from igpo_jax.rewards import countdown as _countdown  # noqa: F401  registers its verifier
 from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its verifier
 from igpo_jax.rewards.math import equivalence
 from igpo_jax.rewards.pool import Pool
-from igpo_jax.rewards.registry import Verdict, register_reward, register_verifier
+from igpo_jax.rewards.registry import RewardFn, Verdict, register_reward, register_verifier
 
 __all__ = ["PendingScores", "Scorer", "Scores", "Verdict", "register_reward", "register_verifier"]
 
@@ -100,14 +101,21 @@ class Scorer:
     """Scores `completions[i]` against `records[i]`; waits for all of them."""
     return self.submit(completions, records).result()
 
-  def submit(self, completions: Sequence[str], records: Sequence[Record]) -> PendingScores:
-    """Starts scoring in the workers and returns at once."""
+  def submit(
+    self, completions: Sequence[str], records: Sequence[Record], *, parts: bool = True
+  ) -> PendingScores:
+    """Starts scoring in the workers and returns at once.
+
+    Args:
+      parts: also compute the reward parts; without them rewards are 0.
+    """
+    weighted = self._parts if parts else {}
     if len(completions) != len(records):
       raise ValueError(f"{len(completions)} completions for {len(records)} records")
     completions, records = list(completions), list(records)
     if self._verify:
       verdicts = [self._verify(*row) for row in zip(completions, records, strict=True)]
-      return PendingScores(lambda: self._score(completions, records, verdicts))
+      return PendingScores(lambda: self._score(completions, records, verdicts, weighted))
     waiting: dict[tuple[str, str], concurrent.futures.Future] = {}
     rows = []
     for completion, record in zip(completions, records, strict=True):
@@ -131,7 +139,7 @@ class Scorer:
       for key, outcome in late.items():
         if outcome[0] != "timeout":  # may be the machine's fault: worth another try
           self._remember(key, outcome)
-      return self._score(completions, records, verdicts)
+      return self._score(completions, records, verdicts, weighted)
 
     return PendingScores(finish)
 
@@ -149,21 +157,42 @@ class Scorer:
       self._remember(key, outcome)
     return outcome[1]
 
+  def equal_themselves(self, golds: Sequence[str]) -> list[bool]:
+    """Whether each gold answer equals itself: one that does not cannot be answered.
+
+    Verifiers other than "math" are not asked: for them it is True of every answer.
+    """
+    if self.pool is None:
+      return [True] * len(golds)
+    known = {gold: self._cache.get((gold, gold)) for gold in golds}
+    late = {}
+    for gold, outcome in known.items():
+      outcome = outcome or equivalence.quick(gold, gold)
+      if outcome is None:
+        late[gold] = self.pool.submit(gold, gold)
+      else:
+        known[gold] = outcome
+    known |= {gold: future.result() for gold, future in late.items()}
+    return [known[gold][1] for gold in golds]
+
   def _remember(self, key: tuple[str, str], outcome: tuple[str, bool]) -> None:
     self._cache[key] = outcome
     if len(self._cache) > CACHE_SIZE:
       self._cache.popitem(last=False)
 
   def _score(
-    self, completions: list[str], records: list[Record], verdicts: list[Verdict]
+    self,
+    completions: list[str],
+    records: list[Record],
+    verdicts: list[Verdict],
+    weighted: Mapping[str, tuple[RewardFn, float]],
   ) -> Scores:
     rows = list(zip(completions, records, verdicts, strict=True))
     parts = {
-      name: np.array([fn(*row) for row in rows], np.float32)
-      for name, (fn, _) in self._parts.items()
+      name: np.array([fn(*row) for row in rows], np.float32) for name, (fn, _) in weighted.items()
     }
     reward = np.zeros(len(rows), np.float32)
-    for name, (_, weight) in self._parts.items():
+    for name, (_, weight) in weighted.items():
       reward += np.float32(weight) * parts[name]
     return Scores(
       reward,
@@ -185,7 +214,23 @@ class Scorer:
     self.close()
 
 
-@register_verifier("exact")
+def make_scorer(reward: RewardConfig) -> Scorer:
+  """The scorer that a config asks for.
+
+  Raises:
+    UserError: an unknown verifier, part or extraction rule.
+  """
+  rules = tuple(rule.strip() for rule in reward.extraction.split(",") if rule.strip())
+  return Scorer(
+    reward.verifier,
+    dict(reward.parts),
+    reward.workers,
+    reward.timeout,
+    rules or answers.DEFAULT_RULES,
+  )
+
+
+@register_verifier("exact", reads_golds=True)
 def _exact(completion: str, record: Record) -> Verdict:
   """The text after the last "=>", or else after the last "#### ", is the gold answer."""
   extracted = answers.extract_marked(completion)

@@ -38,7 +38,7 @@ def _answer(completion: str) -> str | None:
   return "".join(re.findall("[0-9]", found)) or None
 
 
-@registry.register_verifier("sudoku")
+@registry.register_verifier("sudoku", reads_golds=True)
 def verify(completion: str, record: Record) -> registry.Verdict:
   """Correct: every cell is the solution's, the given ones included, and there are no others."""
   _, solution = _gold(record)

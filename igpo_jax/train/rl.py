@@ -10,18 +10,15 @@ import jax.numpy as jnp
 
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
-from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import Explorer
 from igpo_jax.rl.sampling import DeviceClock, prompt_keys
 from igpo_jax.train.loop import Run, Stage, run_stage
-from igpo_jax.train.runlog import say
 from igpo_jax.train.setup import (
   Model,
   compute_copy,
-  load_source,
   make_optimizer,
   purpose_key,
   start_state,
@@ -31,9 +28,11 @@ from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Params, TrainState
 
 
-def train_rl(run: Run, model: Model, scorer: Scorer) -> Params:
+def train_rl(run: Run, model: Model, scorer: Scorer, stream: PromptStream) -> Params:
   """Trains the policy from `model.params`, which stay as the KL reference."""
-  stage, state = make_stage(run.config, run.mesh, model, scorer, lambda: StepClock(run.stop))
+  stage, state = make_stage(
+    run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop)
+  )
   return stage.whole(run_stage(run, stage, state).params)
 
 
@@ -54,28 +53,15 @@ def make_stage(
   mesh,
   model: Model,
   scorer: Scorer,
+  stream: PromptStream,
   new_clock: Callable[[], DeviceClock] = DeviceClock,
 ) -> tuple[Stage, TrainState]:
   """The stage's steps, and the state they start from.
 
   Args:
+    stream: prompts with their traces (`preflight.rl_stream`).
     new_clock: makes what is told how far a step is.
   """
-  # data: prompts with their traces
-  stream = PromptStream(
-    load_source(config.data.rl, say),
-    model.tokenizer,
-    config.rl.prompts_per_step,
-    config.data.prompt_buckets,
-    config.seed,
-    jax.process_index(),
-    jax.process_count(),
-    embedding_rows=model.lm.vocab_size,
-  )
-  say(f"rl: {len(stream)} records, left out: {describe(stream.dropped)}")
-  if stream.notes:
-    say(f"rl: used all the same: {describe(stream.notes)}")
-
   # policy, reference, optimizer
   optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
   # What is only read is kept in the compute dtype. Under LoRA policy and reference share

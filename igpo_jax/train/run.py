@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -14,22 +14,23 @@ from tqdm import tqdm
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config
 from igpo_jax.convert.sources import open_source
+from igpo_jax.data.records import Record
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
 from igpo_jax.parallel.machine import check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
-from igpo_jax.rewards.score import Scorer
+from igpo_jax.rewards.score import Scorer, make_scorer
 from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
+from igpo_jax.train.preflight import Inputs
 from igpo_jax.train.report import table, write_report
 from igpo_jax.train.rl import train_rl
 from igpo_jax.train.runlog import RunLog, say
 from igpo_jax.train.setup import (
   Model,
-  load_source,
   make_model,
   make_tokenizer,
   purpose_key,
@@ -58,31 +59,24 @@ def train(config: Config, workdir: epath.Path) -> dict:
 
 def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   mesh = configured_mesh(config.mesh)
-  with (
-    jax.set_mesh(mesh),
-    Scorer(
-      config.reward.verifier,
-      dict(config.reward.parts),
-      config.reward.workers,
-      config.reward.timeout,
-    ) as scorer,
-  ):
+  with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
     tokenizer = make_tokenizer(config, workdir)
+    inputs = Inputs(config, tokenizer, scorer, say)
     model = make_model(config, tokenizer, mesh)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
     log = RunLog(workdir, config.log)
     stop = StopSignal()
-    evaluate = make_evaluation(config, model, scorer, mesh, workdir, stop)
+    evaluate = make_evaluation(config, model, scorer, mesh, workdir, inputs.records, stop)
     run = Run(config, workdir, log, mesh, evaluate, stop, lock)
 
     training = "sft" in config.stages or "rl" in config.stages
     if training and config.eval.initial and not log.has("init"):
       log.metrics("init", 0, run.evaluate(model.params, "init"))
     if "sft" in config.stages and not is_spent(run):
-      model = dataclasses.replace(model, params=train_sft(run, model))
+      model = dataclasses.replace(model, params=train_sft(run, model, inputs.take("sft")))
     if "rl" in config.stages:
-      model = dataclasses.replace(model, params=train_rl(run, model, scorer))
+      model = dataclasses.replace(model, params=train_rl(run, model, scorer, inputs.take("rl")))
     if "eval" in config.stages:
       if training:
         stage = config.stages[-2]
@@ -101,11 +95,20 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
 
 
 def make_evaluation(
-  config: Config, model: Model, scorer: Scorer, mesh, workdir: epath.Path, stop: StopSignal
+  config: Config,
+  model: Model,
+  scorer: Scorer,
+  mesh,
+  workdir: epath.Path,
+  load: Callable[[str], list[Record]],
+  stop: StopSignal,
 ):
   """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`.
 
   Raises `Stopped` between two batches if `stop` wants it; what was made is kept.
+
+  Args:
+    load: URI -> records.
   """
 
   def batches(left, description):
@@ -116,7 +119,7 @@ def make_evaluation(
   evaluation = Evaluation(
     config, plan(config), model.lm, model.tokenizer, scorer, mesh,
     purpose_key(config.seed, 0, "evaluate"), workdir / "evals",
-    functools.partial(load_source, log=say), batches,
+    load, batches,
   )  # fmt: skip
 
   def evaluate_all(params, label: str) -> dict[str, float | str]:

@@ -78,6 +78,12 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
   return load_tokenizer(kept)
 
 
+def peek_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
+  """The tokenizer that `make_tokenizer` would give; nothing is written."""
+  kept = workdir / "tokenizer"
+  return load_tokenizer(kept) if has_tokenizer(kept) else _new_tokenizer(config)
+
+
 def _new_tokenizer(config: Config) -> Tokenizer:
   spec, source = config.data.tokenizer, None
   if config.init_from:
@@ -91,7 +97,7 @@ def _new_tokenizer(config: Config) -> Tokenizer:
     uri = config.data.sft or config.data.rl
     records = load_records(uri).records
     texts = [text for record in records for text in (record.question, record.trace)]
-    tokenizer = train_sentencepiece(texts, int(size))
+    tokenizer = train_sentencepiece(texts, int(size), what=f"config: data.tokenizer={spec!r}: ")
   else:
     tokenizer = open_tokenizer(spec)
   if source is not None:  # before it is kept in the workdir

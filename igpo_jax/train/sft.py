@@ -9,40 +9,25 @@ import jax
 
 from igpo_jax.cli import UserError
 from igpo_jax.data.pipeline import SFTStream
-from igpo_jax.data.sources import describe
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.preflight import sft_steps
 from igpo_jax.train.runlog import say
-from igpo_jax.train.setup import Model, load_source, make_optimizer, purpose_key, start_state
+from igpo_jax.train.setup import Model, make_optimizer, purpose_key, start_state
 from igpo_jax.train.update import make_sft_update, shardings_of
 from igpo_jax.types import Params
 
 
-def train_sft(run: Run, model: Model) -> Params:
-  """Fine-tunes from `model.params` on `data.sft`; returns the parameters to go on with."""
-  config = run.config
+def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
+  """Fine-tunes from `model.params` on `stream`; returns the parameters to go on with.
 
-  # data: the batch of a step is a function of (seed, step)
-  stream = SFTStream(
-    load_source(config.data.sft, say),
-    model.tokenizer,
-    config.sft.batch_size,
-    config.data.prompt_buckets,
-    config.seed,
-    config.sft.response_lengths or config.sampler.gen_length,
-    jax.process_index(),
-    jax.process_count(),
-    embedding_rows=model.lm.vocab_size,
-    group_batches=config.sft.group_batches,
-  )
-  steps = stream.num_steps(config.sft.epochs) if config.sft.epochs else config.sft.steps
-  epochs = steps * config.sft.batch_size / len(stream)
-  say(
-    f"sft: {len(stream)} records, left out: {describe(stream.dropped)};"
-    f" {steps} steps are {epochs:.1f} epochs"
-  )
+  Args:
+    stream: the batch of a step is a function of (seed, step) (`preflight.sft_stream`).
+  """
+  config = run.config
+  steps = sft_steps(config, stream)
 
   # optimizer and state: of the adapters only under LoRA
   optimizer = make_optimizer(config.sft_optimizer, steps)

@@ -1,0 +1,48 @@
+"""Lengths of many texts in a few numbers, and which length would hold how many of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+STEP = 64  # lengths that are proposed are multiples of this, of 8 where they are short
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Lengths in tokens of n texts.
+
+  Attributes:
+    values: ascending, i64[n].
+  """
+
+  values: np.ndarray
+
+  @classmethod
+  def of(cls, lengths: Sequence[int]) -> Lengths:
+    return cls(np.sort(np.asarray(lengths, np.int64)))
+
+  @property
+  def longest(self) -> int:
+    return int(self.values[-1]) if len(self.values) else 0
+
+  def beyond(self, limit: int) -> int:
+    """How many are longer than `limit`."""
+    return int((self.values > limit).sum())
+
+  def __str__(self) -> str:
+    """ "median 45, 90% up to 80, 99% up to 119, longest 130", or "16 each"."""
+    if not len(self.values):
+      return "no"
+    if self.values[0] == self.longest:
+      return f"{self.longest} each"
+    median, ninety, most = np.percentile(self.values, (50, 90, 99), method="inverted_cdf")
+    return f"median {median}, 90% up to {ninety}, 99% up to {most}, longest {self.longest}"
+
+
+def rounded(length: int) -> int:
+  """A round length that holds `length`: rounded(119) == 128, rounded(13) == 16."""
+  step = STEP if length > STEP else 8
+  return -(-length // step) * step

@@ -1,0 +1,220 @@
+"""What a run would do: everything read and checked, sizes, memory and time said, nothing trained.
+
+    python -m igpo_jax.main --config=configs/X.py --dry_run
+
+Nothing is written, and no weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from igpo_jax.config import Config
+from igpo_jax.convert.sources import open_source
+from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.eval.protocols import plan
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.parallel.machine import Machine, check_machine, here
+from igpo_jax.parallel.mesh import configured_mesh
+from igpo_jax.parallel.slices import CHIPS
+from igpo_jax.rewards.score import make_scorer
+from igpo_jax.train import memory
+from igpo_jax.train.inputs import check_inputs
+from igpo_jax.train.preflight import Inputs, sft_steps
+from igpo_jax.train.programs import abstract_params, programs
+from igpo_jax.train.runlog import say
+from igpo_jax.train.setup import peek_tokenizer, with_lora
+from igpo_jax.train.sizes import model_of, resolve, said
+from igpo_jax.usage import options
+
+# Of the peak, what a run of this program reaches: a guess that is right within a factor of three
+# (docs/benchmarks.md has measurements).
+REACHED = {"cpu": 0.25}
+REACHED_ELSEWHERE = 0.3
+ALL_WRONG = 0.5  # share of the groups that are sampled again; a guess, too
+
+
+def dry_run(config: Config, workdir: epath.Path) -> None:
+  """Prints the plan of a run.
+
+  Raises:
+    UserError: whatever would keep the run from starting.
+  """
+  machine = here()
+  check_machine(config.mesh, machine)
+  check_inputs(config)
+  if config.init_from:
+    with_lora(open_source(config.init_from), config.model.lora)
+  sized = resolve(config, machine)
+  mesh = configured_mesh(sized.mesh)
+  with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
+    tokenizer = peek_tokenizer(config, workdir)
+    inputs = Inputs(sized, tokenizer, scorer, say)
+  if jax.process_index() != 0:
+    return
+  counted = dataclasses.replace(sized, model=_model(sized, tokenizer))
+  steps = {}
+  if inputs.sft is not None:
+    steps["sft"] = sft_steps(config, inputs.sft)
+  if inputs.rl is not None:
+    steps["rl"] = config.rl.steps
+  problems = {
+    task.name: len(inputs.records(task.uri)[: config.eval.limit or None]) for task in plan(config)
+  }
+  print("\n".join([
+    f"plan: {workdir} (dry run: nothing is trained or written)",
+    "", "options that differ from the defaults:", *differences(config),
+    "", "sizes:", f"  {said(sized, machine)}", *_sizes(counted, mesh, steps, problems),
+    "", "memory of a device, by program (what a program works with is estimated):",
+    *_memory(counted, mesh, machine),
+    "", "time, without compilation:", *_time(counted, mesh, machine, steps, problems),
+  ]))  # fmt: skip
+
+
+def differences(config: Config) -> list[str]:
+  """A line for each option that is not at its default."""
+  lines = []
+  for option in options():
+    value = config
+    for part in option.name.split("."):
+      value = getattr(value, part)
+    if value != option.default:
+      lines.append(f"  {option.name} = {_short(value)} (default {_short(option.default)})")
+  return lines or ["  none"]
+
+
+def _short(value: object, most: int = 200) -> str:
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _model(config: Config, tokenizer: Tokenizer):
+  """The model's sizes, with the vocabulary that the tokenizer has."""
+  if config.init_from:
+    return model_of(config)
+  size = config.model.vocab_size or tokenizer.vocab_size
+  return dataclasses.replace(config.model, vocab_size=size, mask_id=tokenizer.mask_id)
+
+
+def _sizes(config: Config, mesh, steps: dict[str, int], problems: dict[str, int]) -> list[str]:
+  model = config.model
+  leaves = jax.tree.leaves(abstract_params(config, mesh))
+  count = sum(math.prod(x.shape) for x in leaves)
+  lines = [
+    f"  model: {count:,} parameters, {model.n_layers} layers of width {model.d_model}, vocabulary"
+    f" {model.vocab_size:,}" + (f", adapters of rank {model.lora.rank}" if model.lora.rank else "")
+  ]
+  bucket = config.data.prompt_buckets[-1]
+  if "sft" in steps:
+    length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
+    lines.append(
+      f"  sft: {steps['sft']:,} steps of {config.sft.batch_size} rows of up to {bucket}+{length}"
+      " positions"
+    )
+  if "rl" in steps:
+    rl, sampler = config.rl, config.sampler
+    lines.append(
+      f"  rl: {steps['rl']:,} steps of {rl.prompts_per_step} prompts x {rl.group_size} completions,"
+      f" {rl.inner_updates} updates each; {bucket}+{sampler.gen_length} positions, {sampler.steps}"
+      " denoising steps"
+    )
+  for task in plan(config):
+    s = task.setting.sampler
+    lines.append(
+      f"  eval {task.name}: {problems[task.name]:,} problems x {task.setting.samples} samples,"
+      f" {s.gen_length} positions, {s.steps} denoising steps; {evaluations(config, steps)} time(s)"
+    )
+  size, keep = memory.checkpoint_bytes(config, mesh), config.checkpoint.keep
+  kept = keep + bool(config.checkpoint.best_metric)
+  if steps:
+    lines.append(
+      f"  disk: checkpoints of about {memory.gib(size)}, up to {kept} kept for each of"
+      f" {len(steps)} stage(s), and one being written: {memory.gib(size * (kept * len(steps) + 1))}"
+    )
+  return lines
+
+
+def evaluations(config: Config, steps: dict[str, int]) -> int:
+  """How often each benchmark is run."""
+  times = int("eval" in config.stages) + int(bool(steps) and config.eval.initial)
+  for stage, total in steps.items():
+    every = getattr(config, stage).eval_every
+    times += -(-total // every) if every and total else bool(total)
+  return times
+
+
+def _memory(config: Config, mesh, machine: Machine) -> list[str]:
+  needed = memory.memory(config, mesh)
+  lines = []
+  for name, one in needed.items():
+    parts = ", ".join(f"{k} {memory.gib(v)}" for k, v in {**one.held, **one.work}.items())
+    lines.append(f"  {name}: {memory.gib(one.total)} ({parts})")
+  if machine.memory and needed:
+    name, most = memory.largest(needed)
+    share = most.total / machine.memory
+    lines.append(f"  {name} needs most: {share:.0%} of {memory.gib(machine.memory)}")
+  return lines or ["  no program to run"]
+
+
+def _time(
+  config: Config, mesh, machine: Machine, steps: dict[str, int], problems: dict[str, int]
+) -> Iterator[str]:
+  """Floating-point operations by stage, and how long they take at a share of the devices' peak."""
+  work = {}
+  found = programs(config, mesh)
+  if "sft" in steps:
+    work["sft"] = steps["sft"] * found["sft"].flops
+  if "rl" in steps:
+    again = 0 if config.rl.exploration == "none" else ALL_WRONG
+    sampled = found["rollout"].flops * config.rl.sample_slices * (1 + again)
+    updates = config.rl.inner_updates * found["update"].flops
+    work["rl"] = int(steps["rl"] * (sampled + found["likelihood"].flops + updates))
+  bucket = config.data.prompt_buckets[-1]
+  for task in plan(config):
+    s = task.setting.sampler
+    rows, total = problems[task.name] * task.setting.samples, bucket + s.gen_length
+    width = s.block_length
+    flops = forward_flops(config.model, rows, total, total, width, read=width) * s.steps
+    flops *= (2 if s.cfg_scale else 1) * evaluations(config, steps)
+    work[f"eval {task.name}"] = flops
+  chip = CHIPS.get(machine.kind)
+  peak = chip.flops if chip else measured_peak(config.model.dtype)
+  whose = "peak" if chip else "a matrix product measured here"
+  reached = REACHED.get(machine.platform, REACHED_ELSEWHERE)
+  rate = peak * machine.devices * reached
+  for name, flops in work.items():
+    yield f"  {name}: {flops / 1e12:,.2f} TFLOP, about {duration(flops / rate)}"
+  yield (
+    f"  in all about {duration(sum(work.values()) / rate)}, within a factor of three: at"
+    f" {reached:.0%} of {peak * machine.devices / 1e12:,.2f} TFLOP/s ({whose}); padding to the"
+    " longest bucket and half of the groups all wrong are assumed"
+  )
+
+
+def measured_peak(dtype: str, n: int = 1024, repeats: int = 8) -> float:
+  """FLOP/s of products of n x n matrices on one device, the fastest of a few."""
+  x = jnp.ones((n, n), dtype)
+  product = jax.jit(lambda x: x @ x)
+  product(x).block_until_ready()
+  best = math.inf
+  for _ in range(repeats):
+    began = time.perf_counter()
+    product(x).block_until_ready()
+    best = min(best, time.perf_counter() - began)
+  return 2 * n**3 / best
+
+
+def duration(seconds: float) -> str:
+  """A duration in words: duration(90) == "1.5 min"; never less than a second."""
+  for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+    if seconds >= 1.5 * size:
+      return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
+  return f"{max(seconds, 1):.0f} s"

@@ -1,0 +1,231 @@
+"""Everything that a run reads, opened, tokenised, measured and graded before weights are loaded.
+
+A wrong column, a length that does not fit or a gold that the verifier cannot read shows in the
+first seconds of a run instead of after all of SFT. What was read is handed on to the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.convert.sources import open_source
+from igpo_jax.data.pipeline import (
+  BROKEN_TEXT,
+  EMPTY_TRACE,
+  NO_SPAN,
+  PromptStream,
+  SFTStream,
+)
+from igpo_jax.data.records import Record
+from igpo_jax.data.sources import describe
+from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.eval.evaluate import problems_of
+from igpo_jax.eval.protocols import Task, plan
+from igpo_jax.parallel.distributed import from_first
+from igpo_jax.rewards import registry
+from igpo_jax.rewards.score import Scorer
+from igpo_jax.train import golds
+from igpo_jax.train.setup import load_source
+
+Tell = Callable[[str], None]
+
+
+class Inputs:
+  """What the stages of a run read.
+
+  Args:
+    config: of the run.
+    tokenizer: its tokenizer.
+    scorer: its scorer.
+    tell: prints a line.
+
+  Raises:
+    UserError: a source that cannot be read, records that cannot be used, golds that the verifier
+      cannot grade.
+
+  Attributes:
+    sft, rl: the training stages' streams; None where the stage is not run, or was taken.
+  """
+
+  def __init__(self, config: Config, tokenizer: Tokenizer, scorer: Scorer, tell: Tell):
+    self._loaded: dict[str, list[Record]] = {}
+    self._tell = tell
+    self.sft: SFTStream | None = None
+    self.rl: PromptStream | None = None
+    if "sft" in config.stages:
+      self.sft = sft_stream(config, tokenizer, load_source(config.data.sft, tell))
+      for line in describe_sft(config, self.sft):
+        tell(line)
+    if "rl" in config.stages:
+      records = load_source(config.data.rl, tell)
+      self.rl = rl_stream(config, tokenizer, records)
+      for line in describe_rl(config, self.rl):
+        tell(line)
+      graded = _graded(lambda: golds.check_traces(records, scorer, config.reward))
+      tell(f"rl: {graded}")
+      check_floor(config, graded)
+    for task in plan(config):
+      self._check_task(config, task, tokenizer, scorer)
+
+  def records(self, uri: str) -> list[Record]:
+    """The records of a source of problems, read once."""
+    if uri not in self._loaded:
+      self._loaded[uri] = load_source(uri, self._tell)
+    return self._loaded[uri]
+
+  def take(self, stage: str) -> SFTStream | PromptStream:
+    """The stream of a stage, which is not held here any longer."""
+    stream = getattr(self, stage)
+    setattr(self, stage, None)
+    return stream
+
+  def _check_task(self, config: Config, task: Task, tokenizer: Tokenizer, scorer: Scorer) -> None:
+    records = self.records(task.uri)[: config.eval.limit or None]
+    examples = self.records(task.examples) if task.examples else []
+    asked = [problem.asked for problem in problems_of(task.setting, records, examples)]
+    asked = asked[:: task.setting.samples]  # all samples of a problem have its prompt
+    # A bucket for any length: what an evaluation asks is never left out.
+    stream = PromptStream(asked, tokenizer, 1, (1 << 30,), 0, embedding_rows=embedding_rows(config))
+    graded = _graded(lambda: golds.check_answers(records, scorer))
+    more = f"; {graded}" if graded.unequal else ""
+    prompts = f"prompts in tokens: {stream.prompt_lengths}"
+    self._tell(f"eval {task.name}: {len(records):,} problems; {prompts}{more}")
+
+
+def sft_stream(config: Config, tokenizer: Tokenizer, records: list[Record]) -> SFTStream:
+  """The batches of SFT: this process's share."""
+  return SFTStream(
+    records,
+    tokenizer,
+    config.sft.batch_size,
+    config.data.prompt_buckets,
+    config.seed,
+    config.sft.response_lengths or config.sampler.gen_length,
+    jax.process_index(),
+    jax.process_count(),
+    embedding_rows=embedding_rows(config),
+    group_batches=config.sft.group_batches,
+  )
+
+
+def rl_stream(config: Config, tokenizer: Tokenizer, records: list[Record]) -> PromptStream:
+  """The batches of RL: this process's share."""
+  return PromptStream(
+    records,
+    tokenizer,
+    config.rl.prompts_per_step,
+    config.data.prompt_buckets,
+    config.seed,
+    jax.process_index(),
+    jax.process_count(),
+    embedding_rows=embedding_rows(config),
+  )
+
+
+def embedding_rows(config: Config) -> int | None:
+  """How many token ids the model will have rows for; None: as many as its tokenizer has."""
+  if config.init_from:
+    return open_source(config.init_from).config.vocab_size
+  return config.model.vocab_size or None
+
+
+def sft_steps(config: Config, stream: SFTStream) -> int:
+  """Updates of SFT."""
+  return stream.num_steps(config.sft.epochs) if config.sft.epochs else config.sft.steps
+
+
+def describe_sft(config: Config, stream: SFTStream) -> list[str]:
+  """What there is to know of SFT's records, a line each."""
+  steps = sft_steps(config, stream)
+  epochs = steps * config.sft.batch_size / len(stream)
+  buckets, lengths = config.data.prompt_buckets, stream.response_lengths
+  return [
+    f"sft: {len(stream)} records, left out: {describe(stream.dropped)};"
+    f" {steps} steps are {epochs:.1f} epochs",
+    f"sft: prompts in tokens: {stream.prompt_lengths}; buckets {_joined(buckets)}; responses:"
+    f" {stream.trace_lengths}, and one that ends them; lengths {_joined(lengths)}",
+    *(f"sft: {text}" for text in stream.advice()),
+    *_broken("sft", stream),
+  ]
+
+
+def describe_rl(config: Config, stream: PromptStream) -> list[str]:
+  """What there is to know of RL's records, a line each."""
+  canvas, notes, n = config.sampler.gen_length, stream.notes, len(stream)
+  inpaint = config.rl.exploration == "inpaint"
+  lines = [
+    f"rl: {n} records, left out: {describe(stream.dropped)}",
+    f"rl: prompts in tokens: {stream.prompt_lengths}; buckets"
+    f" {_joined(config.data.prompt_buckets)}; traces: {stream.trace_lengths}; canvas {canvas}"
+    " (sampler.gen_length)",
+    *(f"rl: {text}" for text in stream.advice()),
+    *_broken("rl", stream),
+  ]
+  bare = notes.get(EMPTY_TRACE, 0)
+  if inpaint and bare == n:
+    lines.append(
+      "rl: no record has a trace, so nothing can be inpainted and IGPO is plain GRPO here:"
+      " name the field with the reasoning (trace=FIELD in data.rl), or set rl.exploration='none'"
+    )
+  elif inpaint:
+    if bare:
+      lines.append(f"rl: {bare} records have no trace; used, but cannot be hinted")
+    found = n - bare - notes.get(NO_SPAN, 0)
+    lines.append(
+      f"rl: the answer is found in {found} of {n - bare} traces ({found / (n - bare):.1%})"
+      + ("; a hint may show it in the others" if found < n - bare else "")
+    )
+    longer = stream.trace_lengths.beyond(canvas)
+    if longer:
+      lines.append(
+        f"rl: {longer} traces are longer than the canvas: hints come from their first {canvas}"
+        " tokens"
+      )
+    if "last_number" in config.reward.extraction and not config.hints.hide_answer_value:
+      lines.append(
+        "rl: with 'last_number' in reward.extraction a hint that shows the answer's value may be"
+        " graded as the answer: set hints.hide_answer_value"
+      )
+  return lines
+
+
+def _broken(stage: str, stream: SFTStream | PromptStream) -> list[str]:
+  count = stream.notes.get(BROKEN_TEXT, 0)
+  return [f"{stage}: {count} records have broken characters (U+FFFD) in them"] if count else []
+
+
+def _joined(lengths: tuple[int, ...]) -> str:
+  return ", ".join(map(str, lengths))
+
+
+def check_floor(config: Config, graded: golds.Golds) -> None:
+  """Holds the share of gold traces that pass to `reward.gold_floor`.
+
+  Verifiers of a user's own are held to it where they are registered with `reads_golds`.
+
+  Raises:
+    UserError: fewer pass; says why, and what would help.
+  """
+  reward = config.reward
+  if graded.share >= reward.gold_floor or not registry.reads_golds(reward.verifier):
+    return
+  help = [*graded.remedies, f"reward.gold_floor={_below(graded.share)} to train all the same"]
+  raise UserError(
+    f"data.rl: the verifier {reward.verifier!r} calls {graded.passed:,} of {graded.traces:,} gold"
+    f" traces correct, fewer than reward.gold_floor={reward.gold_floor:g} asks for: the policy"
+    f" would not be rewarded for what it is to learn ({graded.why}). What helps:"
+    f" {'; or '.join(help)}"
+  )
+
+
+def _below(share: float) -> float:
+  return int(share * 100) / 100
+
+
+def _graded(grade: Callable[[], golds.Golds]) -> golds.Golds:
+  """Graded by the first process for all: a timeout may differ from machine to machine."""
+  return golds.from_json(from_first(lambda: golds.as_json(grade())))
