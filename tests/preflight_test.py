@@ -119,12 +119,12 @@ def test_some_failures_are_said_and_no_error(scorer):
 
 
 def test_a_gold_that_does_not_equal_itself_is_named(scorer):
-  rows = [record(k, "#### {k}", answer) for k, answer in enumerate(["1", "$$", "2", "$ $"])]
+  rows = [record(k, "#### {k}", answer) for k, answer in enumerate(["1", "...", "2", "."])]
   graded = golds.check_answers(rows, scorer)
-  assert graded.unequal == 2 and graded.examples == ("r/1: '$$'", "r/3: '$ $'")
+  assert graded.unequal == 2 and graded.examples == ("r/1: '...'", "r/3: '.'")
   assert "2 do not equal themselves and cannot be answered" in str(graded)
   assert golds.check_traces(rows, scorer, RewardConfig()).unequal == 2
-  assert scorer.equal_themselves(["1", "$$", "\\frac{1}{x}", "1"]) == [True, False, True, True]
+  assert scorer.equal_themselves(["1", "...", "\\frac{1}{x}", "1"]) == [True, False, True, True]
 
 
 def test_of_many_records_an_even_sample_is_graded(scorer):
