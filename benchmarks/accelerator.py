@@ -129,7 +129,8 @@ def attention_errors(model, length: int, queries: int) -> dict[str, dict[str, fl
       out = attention.attend(q, k, v, valid, name)
       return jnp.sum(out.astype(jnp.float32) * weight), out
 
-    (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*qkv)
+    program = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+    (_, out), gradients = program(*qkv)
     return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
   with jax.default_matmul_precision("highest"):
