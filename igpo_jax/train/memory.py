@@ -126,13 +126,14 @@ def _layer_width(model: ModelConfig, tensor: int) -> int:
   """Bytes for each token that a layer works with at a time: its widest place.
 
   In the MLP: the residual stream, its norm, two branches and their product; under LoRA the
-  branches are summed in float32. In attention: queries, keys, values and the result.
+  branches are summed with their adapters' products in float32. In attention: queries, keys, values
+  and the result.
   """
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
   mlp = _item(model) * 3 * model.mlp_hidden
   attention = _item(model) * (2 * heads + 2 * kv_heads)
   if model.lora.rank:
-    mlp += FLOAT * 2 * model.mlp_hidden
+    mlp += FLOAT * 3 * model.mlp_hidden
     attention += FLOAT * heads
   return _item(model) * 2 * model.d_model + max(mlp, attention) // tensor
 
