@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo_jax.cli import UserError
+from igpo_jax.config import load_config_file
 from igpo_jax.data import formats, hub, pipeline, sources, spans, tokenizer, values
 from igpo_jax.data.records import Record, read_messages
 from igpo_jax.rewards import answers
@@ -996,3 +997,20 @@ def test_sft_shares_of_hosts_make_the_global_batch():
 
 def test_formats_name_where_their_files_come_from():
   assert all(f.origin for name, f in formats.FORMATS.items() if name not in ("plain", "chat"))
+
+
+def test_every_file_that_the_configs_name_has_a_line_that_fetches_it():
+  page = (REPO / "docs" / "data.md").read_text()
+  lines = re.search(r"<!-- downloads -->\n```bash\n(.*?)```", page, re.DOTALL).group(1)
+  named = ["LLaDA-8B-Instruct", "openr1/train-*.parquet"]  # init_from, and what is rewritten
+  for name in ("llada_math.py", "gsm8k.py", "math500.py", "amc.py", "minerva.py"):
+    config = load_config_file(REPO / "configs" / name, "data")
+    uris = [config.data.rl, *(item.partition("=")[2] for item in config.data.eval)]
+    named += [re.match(r"jsonl:data/([^?]*)", uri).group(1) for uri in uris]
+  config = load_config_file(REPO / "configs" / "gsm8k_tiny.py", "data/gsm8k")
+  named.append(re.match(r"jsonl:data/([^?]*)", config.data.sft).group(1))
+  for path in named:
+    folder, _, file = path.rpartition("/")
+    where = f"data/{folder}".rstrip("/")
+    fetched = [line for line in lines.split("\n") if file in line and where in line]
+    assert fetched, path
