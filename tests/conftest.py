@@ -24,3 +24,30 @@ if "IGPO_TEST_CACHE" not in os.environ:
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["IGPO_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Files that take a minute or more, the longest first: begun early, none of them is what one worker
+# is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
+LONG_FILES = (
+  "sharding_test",
+  "claims_test",
+  "hosts_test",
+  "update_test",
+  "main_test",
+  "rehearse_test",
+  "notebook_test",
+  "sampler_cache_test",
+  "eval_test",
+  "rollout_test",
+  "generate_test",
+  "models_test",
+)
+
+
+def pytest_configure(config):
+  if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of many tests
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: number for number, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(place)))
