@@ -296,6 +296,8 @@ class LogConfig:
     tensorboard, wandb: also write there (wandb must be installed).
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
+    profile_steps: write an xprof trace of so many steps of each stage to WORKDIR/profile; the
+      first two of a start, which compile, are left out. 0: none.
   """
 
   every: Natural = 1
@@ -305,6 +307,7 @@ class LogConfig:
   wandb: bool = False
   wandb_project: str = "igpo_jax"
   max_skipped: Count = 5
+  profile_steps: Natural = 0
 
   def __post_init__(self):
     check_section(self, "log")

@@ -11,20 +11,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
 from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.train.lock import WorkdirLock
+from igpo_jax.train.progress import Profiler, Progress, device_memory
 from igpo_jax.train.runlog import RunLog, plain, say
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import Params, TrainState
@@ -45,6 +44,7 @@ class Run:
       `Stopped` if `stop` wants it.
     stop: what asks a stage to stop.
     lock: of the workdir.
+    progress: shows how far the run is.
   """
 
   config: Config
@@ -54,6 +54,10 @@ class Run:
   evaluate: Callable[[Params, str], dict[str, float]]
   stop: StopSignal = dataclasses.field(default_factory=StopSignal)
   lock: WorkdirLock | None = None
+  progress: Progress = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    self.progress = Progress(self.config, self.workdir)
 
   def checkpoints(self, stage: str) -> Checkpoints:
     """The checkpoints of a stage. A collective."""
@@ -79,6 +83,7 @@ class Stage:
       in its name is the stage's. May raise `Stopped` if it has left the state as it was.
     whole: the state's parameters -> all of the model's: adds what is not trained.
     shown: metrics for the progress bar.
+    programs: how many are compiled in the first step.
   """
 
   name: str
@@ -87,6 +92,7 @@ class Stage:
   step: Callable[[TrainState, int], tuple[TrainState, dict[str, Any], list[dict]]]
   whole: Callable[[Params], Params]
   shown: tuple[str, ...]
+  programs: int = 1
 
 
 def due(every: int, done: int, total: int) -> bool:
@@ -130,10 +136,8 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   # Steps that are made again for what the next stage starts from have their rows already.
   log = None if is_behind(run, stage.name) else run.log
   saved, saved_at = done, time.monotonic()
-  bar = tqdm(
-    total=stage.steps, initial=done, desc=stage.name, unit="step", file=sys.stderr,
-    disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
-  )  # fmt: skip
+  profiler = Profiler(run.workdir / "profile" / stage.name, cfg.log.profile_steps)
+  run.progress.begin(stage.name, stage.steps, done, stage.programs)
 
   def save(note: dict[str, Any]) -> None:
     nonlocal saved, saved_at
@@ -154,25 +158,29 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     if row.get(best) is not None and math.isfinite(row[best]):
       checkpoints.scores[done] = float(row[best])
 
-  with contextlib.closing(checkpoints), bar, run.stop as stop:
+  with (
+    contextlib.closing(checkpoints),
+    contextlib.closing(run.progress),
+    contextlib.closing(profiler),
+    run.stop as stop,
+  ):
     stop.next_start = f"the same command continues from step {saved}"
     try:
       if waiting:
         evaluate(dict(waiting))
         waiting = None
       for n in range(done, stage.steps):
+        profiler.step()
         began = time.perf_counter()
         state, metrics, samples = stage.step(state, n)
-        done = n + 1
+        done, shown = n + 1, {}
         evaluating = log is not None and due(stage.eval_every, done, stage.steps)
         row: dict[str, Any] = {}
         if evaluating or (log is not None and due(cfg.log.every, done, stage.steps)):
           metrics = jax.device_get(metrics)
           row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
-          row["time/step_seconds"] = time.perf_counter() - began
-          bar.set_postfix(
-            {k: f"{float(metrics[k]):.3g}" for k in stage.shown if k in metrics}, refresh=False
-          )
+          row |= {"time/step_seconds": time.perf_counter() - began, **device_memory()}
+          shown = {k: float(metrics[k]) for k in stage.shown if k in metrics}
           skipped = metrics["skipped_in_a_row"] >= cfg.log.max_skipped
           if skipped or not evaluating:
             run.log.metrics(stage.name, done, row)
@@ -193,7 +201,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
           )
         if stopping or late or should_save(cfg.checkpoint, done, stage.steps, row, evaluating):
           save({"row": waiting} if waiting else {})
-        bar.update()
+        run.progress.step(done, time.perf_counter() - began, shown)
         if stopping:
           raise Stopped(stopping)
         if evaluating:

@@ -16,6 +16,7 @@ from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.rollout import Explorer
 from igpo_jax.rl.sampling import DeviceClock, prompt_keys
 from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.progress import StepClock
 from igpo_jax.train.setup import (
   Model,
   compute_copy,
@@ -23,7 +24,6 @@ from igpo_jax.train.setup import (
   purpose_key,
   start_state,
 )
-from igpo_jax.train.stop import StopSignal
 from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Params, TrainState
 
@@ -31,21 +31,9 @@ from igpo_jax.types import Params, TrainState
 def train_rl(run: Run, model: Model, scorer: Scorer, stream: PromptStream) -> Params:
   """Trains the policy from `model.params`, which stay as the KL reference."""
   stage, state = make_stage(
-    run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop)
+    run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop, run.progress)
   )
   return stage.whole(run_stage(run, stage, state).params)
-
-
-class StepClock(DeviceClock):
-  """Stops a step between two slices of its rollout, if `stop` wants it."""
-
-  def __init__(self, stop: StopSignal):
-    super().__init__()
-    self.stop = stop
-
-  def sampled(self, commit_step, prompt_length):
-    del commit_step, prompt_length
-    self.stop.check_soon()
 
 
 def make_stage(
@@ -87,12 +75,15 @@ def make_stage(
     keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(mesh, ids))
     learnt, keys = explored.learnt, keys_of(batch.row_id[explored.groups])
     whole_batch = (explored.rollout, keys_of(batch.row_id))
-    scores = programs.score(policy, reference, learnt, keys, whole_batch)
+    with clock.program("likelihood", learnt.completion.shape):
+      scores = programs.score(policy, reference, learnt, keys, whole_batch)
     clock.dispatched()
     for u in range(config.rl.inner_updates):
-      state, metrics = programs.update(state, frozen, learnt, scores, keys, jnp.int32(u))
+      with clock.program("update", learnt.completion.shape):
+        state, metrics = programs.update(state, frozen, learnt, scores, keys, jnp.int32(u))
     idle = {"time/device_idle_seconds": clock.idle_seconds}
     return state, {**metrics, **explored.metrics, **idle}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
-  return Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown), state
+  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown, programs=3)
+  return stage, state

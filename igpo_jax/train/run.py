@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import Config
@@ -26,6 +24,7 @@ from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import Inputs
+from igpo_jax.train.progress import track
 from igpo_jax.train.report import table, write_report
 from igpo_jax.train.rl import train_rl
 from igpo_jax.train.runlog import RunLog, say
@@ -111,8 +110,13 @@ def make_evaluation(
     load: URI -> records.
   """
 
+  compiled = set()
+
   def batches(left, description):
-    for number in _bar(left, description):
+    name = description.partition(" (")[0]
+    first = "" if name in compiled else f"{description}: the first batch compiles its program"
+    compiled.add(name)
+    for number in track(left, description, first):
       yield number
       stop.check()
 
@@ -134,13 +138,6 @@ def make_evaluation(
     return {**row, "time/eval_seconds": time.perf_counter() - began}
 
   return evaluate_all
-
-
-def _bar(batches, description):
-  return tqdm(
-    batches, desc=description, unit="batch", file=sys.stderr, leave=False,
-    disable=jax.process_index() != 0, dynamic_ncols=True, mininterval=1.0,
-  )  # fmt: skip
 
 
 def newest_params(run: Run, model: Model):

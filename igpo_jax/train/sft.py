@@ -41,7 +41,8 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
   def step(state, n):
     batch = stream.batch(n)
     arrays = shard_rows(run.mesh, (batch.tokens, batch.valid, batch.response))
-    state, metrics = update(state, frozen, *arrays, purpose_key(config.seed, n, "sft_mask"))
+    with run.progress.program("update", arrays[0].shape):
+      state, metrics = update(state, frozen, *arrays, purpose_key(config.seed, n, "sft_mask"))
     return state, metrics, []
 
   whole = functools.partial(lora.combine, frozen)

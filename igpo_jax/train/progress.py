@@ -1,0 +1,299 @@
+"""What is seen of a stage while it runs: steps, the slices of a rollout, what is being compiled.
+
+On a terminal a bar that fits into 80 columns; elsewhere, in a job's log, plain lines, one in
+LINE_SECONDS at most. Only the first process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from igpo_jax.config import Config, ModelConfig, SamplerConfig
+from igpo_jax.models.flops import forward_flops
+from igpo_jax.parallel.slices import CHIPS
+from igpo_jax.rl.sampling import DeviceClock
+from igpo_jax.train.runlog import say
+from igpo_jax.train.stop import StopSignal
+
+LINE_SECONDS = 30.0
+RECENT_STEPS = 20  # whose median is the rate
+BAR = "{name} {{n_fmt}}/{{total_fmt}} |{{bar:8}}| {text}"
+
+
+def human(seconds: float) -> str:
+  """A length of time. Examples: "45 s", "7.5 min", "3.2 h"."""
+  if seconds < 100:
+    return f"{seconds:.3g} s"
+  return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+class Display:
+  """A bar on a terminal, or a line now and then.
+
+  Args:
+    name: of what is counted.
+    total, done: how many there are, and how many are behind us.
+    leave: whether a finished bar stays on the screen.
+  """
+
+  def __init__(self, name: str, total: int, done: int = 0, leave: bool = True):
+    self.name, self.total, self.done = name, total, done
+    writes = jax.process_index() == 0
+    self._lines = writes and not sys.stderr.isatty()
+    self._bar = tqdm(
+      total=total, initial=done, file=sys.stderr, leave=leave, ncols=self._columns(),
+      bar_format=BAR.format(name=name, text=""), disable=not writes or self._lines,
+    )  # fmt: skip
+    self._said = time.monotonic()
+
+  def show(self, text: str, done: int | None = None) -> None:
+    """Shows how far it is; as a line only if there was none for LINE_SECONDS, or at the end."""
+    moved, self.done = done is not None and done != self.done, self.done if done is None else done
+    self._bar.bar_format = BAR.format(name=self.name, text=re.sub(r"[{}]", r"\g<0>\g<0>", text))
+    self._bar.n, self._bar.ncols = self.done, self._columns()
+    self._bar.refresh()
+    finished = moved and self.done == self.total
+    if self._lines and (finished or time.monotonic() - self._said >= LINE_SECONDS):
+      self._said = time.monotonic()
+      say(f"{self.name} {self.done}/{self.total}: {text}")
+
+  @staticmethod
+  def _columns() -> int:
+    return shutil.get_terminal_size((80, 24)).columns - 1
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def track(items: Iterable[Any], name: str, first: str = "") -> Iterator[Any]:
+  """Yields the items of a sized iterable and shows how far they are.
+
+  Args:
+    first: said before the first item, which compiles a program.
+  """
+  items = list(items)
+  if first and items:
+    say(first)
+  display = Display(name, len(items), leave=False)
+  seconds: list[float] = []
+  with contextlib.closing(display):
+    for number, item in enumerate(items, start=1):
+      began = time.perf_counter()
+      yield item
+      seconds.append(time.perf_counter() - began)
+      display.show(pace(seconds, len(items) - number, "batch", bool(first)), number)
+
+
+def pace(seconds: list[float], left: int, unit: str, compiles: bool = True) -> str:
+  """The usual length of an item and what that makes of those left.
+
+  If the first of them `compiles`, it does not count as soon as there is another.
+
+  Example: `pace([60.0, 2.0, 2.0], 5, "step") == "2 s/step, 10 s left"`.
+  """
+  if not seconds:
+    return ""
+  usual = statistics.median(seconds[compiles:][-RECENT_STEPS:] or seconds)
+  warm = " (with compiling)" if compiles and len(seconds) == 1 else ""
+  return f"{usual:.3g} s/{unit}{warm}, {human(usual * left)} left"
+
+
+def denoising_flops(
+  model: ModelConfig, sampler: SamplerConfig, rows: int, prompt_length: int, commit_step: np.ndarray
+) -> int:
+  """Products that denoising took, from the steps in which something was committed.
+
+  Exact without a cache. With one, a whole call for each block and its window for the rest.
+
+  Args:
+    rows: that went through together, over all processes.
+    prompt_length: positions of the padded prompts.
+    commit_step: i32[...,L] of any of these rows that together show all steps.
+  """
+  steps = np.unique(commit_step[commit_step >= 0])
+  blocks = len(np.unique(steps // sampler.steps_per_block))
+  block, total = sampler.block_length, prompt_length + sampler.gen_length
+  call = lambda width: forward_flops(model, rows, width, total, block, read=block)
+  guided = 2 if sampler.cfg_scale > 0 else 1
+  if sampler.cache == "none":
+    return guided * len(steps) * call(total)
+  window = block if sampler.cache == "dual" else (sampler.gen_length + block) // 2
+  return guided * (blocks * call(total) + (len(steps) - blocks) * call(window))
+
+
+class Progress:
+  """How far a run is: a stage's steps, and what happens within one.
+
+  Args:
+    config: for the shapes that work is counted from.
+    workdir: keeps how long programs took to compile (`compile_seconds.json`).
+  """
+
+  def __init__(self, config: Config, workdir: epath.Path):
+    self.config = config
+    self._file = workdir / "compile_seconds.json"
+    self._compiled: dict[str, float] = {}
+    self._last_time: dict[str, float] | None = None
+    self._display: Display | None = None
+    self._seconds: list[float] = []
+    self._expected = 0
+    self._rows = self._rows_done = self._tokens = self._flops = 0
+    self._began = 0.0
+
+  def begin(self, name: str, total: int, done: int, programs: int) -> None:
+    """A stage begins at step `done`; `programs` are compiled in its first step."""
+    self._display, self._seconds = Display(name, total, done), []
+    self._expected, self._compiled = programs, {}
+
+  def close(self) -> None:
+    """The stage has ended."""
+    if self._display:
+      self._display.close()
+    self._display = None
+
+  def step(self, done: int, seconds: float, shown: dict[str, float]) -> None:
+    """A step was made; `shown` are its most telling metrics."""
+    self._seconds.append(seconds)
+    if self._display:
+      metrics = [f"{name}={value:.3g}" for name, value in shown.items()]
+      left = self._display.total - done
+      self._display.show(", ".join([pace(self._seconds, left, "step"), *metrics]), done)
+
+  @contextlib.contextmanager
+  def program(self, name: str, shape: tuple[int, ...]) -> Iterator[None]:
+    """Around a call of a jitted program: says so if the shape is new, since it is compiled."""
+    key = f"{name} {'x'.join(map(str, shape))}"
+    if key in self._compiled or not self._display:
+      yield
+      return
+    number, began = len(self._compiled) + 1, time.perf_counter()
+    usual = self._usual(key)
+    of = f" of {self._expected} or more" if number <= self._expected else ""
+    last = f", took {human(usual)} last time" if usual else ""
+    say(f"{self._display.name}: compiling {key} (program {number}{of}){last}")
+    yield
+    self._compiled[key] = time.perf_counter() - began
+    self._began += self._compiled[key]  # no part of how fast a rollout is
+    self._keep()
+
+  def _usual(self, key: str) -> float:
+    """Seconds that it took in an earlier start, 0 if there was none."""
+    if self._last_time is None:
+      try:
+        found = json.loads(self._file.read_text()) if jax.process_index() == 0 else {}
+      except (OSError, ValueError):
+        found = {}
+      self._last_time = found if isinstance(found, dict) else {}
+    value = self._last_time.get(key, 0.0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+  def _keep(self) -> None:
+    if jax.process_index() == 0:
+      known = {**(self._last_time or {}), **self._compiled}
+      # A run does not end because this could not be written.
+      with contextlib.suppress(OSError):
+        self._file.write_text(json.dumps(known, indent=1))
+
+  def sampling(self, rows: int) -> None:
+    """So many rows are going to be sampled, over all processes."""
+    self._rows, self._rows_done, self._tokens, self._flops = rows, 0, 0, 0
+    self._began = time.perf_counter()
+
+  def sampled(self, commit_step: np.ndarray, prompt_length: int) -> None:
+    """A slice has arrived; i32[B,L] of this process's rows."""
+    processes = jax.process_count()
+    rows = len(commit_step) * processes
+    self._rows_done += rows
+    self._tokens += int(np.sum(commit_step >= 0)) * processes
+    self._flops += denoising_flops(
+      self.config.model, self.config.sampler, rows, prompt_length, commit_step
+    )
+    if self._display:
+      self._display.show(self.slice_text(time.perf_counter() - self._began))
+
+  def slice_text(self, seconds: float) -> str:
+    """What is shown of a rollout that has taken so many seconds."""
+    seconds = max(seconds, 1e-9)
+    left = seconds * max(self._rows - self._rows_done, 0) / max(self._rows_done, 1)
+    rate = self._flops / seconds
+    device = jax.devices()[0]
+    chip = CHIPS.get(device.device_kind)
+    peak = f" ({rate / jax.device_count() / chip.flops:.0%} of peak)" if chip else ""
+    return (
+      f"rollout {self._rows_done}/{self._rows} rows, {self._tokens / seconds:.3g} tokens/s,"
+      f" {human(left)} left, {rate / 1e12:.3g} TFLOP/s{peak}"
+    )
+
+
+class StepClock(DeviceClock):
+  """Shows how far a step is, and stops it between two slices of its rollout if `stop` wants it."""
+
+  def __init__(self, stop: StopSignal, progress: Progress):
+    super().__init__()
+    self.stop, self.progress = stop, progress
+
+  def program(self, name, shape):
+    return self.progress.program(name, shape)
+
+  def sampling(self, rows):
+    self.progress.sampling(rows)
+
+  def sampled(self, commit_step, prompt_length):
+    self.progress.sampled(commit_step, prompt_length)
+    self.stop.check_soon()
+
+
+def device_memory() -> dict[str, float]:
+  """GiB in use and at the peak, of this process's fullest device; {} where it does not tell."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
+  return {
+    ours: max(s[theirs] for s in stats) / 2**30
+    for ours, theirs in names.items()
+    if all(theirs in s for s in stats)
+  }
+
+
+class Profiler:
+  """Writes an xprof trace of some steps of a stage to WORKDIR/profile/STAGE.
+
+  Args:
+    folder: where to.
+    steps: how many; 0: none. They begin after the stage's first two steps in this process,
+      which compile.
+  """
+
+  SKIPPED = 2
+
+  def __init__(self, folder: epath.Path, steps: int):
+    self.folder, self.steps = folder, steps
+    self._made, self._on = 0, False
+
+  def step(self) -> None:
+    """Call it before each step."""
+    if self.steps and self._made == self.SKIPPED:
+      jax.profiler.start_trace(str(self.folder))
+      self._on = True
+    elif self._made == self.SKIPPED + self.steps:
+      self.close()
+    self._made += 1
+
+  def close(self) -> None:
+    """Ends a trace that is being written."""
+    if self._on:
+      jax.profiler.stop_trace()
+      say(f"profile written to {self.folder}")
+    self._on = False
