@@ -248,6 +248,9 @@ def test_rows_for_the_record_have_both_tries_of_all_wrong_groups_first(
       assert (first["partner"], other["partner"]) == (other["number"], first["number"])
       assert first["correct"] and not other["correct"]
     assert all(row["partner"] is None for row in rows[2 * pairs :])
+    if group in wrong:  # a few rows are enough to show both tries
+      assert {row["phase"] for row in rows[:2]} == {"own", second}
+      assert sum(row["phase"] == "own" for row in rows[:G]) == G // 2
   assert any(row["hints"] for row in explored.rows) == (exploration == "inpaint")
   # Groups in which something was inserted come before the others that were all wrong.
   kinds = [any(r["used"] == "inserted" for r in explored.rows if r["group"] == g) for g in groups]

@@ -8,6 +8,7 @@ hinted, padded to a bucket) is agreed on by all hosts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -216,7 +217,7 @@ class Explorer:
 
     Groups in which something was inserted come first, then the others that were all wrong,
     then the rest: `rank` says so, for rows of several processes. Within a group, every
-    inserted completion is followed by the one that it replaced.
+    inserted completion is followed by the one that it replaced, and the two tries alternate.
 
     "phase": "own", "hinted" or "resampled". "used": an own completion is "kept" or
     "replaced", one of the second try "inserted" or "dropped". "number": its place in its
@@ -239,7 +240,9 @@ class Explorer:
           for k in range(len(first))
         ]  # fmt: skip
       rows = [row for number, k in taken.items() for row in (again[number], first[k])]
-      rows += [row for row in again + first if row["partner"] is None]
+      # The others in turn, so that a few rows of a group show both tries.
+      alone = [[row for row in tried if row["partner"] is None] for tried in (again, first)]
+      rows += [row for pair in itertools.zip_longest(*alone) for row in pair if row]
       place = {
         "group": jax.process_index() * len(batch.records) + group,
         "rank": 0 if taken else 1 if again else 2,
