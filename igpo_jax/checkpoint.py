@@ -263,7 +263,7 @@ class Checkpoints:
 def in_bytes(size: float) -> str:
   """A size in words: in_bytes(1.5e9) == "1.5 GB"."""
   units = ["TB", "GB", "MB", "kB", "B"]
-  while size >= 1000 and len(units) > 1:
+  while size >= 999.5 and len(units) > 1:
     size /= 1000
     units.pop()
   return f"{size:.3g} {units[-1]}"

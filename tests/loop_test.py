@@ -192,7 +192,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_rubbish(
 
 @pytest.mark.parametrize(
   ("size", "words"),
-  [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (16.2e9, "16.2 GB"), (5e16, "5e+04 TB")],
+  [
+    (0, "0 B"),
+    (999, "999 B"),
+    (999_936, "1 MB"),
+    (1500, "1.5 kB"),
+    (16.2e9, "16.2 GB"),
+    (5e16, "5e+04 TB"),
+  ],
 )
 def test_sizes_are_in_words(size, words):
   assert in_bytes(size) == words

@@ -1,15 +1,18 @@
-"""The workdir of a run: what may differ when it is continued, and what a start leaves."""
+"""The workdir of a run: what may differ when it is continued, what a start leaves, its room."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
 from igpo_jax.train.continued import flat
+from igpo_jax.train.room import check_room
 from igpo_jax.train.workdir import open_workdir
 
 SFT_ROW, RL_ROW = {"stage": "sft", "step": 1}, {"stage": "rl", "step": 3}
@@ -199,3 +202,34 @@ def test_an_evaluation_looks_at_the_model_only_and_leaves_the_run_its_config(tmp
   assert (tmp_path / "config.json").read_bytes() == before
   with pytest.raises(UserError, match=r"config.model.d_model: 96 there, 8 now"):
     open_workdir(workdir, config_with(stages=("eval",), model__d_model=8))
+
+
+# --- room for checkpoints ---------------------------------------------------------------
+
+
+def room(tmp_path, monkeypatch, free, **options):
+  """Checks a model of 1,000 float32 parameters: a checkpoint of it has 12 kB."""
+  usage = shutil.disk_usage(tmp_path)._replace(free=free)
+  monkeypatch.setattr("igpo_jax.train.room.shutil.disk_usage", lambda path: usage)
+  check_room(config_with(**options), epath.Path(tmp_path), {"w": jnp.zeros(1000, jnp.float32)})
+
+
+@pytest.mark.parametrize(
+  ("options", "count"),
+  [
+    ({"stages": ("sft",), "checkpoint__keep": 1}, 2),
+    ({"stages": ("sft", "rl"), "checkpoint__keep": 2}, 5),
+    ({"stages": ("rl", "eval"), "checkpoint__best_metric": "rl/reward"}, 4),
+  ],
+)
+def test_checkpoints_that_will_not_fit_are_told_before_the_training(
+  options, count, tmp_path, monkeypatch
+):
+  room(tmp_path, monkeypatch, 12_000 * count, **options)
+  with pytest.raises(UserError, match=rf"{count} of 12 kB, one of them while .* checkpoint.keep="):
+    room(tmp_path, monkeypatch, 12_000 * count - 1, **options)
+  # Those of the run itself are counted, and an evaluation makes none.
+  (tmp_path / "checkpoints" / "rl" / "3").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "rl" / "3" / "data").write_bytes(b"x" * 12_000)
+  room(tmp_path, monkeypatch, 12_000 * (count - 1), **options)
+  room(tmp_path, monkeypatch, 0, stages=("eval",))

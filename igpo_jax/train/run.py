@@ -27,6 +27,7 @@ from igpo_jax.train.preflight import Inputs
 from igpo_jax.train.progress import track
 from igpo_jax.train.report import table, write_report
 from igpo_jax.train.rl import train_rl
+from igpo_jax.train.room import check_room
 from igpo_jax.train.runlog import RunLog, say
 from igpo_jax.train.setup import (
   Model,
@@ -64,6 +65,7 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
     model = make_model(config, tokenizer, mesh)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
+    check_room(config, workdir, model.params)
     log = RunLog(workdir, config.log)
     stop = StopSignal()
     evaluate = make_evaluation(config, model, scorer, mesh, workdir, inputs.records, stop)

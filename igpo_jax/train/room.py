@@ -1,0 +1,58 @@
+"""Room on the disk for a run's checkpoints, looked at before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import jax
+from etils import epath
+
+from igpo_jax.checkpoint import in_bytes
+from igpo_jax.cli import UserError
+from igpo_jax.config import Config
+from igpo_jax.models import lora
+from igpo_jax.parallel.distributed import from_first
+from igpo_jax.rowfile import can_append
+from igpo_jax.types import Params
+
+STATE_COPIES = 3  # the trained parameters and AdamW's two moments
+
+
+def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
+  """Checks that the checkpoints of all stages fit beside what is there. A collective.
+
+  A stage keeps `checkpoint.keep` of the latest and perhaps the best, and a new one is
+  written before an old one is removed. What compression saves is not counted on. Nothing
+  is known of the room on gs://, nor of quotas that the disk does not tell.
+
+  Args:
+    params: of the model; what LoRA does not train is in no checkpoint.
+
+  Raises:
+    UserError: on every process, if they do not fit.
+  """
+  stages = [stage for stage in config.stages if stage != "eval"]
+  if not stages or not can_append(workdir):
+    return
+  size = STATE_COPIES * sum(x.nbytes for x in jax.tree.leaves(lora.split(params)[0]))
+  count = len(stages) * (config.checkpoint.keep + bool(config.checkpoint.best_metric)) + 1
+
+  def look() -> None:
+    there = _bytes_below(workdir / "checkpoints")
+    free = shutil.disk_usage(workdir).free
+    if free + there < count * size:
+      raise UserError(
+        f"workdir {workdir}: {in_bytes(free)} are free, and this run's checkpoints need up to "
+        f"{in_bytes(count * size - there)} more ({count} of {in_bytes(size)}, one of them while it "
+        f"is written): free some, lower checkpoint.keep={config.checkpoint.keep}, or choose "
+        "another --workdir"
+      )
+
+  from_first(look)
+
+
+def _bytes_below(folder: epath.Path) -> int:
+  """Bytes of all files that a folder holds; 0 if there is none."""
+  files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+  return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
