@@ -20,6 +20,7 @@ from etils import epath
 from igpo_jax import cli
 from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.main import train
+from igpo_jax.train.continued import as_json
 
 LABELS = {
   "none": "none (GRPO)",
@@ -57,7 +58,8 @@ def run_arm(config: Config, workdir: epath.Path, sft_workdir: epath.Path) -> dic
     copy = workdir.parent / f"{workdir.name}.tmp"  # renamed when whole: a kill leaves no half
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sft_workdir, copy)
-    (copy / "config.json").unlink()  # the exploration differs, the SFT stage does not
+    # The exploration differs, the SFT stage does not.
+    (copy / "config.json").write_text(json.dumps(as_json(config)))
     copy.rename(workdir)
   summary = train(config, workdir)
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
