@@ -293,7 +293,9 @@ class LogConfig:
     samples_every: RL steps between writes of samples.jsonl; 0: never.
     samples_per_step: rows of samples.jsonl per write, all-wrong groups and what was
       inserted into them first; 0: all of the batch.
-    tensorboard, wandb: also write there (wandb must be installed).
+    tensorboard, wandb: also write there (wandb must be installed), over the steps of all
+      stages in a row. At wandb a run that continues is one run: its id is in `wandb_id`
+      of the workdir.
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
     profile_steps: write an xprof trace of so many steps of each stage to WORKDIR/profile; the

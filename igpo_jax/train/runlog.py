@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from igpo_jax.cli import UserError
 from igpo_jax.config import LogConfig
 from igpo_jax.parallel.distributed import from_first, share
-from igpo_jax.rowfile import Row, can_append, row_file
+from igpo_jax.rowfile import Row, can_append, row_file, write_whole
 
 # The order of stages in a run; "init" is the evaluation before the first one.
 STAGE_ORDER = ("init", "sft", "rl", "eval")
@@ -37,6 +39,24 @@ def until(stage: str, step: int) -> Callable[[Row], bool]:
   """Keeps the rows that a run at `step` of `stage` has behind it."""
   position = (STAGE_ORDER.index(stage), step)
   return lambda row: (STAGE_ORDER.index(row["stage"]), row["step"]) <= position
+
+
+def offsets(rows: Sequence[Row]) -> dict[str, int]:
+  """Stage -> how many steps the stages before it took: added to a row's step, the run's own."""
+  out, total = {}, 0
+  for stage in STAGE_ORDER:
+    out[stage] = total
+    total += max((row["step"] for row in rows if row["stage"] == stage), default=0)
+  return out
+
+
+def tag(stage: str, name: str) -> str:
+  """A metric's name for TensorBoard and wandb, whose charts show every stage of a run.
+
+  An evaluation is "eval/test/accuracy" in each stage, one chart for all; what else two
+  stages may have, such as "time/step_seconds", has its stage in front, once.
+  """
+  return name if name.startswith(("eval/", f"{stage}/")) else f"{stage}/{name}"
 
 
 class RunLog:
@@ -75,7 +95,11 @@ class RunLog:
       except ImportError:
         raise UserError("config.log.wandb is on, but wandb is not installed") from None
       folder = str(workdir) if can_append(workdir) else None
-      self._wandb = wandb.init(project=cfg.wandb_project, dir=folder, resume="allow")
+      self._wandb = wandb.init(
+        project=cfg.wandb_project, dir=folder, id=_wandb_id(workdir), resume="allow"
+      )
+      # Not wandb's own count of calls, which a continued run cannot set back.
+      self._wandb.define_metric("*", step_metric="global_step")
 
   def has(self, stage: str, step: int = 0) -> bool:
     """Whether there is the row of a step of `stage`; the same on every process. A collective."""
@@ -102,13 +126,17 @@ class RunLog:
     row = {"stage": stage, "step": step, **clean}
     self.rows.append(row)
     self._metrics.add([row])
+    if not (self._tensorboard or self._wandb):
+      return
+    overall = offsets(self.rows)[stage] + step
+    tagged = {tag(stage, name): value for name, value in clean.items()}
     if self._tensorboard:
-      for name, value in clean.items():
+      for name, value in tagged.items():
         if isinstance(value, (int, float)):
-          self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
+          self._tensorboard.add_scalar(name, value, overall)
       self._tensorboard.flush()
     if self._wandb:
-      self._wandb.log({f"{stage}/step": step, **clean})
+      self._wandb.log({"global_step": overall, **tagged})
 
   def samples(self, stage: str, step: int, rows: list[Row], limit: int = 0) -> None:
     """Appends completions of all processes to samples.jsonl, in the order of the batch.
@@ -139,6 +167,16 @@ class RunLog:
       self._tensorboard.close()
     if self._wandb:
       self._wandb.finish()
+
+
+def _wandb_id(workdir: epath.Path) -> str:
+  """The id of this workdir's run at wandb, kept in it, so that a run goes on as the same one."""
+  file = workdir / "wandb_id"
+  kept = file.read_text().strip() if file.exists() else ""
+  if not kept:
+    kept = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    write_whole(file, kept + "\n")
+  return kept
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
