@@ -15,9 +15,10 @@ from igpo_jax.config import default_config, freeze
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer, train_sentencepiece
-from igpo_jax.eval.evaluate import Evaluation, make_stream, problems_of
+from igpo_jax.eval.evaluate import Evaluation, in_words, make_stream, problems_of
 from igpo_jax.eval.generations import params_digest
 from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan
+from igpo_jax.options import SamplerConfig
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
 from tests.eval_rows import TASK, read, rows_file
@@ -180,6 +181,21 @@ def test_every_problem_is_made_once_in_order_whatever_the_tail(tmp_path):
   assert [(row["id"], row["sample"]) for row in read(path)] == [
     (name, sample) for name in wanted for sample in range(3)
   ]
+
+
+def test_the_settings_of_an_evaluation_are_equal_where_its_completions_are(tmp_path):
+  def words(**options):
+    return in_words(Setting(SamplerConfig(gen_length=8, block_length=4, steps=8, **options)))
+
+  assert words() == (
+    "gen_length=8, block_length=4, steps=8, temperature=0.0, remasking=low_confidence,"
+    " cfg_scale=0.0, refresh_every=0, early_stop=row"
+  )
+  assert words(batch_sizes=3) == words()
+  others = ({"temperature": 0.5}, {"threshold": 0.9}, {"early_stop": "none"}, {"allow_mask": True})
+  assert len({words(), *(words(**other) for other in others)}) == 5
+  result, _ = run_evaluation(tmp_path, WARM)
+  assert "temperature=1.0" in result["settings"] and result["cache"] == "none"
 
 
 def test_rows_do_not_depend_on_the_batch_or_on_other_samples(tmp_path):

@@ -6,12 +6,14 @@ import re
 import sys
 
 import jax
+import matplotlib.figure
 import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from igpo_jax.config import LogConfig
+from igpo_jax.train.report import draw_curves, summarize, table
 from igpo_jax.train.runlog import RunLog
 
 
@@ -110,3 +112,85 @@ def test_only_the_first_process_makes_the_id_of_wandb(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   RunLog(epath.Path(tmp_path), LogConfig(tensorboard=False, wandb=True)).close()
   assert not fake.started and not list(tmp_path.iterdir())
+
+
+# --- evaluations with other settings ---------------------------------------------------
+
+
+def evaluated(stage, step, accuracy, bench="t", **more):
+  result = {"accuracy": accuracy, "stderr": 0.01, "low": 0.0, "high": 1.0, "n": 9, "samples": 1}
+  result |= {"cache": "none", "settings": "gen_length=32, steps=16, temperature=0.0"} | more
+  return {"stage": stage, "step": step} | {f"eval/{bench}/{k}": v for k, v in result.items()}
+
+
+TRAINED = [evaluated("init", 0, 0.1), evaluated("sft", 40, 0.2), evaluated("rl", 5, 0.3)]
+FASTER = "gen_length=32, steps=8, temperature=0.0, threshold=0.9"
+
+KINDS = [
+  ({"cache": "dual"}, "cache=dual"),
+  ({"settings": FASTER}, "steps=8, threshold=0.9"),
+  ({"settings": "gen_length=32, steps=16"}, "temperature=none"),
+  ({"protocol": "igpo"}, "protocol=igpo"),
+  ({"n": 4}, "n=4"),
+  ({"samples": 2, "pass@2": 0.5}, "samples=2"),
+]
+
+
+def drawn(rows, tmp_path, monkeypatch):
+  """Label -> (steps, joined or not, marker) of the chart of accuracies."""
+  figures, make = [], matplotlib.figure.Figure
+
+  def keep(*args, **options):
+    figures.append(make(*args, **options))
+    return figures[-1]
+
+  monkeypatch.setattr(matplotlib.figure, "Figure", keep)
+  draw_curves(rows, epath.Path(tmp_path / "curves.png"))
+  lines = {}
+  for bars in figures[0].axes[3].containers:
+    line = bars.lines[0]
+    joined = line.get_linestyle() not in ("none", "None")
+    lines[bars.get_label()] = ([int(x) for x in line.get_xdata()], joined, line.get_marker())
+  return lines
+
+
+@pytest.mark.parametrize(("changed", "words"), KINDS)
+def test_an_evaluation_with_other_settings_is_not_joined_to_the_line(
+  changed, words, tmp_path, monkeypatch
+):
+  rows = [*TRAINED, evaluated("eval", 0, 0.9, **changed)]
+  lines = drawn(rows, tmp_path, monkeypatch)
+  assert lines["t"] == ([0, 40, 45], True, "o")
+  assert lines[f"t: {words}"] == ([45], False, "s") and len(lines) == 2
+  others = [line for line in table(summarize(rows)).splitlines() if "unlike" in line]
+  (line,) = others
+  assert f"unlike the others: {words}" in line and "| 0.900 |" in line
+
+
+def test_two_kinds_of_other_settings_have_two_markers_and_benchmarks_are_apart(
+  tmp_path, monkeypatch
+):
+  rows = [*TRAINED, evaluated("rl", 6, 0.4, cache="dual"), evaluated("eval", 0, 0.9, n=4),
+          evaluated("eval", 0, 0.5, bench="u", n=4)]  # fmt: skip
+  lines = drawn(rows, tmp_path, monkeypatch)
+  assert lines["t"][0] == [0, 40, 45] and lines["u"] == ([46], True, "o")
+  assert lines["t: cache=dual"][0] == [46] and lines["t: n=4"][0] == [46]
+  assert lines["t: cache=dual"][2] != lines["t: n=4"][2]
+
+
+def test_evaluations_of_the_same_settings_are_one_line_of_all_stages(tmp_path, monkeypatch):
+  rows = [*TRAINED, evaluated("eval", 0, 0.9)]
+  assert drawn(rows, tmp_path, monkeypatch) == {"t": ([0, 40, 45, 45], True, "o")}
+  assert "unlike" not in table(summarize(rows))
+
+
+def test_rows_of_an_earlier_version_are_compared_by_what_they_name(tmp_path, monkeypatch):
+  old = [{k: v for k, v in row.items() if k != "eval/t/settings"} for row in TRAINED]
+  assert list(drawn([*old, evaluated("eval", 0, 0.9)], tmp_path, monkeypatch)) == ["t"]
+  rows = [*old, evaluated("eval", 0, 0.9, cache="dual")]
+  assert "t: cache=dual" in drawn(rows, tmp_path, monkeypatch)
+
+
+def test_the_summary_has_nothing_of_an_evaluation_before_the_last():
+  rows = [evaluated("rl", 1, 0.1, samples=2, **{"pass@2": 0.5}), evaluated("rl", 2, 0.2)]
+  assert "pass@2" not in summarize(rows)["eval"]["rl/t"]

@@ -288,6 +288,7 @@ class Evaluation:
         self.mesh, self.key, generations, lambda left: self.progress(left, task.name),
       )  # fmt: skip
     result["cache"] = setting.sampler.cache
+    result["settings"] = in_words(setting)
     if task.protocol != PLAIN:
       result["protocol"] = task.protocol
       if setting.published is not None:
@@ -306,3 +307,16 @@ class Evaluation:
       return contextlib.nullcontext(self.scorer)
     reward = self.config.reward
     return Scorer("math", None, reward.workers, reward.timeout, setting.rules)
+
+
+def in_words(setting: Setting) -> str:
+  """What completions were made with, besides the cache: "gen_length=32, steps=16, ...".
+
+  Options at None or False are left out, and `batch_sizes`, on which no completion depends.
+  """
+  options = dataclasses.asdict(setting.sampler)
+  return ", ".join(
+    f"{name}={value}"
+    for name, value in options.items()
+    if name not in ("cache", "batch_sizes") and value is not None and value is not False
+  )

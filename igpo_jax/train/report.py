@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from igpo_jax.train.runlog import Row
+from igpo_jax.train.runlog import Row, offsets
 
 RL_MEANS = (
   "all_wrong_before",
@@ -29,15 +31,16 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
   Returns:
     {"eval": {"<stage>/<benchmark>": {"accuracy", "stderr", "n", ...}} from each
     stage's last evaluation, "rl": {name: mean over all steps}, "steps": {stage: last}}.
+    An evaluation with other settings than the run's others has these in "unlike".
   """
   evals: dict[str, dict[str, Any]] = {}
   steps: dict[str, int] = {}
+  usual = _usual(rows)
   for row in rows:
     steps[row["stage"]] = max(steps.get(row["stage"], 0), row["step"])
-    for name, value in row.items():
-      if name.startswith("eval/"):
-        _, bench, field = name.split("/", 2)
-        evals.setdefault(f"{row['stage']}/{bench}", {})[field] = value
+    for bench, result in _evaluations(row).items():
+      unlike = _unlike(result, usual[bench])
+      evals[f"{row['stage']}/{bench}"] = result | ({"unlike": unlike} if unlike else {})
   rl_rows = [row for row in rows if row["stage"] == "rl"]
   means = {}
   for name in RL_MEANS:
@@ -45,6 +48,47 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
     if values:
       means[name] = sum(values) / len(values)
   return {"eval": evals, "rl": means, "steps": steps}
+
+
+def _evaluations(row: Row) -> dict[str, dict[str, Any]]:
+  """Benchmark -> its numbers, of one row."""
+  out: dict[str, dict[str, Any]] = {}
+  for name, value in row.items():
+    if name.startswith("eval/"):
+      _, bench, field = name.split("/", 2)
+      out.setdefault(bench, {})[field] = value
+  return out
+
+
+def _settings(result: dict[str, Any]) -> dict[str, str]:
+  """What an evaluation was made with; accuracies of other settings do not compare.
+
+  Rows of earlier versions name fewer of them.
+  """
+  words = [word.split("=", 1) for word in result.get("settings", "").split(", ") if word]
+  out = {"protocol": str(result.get("protocol", "none"))} | dict(words)
+  return out | {name: str(result[name]) for name in ("cache", "samples", "n") if name in result}
+
+
+def _usual(rows: list[Row]) -> dict[str, dict[str, str]]:
+  """Benchmark -> the settings of most of its evaluations, the first ones of equally many."""
+  counts: dict[str, Counter[tuple[tuple[str, str], ...]]] = {}
+  for row in rows:
+    for bench, result in _evaluations(row).items():
+      counts.setdefault(bench, Counter())[tuple(sorted(_settings(result).items()))] += 1
+  return {bench: dict(count.most_common(1)[0][0]) for bench, count in counts.items()}
+
+
+def _unlike(result: dict[str, Any], usual: dict[str, str]) -> str:
+  """The settings of an evaluation that are not the usual ones, "cache=dual, steps=8"; "": none."""
+  own = _settings(result)
+  if not ("settings" in result and "steps" in usual):  # one of them is of an earlier version
+    own = {name: value for name, value in own.items() if name in usual}
+    usual = {name: value for name, value in usual.items() if name in own}
+  names = [*own, *(name for name in usual if name not in own)]
+  return ", ".join(
+    f"{name}={own.get(name, 'none')}" for name in names if own.get(name) != usual.get(name)
+  )
 
 
 STAGE_LABELS = {
@@ -84,6 +128,8 @@ def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
   where = f"{bench}, {STAGE_LABELS.get(stage, stage)}"
   if "protocol" in result:
     where += f", protocol {result['protocol']}"
+  if "unlike" in result:
+    where += f", unlike the others: {result['unlike']}"
   samples = result["samples"]
   lines = [
     f"| {where}{f', avg@{samples}' if samples > 1 else ''} | {result['accuracy']:.3f} "
@@ -98,6 +144,9 @@ def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
       f"| {result['published']:.3f} | | | |"
     )
   return lines
+
+
+OTHER_MARKERS: Sequence[str] = ("s", "^", "D", "v", "P", "X")
 
 
 def draw_curves(rows: list[Row], path: epath.Path) -> None:
@@ -140,23 +189,25 @@ def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
 
 
 def _accuracies(ax, rows) -> None:
-  """Held-out accuracy with its standard error, over the steps of all stages in a row."""
-  offsets, total = {}, 0
-  for stage in ("init", "sft", "rl", "eval"):
-    offsets[stage] = total
-    total += max((r["step"] for r in rows if r["stage"] == stage), default=0)
-  names = sorted({k.split("/")[1] for r in rows for k in r if k.startswith("eval/")})
-  for bench in names:
-    points = [
-      (offsets[r["stage"]] + r["step"], r[f"eval/{bench}/accuracy"], r[f"eval/{bench}/stderr"])
-      for r in rows
-      if f"eval/{bench}/accuracy" in r
-    ]
+  """Held-out accuracy with its standard error, over the steps of all stages in a row.
+
+  Evaluations of the usual settings are joined; each other kind has a marker of its own.
+  """
+  before, usual = offsets(rows), _usual(rows)
+  series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+  for row in rows:
+    for bench, result in _evaluations(row).items():
+      point = (before[row["stage"]] + row["step"], result["accuracy"], result["stderr"])
+      series.setdefault((bench, _unlike(result, usual[bench])), []).append(point)
+  others = iter(OTHER_MARKERS * len(series))
+  for (bench, unlike), points in sorted(series.items()):
     steps, values, errors = zip(*points, strict=True)
-    ax.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=bench)
-  ax.axvline(offsets["rl"], color="grey", linestyle=":", linewidth=1)
+    style = {"marker": next(others), "linestyle": "none"} if unlike else {"marker": "o"}
+    label = f"{bench}: {unlike}" if unlike else bench
+    ax.errorbar(steps, values, yerr=errors, capsize=3, label=label, **style)
+  ax.axvline(before["rl"], color="grey", linestyle=":", linewidth=1)
   ax.set(title="Held-out accuracy (± standard error)", xlabel="step (SFT, then RL)", ylim=(0, 1))
-  if names:
+  if series:
     ax.legend()
 
 
