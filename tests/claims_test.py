@@ -12,8 +12,9 @@ import sys
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from PIL import Image
 
-from benchmarks.claims import arms, claims, runs
+from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
 from igpo_jax.cli import UserError
 from igpo_jax.data.sources import load_records
@@ -116,6 +117,26 @@ def test_every_claim_is_there_and_every_arm_is_in_one():
   assert all(claim.seeds >= (3 if n in (9, 10) else 5) for n, claim in claims.CLAIMS.items())
   for claim in claims.CLAIMS.values():
     assert all({arm, other} <= {*claim.arms, ""} for arm, other, _ in claim.pairs)
+
+
+def test_a_picture_asks_and_does_not_answer(tmp_path):
+  for claim in claims.CLAIMS.values():
+    assert claim.question.endswith("?") and not set(claim.question) & set("<>")
+  results = {(arm, 0): result(0.1, value) for arm, value in
+             (("igpo", 0.5), ("full_hints", 0.9), ("grpo", 0.2))}  # fmt: skip
+  plots.draw(results, 4, range(1), [], epath.Path(tmp_path / "claim4.png"))  # refuted
+  assert picture_title(tmp_path / "claim4.png") == claims.CLAIMS[4].question
+
+
+def picture_title(path: pathlib.Path) -> str:
+  with Image.open(path) as image:
+    return image.text["Title"]
+
+
+@pytest.mark.parametrize("number", claims.CLAIMS)
+def test_the_pictures_in_the_documents_have_the_titles_of_today(number):
+  picture = ROOT / "docs" / "claims" / f"claim{number}.png"
+  assert picture_title(picture) == claims.CLAIMS[number].question
 
 
 def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_told(tmp_path):

@@ -56,7 +56,8 @@ class Claim:
   """One claim.
 
   Attributes:
-    title: as a statement.
+    title: as a statement, which the runs may refute.
+    question: the same as what a picture asks, whatever its curves answer.
     arms: the runs it compares, in the table's order.
     measures: the table's columns.
     pairs: (arm, other, measure): differences arm - other, paired over seeds.
@@ -65,6 +66,7 @@ class Claim:
   """
 
   title: str
+  question: str
   arms: Sequence[str]
   measures: Sequence[Measure]
   pairs: Sequence[tuple[str, str, Measure]]
@@ -75,56 +77,69 @@ class Claim:
 CLAIMS = {
   1: Claim(
     "IGPO has fewer all-wrong groups than GRPO (paper: about 60% fewer)",
+    "Has IGPO fewer all-wrong groups than GRPO?",
     ("igpo", "grpo"), (LEFT, WRONG, EXTRA),
     (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), seeds=10, curve="rl/all_wrong_after",
   ),
   2: Claim(
     "Held-out accuracy: IGPO > GRPO > no RL",
+    "Held-out accuracy: is IGPO better than GRPO, and both than no RL?",
     ("igpo", "grpo"), (BEFORE, AFTER, REWARD),
     (("igpo", "grpo", AFTER), ("grpo", "", AFTER)), seeds=10,
   ),
   3: Claim(
     "IGPO > GRPO with the same number of samples",
+    "IGPO and GRPO with the same number of samples: which is better?",
     ("igpo", "resample", "grpo"), (AFTER, LEFT, EXTRA),
     (("igpo", "resample", AFTER), ("resample", "grpo", AFTER)), seeds=10,
   ),
   4: Claim(
     "Partial hints (eta in 0.2..0.6) > full hints > none",
+    "Partial hints (eta in 0.2..0.6), full hints or none: which is best?",
     ("igpo", "full_hints", "grpo"), (AFTER, LEFT, EXTRA),
     (("igpo", "full_hints", AFTER), ("full_hints", "grpo", AFTER)),
   ),
   5: Claim(
     "The entropy filter: tau 0.2 is best, tau 1 unstable",
+    "The entropy filter: which tau is best, and is tau 1 unstable?",
     ("tau_0.05", "igpo", "tau_0.5", "tau_1"), (AFTER, FALL, NORM),
     (("igpo", "tau_0.05", AFTER), ("igpo", "tau_0.5", AFTER), ("igpo", "tau_1", AFTER),
      ("tau_1", "igpo", FALL)),
   ),
   6: Claim(
     "SFT on length-aligned traces > on verbose ones, and so is the RL after it",
+    "Is RL better after SFT on length-aligned traces than on verbose ones?",
     ("igpo", "verbose"), (BEFORE, AFTER, LEFT),
     (("igpo", "verbose", BEFORE), ("igpo", "verbose", AFTER)),
   ),
   7: Claim(
     "What a leaked answer does (official code)",
+    "What does a leaked answer do (official code)?",
     ("igpo", "leak", "grpo"), (AFTER, REWARD, LEFT, EXTRA),
     (("leak", "igpo", AFTER), ("leak", "grpo", AFTER)),
   ),
   8: Claim(
     "What the void entropy filter does (official code)",
+    "What does the void entropy filter do (official code)?",
     ("igpo", "official", "tau_1"), (AFTER, FALL, NORM),
     (("igpo", "official", AFTER), ("official", "tau_1", AFTER)),
   ),
   9: Claim(
     "Estimators: coupled masks (IGPO here), random-ratio, mean-field",
+    "Which estimator: coupled masks (IGPO here), random-ratio or mean-field?",
     ("igpo", "random_ratio", "mean_field"), (AFTER, LEFT, NORM),
     (("random_ratio", "igpo", AFTER), ("mean_field", "igpo", AFTER)), seeds=3,
   ),
   10: Claim(
     "Noise in the traces",
+    "What does noise in the traces do?",
     ("igpo", "noise_0.1", "noise_0.3"), (AFTER, LEFT, EXTRA),
     (("noise_0.1", "igpo", AFTER), ("noise_0.3", "igpo", AFTER)), seeds=3,
   ),
-  11: Claim("The gradient's size is rho (1 - rho), largest at 1/2", (), (), (), curve=""),
+  11: Claim(
+    "The gradient's size is rho (1 - rho), largest at 1/2",
+    "Is the gradient's size rho (1 - rho), largest at 1/2?", (), (), (), curve="",
+  ),
 }  # fmt: skip
 
 

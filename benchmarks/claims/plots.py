@@ -39,7 +39,7 @@ def _band(axes, steps, rows, label: str, style: int) -> None:
 
 def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict],
          path: epath.Path) -> None:  # fmt: skip
-  """Writes the picture of a claim as PNG."""
+  """Writes the picture of a claim as PNG, titled by its question: the curves are the answer."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -65,8 +65,8 @@ def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict]
     axes.set_xlabel("rho, share of the group that is correct")
     axes.set_ylabel("norm of the expected gradient\n(share of the largest predicted)")
     axes.set_ylim(0, None)
-  axes.set_title(f"{claim.title}\nmean and 95% interval, n = {len(seeds)} seeds", fontsize=10)
+  axes.set_title(f"{claim.question}\nmean and 95% interval, n = {len(seeds)} seeds", fontsize=10)
   axes.grid(alpha=0.3)
   axes.legend(fontsize=9)
-  figure.savefig(path, dpi=110)
+  figure.savefig(path, dpi=110, metadata={"Title": claim.question})
   plt.close(figure)
