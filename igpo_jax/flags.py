@@ -7,6 +7,7 @@ line to `parse`, which also answers --help and --print_config.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ from igpo_jax.fields import meant
 from igpo_jax.usage import help_text, options
 
 PRINT = "print_config"
+LONGEST_ARGUMENT = 64  # characters of it in a run's name
 
 
 def config_flag() -> flags.FlagValues:
@@ -34,7 +36,7 @@ def config_flag() -> flags.FlagValues:
 
 
 def parse(values: flags.FlagValues, argv: list[str], usage: str) -> tuple[Config, str]:
-  """Parses a command line into `values`; returns the frozen config and its file's stem.
+  """Parses a command line into `values`; returns the frozen config and `run_name`.
 
   Prints help or the config and exits with 0 where --help or --print_config asks for it. May
   be called again with another command line: nothing of the one before is left.
@@ -63,7 +65,7 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> tuple[Config
   frozen = freeze(values.config)
   if values[PRINT].value:
     _leave(json.dumps(dataclasses.asdict(frozen), indent=2))
-  return frozen, file.stem
+  return frozen, run_name(name)
 
 
 def forget(values: flags.FlagValues) -> None:
@@ -103,6 +105,20 @@ def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
     raise UserError(f"--config={path}: no such file")
   config = load_config_file(file, *([argument] if colon else []))
   return config, file
+
+
+def run_name(name: str) -> str:
+  """A folder's name for the run of "FILE" or "FILE:ARGUMENT": "quickstart", "quickstart_smoke".
+
+  Characters of the argument other than a to z, digits, "-" and "." become "_"; of a long
+  argument the end is kept, with a digest of all of it.
+  """
+  path, _, argument = name.partition(":")
+  words = re.sub(r"[^\w.-]+", "_", argument, flags=re.ASCII).strip("_")
+  if len(words) > LONGEST_ARGUMENT:
+    digest = hashlib.sha256(argument.encode()).hexdigest()[:8]
+    words = f"{digest}_{words[-LONGEST_ARGUMENT:]}"
+  return f"{epath.Path(path).stem}_{words}" if words else epath.Path(path).stem
 
 
 # --- overrides ---------------------------------------------------------------------------

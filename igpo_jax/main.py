@@ -20,7 +20,10 @@ from igpo_jax.train.inputs import check_inputs
 
 FLAGS = config_flag()
 flags.DEFINE_string(
-  "workdir", "", "Where the run writes; default runs/<config>.", flag_values=FLAGS
+  "workdir",
+  "",
+  "Where the run writes; default runs/NAME or runs/NAME_ARGUMENT for --config=NAME.py[:ARGUMENT].",
+  flag_values=FLAGS,
 )
 flags.DEFINE_bool(
   "dry_run",

@@ -179,6 +179,31 @@ def test_options_reach_the_config(simple):
   assert str(workdir) == "/tmp/x"
 
 
+WORKDIRS = [
+  ("", "simple"),
+  (":", "simple"),
+  (":smoke", "simple_smoke"),
+  (":data,h100-8", "simple_data_h100-8"),
+  (":/scratch/my data/v1.0,gpu", "simple_scratch_my_data_v1.0_gpu"),
+  (":../..", "simple_.._.."),
+  (":gs://bucket/Ä b", "simple_gs_bucket_b"),
+  (":,/", "simple"),
+]
+
+
+@pytest.mark.parametrize(("argument", "name"), WORKDIRS)
+def test_a_config_has_a_default_workdir_for_each_argument(argument, name, simple):
+  simple.write_text(simple.read_text().replace("get_config()", 'get_config(argument="")'))
+  _, workdir = parse([f"--config={simple}{argument}"])
+  assert str(workdir) == f"runs/{name}"
+
+
+def test_long_arguments_have_workdirs_of_their_own_that_a_disk_can_name(simple):
+  simple.write_text(simple.read_text().replace("get_config()", "get_config(argument)"))
+  first, second = (parse([f"--config={simple}:/{'d' * 300}/{c}/x"])[1] for c in "ab")
+  assert first != second and len(first.name) < 120
+
+
 @pytest.mark.parametrize(
   ("options", "complaint"),
   [
