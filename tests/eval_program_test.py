@@ -56,6 +56,7 @@ def test_a_workdir_is_evaluated_by_other_settings_and_can_still_be_continued(tra
   summary = tiny(trained, *options, stages=("eval",))
   result = summary["eval"]["eval/test"]
   assert (result["n"], result["samples"]) == (5, 2) and "pass@2" in result
+  assert result["unlike"] == "temperature=0.5, samples=2, n=5"
   assert len(read(rows_file(trained / "evals", "sft-2/plain"))) == 10
   assert (trained / "config.json").read_bytes() == before
   tiny(trained)
