@@ -44,7 +44,8 @@ class LoRAConfig:
     alpha: the scale's numerator.
     targets: a regular expression that the whole path of a linear layer has to
       match, such as "blocks/(q|k|v)_proj" or "blocks/.*|head".
-    dropout: of the adapters' input, where a caller passes `dropout_key`.
+    dropout: of the input of the blocks' adapters, in fine-tuning; with RL it is refused. The
+      head's adapter has none.
   """
 
   rank: Natural = 0

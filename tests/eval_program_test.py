@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from igpo_jax import main
 from igpo_jax.cli import UserError
 from igpo_jax.config import freeze, load_config_file
+from igpo_jax.train import run
 from igpo_jax.train.report import summarize, table
+from igpo_jax.train.setup import Model
+from tests import tiny_config
 from tests.eval_rows import TASK, read, rows_file
 from tests.fakes import REPO
+from tests.tiny_lm import tiny_model
 
 CONFIG = REPO / "tests" / "eval_config.py"
 
@@ -164,3 +171,28 @@ def test_two_processes_give_each_problem_once_and_the_rows_of_one(tmp_path, trai
   assert read(path) == thirteen(trained)
   summary = json.loads((tmp_path / "summary.json").read_text())
   assert summary["eval"]["eval/test"]["n"] == 13
+
+
+def test_evaluations_read_the_parameters_in_the_compute_dtype(monkeypatch, tmp_path):
+  """What rollouts read, not the float32 master of full fine-tuning."""
+  seen = []
+
+  class Recorded:
+    def __init__(self, *args):
+      pass
+
+    def __call__(self, params, label):
+      seen.append({x.dtype for x in jax.tree.leaves(params)})
+      return {}
+
+  monkeypatch.setattr(run, "Evaluation", Recorded)
+  config = freeze(tiny_config.get_config())
+  lm, params = tiny_model()
+  for dtype in ("bfloat16", "float32"):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    model = Model(lm, params, None, None)
+    evaluate = run.make_evaluation(
+      config, model, None, None, epath.Path(tmp_path), lambda uri: [], run.StopSignal()
+    )
+    evaluate(params, "init")
+  assert seen == [{jnp.dtype("bfloat16")}, {jnp.dtype("float32")}]

@@ -15,19 +15,30 @@ from etils import epath
 
 from igpo_jax import rewrite
 from igpo_jax.cli import UserError
-from igpo_jax.config import CheckpointConfig, SFTConfig, freeze, load_config_file
+from igpo_jax.config import (
+  CheckpointConfig,
+  LoRAConfig,
+  ModelConfig,
+  SFTConfig,
+  freeze,
+  load_config_file,
+)
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.diffusion.corrupt import mask_rows
 from igpo_jax.main import train
+from igpo_jax.models import lora
+from igpo_jax.models.llada import make_lm
+from igpo_jax.parallel.machine import here
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train import sft
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import sft_stream
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.setup import make_model
+from igpo_jax.train.sizes import resolve
 from igpo_jax.train.update import make_sft_update
 from igpo_jax.types import TrainState
 from tests import tiny_config
@@ -72,6 +83,55 @@ def test_the_loss_is_the_nelbo_written_out_by_hand():
     nll = [-log_p[row, at, batch.tokens[row, at]] for at in np.flatnonzero(masked[row])]
     total += sum(nll) / p[row] / 24
   assert float(metrics["loss"]) == pytest.approx(total / 8, rel=2e-5)
+
+
+def updated(lm, params, batch, response, frozen=None, **options):
+  """(state, metrics) of one update by plain gradient descent."""
+  optimizer, zero = optax.sgd(0.1), np.zeros((), np.int32)
+  update = make_sft_update(lm, optimizer, SFTConfig(batch_size=8, **options))
+  own = jax.tree.map(np.array, params)
+  state = TrainState(zero, own, optimizer.init(own), zero, zero)
+  return update(state, frozen or {}, batch.tokens, batch.valid, response, jax.random.key(3))
+
+
+def test_the_head_sees_response_positions_only():
+  """Which decides no number: `response` may be of the whole row, or of its last columns."""
+  lm, params = tiny_model(TOKENIZER.vocab_size)
+  seen = set()
+
+  def head(params, h):
+    seen.add(h.shape[1])
+    return lm.head(params, h)
+
+  batch = next(b for b in map(stream().batch, range(16)) if b.response_length == 24)
+  watched = lm._replace(head=head)
+  state, metrics = updated(watched, params, batch, batch.response[:, -batch.response_length :])
+  assert max(seen) == 24 < batch.tokens.shape[1]
+  whole, expected = updated(lm, params, batch, batch.response)
+  assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
+  assert float(metrics["masked"]) == float(expected["masked"])
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  jax.tree.map(close, state.params, whole.params)
+
+
+def test_dropout_of_the_adapters_acts_in_every_micro_batch():
+  config = ModelConfig(
+    d_model=16, n_layers=2, n_heads=2, mlp_hidden=32, vocab_size=TOKENIZER.vocab_size, remat="full",
+    mask_id=TOKENIZER.mask_id, eos_id=TOKENIZER.eos_id, lora=LoRAConfig(rank=2, alpha=4.0),
+  )  # fmt: skip
+  make = lambda rate: make_lm(
+    dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=rate))
+  )
+  adapters, frozen = lora.split(make(0.0).init(jax.random.key(0)))
+  adapters = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(1), x.shape), adapters)
+  batch = stream().batch(0)
+  loss = lambda rate, count: float(
+    updated(make(rate), adapters, batch, batch.response, frozen, micro_batches=count)[1]["loss"]
+  )
+  # The masks of the corruption are the same: what differs is the dropout.
+  plain, parts = loss(0.0, 1), loss(0.5, 4)
+  assert loss(0.0, 4) == pytest.approx(plain, rel=1e-5)
+  assert abs(parts - plain) > 1e-2 * plain and loss(0.5, 4) == parts
 
 
 # --- responses of several lengths -------------------------------------------------------
@@ -182,6 +242,7 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
   best = "eval/test/accuracy"
   options = {"sft.eval_every": 1, "sft.response_lengths": (40,)}
   config = tiny(**{**options, "sft.hand_on": "best", "checkpoint.best_metric": best})
+  config = resolve(config, here())  # as `train` does before a stage: micro_batches=0 is no number
   accuracy = iter([0.1, 0.9, 0.2, 0.3, 0.1])
   kept = []
 

@@ -73,6 +73,11 @@ class SFTBatch:
   length: np.ndarray
   row_id: np.ndarray
 
+  @property
+  def response_length(self) -> int:
+    """How many of the last columns are the response: the same in every row."""
+    return int(self.response[0].sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class _Item:

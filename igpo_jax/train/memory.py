@@ -62,7 +62,7 @@ def memory(config: Config, mesh) -> dict[str, Memory]:
     # The first parameters stay with whoever called the stage.
     first = {} if model.lora.rank else {"parameters it began with": held["parameters"]}
     kept = {k: held[k] for k in ("parameters", "optimizer", "base") if held[k]} | first
-    work = _backward(model, mesh, rows, bucket + length, bucket + length, config.sft.micro_batches)
+    work = _backward(model, mesh, rows, bucket + length, length, config.sft.micro_batches)
     out["sft"] = Memory(kept, work)
   if "rl" in config.stages:
     out |= _of_policy(config, mesh)

@@ -165,7 +165,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     update = make_sft_update(lm, optimizer, config.sft, shardings_of(state))
     out["sft"] = Program(
       mesh,
-      lambda: update.trace(state, frozen, tokens, flag, flag, key),
+      lambda: update.trace(state, frozen, tokens, flag, array(jnp.bool_, batch, length), key),
       (),
       training_flops(config, forward_flops(cfg, batch, total, total, length, read=length)),
       _passes(config) * config.sft.micro_batches,

@@ -31,6 +31,7 @@ from igpo_jax.train.room import check_room
 from igpo_jax.train.runlog import RunLog, say
 from igpo_jax.train.setup import (
   Model,
+  compute_copy,
   make_model,
   make_tokenizer,
   purpose_key,
@@ -131,6 +132,8 @@ def make_evaluation(
   def evaluate_all(params, label: str) -> dict[str, float | str]:
     row = {}
     began = time.perf_counter()
+    # As the rollouts do: a float32 master would be cast, and gathered whole, at every step.
+    params = compute_copy(params, config.model.dtype)
     for name, result in evaluation(params, label).items():
       row |= {f"eval/{name}/{k}": v for k, v in result.items()}
       say(

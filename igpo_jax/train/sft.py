@@ -40,8 +40,9 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
   # step
   def step(state, n):
     batch = stream.batch(n)
-    arrays = shard_rows(run.mesh, (batch.tokens, batch.valid, batch.response))
-    with run.progress.program("update", arrays[0].shape):
+    response = batch.response[:, -batch.response_length :]
+    arrays = shard_rows(run.mesh, (batch.tokens, batch.valid, response))
+    with run.progress.program("update", (*arrays[0].shape, batch.response_length)):
       state, metrics = update(state, frozen, *arrays, purpose_key(config.seed, n, "sft_mask"))
     return state, metrics, []
 

@@ -100,17 +100,23 @@ def apply_gradient(
 # --- supervised fine-tuning ----------------------------------------------------------
 
 
-def nelbo_sum(lm: LM, params: Params, noisy, masked, p, tokens, valid, response) -> Array:
+def nelbo_sum(
+  lm: LM, params: Params, noisy, masked, p, tokens, valid, response, dropout_key=None
+) -> Array:
   """Sum over rows of sum(masked cross-entropy / p) / response length (docs/method.md#sft).
 
   Args:
     noisy, tokens: i32[B,T], the corrupted and the clean rows.
-    masked, valid, response: bool[B,T].
+    masked, valid: bool[B,T].
     p: f32[B], the probability each row was masked with.
+    response: bool[B,W], of the last W columns; the head is applied to these only.
+    dropout_key: of the adapters' dropout; None turns it off.
   """
-  h, _ = lm.hidden(params, noisy, valid)
-  logp, _ = token_stats(lambda x: lm.head(params, x), h, tokens[:, None])
-  per_row = masked_sum(-logp[:, 0], masked, axis=1) / p
+  dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
+  h, _ = lm.hidden(params, noisy, valid, **dropout)
+  read = lambda x: x[:, -response.shape[1] :]
+  logp, _ = token_stats(lambda x: lm.head(params, x), read(h), read(tokens)[:, None])
+  per_row = masked_sum(-logp[:, 0], read(masked), axis=1) / p
   return jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
 
 
@@ -128,20 +134,26 @@ def make_sft_update(
 ):
   """update(state, frozen, tokens, valid, response, key) -> (state, metrics), jitted.
 
-  The state is donated. `frozen` is what is not trained: the base under LoRA, else {}.
+  The state is donated. `frozen` is what is not trained: the base under LoRA, else {}. `tokens`
+  and `valid` are [B,T], `response` bool[B,W] is of their last W columns: W = T may be, but the
+  head is then applied to the prompts, too. Adapters have dropout if `lm` has; its patterns, unlike
+  everything else, differ with the number of micro-batches.
 
   Args:
     shardings: of the state that goes in and comes out; None leaves them to the compiler.
   """
 
   def update(state: TrainState, frozen: Params, tokens, valid, response, key):
-    rows = tokens.shape[0]
+    rows, length = tokens.shape
     # Drawn for the whole batch, so that the masks do not depend on the micro-batches.
-    noisy, masked, p = mask_rows(key, tokens, response, lm.mask_id, cfg.eps)
-    batch = (noisy, masked, p, tokens, valid, response)
+    of_row = jnp.pad(response, ((0, 0), (length - response.shape[1], 0)))
+    noisy, masked, p = mask_rows(key, tokens, of_row, lm.mask_id, cfg.eps)
+    dropout_keys = jax.random.split(jax.random.fold_in(key, 1), rows)
+    batch = (noisy, masked, p, tokens, valid, response, dropout_keys)
 
     def loss_sums(trainable, part):
-      return nelbo_sum(lm, lora.combine(frozen, trainable), *part) / rows, {}
+      *part, keys = part
+      return nelbo_sum(lm, lora.combine(frozen, trainable), *part, keys[0]) / rows, {}
 
     slices = split_micro_batches(batch, cfg.micro_batches)
     loss, _, grads = accumulate(loss_sums, state.params, slices)
