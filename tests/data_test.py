@@ -523,7 +523,7 @@ CSV = 'question,answer,trace\n"1+1, or ""two""?",2,"so\n2"\n\n2+2?,4,\n'
   [
     ("x.csv", CSV.encode(), ""),
     ("x.csv", b"\xef\xbb\xbf" + CSV.encode().replace(b"\n", b"\r\n"), ""),
-    ("x.csv.gz", gzip.compress(CSV.encode()), ""),
+    ("x.csv.gz", gzip.compress(CSV.encode(), mtime=0), ""),
     ("x.csv", CSV.encode("utf-16"), ""),
     ("x.tsv", CSV.replace(",", "\t").replace("1\t", "1,").encode(), ""),
     ("x.txt", CSV.replace(",", ";").replace("1;", "1,").encode(), "?delimiter=;"),

@@ -50,7 +50,7 @@ WAYS = {
   "bzip2": bz2.compress,
   "xz": lzma.compress,
   "zstandard": zstd,
-  "gzip of a mark": lambda data: gzip.compress(codecs.BOM_UTF8 + data),
+  "gzip of a mark": lambda data: gzip.compress(codecs.BOM_UTF8 + data, mtime=0),
 }
 
 
@@ -124,8 +124,8 @@ NESTED = '{"question": ' + "[" * 100_000 + "]" * 100_000 + "}"
     (LINES + b'{"question": "\xe9"}\n', "line 4: not UTF-8"),
     (LINES + b"3\n", "line 4: a JSON object was expected, not int"),
     (b'[{"question": "q"}, 3]', "row 2: a JSON object was expected, not int"),
-    (gzip.compress(LINES * 2000)[:300], "damaged or cut off"),
-    (gzip.compress(LINES)[:12] + b"\0" * 60, "damaged"),
+    (gzip.compress(LINES * 2000, mtime=0)[:300], "damaged or cut off"),
+    (gzip.compress(LINES, mtime=0)[:12] + b"\0" * 60, "damaged"),
     (bz2.compress(LINES)[:30], "damaged or cut off"),
     (lzma.compress(LINES)[:40], "damaged or cut off"),
     (zstd(LINES * 2000)[:30], "cannot be read|damaged"),
@@ -163,7 +163,7 @@ def web(tmp_path_factory):
   """The address of a folder on a web server."""
   folder = tmp_path_factory.mktemp("web")
   (folder / "rows.jsonl").write_bytes(LINES)
-  (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
+  (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "rows.parquet")
 
   class Quiet(http.server.SimpleHTTPRequestHandler):
