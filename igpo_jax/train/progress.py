@@ -57,7 +57,7 @@ class Display:
       total=total, initial=done, file=sys.stderr, leave=leave, ncols=self._columns(),
       bar_format=BAR.format(name=name, text=""), disable=not writes or self._lines,
     )  # fmt: skip
-    self._said = time.monotonic()
+    self._said = time.perf_counter()
 
   def show(self, text: str, done: int | None = None) -> None:
     """Shows how far it is; as a line only if there was none for LINE_SECONDS, or at the end."""
@@ -66,8 +66,8 @@ class Display:
     self._bar.n, self._bar.ncols = self.done, self._columns()
     self._bar.refresh()
     finished = moved and self.done == self.total
-    if self._lines and (finished or time.monotonic() - self._said >= LINE_SECONDS):
-      self._said = time.monotonic()
+    if self._lines and (finished or time.perf_counter() - self._said >= LINE_SECONDS):
+      self._said = time.perf_counter()
       say(f"{self.name} {self.done}/{self.total}: {text}")
 
   @staticmethod
