@@ -9,7 +9,10 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
 os.environ.setdefault(
@@ -51,3 +54,27 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
   place = {name: number for number, name in enumerate(LONG_FILES)}
   items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+# module -> its tables of what was registered by name
+REGISTRIES = {
+  "igpo_jax.align.trim": ("_RULES",),
+  "igpo_jax.data.sources": ("_SOURCES",),
+  "igpo_jax.rewards.registry": ("_VERIFIERS", "_READS_GOLDS", "_REWARDS"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _what_a_test_registers_goes_with_it():
+  """Else messages that list the known names would depend on which tests ran before."""
+  tables = [
+    getattr(sys.modules[module], name)
+    for module, names in REGISTRIES.items()
+    if module in sys.modules
+    for name in names
+  ]
+  before = [table.copy() for table in tables]
+  yield
+  for table, kept in zip(tables, before, strict=True):
+    table.clear()
+    table.update(kept)
