@@ -44,12 +44,13 @@ from benchmarks.torch_llada import find_code
 from igpo_jax import cli
 from igpo_jax.config import Config, DataConfig, LoRAConfig, RLConfig, SamplerConfig
 from igpo_jax.convert.families import hf_config
+from igpo_jax.errors import UserError
 from igpo_jax.models import attention
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.rl.sampling import sample_rows
-from igpo_jax.train.programs import programs
+from igpo_jax.train.ahead_of_time import programs
 from igpo_jax.train.setup import Model, compute_copy, make_optimizer, start_state
 from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Rollout
@@ -370,9 +371,9 @@ def check_options(args: argparse.Namespace) -> None:
   """Raises `UserError` for sizes that do not go together, before anything is made."""
   for name in ("rows", "prompt", "group", "lora_rank", "repeats"):
     if getattr(args, name) < 1:
-      raise cli.UserError(f"--{name}={getattr(args, name)}: at least 1")
+      raise UserError(f"--{name}={getattr(args, name)}: at least 1")
   if args.group < 2 or args.rows % args.group:
-    raise cli.UserError(
+    raise UserError(
       f"--rows={args.rows} is not a multiple of --group={args.group} completions, at least 2"
     )
   if args.torch:

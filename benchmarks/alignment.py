@@ -27,6 +27,7 @@ from etils import epath
 
 from igpo_jax import cli
 from igpo_jax.config import Config, SamplerConfig, default_config, freeze
+from igpo_jax.errors import UserError
 from igpo_jax.main import train
 
 TASK = "synthetic:chains?min_steps=4&max_steps=4&rare=add&rare_share=0.25"
@@ -140,9 +141,9 @@ def main() -> None:
   arms = args.arms.split(",")
   for arm in arms:
     if arm not in LABELS:
-      raise cli.UserError(f"--arms: {arm!r} is not one of {', '.join(LABELS)}")
+      raise UserError(f"--arms: {arm!r} is not one of {', '.join(LABELS)}")
   if args.long <= WINDOW or args.long % BLOCK:
-    raise cli.UserError(f"--long={args.long}: give a multiple of {BLOCK} above {WINDOW}")
+    raise UserError(f"--long={args.long}: give a multiple of {BLOCK} above {WINDOW}")
   setting = Setting(args.steps, args.detours, args.long)
   results: dict[str, dict[str, dict]] = {arm: {} for arm in arms}
   for seed in map(int, args.seeds.split(",")):

@@ -18,7 +18,7 @@ from benchmarks.common import BENCH_MODEL, TINY_MODEL, emit, spread
 from igpo_jax import cli
 from igpo_jax.config import default_config, freeze
 from igpo_jax.parallel.mesh import make_mesh
-from igpo_jax.train.programs import programs
+from igpo_jax.train.ahead_of_time import programs
 
 DEPTHS = (8, 32)
 

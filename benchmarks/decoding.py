@@ -30,6 +30,7 @@ from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.diffusion.network import cached_widths
 from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import make_stream, problems_of
 from igpo_jax.eval.metrics import wilson
 from igpo_jax.eval.protocols import plain_setting, plan
@@ -51,7 +52,7 @@ def trained_params(workdir: epath.Path, model, stage: str):
   directory = workdir / "checkpoints" / stage
   step = Checkpoints(directory).latest() if directory.exists() else None
   if step is None:
-    raise cli.UserError(f"--workdir: {directory} holds no checkpoint of a finished run")
+    raise UserError(f"--workdir: {directory} holds no checkpoint of a finished run")
   return Checkpoints(directory).restore_part(step, {"params": model.params})["params"]
 
 
@@ -169,7 +170,7 @@ def main() -> None:
   args = parser.parse_args()
   for path in (args.config, args.workdir):
     if not epath.Path(path).exists():
-      raise cli.UserError(f"no such file or directory: {path}")
+      raise UserError(f"no such file or directory: {path}")
   config = freeze(load_config_file(args.config))
   results = study(config, epath.Path(args.workdir), args)
   print(table(results))

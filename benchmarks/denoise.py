@@ -25,6 +25,7 @@ from igpo_jax import cli
 from igpo_jax.config import ModelConfig, SamplerConfig
 from igpo_jax.diffusion.network import cached_widths, overhang
 from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.types import Canvas
@@ -46,12 +47,12 @@ def parse_case(text: str, base: SamplerConfig) -> SamplerConfig:
   for option in options:
     name, _, value = option.partition("=")
     if name not in OPTIONS:
-      raise cli.UserError(f"--cases: {option!r} is not one of {', '.join(OPTIONS)} with a value")
+      raise UserError(f"--cases: {option!r} is not one of {', '.join(OPTIONS)} with a value")
     try:
       field, kind = OPTIONS[name]
       changes[field] = kind(value)
     except ValueError:
-      raise cli.UserError(f"--cases: {option!r}: {value!r} is no number") from None
+      raise UserError(f"--cases: {option!r}: {value!r} is no number") from None
   return dataclasses.replace(base, **changes)
 
 

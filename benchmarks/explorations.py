@@ -19,6 +19,7 @@ from etils import epath
 
 from igpo_jax import cli
 from igpo_jax.config import Config, freeze, load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.main import train
 from igpo_jax.train.continued import as_json
 
@@ -32,7 +33,7 @@ LABELS = {
 def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[str]) -> Config:
   """The config of one arm; an override is "a.b=value" with a JSON value."""
   if not path.exists():
-    raise cli.UserError(f"--config: no such file: {path}")
+    raise UserError(f"--config: no such file: {path}")
   config = load_config_file(path)
   config.seed = seed
   config.rl.exploration = exploration
@@ -41,7 +42,7 @@ def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[s
     try:
       config.update_from_flattened_dict({name: json.loads(value)})
     except (KeyError, TypeError, ValueError) as error:
-      raise cli.UserError(f"--set {item}: {error}") from None
+      raise UserError(f"--set {item}: {error}") from None
   return freeze(config)
 
 
@@ -99,7 +100,7 @@ def main() -> None:
   names = args.explorations.split(",")
   for name in names:
     if name not in LABELS:
-      raise cli.UserError(f"--explorations: {name!r} is not one of {', '.join(LABELS)}")
+      raise UserError(f"--explorations: {name!r} is not one of {', '.join(LABELS)}")
 
   configs = {name: load_config(args.config, args.seed, name, args.set) for name in names}
   sft_workdir = args.workdir / "sft"

@@ -20,6 +20,7 @@ import statistics
 import time
 
 from igpo_jax import cli
+from igpo_jax.errors import UserError
 from igpo_jax.grade import read_generations
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.pool import default_workers
@@ -30,7 +31,7 @@ def measure(path: pathlib.Path, workers: int, repeats: int) -> dict:
   """Items per second for one file, the median of `repeats`."""
   rows = list(read_generations(path))
   if not rows:
-    raise cli.UserError(f"{path} has no rows")
+    raise UserError(f"{path} has no rows")
   completions = [row["completion"] for row, _ in rows]
   records = [record for _, record in rows]
   cold, warm, pooled = [], [], []

@@ -26,6 +26,7 @@ from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import Tokenizer, open_tokenizer, train_sentencepiece
+from igpo_jax.errors import UserError
 from igpo_jax.rl.sampling import cut_by_length
 
 PIECES = 8000
@@ -36,9 +37,9 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
   try:
     values = tuple(map(int, text.split(",")))
   except ValueError:
-    raise cli.UserError(f"--{option}={text}: give numbers with commas between") from None
+    raise UserError(f"--{option}={text}: give numbers with commas between") from None
   if min(values) < 1:
-    raise cli.UserError(f"--{option}={text}: numbers start at 1")
+    raise UserError(f"--{option}={text}: numbers start at 1")
   return values
 
 
@@ -101,7 +102,7 @@ def main() -> None:
   args.buckets, args.slices = numbers("buckets", args.buckets), numbers("slices", args.slices)
   for slices in args.slices:
     if args.prompts % (slices * args.processes):
-      raise cli.UserError(
+      raise UserError(
         f"--prompts={args.prompts} is not a multiple of {slices} slices x "
         f"{args.processes} process(es)"
       )

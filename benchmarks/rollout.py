@@ -37,6 +37,7 @@ from igpo_jax.config import (
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
@@ -122,9 +123,9 @@ def main() -> None:
   try:
     wrong = sorted({0, *map(int, args.wrong.split(","))})
   except ValueError:
-    raise cli.UserError(f"--wrong={args.wrong}: give numbers with commas between") from None
+    raise UserError(f"--wrong={args.wrong}: give numbers with commas between") from None
   if wrong[0] < 0 or wrong[-1] > args.prompts:
-    raise cli.UserError(f"--wrong={args.wrong}: between 0 and --prompts={args.prompts}")
+    raise UserError(f"--wrong={args.wrong}: between 0 and --prompts={args.prompts}")
 
   config, grader = make_config(args, "inpaint"), ToldGrader(args.group)
   mesh, counter = make_mesh(), common.CompileCounter()

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks import common
 from igpo_jax import cli
+from igpo_jax.errors import UserError
 from igpo_jax.ops.token_stats import LOGITS_AT_ONCE, token_stats
 
 
@@ -63,7 +64,7 @@ def main() -> None:
   try:
     lengths = [int(length) for length in args.lengths.split(",")]
   except ValueError:
-    raise cli.UserError(f"--lengths={args.lengths}: give numbers with commas between") from None
+    raise UserError(f"--lengths={args.lengths}: give numbers with commas between") from None
 
   cases = {}
   for length in lengths:

@@ -27,7 +27,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 PACKAGE = "torch_llada_code"  # the name that the model's files are imported under
 CASES = {"PyTorch, no cache": "generate", "PyTorch, dual cache": "generate_with_dual_cache"}

@@ -30,6 +30,7 @@ import optax
 from benchmarks import common
 from igpo_jax import cli
 from igpo_jax.config import Config, ModelConfig, ObjectiveConfig, RLConfig
+from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.ops.token_stats import token_stats
@@ -123,7 +124,7 @@ def main() -> None:
   names = args.cases.split(",")
   for name in names:
     if name not in CASES:
-      raise cli.UserError(f"--cases: {name!r} is not one of {', '.join(CASES)}")
+      raise UserError(f"--cases: {name!r} is not one of {', '.join(CASES)}")
 
   model = common.model_config(args)
   group, length, total = args.group, args.gen_length, args.prompt + args.gen_length

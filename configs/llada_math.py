@@ -26,8 +26,8 @@ docs/scaling.md has the memory and the time of each, and why.
 import pathlib
 import urllib.parse
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import IGPO_TEMPLATE
 
 HARDWARE = ("v5e-64", "v5p-32", "v5e-8", "gpu", "h100-1", "h100-8", "h100-16", "h200-1",

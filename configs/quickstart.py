@@ -16,8 +16,8 @@ trials, and the comparison of random_ratio with the paper's mean_field.
 
 import re
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config
+from igpo_jax.errors import UserError
 
 TASK = "synthetic:chains?min_steps=6&max_steps=6&rare=add"
 

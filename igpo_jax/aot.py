@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
 from igpo_jax.parallel.hlo import KINDS, Collective, collectives
-from igpo_jax.parallel.slices import GIB, Chip, find_chip, find_slice
+from igpo_jax.parallel.tpu import GIB, Chip, find_chip, find_slice
 
 if TYPE_CHECKING:  # importing jax takes seconds: after the first line
-  from igpo_jax.train.programs import Program
+  from igpo_jax.train.ahead_of_time import Program
 
 FLAGS = config_flag()
 flags.DEFINE_string("topology", "", "Of the slice, such as v5e:8x8.", flag_values=FLAGS)
@@ -186,7 +186,7 @@ def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -
   import jax
 
   from igpo_jax.parallel.mesh import configured_mesh
-  from igpo_jax.train.programs import programs
+  from igpo_jax.train.ahead_of_time import programs
 
   devices = topology_devices(topology)
   chip = find_chip(devices[0].device_kind)
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
   if FLAGS.layout:
     from igpo_jax.parallel.mesh import abstract_mesh
     from igpo_jax.parallel.sharding import layout_table
-    from igpo_jax.train.programs import abstract_params
+    from igpo_jax.train.ahead_of_time import abstract_params
 
     print(layout_table(abstract_params(config, abstract_mesh(config.mesh, chips))))
     return

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.inference import draw
 from igpo_jax.inference.arguments import (
   add_arguments,

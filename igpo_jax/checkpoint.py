@@ -25,8 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from igpo_jax.cli import UserError
-from igpo_jax.rowfile import can_append, write_whole
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import can_append, write_whole
 
 FILES = "files.json"
 ARRAYS = "default"  # Orbax's folder of a step's arrays

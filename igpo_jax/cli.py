@@ -23,14 +23,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from igpo_jax.errors import UserError
+
 USER_ERROR_EXIT_CODE = 2
 # How long Python may take to notice a signal, and then to leave: a compilation of a large
 # model, which is not interrupted, takes minutes.
 NOTICE_SECONDS, LEAVE_SECONDS = 1.0, 15.0
-
-
-class UserError(ValueError):
-  """A mistake that the user can mend; its text is the one line they will read."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -17,9 +17,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_dict, config_flags
 
-from igpo_jax.cli import UserError, underscored
+from igpo_jax.cli import underscored
 from igpo_jax.config import Config, freeze, load_config_file
-from igpo_jax.fields import meant
+from igpo_jax.config.fields import meant
+from igpo_jax.errors import UserError
 from igpo_jax.usage import help_text, options
 
 PRINT = "print_config"

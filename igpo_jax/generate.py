@@ -20,8 +20,8 @@ import json
 from typing import Any
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
-from igpo_jax.fields import Count, number
+from igpo_jax.config.fields import Count, number
+from igpo_jax.errors import UserError
 from igpo_jax.inference import draw
 from igpo_jax.inference.arguments import add_arguments, given_options, settings_from
 from igpo_jax.inference.requests import (

@@ -17,12 +17,13 @@ from typing import Any
 from etils import epath
 
 from igpo_jax import cli
+from igpo_jax.config.fields import Count, Positive, meant, number
 from igpo_jax.data.records import Record
-from igpo_jax.fields import Count, Positive, meant, number
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import read_values
 from igpo_jax.outputs import output_file
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.textfiles import read_values
 
 BENCHMARKS = ("gsm8k", "math500", "amc", "minerva")
 BATCH = 1024  # rows on their way through the workers at a time
@@ -45,18 +46,18 @@ def _row(row: Any, where: str) -> tuple[dict, Record]:
     if not isinstance(row, dict) or key not in row
   ]
   if missing:
-    raise cli.UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
+    raise UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
   for key in ("question", "completion"):
     if key == "completion" and row[key] is None:
       continue  # nothing was generated: no answer, and no reason to stop
     if not isinstance(row[key], str):
-      raise cli.UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
+      raise UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
   try:
     gold = answers.gold_answer(row["answer"])
   except ValueError as error:
-    raise cli.UserError(f"{where}: {error}") from error
+    raise UserError(f"{where}: {error}") from error
   if not gold:
-    raise cli.UserError(f"{where}: 'answer' is empty, there is nothing to grade against")
+    raise UserError(f"{where}: 'answer' is empty, there is nothing to grade against")
   return row, Record(where, ({"role": "user", "content": row["question"]},), "", gold)
 
 
@@ -75,7 +76,7 @@ def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> 
   with output_file(output, source=generations) as file:
     rows = list(read_generations(generations))
     if not rows:
-      raise cli.UserError(f"--generations: {generations} has no rows, nothing to grade")
+      raise UserError(f"--generations: {generations} has no rows, nothing to grade")
     for start in range(0, len(rows), BATCH):
       batch = rows[start : start + BATCH]
       scores = scorer(
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
   rules = tuple(args.extraction.split(","))
   for rule in rules:
     if rule not in answers.RULES:
-      raise cli.UserError(
+      raise UserError(
         f"--extraction={args.extraction}: {rule!r} is not one of {', '.join(answers.RULES)}"
         f"{meant(rule, answers.RULES)}"
       )

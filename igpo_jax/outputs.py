@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from etils import epath
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 
 class Output:

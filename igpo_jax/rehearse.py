@@ -31,8 +31,8 @@ from typing import Any
 from absl import flags
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
 
 FLAGS = config_flag()
@@ -56,7 +56,7 @@ def machine_for(config: Config, devices: int = 0, processes: int = 0, chip: str 
     UserError: an unknown chip, or devices that do not share out over the processes.
   """
   from igpo_jax.parallel import machine
-  from igpo_jax.parallel.slices import SLICES, find_hardware
+  from igpo_jax.parallel.tpu import SLICES, find_hardware
 
   hardware = machine.hardware_of(config.mesh)
   chip = chip or {"gpu": "h100", "tpu": "v5e"}.get(hardware, hardware) or "cpu"
@@ -92,7 +92,7 @@ def rehearse(
 
   from igpo_jax.eval.protocols import plan
   from igpo_jax.parallel.mesh import configured_mesh
-  from igpo_jax.parallel.slices import CHIPS
+  from igpo_jax.parallel.tpu import CHIPS
   from igpo_jax.train import costs, memory
   from igpo_jax.train.sizes import asked, model_of, resolve
 
@@ -146,7 +146,7 @@ def _only_programs(config: Config) -> Config:
 @functools.lru_cache(maxsize=64)
 def _lowered(config: Config, mesh, platform: str) -> dict[str, int]:
   """Lowers every program of a config; returns how many kernels of fused attention each has."""
-  from igpo_jax.train.programs import programs
+  from igpo_jax.train.ahead_of_time import programs
 
   kernels = {}
   for name, program in programs(config, mesh).items():
@@ -160,7 +160,7 @@ def _count(config: Config, mesh) -> tuple[int, int]:
   import jax
 
   from igpo_jax.models import lora
-  from igpo_jax.train.programs import abstract_params
+  from igpo_jax.train.ahead_of_time import abstract_params
 
   params = abstract_params(config, mesh)
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -294,7 +294,7 @@ def _work_lines(config: Config, machine) -> list[str]:
 
 
 def _memory_lines(facts: dict[str, Any]) -> list[str]:
-  from igpo_jax.parallel.slices import GIB
+  from igpo_jax.parallel.tpu import GIB
 
   size = lambda value: f"{value / GIB:.1f}" if value >= 0.05 * GIB else f"{value / GIB:.3f}"
   usable = facts["machine"].memory

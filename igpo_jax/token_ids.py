@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 
 def check_ids(ids: Any, rows: int, what: str) -> None:

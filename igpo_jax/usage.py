@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from igpo_jax.config import Config
-from igpo_jax.fields import KINDS, declarations, descriptions
+from igpo_jax.config.fields import KINDS, declarations, descriptions
 
 WIDTH = 100
 

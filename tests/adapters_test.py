@@ -15,11 +15,11 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, LoRAConfig, ModelConfig
-from igpo_jax.convert import families, peft, sources
+from igpo_jax.convert import families, open, peft
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.inference.settings import find_run
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
@@ -267,7 +267,7 @@ def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, pre.params, params)
     assert pre.config == full and pre.tokenizer.encode("1+2") == tokenizer.encode("1+2")
   with pytest.raises(UserError, match=r"is a run, not a model: give one of .*checkpoints/rl/7"):
-    sources.open_source(tmp_path / "run")
+    open.open_source(tmp_path / "run")
 
 
 def test_a_link_to_a_step_is_the_step(tmp_path):
@@ -284,7 +284,7 @@ def test_a_link_to_a_step_is_the_step(tmp_path):
     (other / name).symlink_to(target)
   (other / "relative").symlink_to("best")
   for link in ("best", "relative", "stage/7", "run/checkpoints/rl/7"):
-    source = sources.open_source(other / link)
+    source = open.open_source(other / link)
     assert source.kind == "training" and os.path.samefile(
       source.tokenizer, tmp_path / "run/tokenizer"
     )
@@ -336,7 +336,7 @@ def test_a_peft_export_names_what_the_adapters_belong_to(tmp_path, monkeypatch, 
   with monkeypatch.context() as elsewhere:
     elsewhere.chdir("/")
     with pytest.raises(UserError, match=r"init_from=base, and there is no such directory in /;"):
-      sources.open_source(step)
+      open.open_source(step)
     assert base_named_by(step, tmp_path / "p3", f"--base={base}") == base
   # A run that went on with adapters, and adapters kept in an Orbax directory.
   step = save_adapters(tmp_path / "further", step)
@@ -359,7 +359,7 @@ def test_a_run_of_another_version_is_told(tmp_path):
   for change in ({"lora": {"rank": 2, "flavour": 1}}, {"widths": 3}, {"lora": 5}):
     file.write_text(json.dumps(whole | {"model": whole["model"] | change}))
     with pytest.raises(UserError, match=r"config.json: its model is damaged or of another"):
-      sources.open_source(step)
+      open.open_source(step)
 
 
 def test_a_full_checkpoint_of_a_pretrained_model_keeps_its_config(tmp_path):
@@ -379,6 +379,6 @@ def test_a_checkpoint_of_adapters_needs_its_base(tmp_path):
   adapters = lora.init(base.params, jax.random.key(0), LORA)
   step = save_run(tmp_path / "run", Config(model=ModelConfig(lora=LORA)), adapters)
   with pytest.raises(UserError, match=r"adapters only and config.json names no base"):
-    sources.open_source(step)
-  source = sources.open_source(step, base=BASE)
+    open.open_source(step)
+  source = open.open_source(step, base=BASE)
   assert source.config.lora == LORA and "head/kernel" in source.arrays.shapes

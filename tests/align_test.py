@@ -16,18 +16,18 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.align import client as chat
-from igpo_jax.align import journal, lengths, prompts, trim
-from igpo_jax.align.engine import Engine
-from igpo_jax.align.journal import Journal, Paths
-from igpo_jax.align.judge import Judge, Verdict
-from igpo_jax.cli import UserError
 from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.rewards.score import Scorer
-from tests.fakes import shared_path
+from igpo_jax.rewrite import client as chat
+from igpo_jax.rewrite import journal, lengths, prompts, trim
+from igpo_jax.rewrite.engine import Engine
+from igpo_jax.rewrite.journal import Journal, Paths
+from igpo_jax.rewrite.judge import Judge, Verdict
+from tests.paths import shared_path
 
 words = lambda text: len(text.split()) + 1
 

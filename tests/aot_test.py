@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from igpo_jax import aot
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze, load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.hlo import Collective
 from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
 from igpo_jax.parallel.sharding import layout_table
-from igpo_jax.parallel.slices import CHIPS, SLICES
-from igpo_jax.train.programs import abstract_params, bytes_per_chip, programs
-from tests.fakes import REPO
+from igpo_jax.parallel.tpu import CHIPS, SLICES
+from igpo_jax.train.ahead_of_time import abstract_params, bytes_per_chip, programs
+from tests.paths import REPO
 
 CHIP = CHIPS["TPU v5 lite"]
 LAYOUT = REPO / "docs" / "math500_layout.md"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.fakes import REPO
+from tests.paths import REPO
 
 PACKAGE = REPO / "igpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -18,31 +18,21 @@ MOST_LINES = 500
 
 # Imports run downwards only, from a floor to the floors below it or along it.
 FLOORS = (
-  ("api", "aot", "chat", "generate", "grade", "main", "rehearse", "rewrite", "__main__"),
+  ("api", "aot", "chat", "generate", "grade", "main", "rehearse", "__main__"),
   ("train", "inference"),
-  ("eval", "convert", "align"),
+  ("eval", "convert", "rewrite"),
   ("rl",),
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
-  ("parallel", "checkpoint", "rowfile", "textfiles", "outputs"),
-  (
-    "types",
-    "config",
-    "config_file",
-    "options",
-    "fields",
-    "cli",
-    "flags",
-    "usage",
-    "token_ids",
-  ),
+  ("parallel", "checkpoint", "io", "outputs"),
+  ("types", "config", "errors", "cli", "flags", "usage", "token_ids"),
 )
 # Along a floor: commands and definitions among themselves; graders read records, a trace's answer
 # is where the grader finds one, and hints ask where an answer's value stands.
 SHARED = (0, len(FLOORS) - 1)
-ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data"), ("checkpoint", "rowfile")}
+ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data"), ("checkpoint", "io")}
 HOST_ROOMS = ("data", "hints", "rewards")
-NO_JAX_ROOMS = (*HOST_ROOMS, "align")
+NO_JAX_ROOMS = (*HOST_ROOMS, "rewrite")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import MeshConfig, ModelConfig
+from igpo_jax.errors import UserError
 from igpo_jax.models import attention
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import abstract_mesh, make_mesh

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import accelerator, denoise, padding, rollout, update
 from benchmarks.common import TINY_MODEL
-from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
+from igpo_jax.errors import UserError
 from igpo_jax.models import attention
 from igpo_jax.models.flops import forward_flops
 

@@ -11,8 +11,8 @@ import json
 
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import chat_template, tokenizer
+from igpo_jax.errors import UserError
 from tests import tiny_tokenizer
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
-from igpo_jax.cli import UserError
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import ALPHABETS, CharTokenizer
+from igpo_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -12,12 +12,13 @@ import time
 
 import pytest
 
-from igpo_jax import aot, chat, cli, flags, generate, grade, rehearse, rewrite, usage
+from igpo_jax import aot, chat, cli, flags, generate, grade, rehearse, usage
 from igpo_jax import main as program
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config
 from igpo_jax.convert import __main__ as convert
-from tests.fakes import REPO
+from igpo_jax.errors import UserError
+from igpo_jax.rewrite import __main__ as rewrite
+from tests.paths import REPO
 
 
 def raising(error):
@@ -283,6 +284,10 @@ BAD_FILES = [
   ("return default_confg()", "mine.py, line 7: NameError: .*default_confg"),
   ("import no_such_module", "mine.py, line 7: ModuleNotFoundError: "),
   ("return", "mine.py: get_config returned None; return a config"),
+  (
+    "from igpo_jax.options import HintConfig",
+    "line 7: igpo_jax.options is igpo_jax.config now: import from there",
+  ),
   ("c = default_config(); c.rl.steps = 'many'; return c", "mine.py, line 7: TypeError: "),
   ("return (", "mine.py, line 7: SyntaxError: "),
 ]
@@ -291,7 +296,7 @@ BAD_FILES = [
 @pytest.mark.parametrize(("line", "complaint"), BAD_FILES, ids=[b for _, b in BAD_FILES])
 def test_what_is_wrong_in_a_config_file_is_told_with_its_place(line, complaint, config_file):
   path = config_file(f"""
-    from igpo_jax.cli import UserError
+    from igpo_jax.errors import UserError
     from igpo_jax.config import default_config
 
 

@@ -11,11 +11,11 @@ import sys
 import jax
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.compile_cache import cache_folder, cpu_name, use_cache
 from igpo_jax.train.workdir import open_workdir
-from tests.fakes import REPO
+from tests.paths import REPO
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp

@@ -9,7 +9,6 @@ import typing
 
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import (
   Config,
   DataConfig,
@@ -22,8 +21,9 @@ from igpo_jax.config import (
   freeze,
   load_config_file,
 )
-from igpo_jax.fields import Range, descriptions
-from tests.fakes import REPO
+from igpo_jax.config.fields import Range, descriptions
+from igpo_jax.errors import UserError
+from tests.paths import REPO
 
 
 def sourced():

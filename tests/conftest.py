@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 # module -> its tables of what was registered by name
 REGISTRIES = {
-  "igpo_jax.align.trim": ("_RULES",),
+  "igpo_jax.rewrite.trim": ("_RULES",),
   "igpo_jax.data.sources": ("_SOURCES",),
   "igpo_jax.rewards.registry": ("_VERIFIERS", "_READS_GOLDS", "_REWARDS"),
 }

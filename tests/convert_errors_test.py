@@ -14,9 +14,9 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.convert import transfer, writers
 from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.errors import UserError
 from tests.convert_helpers import (
   GOLDENS,
   assert_same_bits,
@@ -28,7 +28,7 @@ from tests.convert_helpers import (
   save_adapters,
   write_peft,
 )
-from tests.fakes import REPO
+from tests.paths import REPO
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from igpo_jax.convert.__main__ import main
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.models import lora
 from igpo_jax.types import TrainState
-from tests.fakes import REPO
+from tests.paths import REPO
 
 GOLDENS = REPO / "tests" / "goldens"
 MODELS = ("llada_tiny", "llada_tiny_gqa")

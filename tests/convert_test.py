@@ -23,14 +23,14 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import ModelConfig, freeze
 from igpo_jax.convert import arrays as arrays_lib
-from igpo_jax.convert import families, sources, writers
+from igpo_jax.convert import families, open, writers
 from igpo_jax.convert.__main__ import parse_size
 from igpo_jax.convert.arrays import OrbaxArrays
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.convert.safetensors_io import Reader
+from igpo_jax.errors import UserError
 from tests.convert_helpers import (
   GOLDENS,
   MODELS,
@@ -40,7 +40,7 @@ from tests.convert_helpers import (
   edit_config,
   load,
 )
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_tokenizer import make_directory
 
 
@@ -87,7 +87,7 @@ def test_small_blocks_change_nothing(hf, tmp_path, monkeypatch):
   back = convert(orbax, tmp_path / "back")
   assert_same_bits(load(back), load(hf))
   chunk, inner = writers.chunk_shapes(
-    families.entries("llada", sources.open_source(hf).config)[0], np.dtype(np.float32)
+    families.entries("llada", open.open_source(hf).config)[0], np.dtype(np.float32)
   )
   assert chunk == inner == [1, 64]
 
@@ -345,7 +345,7 @@ def test_options_that_change_the_mathematics_are_refused_by_name(hf):
 def test_no_required_option_is_forgotten(hf, option):
   edit_config(hf, **{option: "something else"})
   with pytest.raises(UserError, match=f"{option}='something else' is not supported"):
-    sources.open_source(hf)
+    open.open_source(hf)
 
 
 @pytest.mark.parametrize("option", sorted(families.LLADA.stated))
@@ -354,7 +354,7 @@ def test_an_option_with_another_published_default_must_be_stated(hf, option):
   del config[option]
   (hf / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=f"{option} is missing"):
-    sources.open_source(hf)
+    open.open_source(hf)
 
 
 @pytest.mark.parametrize("options", [
@@ -406,15 +406,15 @@ def test_the_default_rotation_in_the_words_of_transformers_5(tmp_path, family, c
     directory = copy_tiny(tmp_path / "model")
   else:
     directory = illada_directory(tmp_path / "model", tied=False)
-  expected = sources.open_source(directory).config
+  expected = open.open_source(directory).config
   config = json.loads((directory / "config.json").read_text()) | change
   config = {k: v for k, v in config.items() if v is not None or not k.startswith("rope_theta")}
   (directory / "config.json").write_text(json.dumps(config))
   if message is None:
-    assert sources.open_source(directory).config == expected
+    assert open.open_source(directory).config == expected
   else:
     with pytest.raises(UserError, match=message):
-      sources.open_source(directory)
+      open.open_source(directory)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -425,7 +425,7 @@ def test_the_default_rotation_in_the_words_of_transformers_5(tmp_path, family, c
 def test_other_models_are_refused(hf, change, message):
   edit_config(hf, **change)
   with pytest.raises(UserError, match=message):
-    sources.open_source(hf)
+    open.open_source(hf)
 
 
 def illada_directory(directory, tied, head_copy=False):

@@ -16,8 +16,8 @@ import pytest
 from igpo_jax.config import freeze, load_config_file
 from igpo_jax.models import attention
 from igpo_jax.parallel.mesh import configured_mesh, make_mesh
-from igpo_jax.train.programs import programs
-from tests.fakes import REPO
+from igpo_jax.train.ahead_of_time import programs
+from tests.paths import REPO
 
 # The names under which jax calls cuDNN's attention. With a bias they would be longer.
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import load_config_file
 from igpo_jax.data import formats, hub, pipeline, sources, spans, tokenizer, values
 from igpo_jax.data.records import Record, read_messages
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers
 from tests import tiny_tokenizer
-from tests.fakes import REPO, shared_path
+from tests.paths import REPO, shared_path
 
 CHARS = tokenizer.CharTokenizer("0123456789+=# ;")
 

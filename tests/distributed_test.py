@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from igpo_jax.cli import UserError
-from igpo_jax.parallel import distributed, watch
-from igpo_jax.parallel.watch import Watch
-from tests.fakes import REPO
+from igpo_jax.errors import UserError
+from igpo_jax.parallel import distributed, liveness
+from igpo_jax.parallel.liveness import Watch
+from tests.paths import REPO
 
 # --- the line between processes -----------------------------------------------------------
 
@@ -31,8 +31,8 @@ class Team:
   def __init__(self, monkeypatch, count=3):
     self.left, self.said, self._values = queue.Queue(), queue.Queue(), [[], []]
     self._calls, self._barrier = threading.local(), threading.Barrier(count)
-    monkeypatch.setattr(watch, "PARTING_SECONDS", 0.3)
-    monkeypatch.setattr(watch, "_print", self.said.put)
+    monkeypatch.setattr(liveness, "PARTING_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "_print", self.said.put)
     self.ends: list[Watch | None] = [None] * count
     threads = [threading.Thread(target=self._make, args=(i, count)) for i in range(count)]
     for thread in threads:

@@ -15,14 +15,14 @@ import pytest
 from etils import epath
 
 from igpo_jax import main
-from igpo_jax.cli import UserError
 from igpo_jax.config import freeze, load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.train import run
 from igpo_jax.train.report import summarize, table
 from igpo_jax.train.setup import Model
 from tests import tiny_config
 from tests.eval_rows import TASK, read, rows_file
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_lm import tiny_model
 
 CONFIG = REPO / "tests" / "eval_config.py"

@@ -16,17 +16,17 @@ import pytest
 
 from igpo_jax import chat, generate
 from igpo_jax.checkpoint import Checkpoints
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.inference import draw, requests, session
 from igpo_jax.inference.settings import find_model, override, settings_of
 from igpo_jax.models.llada import make_lm
 from igpo_jax.outputs import output_file
 from igpo_jax.train.workdir import as_json
 from tests.convert_helpers import copy_tiny
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_tokenizer import make_directory
 
 CFG = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=1.0)

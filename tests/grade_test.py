@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 
-import fakes
 import pytest
 
 from igpo_jax import grade as command
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
+from tests import paths
 
 ROWS = (
   {"question": "q", "completion": r"\boxed{x+x}<|eot_id|>", "answer": "2x", "note": 1},
@@ -29,7 +29,7 @@ def grade(*options: str) -> subprocess.CompletedProcess:
     [sys.executable, "-m", "igpo_jax.grade", *options],
     text=True,
     capture_output=True,
-    cwd=fakes.REPO,
+    cwd=paths.REPO,
     check=False,
   )
 
@@ -119,7 +119,7 @@ def test_a_users_mistake_exits_2_with_one_line(options):
 
 @pytest.mark.parametrize(("benchmark", "rows"), (("gsm8k", 1084), ("math500", 495)))
 def test_verdicts_on_real_generations_agree_with_careful_humans(tmp_path, benchmark, rows):
-  source = fakes.shared_path("data", "llada_generations", f"{benchmark}_256.jsonl")
+  source = paths.shared_path("data", "llada_generations", f"{benchmark}_256.jsonl")
   out = tmp_path / "out.jsonl"
   done = grade(f"--benchmark={benchmark}", f"--generations={source}", f"--output={out}")
   assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_grading_ends_with_the_signals_code(tmp_path, number, code):
   running = subprocess.Popen(
     [sys.executable, "-m", "igpo_jax.grade", "--benchmark=gsm8k", f"--generations={fifo}",
      f"--output={tmp_path / 'out.jsonl'}"],
-    cwd=fakes.REPO, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    cwd=paths.REPO, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
   )  # fmt: skip
   with fifo.open("w") as writer:  # opens once the command reads
     writer.write(json.dumps(rows[0]) + "\n")

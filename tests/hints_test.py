@@ -13,13 +13,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import HintConfig
 from igpo_jax.data.spans import find_answer_span
+from igpo_jax.errors import UserError
 from igpo_jax.hints.chunks import choose_chunks, place_stretched, split_chunks
 from igpo_jax.hints.inject import hint_canvas, hinted_group
 from igpo_jax.hints.leak import segments, value_spans, value_tokens
-from tests.fakes import REPO
+from tests.paths import REPO
 
 MASK = 1
 CASES = json.loads((REPO / "tests" / "goldens" / "hints.json").read_text())

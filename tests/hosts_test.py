@@ -16,7 +16,7 @@ import pytest
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.parallel.mesh import make_mesh
 from tests import hosts_program
-from tests.fakes import REPO
+from tests.paths import REPO
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 

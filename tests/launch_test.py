@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-from tests.fakes import REPO
 from tests.launch_world import WORKERS, World
+from tests.paths import REPO
 
 if not (sys.platform == "linux" and shutil.which("git") and shutil.which("setsid")):
   pytest.skip("the workers are Linux machines: needs Linux, git, setsid", allow_module_level=True)

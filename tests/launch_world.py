@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 
-from tests.fakes import REPO
+from tests.paths import REPO
 
 WORKERS = 2
 

@@ -14,12 +14,12 @@ import time
 import pytest
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.train import lock as module
 from igpo_jax.train import workdir as workdir_module
 from igpo_jax.train.lock import FILE, WorkdirLock
-from tests import objects
-from tests.fakes import REPO
+from tests import fake_gcs
+from tests.paths import REPO
 
 HOLD = """
 import sys, time
@@ -42,7 +42,7 @@ def folder(request, tmp_path, monkeypatch):
   """A workdir on a disk, or in a bucket."""
   if request.param == "disk":
     return tmp_path / "run"
-  objects.install(monkeypatch, tmp_path)
+  fake_gcs.install(monkeypatch, tmp_path)
   return "gs://bucket/run"
 
 

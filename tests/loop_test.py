@@ -19,10 +19,10 @@ import pytest
 from etils import epath
 
 from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint, in_bytes
-from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import row_file
 from igpo_jax.parallel.mesh import make_mesh
-from igpo_jax.rowfile import row_file
 from igpo_jax.train import loop
 from igpo_jax.train.lock import Holder, WorkdirLock
 from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
@@ -31,7 +31,7 @@ from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.sft import is_spent
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import TrainState
-from tests.fakes import REPO
+from tests.paths import REPO
 
 # --- checkpoints ----------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.errors import UserError
 from igpo_jax.models import lora
 from igpo_jax.models.layers import Linear
 from igpo_jax.models.llada import make_lm

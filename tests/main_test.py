@@ -12,10 +12,10 @@ import pytest
 from etils import epath
 
 from igpo_jax import main as program
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
+from igpo_jax.errors import UserError
 from igpo_jax.train.workdir import hold, open_workdir
-from tests.fakes import REPO
+from tests.paths import REPO
 
 CONFIG = "tests/tiny_config.py"
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from igpo_jax.config import default_config
-from tests.fakes import REPO
+from tests.paths import REPO
 
 PAGE = (REPO / "docs" / "method.md").read_text()
 FOLDERS = ("igpo_jax", "configs", "benchmarks", "tests", "docs")

@@ -13,11 +13,12 @@ import sys
 
 import pytest
 
-from igpo_jax import aot, chat, cli, generate, grade, rewrite
+from igpo_jax import aot, chat, cli, generate, grade
 from igpo_jax import main as train
 from igpo_jax.convert import __main__ as convert
+from igpo_jax.rewrite import __main__ as rewrite
 from tests.convert_helpers import copy_tiny
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_tokenizer import make_directory
 
 PAGE = REPO / "docs" / "mistakes.md"

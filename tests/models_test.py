@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.models import llada
-from tests.fakes import REPO
+from tests.paths import REPO
 
 GOLDENS = REPO / "tests" / "goldens"
 MODELS = ("llada_tiny", "llada_tiny_gqa")

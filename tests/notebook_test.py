@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import freeze, load_config_file
-from tests.fakes import REPO
+from igpo_jax.errors import UserError
+from tests.paths import REPO
 
 NOTEBOOK = REPO / "launch" / "colab_demo.ipynb"
 QUICKSTART = REPO / "configs" / "quickstart.py"

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import ObjectiveConfig
+from igpo_jax.errors import UserError
 from igpo_jax.ops.masked import masked_mean, topk_mask
 from igpo_jax.rl.advantages import group_advantages
 from igpo_jax.rl.objective import (

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_tokenizer import make_directory
 
 pytestmark = pytest.mark.slow

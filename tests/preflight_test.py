@@ -9,13 +9,13 @@ import pytest
 from etils import epath
 
 from igpo_jax import main
-from igpo_jax.cli import UserError
 from igpo_jax.config import RewardConfig, default_config, freeze
 from igpo_jax.data.lengths import Lengths, rounded
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.spans import find_answer_span
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer, Verdict, make_scorer
 from igpo_jax.train import dry_run, golds, preflight, run, setup

@@ -27,7 +27,7 @@ from igpo_jax.convert.__main__ import main as convert
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.eval.protocols import IGPO_TEMPLATE
 from igpo_jax.models import lora
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_tokenizer import SPECIAL, make_directory
 
 pytestmark = pytest.mark.slow

@@ -14,11 +14,11 @@ import sys
 
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import freeze, load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.rehearse import machine_for, missing_files
 from igpo_jax.train.costs import evaluations
-from tests.fakes import REPO
+from tests.paths import REPO
 
 PRESETS = ("v5e-64", "v5p-32", "v5e-8", "gpu", "h100-1", "h100-8", "h100-16", "h200-1",
            "h100-8-full", "h100-16-full")  # fmt: skip

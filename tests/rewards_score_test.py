@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 
-import fakes
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import countdown, registry
 from igpo_jax.rewards.score import Scorer, Verdict, register_reward, register_verifier
+from tests import paths
 
 
 def record(answer: str) -> Record:
@@ -151,7 +151,7 @@ def test_registry_names_every_built_in_verifier():
 
 
 def test_the_page_on_grading_has_an_example_that_runs():
-  page = (fakes.REPO / "docs" / "grading.md").read_text("utf-8")
+  page = (paths.REPO / "docs" / "grading.md").read_text("utf-8")
   scope: dict = {}
   exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
   with scope["scorer"] as own:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import fakes
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from igpo_jax.rewards.math.spelling import spell
 from igpo_jax.rewards.math.tokens import lex
 from igpo_jax.rewards.pool import Pool
 from igpo_jax.rewards.score import Scorer
+from tests import paths
 
 
 def record(answer: str, name: str = "r") -> Record:
@@ -410,7 +410,7 @@ def test_workers_die_with_the_process_that_started_them():
     "print(p._process.pid, flush=True); os.kill(os.getpid(), 9)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, cwd=fakes.REPO, check=False
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.REPO, check=False
   )
   assert done.returncode == -signal.SIGKILL
   group = int(done.stdout)  # the server leads a session of its own, its workers are in it
@@ -459,7 +459,7 @@ def test_a_queue_of_any_length_does_not_deadlock():
     [sys.executable, "-c", FLOOD, "8000", "1"],
     capture_output=True,
     text=True,
-    cwd=fakes.REPO,
+    cwd=paths.REPO,
     check=False,
     timeout=90,
   )
@@ -472,7 +472,7 @@ def test_neither_grader_nor_worker_imports_jax():
     "igpo_jax.rewards.math.equivalence.warm_up(); print('jax' in sys.modules)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, cwd=fakes.REPO, check=True
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.REPO, check=True
   )
   assert done.stdout.strip() == "False"
 
@@ -483,7 +483,7 @@ SETS = ("gsm8k/train", "gsm8k/test", "math500/test", "amc23/test", "minerva_math
 
 
 def real_golds(name: str) -> list[str]:
-  lines = fakes.shared_path("data", f"{name}.jsonl").read_text("utf-8").splitlines()
+  lines = paths.shared_path("data", f"{name}.jsonl").read_text("utf-8").splitlines()
   rows = [json.loads(line) for line in lines]
   return [answers.gold_answer(row.get("answer", row.get("solution"))) for row in rows]
 

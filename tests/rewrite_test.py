@@ -14,12 +14,13 @@ import time
 
 import pytest
 
-from igpo_jax import cli, rewrite
+from igpo_jax import cli
 from igpo_jax.data.sources import load_records
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.rewrite import __main__ as rewrite
 from tests import tiny_tokenizer
 from tests.chat_server import chat_server
-from tests.fakes import REPO
+from tests.paths import REPO
 
 KEY = "sk-a-key-that-nobody-may-see"
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, SamplerConfig
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.rollout import Explorer

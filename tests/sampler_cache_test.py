@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion import network
 from igpo_jax.diffusion.sampler import batch_sizes, denoise
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import AXES
 from igpo_jax.types import Canvas
 from tests.sampler_test import MASK, PROMPT, ROWS, VOCAB, options, random_canvas, run

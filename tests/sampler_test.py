@@ -13,11 +13,11 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion import network, sampler
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
+from igpo_jax.errors import UserError
 from igpo_jax.types import Canvas
 from tests.denoise_twin import twin_row
 from tests.tiny_lm import EOS, GOLDENS, MASK, golden_model, table_lm, tiny_model

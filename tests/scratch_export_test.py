@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, ModelConfig
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.models.llada import make_lm
 from tests.convert_helpers import convert, save_run
 

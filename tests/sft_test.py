@@ -13,8 +13,6 @@ import optax
 import pytest
 from etils import epath
 
-from igpo_jax import rewrite
-from igpo_jax.cli import UserError
 from igpo_jax.config import (
   CheckpointConfig,
   LoRAConfig,
@@ -28,11 +26,13 @@ from igpo_jax.data.sources import load_records
 from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.diffusion.corrupt import mask_rows
+from igpo_jax.errors import UserError
 from igpo_jax.main import train
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.machine import here
 from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.rewrite import __main__ as rewrite
 from igpo_jax.train import sft
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import sft_stream
@@ -42,7 +42,7 @@ from igpo_jax.train.sizes import resolve
 from igpo_jax.train.update import make_sft_update
 from igpo_jax.types import TrainState
 from tests import tiny_config
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_lm import tiny_model
 
 TOKENIZER = CharTokenizer(ALPHABET)

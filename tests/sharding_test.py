@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.fakes import REPO
+from tests.paths import REPO
 
 OTHERS = ("8x1x1", "1x8x1", "2x2x2", "1x2x4", "1x2x4 sequence", "lora 2x2x2")
 WITHOUT_ADAMW = ("1x2x4 sequence", "lora 2x2x2")  # the program takes SGD steps only there

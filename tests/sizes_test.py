@@ -10,17 +10,17 @@ import jax
 import pytest
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze, load_config_file
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.machine import Machine, check_machine, claim_memory, here, modelled
 from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
-from igpo_jax.parallel.slices import GIB, KINDS
+from igpo_jax.parallel.tpu import GIB, KINDS
 from igpo_jax.rl.sampling import GroupSampler
 from igpo_jax.train import memory
 from igpo_jax.train.run import train
 from igpo_jax.train.sizes import asked, model_of, resolve, said
 from igpo_jax.train.workdir import open_workdir
-from tests.fakes import REPO
+from tests.paths import REPO
 
 
 def preset(name, hardware):

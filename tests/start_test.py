@@ -16,14 +16,14 @@ import safetensors.numpy
 from etils import epath
 
 from igpo_jax import generate
-from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig, ModelConfig, SamplerConfig, freeze
-from igpo_jax.convert import sources
+from igpo_jax.convert import open
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.pipeline import PromptStream, SFTStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer, load_tokenizer
 from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.errors import UserError
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh
@@ -32,7 +32,7 @@ from igpo_jax.train.run import train
 from igpo_jax.train.setup import make_model, make_tokenizer, with_lora
 from igpo_jax.types import Canvas
 from tests.convert_helpers import convert, copy_tiny, edit_config, edit_tensors, write_peft
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_config import get_config
 from tests.tiny_tokenizer import make_directory
 
@@ -101,7 +101,7 @@ def test_the_same_lora_goes_on_with_the_adapters_of_the_weights(adapted, targets
   expected = load_pretrained(adapted, dtype="float32").params
   jax.tree.map(np.testing.assert_array_equal, model.params, expected)
   # The dropout is the training's own.
-  assert with_lora(sources.open_source(adapted), asked).config.lora.dropout == dropout
+  assert with_lora(open.open_source(adapted), asked).config.lora.dropout == dropout
 
 
 @pytest.mark.parametrize("change", [
@@ -289,9 +289,9 @@ def test_other_names_of_dtypes_are_told(name, base, tmp_path):
 SCRIPT = """
 import collections, sys
 import jax, numpy as np
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.config import freeze
-from igpo_jax.convert import sources
+from igpo_jax.convert import open
 from igpo_jax.convert.pretrained import fitting_mesh, load_pretrained
 from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.data.tokenizer import CharTokenizer
@@ -313,9 +313,9 @@ for sizes, axis in (((1, 3, 1), "fsdp=3"), ((1, 1, 5), "tensor=5"), ((1, 3, 2), 
     else:
       raise AssertionError(sizes)
 jax.device_count = lambda: 7
-assert fitting_mesh(sources.open_source(sys.argv[1])).size == 4
+assert fitting_mesh(open.open_source(sys.argv[1])).size == 4
 jax.device_count = lambda: 1
-assert fitting_mesh(sources.open_source(sys.argv[1])) is None
+assert fitting_mesh(open.open_source(sys.argv[1])) is None
 """
 
 

@@ -10,10 +10,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import synthetic
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.hints.leak import value_spans, value_tokens
 from igpo_jax.rewards.score import Scorer
 

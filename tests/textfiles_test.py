@@ -18,10 +18,11 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax import grade, rowfile, textfiles
-from igpo_jax.cli import UserError
+from igpo_jax import grade
 from igpo_jax.data import sources
+from igpo_jax.errors import UserError
 from igpo_jax.inference import requests
+from igpo_jax.io import jsonl, text
 
 ROWS = [{"question": f"{k}+1 é?", "answer": str(k + 1), "trace": f"so {k + 1}"} for k in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -59,7 +60,7 @@ WAYS = {
 def test_rows_are_the_same_however_the_file_is_written(tmp_path, way, data):
   path = tmp_path / "rows"  # by its bytes, whatever its name
   path.write_bytes(WAYS[way](data))
-  assert [row for _, row in textfiles.read_objects(epath.Path(path))] == ROWS
+  assert [row for _, row in text.read_objects(epath.Path(path))] == ROWS
   records = sources.load_records(f"jsonl:{path}").records
   assert [(r.question, r.answer) for r in records] == [(r["question"], r["answer"]) for r in ROWS]
 
@@ -71,7 +72,7 @@ def test_any_text_in_a_row_comes_back(tmp_path_factory, rows):
   for ascii_only in (True, False):
     lines = [json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows]
     path.write_bytes("".join(lines).encode())
-    assert [row for _, row in textfiles.read_objects(path)] == rows
+    assert [row for _, row in text.read_objects(path)] == rows
 
 
 @pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c", "\x0b"])
@@ -81,13 +82,13 @@ def test_only_line_ends_end_a_row(tmp_path, char):
   row = {"prompt": f"a{char}b", "question": f"a{char}b", "completion": f"\\boxed{{1}}{char}"}
   line = json.dumps({**row, "answer": "1"}, ensure_ascii=char < " ") + "\n"
   path.write_text(line * 2, encoding="utf-8")
-  assert [r["question"] for _, r in textfiles.read_objects(epath.Path(path))] == [f"a{char}b"] * 2
+  assert [r["question"] for _, r in text.read_objects(epath.Path(path))] == [f"a{char}b"] * 2
   assert len(list(grade.read_generations(path))) == 2
   path.write_text(json.dumps({"prompt": f"a{char}b"}, ensure_ascii=char < " ") + "\n", "utf-8")
   assert [row for _, row in requests.read_rows(path)] == [{"prompt": f"a{char}b"}]
-  assert rowfile.row_file(path).read() == [{"prompt": f"a{char}b"}]
-  rowfile.row_file(path).cut()
-  assert rowfile.row_file(path).read() == [{"prompt": f"a{char}b"}]
+  assert jsonl.row_file(path).read() == [{"prompt": f"a{char}b"}]
+  jsonl.row_file(path).cut()
+  assert jsonl.row_file(path).read() == [{"prompt": f"a{char}b"}]
 
 
 @pytest.mark.parametrize(
@@ -95,17 +96,17 @@ def test_only_line_ends_end_a_row(tmp_path, char):
   [r'"\ud83d"', r'"half \uD83D and text"', r'["\udc00", {"\udfff": "\ud800\ud800"}]'],
 )
 def test_half_a_character_becomes_the_sign_for_a_broken_one(text):
-  value = json.dumps(textfiles.parse_json(text, "here"), ensure_ascii=False)
+  value = json.dumps(text.parse_json(text, "here"), ensure_ascii=False)
   assert "\ufffd" in value and value.encode()
-  assert textfiles.parse_json(r'"\ud83d\ude00"', "here") == "\U0001f600"  # a whole one stays
-  assert textfiles.parse_json(r'"\\ud83d"', "here") == r"\ud83d"
+  assert text.parse_json(r'"\ud83d\ude00"', "here") == "\U0001f600"  # a whole one stays
+  assert text.parse_json(r'"\\ud83d"', "here") == r"\ud83d"
 
 
 def test_numbers_of_thousands_of_digits_stay_text(tmp_path):
   digits = "7" * 5000
   path = tmp_path / "rows.jsonl"
   path.write_text(f'{{"question": "q", "answer": {digits}, "n": -{digits}, "k": 12}}\n')
-  ((_, row),) = textfiles.read_objects(epath.Path(path))
+  ((_, row),) = text.read_objects(epath.Path(path))
   assert (row["answer"], row["n"], row["k"]) == (digits, f"-{digits}", 12)
   assert sources.load_records(f"jsonl:{path}").records[0].answer == digits
 
@@ -140,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, data, line):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(data)
   with pytest.raises(UserError, match=line):
-    list(textfiles.read_objects(epath.Path(path)))
+    list(text.read_objects(epath.Path(path)))
 
 
 def test_a_file_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_a_file_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr(type(epath.Path(path)), "open", refuse)
   with pytest.raises(UserError, match=r"cannot be read .*Permission denied"):
-    list(textfiles.read_objects(epath.Path(path)))
+    list(text.read_objects(epath.Path(path)))
 
 
 # --- addresses ---

@@ -11,7 +11,7 @@ from igpo_jax.config import ModelConfig
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.models.llada import make_lm
 from igpo_jax.types import LM
-from tests.fakes import REPO
+from tests.paths import REPO
 
 GOLDENS = REPO / "tests" / "goldens"
 EOS, MASK = 0, 1  # as in the character tokenizer

@@ -12,10 +12,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import chat_template, tokenizer
+from igpo_jax.errors import UserError
 from tests import tiny_tokenizer
-from tests.fakes import REPO, shared_path
+from tests.paths import REPO, shared_path
 
 TRACE = "Janet sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18.\n#### 18"
 LINES = [

@@ -15,7 +15,7 @@ from igpo_jax.main import train
 from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train.setup import make_model, make_optimizer, make_state, make_tokenizer
-from tests.fakes import REPO
+from tests.paths import REPO
 from tests.tiny_config import get_config
 from tests.tiny_tokenizer import make_directory
 

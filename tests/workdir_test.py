@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import default_config, freeze
+from igpo_jax.errors import UserError
 from igpo_jax.train.continued import flat
 from igpo_jax.train.room import check_room
 from igpo_jax.train.workdir import open_workdir

@@ -23,7 +23,8 @@ from benchmarks.claims.claims import CLAIMS, compare, runs_of, theorem
 from benchmarks.claims.plots import draw
 from benchmarks.claims.runs import Task, run_all
 from igpo_jax import cli
-from igpo_jax.rowfile import write_whole
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import write_whole
 
 
 def seeds_of(number: int, asked: int, smoke: bool) -> range:
@@ -43,9 +44,9 @@ def main() -> None:
   parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
   args = parser.parse_args()
   if (args.claim is None) != args.all:
-    raise cli.UserError("give --claim=N or --all")
+    raise UserError("give --claim=N or --all")
   if args.seeds < 0 or args.jobs < 1:
-    raise cli.UserError("--seeds and --jobs must be positive")
+    raise UserError("--seeds and --jobs must be positive")
   numbers = sorted(CLAIMS) if args.all else [args.claim]
 
   # Each run once, in the order of the claims.

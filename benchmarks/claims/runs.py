@@ -20,11 +20,11 @@ from etils import epath
 from benchmarks.claims.arms import ARMS, LONG, make_config, sft_config
 from benchmarks.claims.theorem import measure
 from benchmarks.explorations import run_arm
-from igpo_jax import cli
 from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import write_whole
 from igpo_jax.main import train
 from igpo_jax.parallel.compile_cache import use_cache
-from igpo_jax.rowfile import write_whole
 from igpo_jax.train.continued import as_json
 
 THEOREM = "theorem"  # the run of claim 11
@@ -71,7 +71,7 @@ def finished(task: Task) -> dict | None:
     return None
   result = json.loads(task.result.read_text())
   if result["config"] != as_json(task.config):
-    raise cli.UserError(
+    raise UserError(
       f"{task.result} is of a run with other settings than these; give another --workdir"
     )
   return result

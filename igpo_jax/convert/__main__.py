@@ -16,9 +16,10 @@ import tqdm
 from etils import epath
 
 from igpo_jax import cli
+from igpo_jax.config import Dtype, check_dtype
+from igpo_jax.config.fields import Count, number
 from igpo_jax.convert import FORMATS, THREADS
-from igpo_jax.fields import Count, number
-from igpo_jax.options import Dtype, check_dtype
+from igpo_jax.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -33,7 +34,7 @@ def parse_size(text: str) -> int:
   unit = match and UNITS.get(match[2].upper().removesuffix("B") + ("B" if match[2] else ""))
   size = int(float(match[1]) * unit) if unit else 0
   if size < 1:
-    raise cli.UserError(f"--max_shard_size={text!r} is no size; write for example 5GB or 500MB")
+    raise UserError(f"--max_shard_size={text!r} is no size; write for example 5GB or 500MB")
   return size
 
 
@@ -70,17 +71,17 @@ def main(argv: list[str] | None = None) -> None:
   shard_bytes = parse_size(args.max_shard_size)
   dtype = check_dtype(args.dtype, "--dtype") if args.dtype else None
   if not epath.Path(args.source).exists():
-    raise cli.UserError(f"no such directory: {args.source}")
+    raise UserError(f"no such directory: {args.source}")
   cli.say(f"convert: {args.source}: loading jax")
   # Importing jax takes seconds: after the mistakes that can be told without it.
   import jax
   import numpy as np
 
-  from igpo_jax.convert import sources, transfer
+  from igpo_jax.convert import open, transfer
 
   jax.config.update("jax_platforms", "cpu")  # nothing here computes on an accelerator
   plan = transfer.make_plan(
-    sources.open_source(args.source, adapter=args.adapter, base=args.base),
+    open.open_source(args.source, adapter=args.adapter, base=args.base),
     args.target,
     to=args.to,
     dtype=np.dtype(dtype) if dtype else None,

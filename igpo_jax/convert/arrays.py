@@ -20,9 +20,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.convert.families import Entry
 from igpo_jax.convert.safetensors_io import Reader, raise_problems
+from igpo_jax.errors import UserError
 
 Index = tuple[slice, ...]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import ModelConfig
 from igpo_jax.convert.safetensors_io import raise_problems
+from igpo_jax.errors import UserError
 from igpo_jax.models.llada import make_lm
 from igpo_jax.models.lora import ADAPTER_LEAVES
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig
 from igpo_jax.convert import families
 from igpo_jax.convert.safetensors_io import Reader, raise_problems
 from igpo_jax.data import tokenizer as tokenizer_lib
+from igpo_jax.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

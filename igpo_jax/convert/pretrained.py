@@ -11,13 +11,12 @@ import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
-from igpo_jax.config import ModelConfig
-from igpo_jax.convert import sources
+from igpo_jax.config import ModelConfig, check_dtype
+from igpo_jax.convert import open
 from igpo_jax.convert.arrays import Arrays
 from igpo_jax.data import tokenizer as tokenizer_lib
+from igpo_jax.errors import UserError
 from igpo_jax.models.llada import make_lm
-from igpo_jax.options import check_dtype
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import check_divides, tree_shardings
 from igpo_jax.types import LM, Params
@@ -60,12 +59,12 @@ def load_pretrained(
     UserError: a missing or damaged file, an option of config.json that would change
       the mathematics, or tensors that are missing, extra or of the wrong shape.
   """
-  source = sources.open_source(path, adapter=adapter)
+  source = open.open_source(path, adapter=adapter)
   return load_source(source, check_dtype(dtype, "dtype"), mesh)
 
 
 def load_source(
-  source: sources.Source, dtype: str, mesh: jax.sharding.Mesh | None = None
+  source: open.Source, dtype: str, mesh: jax.sharding.Mesh | None = None
 ) -> Pretrained:
   """`load_pretrained` of a source that is open already.
 
@@ -88,7 +87,7 @@ def load_source(
   return Pretrained(lm, params, tokenizer, config)
 
 
-def fitting_mesh(source: sources.Source) -> jax.sharding.Mesh | None:
+def fitting_mesh(source: open.Source) -> jax.sharding.Mesh | None:
   """The mesh of a program that only samples: parameters over as many devices as divide them.
 
   Says on stderr which devices stay idle. None where there is one device.
@@ -140,7 +139,7 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, where: Any) -> None:
       )
 
 
-def read_params(source: sources.Source, dtype: np.dtype, shardings: Any = None) -> Params:
+def read_params(source: open.Source, dtype: np.dtype, shardings: Any = None) -> Params:
   """All parameters of an open source, one stacked array after the other.
 
   Args:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.convert import THREADS, families, peft, writers
-from igpo_jax.convert.sources import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
+from igpo_jax.convert.open import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
+from igpo_jax.errors import UserError
 
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what config.json calls the dtype of its tensors
 

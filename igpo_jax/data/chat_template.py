@@ -15,8 +15,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Message
+from igpo_jax.errors import UserError
 
 # A piece of a rendered prompt: its text, and whether special tokens in it count.
 Segment = tuple[str, bool]

@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import spans
 from igpo_jax.data.records import Message, read_messages
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers
 
 Row = Mapping[str, Any]

@@ -14,11 +14,11 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import added_tokens, chat_template
 from igpo_jax.data import tokenizer as base
 from igpo_jax.data.records import Message
-from igpo_jax.textfiles import mend
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import mend
 
 _FILES = (
   base.HF_FILE,

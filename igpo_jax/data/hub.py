@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.tables import Row, plain_value
+from igpo_jax.errors import UserError
 
 
 def read(

@@ -29,9 +29,9 @@ import string
 
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
 from igpo_jax.data.synthetic import option_number, split_of
+from igpo_jax.errors import UserError
 
 LETTERS = string.ascii_letters
 ALPHABET = LETTERS + string.digits + "=>-"

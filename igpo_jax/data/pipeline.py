@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.lengths import Lengths, rounded
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Offsets, Tokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.token_ids import check_ids
 
 PROMPT_TOO_LONG = "prompt longer than the longest bucket"

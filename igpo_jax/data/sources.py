@@ -20,10 +20,10 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import formats, tables
 from igpo_jax.data.records import Message, Record
-from igpo_jax.textfiles import find_files
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import find_files
 
 
 class Loaded(NamedTuple):

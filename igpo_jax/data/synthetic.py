@@ -36,8 +36,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 
 ALPHABET = "0123456789+-^_=> "
 SUMMANDS_BELOW = 5

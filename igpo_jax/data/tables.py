@@ -1,4 +1,4 @@
-"""Rows out of files: JSON Lines, JSON arrays, CSV and Parquet (`textfiles` says from where)."""
+"""Rows out of files: JSON Lines, JSON arrays, CSV and Parquet (`io.text` says from where)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import csv
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from igpo_jax.cli import UserError
-from igpo_jax.textfiles import File, mend, open_file, read_lines, read_objects
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import File, mend, open_file, read_lines, read_objects
 
 Row = Mapping[str, Any]
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import ROLES, Message
-from igpo_jax.textfiles import mend
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import mend
 
 # Our own description file: all there is of a character tokenizer, and beside the
 # others the special ids, which their own files do not always tell.

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
 from igpo_jax.diffusion.network import (
@@ -36,6 +35,7 @@ from igpo_jax.diffusion.network import (
   region,
 )
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.token_ids import check_ids
 from igpo_jax.types import LM, Array, Canvas, Denoised, Params

@@ -21,8 +21,8 @@ from etils import epath
 
 from igpo_jax.checkpoint import bit_sums
 from igpo_jax.data.records import Record
+from igpo_jax.io.jsonl import Row, row_file, write_whole
 from igpo_jax.parallel.distributed import share
-from igpo_jax.rowfile import Row, row_file, write_whole
 from igpo_jax.types import Params
 
 Key = tuple[str, int]  # (problem's id, sample)

@@ -11,9 +11,9 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.records import Message, Record
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers
 
 PLAIN = "plain"  # the name of config.eval.protocol = "": prompts and settings of the config

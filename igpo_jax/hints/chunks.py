@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 Chunk = tuple[int, int]  # [start, end) in trace tokens
 Placed = tuple[int, int, int]  # canvas position, and the [start, end) of the trace it shows

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import HintConfig
+from igpo_jax.errors import UserError
 from igpo_jax.hints.chunks import (
   STRETCH_FREE_TAIL,
   Chunk,

@@ -8,12 +8,11 @@ import typing
 from typing import Any
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
-from igpo_jax.config import SamplerConfig
+from igpo_jax.config import Dtype, SamplerConfig, check_dtype
+from igpo_jax.config.fields import Seed, declarations, descriptions, meant, number
 from igpo_jax.data.sources import Prompting
-from igpo_jax.fields import Seed, declarations, descriptions, meant, number
+from igpo_jax.errors import UserError
 from igpo_jax.inference.settings import Settings, find_model, override, settings_of
-from igpo_jax.options import Dtype, check_dtype
 
 
 def add_arguments(parser: cli.ArgumentParser) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import read_messages
 from igpo_jax.data.sources import Prompting
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.textfiles import find_files, mend, read_objects
+from igpo_jax.errors import UserError
+from igpo_jax.io.text import find_files, mend, read_objects
 
 LENGTH_STEP = 64  # prompts are padded to a multiple of it: one program for many lengths
 _MARK = re.compile(r"\[(?:MASK(?:\*(\d+))?|(END))\]", re.IGNORECASE)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import SamplerConfig
+from igpo_jax.convert.open import open_source
 from igpo_jax.convert.pretrained import Pretrained, fitting_mesh, load_source
-from igpo_jax.convert.sources import open_source
 from igpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER, denoise
+from igpo_jax.errors import UserError
 from igpo_jax.inference.requests import Request, batch_arrays
 from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.parallel.mesh import check_devices

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, EvalConfig, SamplerConfig
 from igpo_jax.data.sources import Prompting
 from igpo_jax.data.tokenizer import read_json
+from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plain_setting
-from igpo_jax.rowfile import resolved
+from igpo_jax.io.jsonl import resolved
 
 CONFIG_FILE = "config.json"
 STAGES = ("rl", "sft")  # of two stages' checkpoints, the later stage's

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import num_shards, partition_spec
 from igpo_jax.types import Array
 

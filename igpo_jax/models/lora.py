@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig
+from igpo_jax.errors import UserError
 from igpo_jax.types import Array, Params
 
 ADAPTER_LEAVES = ("lora_a", "lora_b")

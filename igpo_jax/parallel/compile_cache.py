@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 AUTO, OFF = "auto", "off"
 MIN_SECONDS = 0.1  # what compiles faster is not worth a file

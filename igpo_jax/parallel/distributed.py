@@ -17,9 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from igpo_jax import cli
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
+from igpo_jax.parallel.liveness import Watch
 from igpo_jax.parallel.mesh import check_devices, over_processes
-from igpo_jax.parallel.watch import Watch
 
 # jax's own name for the first; the others go with it.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"

@@ -12,10 +12,10 @@ import os
 import jax
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import MeshConfig
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import over_processes
-from igpo_jax.parallel.slices import CHIPS, GIB, GPU_SHARE, SLICES, find_hardware, find_slice
+from igpo_jax.parallel.tpu import CHIPS, GIB, GPU_SHARE, SLICES, find_hardware, find_slice
 
 # Of either, jax takes the share of a GPU's memory that it allocates at its start.
 MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import MeshConfig
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import num_shards, partition_spec
-from igpo_jax.parallel.slices import find_slice
+from igpo_jax.parallel.tpu import find_slice
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.types import Array
 
 LogicalAxes = tuple[str | None, ...]

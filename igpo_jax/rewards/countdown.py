@@ -12,8 +12,8 @@ import json
 import operator
 from fractions import Fraction
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
 
 MAX_LENGTH = 200  # characters of an expression

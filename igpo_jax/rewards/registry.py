@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 
 OK, UNPARSEABLE, TIMEOUT = "ok", "unparseable", "timeout"
 POOLED = "math"  # the one verifier that runs in worker processes, by `score.Scorer`

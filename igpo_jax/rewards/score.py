@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import RewardConfig
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
 from igpo_jax.rewards import countdown as _countdown  # noqa: F401  registers its verifier
 from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its verifier

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
 
 MAX_LENGTH = 2000  # characters of an answer

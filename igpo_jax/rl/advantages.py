@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 from igpo_jax.types import Array
 
 

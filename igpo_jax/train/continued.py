@@ -13,8 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
 
 # Whole sections and single options: how a run is cut up, shown, kept and evaluated.
 FREE = (

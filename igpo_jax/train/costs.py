@@ -11,7 +11,7 @@ import dataclasses
 from igpo_jax.config import Config
 from igpo_jax.eval.protocols import Task
 from igpo_jax.models.flops import forward_flops
-from igpo_jax.train.programs import programs
+from igpo_jax.train.ahead_of_time import programs
 
 # Problems of the published test sets, for where the files are not at hand (docs/evaluation.md).
 PUBLISHED = {"gsm8k": 1319, "math500": 500, "amc": 40, "minerva": 272}

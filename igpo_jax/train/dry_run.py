@@ -18,18 +18,18 @@ import jax.numpy as jnp
 from etils import epath
 
 from igpo_jax.config import Config
-from igpo_jax.convert.sources import open_source
+from igpo_jax.convert.open import open_source
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.machine import Machine, check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
-from igpo_jax.parallel.slices import CHIPS
+from igpo_jax.parallel.tpu import CHIPS
 from igpo_jax.rewards.score import make_scorer
 from igpo_jax.train import memory
+from igpo_jax.train.ahead_of_time import abstract_params, programs
 from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.preflight import Inputs, sft_steps
-from igpo_jax.train.programs import abstract_params, programs
 from igpo_jax.train.runlog import say
 from igpo_jax.train.setup import peek_tokenizer, with_lora
 from igpo_jax.train.sizes import model_of, resolve, said

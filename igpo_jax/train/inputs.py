@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
 from igpo_jax.data.sources import check_files
+from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plan
 
 

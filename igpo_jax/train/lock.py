@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from igpo_jax.cli import UserError
-from igpo_jax.rowfile import can_append
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import can_append
 
 try:
   import fcntl

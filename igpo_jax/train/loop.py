@@ -19,8 +19,8 @@ import jax
 from etils import epath
 
 from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
-from igpo_jax.cli import UserError
 from igpo_jax.config import CheckpointConfig, Config
+from igpo_jax.errors import UserError
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.progress import Profiler, Progress, device_memory

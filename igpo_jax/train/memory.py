@@ -18,7 +18,7 @@ from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
 from igpo_jax.ops.token_stats import LOGITS_AT_ONCE
 from igpo_jax.parallel.sharding import num_shards
-from igpo_jax.train.programs import abstract_params, abstract_state, bytes_per_chip
+from igpo_jax.train.ahead_of_time import abstract_params, abstract_state, bytes_per_chip
 from igpo_jax.train.setup import make_optimizer
 
 FLOAT = 4  # bytes

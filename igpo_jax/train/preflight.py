@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import jax
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
-from igpo_jax.convert.sources import open_source
+from igpo_jax.convert.open import open_source
 from igpo_jax.data.pipeline import (
   BROKEN_TEXT,
   EMPTY_TRACE,
@@ -23,6 +22,7 @@ from igpo_jax.data.pipeline import (
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe
 from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import problems_of
 from igpo_jax.eval.protocols import Task, plan
 from igpo_jax.parallel.distributed import from_first

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
 from igpo_jax.models.flops import forward_flops
-from igpo_jax.parallel.slices import CHIPS
+from igpo_jax.parallel.tpu import CHIPS
 from igpo_jax.rl.sampling import DeviceClock
 from igpo_jax.train.runlog import say
 from igpo_jax.train.stop import StopSignal

@@ -9,11 +9,11 @@ import jax
 from etils import epath
 
 from igpo_jax.checkpoint import in_bytes
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import can_append
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first
-from igpo_jax.rowfile import can_append
 from igpo_jax.types import Params
 
 STATE_COPIES = 3  # the trained parameters and AdamW's two moments

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config
-from igpo_jax.convert.sources import open_source
+from igpo_jax.convert.open import open_source
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora

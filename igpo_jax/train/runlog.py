@@ -19,10 +19,10 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import LogConfig
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import Row, can_append, row_file, write_whole
 from igpo_jax.parallel.distributed import from_first, share
-from igpo_jax.rowfile import Row, can_append, row_file, write_whole
 
 # The order of stages in a run; "init" is the evaluation before the first one.
 STAGE_ORDER = ("init", "sft", "rl", "eval")

@@ -12,10 +12,9 @@ import numpy as np
 import optax
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, LoRAConfig, ModelConfig, OptimizerConfig
+from igpo_jax.convert.open import Source, open_source
 from igpo_jax.convert.pretrained import check_tokenizer, read_params
-from igpo_jax.convert.sources import Source, open_source
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
 from igpo_jax.data.tokenizer import (
@@ -25,6 +24,7 @@ from igpo_jax.data.tokenizer import (
   open_tokenizer,
   train_sentencepiece,
 )
+from igpo_jax.errors import UserError
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.distributed import agree, from_first

@@ -7,8 +7,8 @@ import functools
 
 import jax
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.pipeline import SFTStream
+from igpo_jax.errors import UserError
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.config import Config, ModelConfig
-from igpo_jax.convert.sources import open_source
+from igpo_jax.convert.open import open_source
+from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plan
 from igpo_jax.parallel.machine import Machine, check_machine
 from igpo_jax.parallel.mesh import (
@@ -33,7 +33,7 @@ from igpo_jax.parallel.mesh import (
 )
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.train import memory
-from igpo_jax.train.programs import abstract_params
+from igpo_jax.train.ahead_of_time import abstract_params
 
 # Positions that a device puts through the network at a time. At 8B these are 240 TFLOP, a quarter
 # of a second of an H100's peak: more would take memory and save no time.

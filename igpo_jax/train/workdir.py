@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from igpo_jax.cli import UserError, before_leaving
+from igpo_jax.cli import before_leaving
 from igpo_jax.config import Config
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import Row, row_file, write_whole
 from igpo_jax.parallel.distributed import agree, from_first, share
-from igpo_jax.rowfile import Row, row_file, write_whole
 from igpo_jax.train.continued import Progress, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.runlog import say

@@ -13,9 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.builders import math_files
 from igpo_jax.data.tables import Row, plain_value
+from igpo_jax.errors import UserError
 
 BUILDERS = {
   builder.name: builder

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import formats, tables
+from igpo_jax.errors import UserError
 
 
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

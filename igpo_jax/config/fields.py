@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,3 +190,14 @@ def descriptions(cls: type) -> dict[str, str]:
     else:
       out |= {name: f"{out[name]} {line.strip()}".strip() for name in names}
   return out
+
+
+def require(condition: Any, message: str) -> None:
+  """Raises `UserError("config: message")` unless the condition holds."""
+  if not condition:
+    raise UserError(f"config: {message}")
+
+
+def check_section(section: Any, name: str) -> None:
+  """Holds a dataclass of options, called `name` in messages, to what they declare."""
+  check_fields(type(section), vars(section), name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

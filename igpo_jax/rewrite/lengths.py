@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from igpo_jax.align.journal import Paths, read_rows, read_settings
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
+from igpo_jax.rewrite.journal import Paths, read_rows, read_settings
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 

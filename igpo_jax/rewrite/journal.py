@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 SYNC_EVERY = 1.0  # seconds; a killed process loses nothing, a machine without power this much
 

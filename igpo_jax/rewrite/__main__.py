@@ -26,17 +26,17 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from igpo_jax import cli
-from igpo_jax.align import lengths, prompts, trim
-from igpo_jax.align.client import ChatClient, completions_url
-from igpo_jax.align.engine import Engine, Rewriter, Trimmer
-from igpo_jax.align.journal import Journal
-from igpo_jax.align.judge import Judge
-from igpo_jax.cli import UserError
+from igpo_jax.config.fields import Count, Natural, NonNegative, Positive, Range, number
 from igpo_jax.data import sources
 from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, open_tokenizer
-from igpo_jax.fields import Count, Natural, NonNegative, Positive, Range, number
+from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.rewrite import lengths, prompts, trim
+from igpo_jax.rewrite.client import ChatClient, completions_url
+from igpo_jax.rewrite.engine import Engine, Rewriter, Trimmer
+from igpo_jax.rewrite.journal import Journal
+from igpo_jax.rewrite.judge import Judge
 
 AtLeastTwo = Annotated[int, Range(2)]  # a token, and the end of the text
 DEFAULT_KEY = "OPENAI_API_KEY"

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Message
+from igpo_jax.errors import UserError
 
 RETRIED = frozenset((408, 409, 425, 429))  # and every 5xx
 REFUSED = frozenset((400, 413, 422))  # may be about this one request

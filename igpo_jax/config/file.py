@@ -12,7 +12,22 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from igpo_jax.cli import UserError, mistake
+from igpo_jax.cli import mistake
+from igpo_jax.errors import UserError
+
+# Modules that were public under another name -> where their names are today.
+MOVED = {
+  "igpo_jax.align": "igpo_jax.rewrite",
+  "igpo_jax.config_file": "igpo_jax.config",
+  "igpo_jax.convert.sources": "igpo_jax.convert.open",
+  "igpo_jax.fields": "igpo_jax.config.fields",
+  "igpo_jax.options": "igpo_jax.config",
+  "igpo_jax.parallel.slices": "igpo_jax.parallel.tpu",
+  "igpo_jax.parallel.watch": "igpo_jax.parallel.liveness",
+  "igpo_jax.rowfile": "igpo_jax.io.jsonl",
+  "igpo_jax.textfiles": "igpo_jax.io.text",
+  "igpo_jax.train.programs": "igpo_jax.train.ahead_of_time",
+}
 
 
 def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
@@ -48,6 +63,10 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
   except Exception as error:
     if known := mistake(error):
       raise known from None
+    if isinstance(error, ModuleNotFoundError) and error.name in MOVED:
+      raise UserError(
+        f"{_place(error, path)}: {error.name} is {MOVED[error.name]} now: import from there"
+      ) from None
     text = error.msg if isinstance(error, SyntaxError) else error
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {text}") from error
   if not isinstance(config, config_dict.ConfigDict):

@@ -20,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 Row = dict[str, Any]
 

@@ -11,24 +11,24 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax import rowfile
-from igpo_jax.cli import UserError
 from igpo_jax.config import LogConfig, default_config, freeze
 from igpo_jax.data.tokenizer import CharTokenizer, has_tokenizer, load_tokenizer
+from igpo_jax.errors import UserError
 from igpo_jax.eval.generations import Generations
-from igpo_jax.rowfile import row_file
+from igpo_jax.io import jsonl
+from igpo_jax.io.jsonl import row_file
 from igpo_jax.train.loop import Run, run_stage
 from igpo_jax.train.report import write_report
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.workdir import open_workdir
-from tests import objects
+from tests import fake_gcs
 from tests.loop_test import ROWS, Killed, counting_stage, fresh, make_run
 
 
 @pytest.fixture(params=["disk", "objects"])
 def folder(request, tmp_path, monkeypatch):
   """An empty folder of either kind."""
-  objects.install(monkeypatch, tmp_path)
+  fake_gcs.install(monkeypatch, tmp_path)
   return epath.Path(tmp_path if request.param == "disk" else "gs://bucket")
 
 
@@ -47,9 +47,9 @@ OPERATIONS = st.lists(
 @given(operations=OPERATIONS)
 def test_rows_are_those_added_less_those_cut_whatever_the_order(kind, operations):
   with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-    objects.install(patch, epath.Path(folder))
-    patch.setattr(rowfile, "PART_BYTES", 40)
-    patch.setattr(rowfile, "TAIL_BYTES", 16)
+    fake_gcs.install(patch, epath.Path(folder))
+    patch.setattr(jsonl, "PART_BYTES", 40)
+    patch.setattr(jsonl, "TAIL_BYTES", 16)
     path = epath.Path(folder if kind == "disk" else "gs://bucket") / "rows.jsonl"
     file, model = row_file(path), []
     for name, number in operations:
@@ -89,7 +89,7 @@ def test_half_a_line_is_dropped_and_any_other_is_told(tmp_path):
 
 
 def test_what_lies_before_the_tail_is_not_read_to_drop_the_tail(tmp_path, monkeypatch):
-  monkeypatch.setattr(rowfile, "TAIL_BYTES", 64)
+  monkeypatch.setattr(jsonl, "TAIL_BYTES", 64)
   file = row_file(tmp_path / "rows.jsonl")
   file.path.write_text("this would be an error\n")
   file.add([{"n": n} for n in range(100)])
@@ -100,26 +100,26 @@ def test_what_lies_before_the_tail_is_not_read_to_drop_the_tail(tmp_path, monkey
 
 
 def test_parts_are_bounded_and_not_written_for_every_row(tmp_path, monkeypatch):
-  store = objects.install(monkeypatch, tmp_path)
+  store = fake_gcs.install(monkeypatch, tmp_path)
   now = [0.0]
-  monkeypatch.setattr(rowfile.time, "monotonic", lambda: now[0])
-  monkeypatch.setattr(rowfile, "PART_BYTES", 3000)
+  monkeypatch.setattr(jsonl.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(jsonl, "PART_BYTES", 3000)
   file = row_file("gs://bucket/rows.jsonl")
   for n in range(1000):  # rows of 12 bytes, one a second
     file.add([{"n": 1000 + n}])
     now[0] += 1
-  assert len(store.writes) <= 1000 / rowfile.FLUSH_SECONDS + 6
+  assert len(store.writes) <= 1000 / jsonl.FLUSH_SECONDS + 6
   sizes = [p.stat().st_size for p in sorted((tmp_path / "bucket").iterdir())]
   assert sizes == [3000] * 4
-  assert len(row_file("gs://bucket/rows.jsonl").read()) >= 1000 - rowfile.FLUSH_SECONDS
+  assert len(row_file("gs://bucket/rows.jsonl").read()) >= 1000 - jsonl.FLUSH_SECONDS
   store.writes.clear()
   file.cut(lambda row: row["n"] < 1990)
   assert store.writes == ["gs://bucket/rows-00003.jsonl"]
 
 
 def test_a_kill_while_parts_are_put_together_leaves_no_row_twice(tmp_path, monkeypatch):
-  objects.install(monkeypatch, tmp_path)
-  monkeypatch.setattr(rowfile, "PART_BYTES", 40)
+  fake_gcs.install(monkeypatch, tmp_path)
+  monkeypatch.setattr(jsonl, "PART_BYTES", 40)
   for survivors in (4, 2, 1):
     path = epath.Path(f"gs://bucket/{survivors}/rows.jsonl")
     file = row_file(path)
@@ -135,7 +135,7 @@ def test_a_kill_while_parts_are_put_together_leaves_no_row_twice(tmp_path, monke
       raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-      patch.setattr(rowfile.PartRows, "_remove", remove)
+      patch.setattr(jsonl.PartRows, "_remove", remove)
       file.close()
     assert row_file(path).read() == rows
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
@@ -192,7 +192,7 @@ def test_an_evaluation_goes_on_with_what_is_there(folder):
 
 
 def test_the_rest_of_a_workdir_can_be_an_object_store(tmp_path, monkeypatch, capsys):
-  objects.install(monkeypatch, tmp_path)
+  fake_gcs.install(monkeypatch, tmp_path)
   workdir = epath.Path("gs://bucket/run")
   config = default_config()
   config.stages = ()

@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from igpo_jax.align import trim
-from igpo_jax.align.client import ChatClient, Failed, Refused, Reply, Stopped
-from igpo_jax.align.journal import Journal
-from igpo_jax.align.judge import Judge
-from igpo_jax.align.prompts import Attempt, messages
-from igpo_jax.cli import UserError
 from igpo_jax.data.records import Record
+from igpo_jax.errors import UserError
+from igpo_jax.rewrite import trim
+from igpo_jax.rewrite.client import ChatClient, Failed, Refused, Reply, Stopped
+from igpo_jax.rewrite.journal import Journal
+from igpo_jax.rewrite.judge import Judge
+from igpo_jax.rewrite.prompts import Attempt, messages
 
 NO_TRACE = "no trace"
 NOT_GRADABLE = "gold answer cannot be graded"

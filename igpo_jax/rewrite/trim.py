@@ -12,8 +12,8 @@ import bisect
 import re
 from collections.abc import Callable
 
-from igpo_jax.cli import UserError
 from igpo_jax.data import maps, spans, synthetic
+from igpo_jax.errors import UserError
 
 Count = Callable[[str], int]
 Rules = Callable[[str, str, Count, int], str]

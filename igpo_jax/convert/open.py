@@ -10,7 +10,6 @@ from typing import Any
 from etils import epath
 
 from igpo_jax.checkpoint import absolute
-from igpo_jax.cli import UserError
 from igpo_jax.config import LoRAConfig, ModelConfig
 from igpo_jax.convert import families, peft
 from igpo_jax.convert.arrays import (
@@ -24,7 +23,8 @@ from igpo_jax.convert.arrays import (
 )
 from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.data import tokenizer as tokenizer_lib
-from igpo_jax.rowfile import resolved
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import resolved
 
 CONFIG_FILE = "config.json"
 PARAMS_DIR = "params"  # of a directory that this package wrote

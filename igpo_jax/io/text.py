@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
-from igpo_jax.cli import UserError
+from igpo_jax.errors import UserError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _WEB = ("http", "https")

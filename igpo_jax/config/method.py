@@ -1,7 +1,7 @@
 """Options of the method itself: the model, the sampler, the hints, the objective.
 
-The other half, how it is run, is in `config`, which offers these too; callers import
-from there. Defaults are the paper's where the paper states them (docs/method.md#defaults).
+`run` has the options of how it is run. Defaults are the paper's where the paper states them
+(docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -11,28 +11,18 @@ import re
 import typing
 from typing import Annotated, Any, Literal
 
-from igpo_jax.cli import UserError
-from igpo_jax.fields import (
+from igpo_jax.config.fields import (
   Count,
   Natural,
   NonNegative,
   Positive,
   Range,
   Share,
-  check_fields,
+  check_section,
   meant,
+  require,
 )
-
-
-def require(condition: Any, message: str) -> None:
-  """Raises `UserError("config: message")` unless the condition holds."""
-  if not condition:
-    raise UserError(f"config: {message}")
-
-
-def check_section(section: Any, name: str) -> None:
-  """Holds a dataclass of options, called `name` in messages, to what they declare."""
-  check_fields(type(section), vars(section), name)
+from igpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

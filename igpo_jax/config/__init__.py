@@ -1,0 +1,64 @@
+"""Every option of the program: what it means, its default, and what may be combined.
+
+`method` has the options of the method itself, `run` those of how a run goes; `tree` makes of them
+what a config file edits, `file` loads such files, `fields` says what values an option may have.
+"""
+
+from __future__ import annotations
+
+from igpo_jax.config.fields import check_section, require
+from igpo_jax.config.file import load_config_file
+from igpo_jax.config.method import (
+  Dtype,
+  HintConfig,
+  LoRAConfig,
+  ModelConfig,
+  ObjectiveConfig,
+  SamplerConfig,
+  check_dtype,
+  check_trainable,
+  full_dtype,
+)
+from igpo_jax.config.run import (
+  STAGES,
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  EvalConfig,
+  LogConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RewardConfig,
+  RLConfig,
+  SFTConfig,
+)
+from igpo_jax.config.tree import check, default_config, freeze
+
+__all__ = [
+  "STAGES",
+  "CheckpointConfig",
+  "Config",
+  "DataConfig",
+  "Dtype",
+  "EvalConfig",
+  "HintConfig",
+  "LoRAConfig",
+  "LogConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "ObjectiveConfig",
+  "OptimizerConfig",
+  "RLConfig",
+  "RewardConfig",
+  "SFTConfig",
+  "SamplerConfig",
+  "check",
+  "check_dtype",
+  "check_section",
+  "check_trainable",
+  "default_config",
+  "freeze",
+  "full_dtype",
+  "load_config_file",
+  "require",
+]

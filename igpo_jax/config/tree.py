@@ -1,0 +1,100 @@
+"""Options as a tree to edit, and as frozen dataclasses to run with.
+
+The dataclasses of `method` and `run` are the one definition: `default_config()` turns them into an
+ml_collections ConfigDict for config files and flags to edit, `freeze()` turns that back into
+dataclasses (hashable, so they can be static arguments of `jax.jit`) and checks what no single
+option can know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from igpo_jax.config.fields import check_fields, meant, require
+from igpo_jax.config.method import Dtype, check_trainable, full_dtype
+from igpo_jax.config.run import STAGES, Config
+from igpo_jax.errors import UserError
+
+
+def default_config() -> config_dict.ConfigDict:
+  """All defaults as an editable ConfigDict: a wrong type raises, `freeze` tells unknown names."""
+  return _to_config_dict(Config())
+
+
+def _to_config_dict(section: Any) -> config_dict.ConfigDict:
+  out = config_dict.ConfigDict()
+  hints = typing.get_type_hints(type(section))
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    if dataclasses.is_dataclass(value):
+      value = _to_config_dict(value)
+    elif value is None:
+      (kind,) = (t for t in typing.get_args(hints[field.name]) if t is not type(None))
+      value = config_dict.placeholder(kind)
+    out[field.name] = value
+  return out
+
+
+def freeze(config: ml_collections.ConfigDict) -> Config:
+  """Checks a ConfigDict and turns it into frozen, hashable dataclasses.
+
+  Raises:
+    UserError: an unknown option, a value out of range, or a combination that
+      cannot work; the message names the option.
+  """
+  frozen = _from_config_dict(Config, config, "")
+  check(frozen)
+  return frozen
+
+
+def check(config: Config) -> None:
+  """Raises `UserError` for options that are fine alone but not together."""
+  order = [STAGES.index(stage) for stage in config.stages]
+  require(order == sorted(set(order)), f"stages={config.stages}: each at most once, in order")
+  for stage in ("sft", "rl"):
+    if stage in config.stages:
+      require(getattr(config.data, stage), f"stages has {stage!r} but data.{stage} names no source")
+  best = config.checkpoint.best_metric
+  names = [item.partition("=")[0] for item in config.data.eval]
+  require(
+    config.sft.hand_on == "last" or any(best.startswith(f"eval/{name}") for name in names),
+    f"sft.hand_on='best' goes by checkpoint.best_metric={best!r}: name an evaluation, such as "
+    "'eval/NAME/accuracy' with a NAME of data.eval",
+  )
+  require(
+    math.floor(config.hints.replace_fraction * config.rl.group_size) >= 1
+    or config.rl.exploration == "none",
+    f"hints.replace_fraction={config.hints.replace_fraction} of a group of "
+    f"{config.rl.group_size} replaces nothing; raise one of them",
+  )
+  check_trainable(config.model, config.stages)
+
+
+def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:
+  """A dataclass with the values of a ConfigDict; `path` is its name, "" for the whole."""
+  hints = typing.get_type_hints(cls)
+  inside = lambda name: f"{path}.{name}" if path else name
+  for name in config:
+    if name not in hints:
+      raise UserError(f"config: there is no option {inside(name)}{meant(name, hints)}")
+  kwargs = {}
+  for name, value in config.items():
+    if dataclasses.is_dataclass(hints[name]):
+      require(
+        isinstance(value, ml_collections.ConfigDict),
+        f"{inside(name)}={value!r} should be a section of options",
+      )
+      value = _from_config_dict(hints[name], value, inside(name))
+    elif hints[name] == Dtype:
+      value = full_dtype(value)
+    elif isinstance(value, (list, tuple)):
+      value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+    kwargs[name] = value
+  check_fields(cls, kwargs, path)
+  return cls(**kwargs)

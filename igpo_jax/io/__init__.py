@@ -1,0 +1,1 @@
+"""Rows of JSON in files, local or remote."""
