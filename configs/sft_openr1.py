@@ -40,7 +40,7 @@ def get_config(argument="data"):
 
   config.data.eval = tuple(e for e in config.data.eval if e.startswith(("gsm8k=", "math500=")))
   config.sft.eval_every = 500
-  config.sft.hand_on = "best"
+  config.sft.select = "best"
   config.checkpoint.best_metric = "eval/math500/accuracy"
   config.checkpoint.every = 100
   return config

@@ -9,6 +9,7 @@ import typing
 
 import pytest
 
+from igpo_jax import flags
 from igpo_jax.config import (
   Config,
   DataConfig,
@@ -20,6 +21,7 @@ from igpo_jax.config import (
   default_config,
   freeze,
   load_config_file,
+  renamed,
 )
 from igpo_jax.config.fields import Range, descriptions
 from igpo_jax.errors import UserError
@@ -93,6 +95,54 @@ def test_an_unknown_option_is_named():
     freeze(config)
 
 
+@pytest.mark.parametrize(("old", "now"), renamed.RENAMED.items())
+def test_an_old_name_is_told_with_the_new_one(old, now, tmp_path):
+  """In a config file that sets it, in one that reads it, and on the command line."""
+  known = [path for path, _ in options()]
+  assert any(path == now or path.startswith(f"{now}.") for path in known), f"no option {now}"
+  assert not any(path == old or path.startswith(f"{old}.") for path in known)
+
+  config = sourced()
+  section, _, name = old.rpartition(".")
+  (config[section] if section else config)[name] = 1
+  with pytest.raises(UserError) as told:
+    freeze(config)
+  assert str(told.value) == f"config: {old} is {now} now: use the new name"
+
+  file = tmp_path / "mine.py"
+  for reading in (f"config.{old}", f"config['{old}']"):
+    file.write_text(
+      "from igpo_jax.config import default_config\n\ndef get_config():\n"
+      f"  config = default_config()\n  print({reading})\n  return config\n"
+    )
+    with pytest.raises(UserError) as told:
+      load_config_file(file)
+    assert str(told.value).startswith(f"{file}, line 5: there is no option {name}: it is ")
+    assert now in str(told.value)
+
+  line = ["program", f"--config={REPO / 'configs' / 'quickstart.py'}", f"--config.{old}=1"]
+  with pytest.raises(UserError) as told:
+    flags.parse(flags.config_flag(), line, "")
+  assert str(told.value) == f"command line: --config.{old} is --config.{now} now: use the new name"
+
+
+def test_old_names_in_a_runs_config_are_read_as_the_new_ones(monkeypatch):
+  monkeypatch.setattr(renamed, "RENAMED", {"rl.a": "objective.b", "model.old": "model.new.part"})
+  before = {"seed": 3, "rl": {"a": 1, "steps": 2}, "model": {"old": {"x": [4]}}}
+  after = {
+    "seed": 3, "rl": {"steps": 2}, "objective": {"b": 1}, "model": {"new": {"part": {"x": [4]}}}
+  }  # fmt: skip
+  assert renamed.upgraded(before) == after == renamed.upgraded(after)
+  assert before["rl"] == {"a": 1, "steps": 2}, "what was given has changed"
+  assert renamed.upgraded({"rl": {"a": 1}, "objective": {"b": 2}}) == {
+    "rl": {}, "objective": {"b": 2}
+  }, "what has the new name counts"  # fmt: skip
+  for odd in ({"rl": 3}, {"rl": {"a": 1}, "objective": 7}, {"model": None}):
+    assert renamed.upgraded(odd).keys() == odd.keys()  # told by whoever checks the sections
+  assert renamed.new_name("model.old.x") == "model.new.part.x"
+  assert renamed.new_name("model.older") == renamed.new_name("rl") == ""
+
+
 MISTAKES = [
   ("rl.group_size", 1, "a group of one has no advantage"),
   ("rl.group_size", 0, "a group of one has no advantage"),
@@ -132,8 +182,8 @@ MISTAKES = [
   ("sft.response_lengths", (40, 24), r"sft.response_lengths=\(40, 24\): give increasing"),
   ("sft.epochs", -1.0, "sft.epochs=-1.0 must be at least 0"),
   ("sft.group_batches", 0, "sft.group_batches=0 must be at least 1"),
-  ("sft.hand_on", "first", "sft.hand_on='first' is not one of last, best"),
-  ("sft.hand_on", "best", "sft.hand_on='best' goes by checkpoint.best_metric=''"),
+  ("sft.select", "first", "sft.select='first' is not one of last, best"),
+  ("sft.select", "best", r"sft.select='best' needs checkpoint.best_metric, .* \(it is ''\)"),
   ("sft_optimizer.schedule", "step", "sft_optimizer.schedule='step' is not one of"),
   ("rl_optimizer.clip_norm", 0.0, "rl_optimizer.clip_norm=0.0 must be above 0"),
   ("rl_optimizer.learning_rate", -1.0, "rl_optimizer.learning_rate=-1.0"),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from igpo_jax import chat, generate
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
+from igpo_jax.convert.open import open_source
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
@@ -430,6 +432,21 @@ def test_a_runs_config_that_cannot_be_is_told(run_folder, tmp_path, section, val
   with pytest.raises(UserError, match=message) as info:
     settings_of(find_model(str(tmp_path)))
   assert str(tmp_path / "config.json") in str(info.value)
+
+
+def test_a_run_from_before_options_were_renamed_is_asked_as_it_was(
+  run_folder, tmp_path, monkeypatch
+):
+  before = {"sampler.canvas": "sampler.gen_length", "model.width": "model.d_model"}
+  monkeypatch.setattr("igpo_jax.config.renamed.RENAMED", before)
+  run = shutil.copytree(run_folder, tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["sampler"]["canvas"] = config["sampler"].pop("gen_length")
+  config["model"]["width"] = config["model"].pop("d_model")
+  (run / "config.json").write_text(json.dumps(config))
+  model = find_model(str(run))
+  assert settings_of(model).sampler == SamplerConfig(24, 8, 12, temperature=0.0)
+  assert open_source(model).config.d_model == 16
 
 
 def test_a_run_without_a_checkpoint_is_told(run_folder, tmp_path):

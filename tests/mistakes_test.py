@@ -83,6 +83,7 @@ MISTAKES = {
     "Q --config.mesh.data=-2",
     "Q --config.stages=dpo",
     "Q --config.stages=('rl','sft')",
+    "Q --config.sft.select=best",
     "Q --config.sft.hand_on=best",
     "Q --config.data.prompt_buckets=(32,16)",
     "Q --config.data.rl=",

@@ -241,7 +241,7 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
   """Accuracy is highest at step 2 here."""
   best = "eval/test/accuracy"
   options = {"sft.eval_every": 1, "sft.response_lengths": (40,)}
-  config = tiny(**{**options, "sft.hand_on": "best", "checkpoint.best_metric": best})
+  config = tiny(**{**options, "sft.select": "best", "checkpoint.best_metric": best})
   config = resolve(config, here())  # as `train` does before a stage: micro_batches=0 is no number
   accuracy = iter([0.1, 0.9, 0.2, 0.3, 0.1])
   kept = []
@@ -257,19 +257,19 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
     params = sft.train_sft(run, make_model(config, TOKENIZER, mesh), stream)
   assert len(kept) == 5 and sft.handed_on(run, "sft") == 2
   jax.tree.map(np.testing.assert_array_equal, params, kept[1])
-  last = dataclasses.replace(config, sft=dataclasses.replace(config.sft, hand_on="last"))
+  last = dataclasses.replace(config, sft=dataclasses.replace(config.sft, select="last"))
   assert sft.handed_on(dataclasses.replace(run, config=last), "sft") == 5
 
 
 def test_a_best_that_was_never_measured_is_told(tmp_path):
-  config = tiny(**{"sft.hand_on": "best", "checkpoint.best_metric": "eval/test/accuracy"})
+  config = tiny(**{"sft.select": "best", "checkpoint.best_metric": "eval/test/accuracy"})
   config = dataclasses.replace(config, checkpoint=CheckpointConfig(best_metric="eval/test/x"))
   workdir = epath.Path(tmp_path)
   run = Run(config, workdir, RunLog(workdir, config.log), None, None)
   with pytest.raises(UserError, match=r"has the metric checkpoint.best_metric='eval/test/x'"):
     sft.handed_on(run, "sft")
-  with pytest.raises(UserError, match=r"sft.hand_on='best' goes by checkpoint.best_metric=''"):
-    tiny(**{"sft.hand_on": "best"})
+  with pytest.raises(UserError, match=r"sft.select='best' needs checkpoint.best_metric"):
+    tiny(**{"sft.select": "best"})
 
 
 @pytest.mark.slow

@@ -98,9 +98,9 @@ REFUSED = [
    "(with several sft.response_lengths it decides the order of the records)"),
   ({"sampler__early_stop": "batch"}, {"rl__sample_slices": 2}, "(with sampler.early_stop='batch'"),
   ({"sampler__early_stop": "batch"}, {"eval__batch_size": 8}, "(with sampler.early_stop='batch'"),
-  ({"sft__hand_on": "best", "data__eval": ("t=synthetic:chains",),
+  ({"sft__select": "best", "data__eval": ("t=synthetic:chains",),
     "checkpoint__best_metric": "eval/t/accuracy"}, {"sft__eval_every": 3},
-   "(with sft.hand_on='best' it decides what SFT hands on)"),
+   "(with sft.select='best' it decides which parameters the next stage gets)"),
   ({}, {"stages": ("rl",)}, "(it began with SFT, and RL would start from other weights;"),
 ]  # fmt: skip
 
@@ -193,6 +193,21 @@ def test_a_workdir_from_before_an_option_existed_can_be_continued(tmp_path, caps
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=r"another config.rl.exploration: inpaint there, none now"):
     open_workdir(workdir, config_with(rl__exploration="none"))
+
+
+def test_a_run_from_before_an_option_was_renamed_can_be_continued(tmp_path, capsys):
+  settings = {"data__eval": ("t=synthetic:chains",), "checkpoint__best_metric": "eval/t/accuracy"}
+  workdir = begin(tmp_path, SFT_ROW, sft__select="best", **settings)
+  old = kept(workdir)
+  old["sft"]["hand_on"] = old["sft"].pop("select")
+  text = json.dumps(old)
+  (tmp_path / "config.json").write_text(text)
+  open_workdir(workdir, config_with(sft__select="best", **settings))
+  assert capsys.readouterr().err == "" and flat(kept(workdir))["sft.select"] == "best"
+  assert "hand_on" not in kept(workdir)["sft"]
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(UserError, match=r"another config.sft.select: best there, last now"):
+    open_workdir(workdir, config_with(**settings))
 
 
 def test_an_evaluation_looks_at_the_model_only_and_leaves_the_run_its_config(tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from igpo_jax.cli import mistake
+from igpo_jax.config.renamed import renamed_leaves
 from igpo_jax.errors import UserError
 
 # Modules that were public under another name -> where their names are today.
@@ -67,6 +69,8 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
       raise UserError(
         f"{_place(error, path)}: {error.name} is {MOVED[error.name]} now: import from there"
       ) from None
+    if isinstance(error, LookupError | AttributeError) and (now := _renamed(error)):
+      raise UserError(f"{_place(error, path)}: {now}") from None
     text = error.msg if isinstance(error, SyntaxError) else error
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {text}") from error
   if not isinstance(config, config_dict.ConfigDict):
@@ -75,6 +79,13 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
       "igpo_jax.config.default_config()"
     )
   return config
+
+
+def _renamed(error: BaseException) -> str:
+  """What to say of a config file that reads an option under its old name; "" if it does not."""
+  name = re.sub(r"\W", "", str(error))  # ml_collections quotes the last part of it
+  names = renamed_leaves(name)
+  return f"there is no option {name}: it is {' or '.join(names)} now" if names else ""
 
 
 def _place(error: BaseException, path: pathlib.Path) -> str:

@@ -84,7 +84,7 @@ class SFTConfig:
       With several, a batch is made of responses of like length.
     group_batches: with several lengths, so many batches are sorted by length together.
     eval_every: steps between evaluations; 0: only at the end.
-    hand_on: which parameters the next stage gets: the "last", or the "best" by
+    select: which parameters the next stage gets: the "last", or the "best" by
       `checkpoint.best_metric`.
   """
 
@@ -96,7 +96,7 @@ class SFTConfig:
   response_lengths: tuple[Count, ...] = ()
   group_batches: Count = 16
   eval_every: Natural = 0
-  hand_on: Literal["last", "best"] = "last"
+  select: Literal["last", "best"] = "last"
 
   def __post_init__(self):
     check_section(self, "sft")

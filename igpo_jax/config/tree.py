@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from igpo_jax.config.fields import check_fields, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
+from igpo_jax.config.renamed import new_name
 from igpo_jax.config.run import STAGES, Config
 from igpo_jax.errors import UserError
 
@@ -63,9 +64,9 @@ def check(config: Config) -> None:
   best = config.checkpoint.best_metric
   names = [item.partition("=")[0] for item in config.data.eval]
   require(
-    config.sft.hand_on == "last" or any(best.startswith(f"eval/{name}") for name in names),
-    f"sft.hand_on='best' goes by checkpoint.best_metric={best!r}: name an evaluation, such as "
-    "'eval/NAME/accuracy' with a NAME of data.eval",
+    config.sft.select == "last" or any(best.startswith(f"eval/{name}") for name in names),
+    "sft.select='best' needs checkpoint.best_metric, such as 'eval/NAME/accuracy' with a NAME from "
+    f"data.eval (it is {best!r})",
   )
   require(
     math.floor(config.hints.replace_fraction * config.rl.group_size) >= 1
@@ -82,6 +83,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
   inside = lambda name: f"{path}.{name}" if path else name
   for name in config:
     if name not in hints:
+      if now := new_name(inside(name)):
+        raise UserError(f"config: {inside(name)} is {now} now: use the new name")
       raise UserError(f"config: there is no option {inside(name)}{meant(name, hints)}")
   kwargs = {}
   for name, value in config.items():

@@ -11,6 +11,7 @@ from etils import epath
 
 from igpo_jax.checkpoint import absolute
 from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.config.renamed import upgraded
 from igpo_jax.convert import families, peft
 from igpo_jax.convert.arrays import (
   TREE_METADATA,
@@ -255,7 +256,7 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   )  # fmt: skip
   if workdir is None:
     raise UserError(f"{path}: no config.json of a run above this checkpoint")
-  run = read_json(workdir / CONFIG_FILE)
+  run = upgraded(read_json(workdir / CONFIG_FILE))
   model = _run_model(run, workdir / CONFIG_FILE)
   state = OrbaxArrays(path / STATE_DIR, ("params",))
   tokenizer = _tokenizer_in(workdir / "tokenizer")

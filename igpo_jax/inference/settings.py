@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from igpo_jax.config import Config, EvalConfig, SamplerConfig
+from igpo_jax.config.renamed import upgraded
 from igpo_jax.data.sources import Prompting
 from igpo_jax.data.tokenizer import read_json
 from igpo_jax.errors import UserError
@@ -83,7 +84,7 @@ def settings_of(model: epath.Path) -> Settings:
   if run is None:
     return Settings(SamplerConfig(), Prompting(), None)
   file = run / CONFIG_FILE
-  values = read_json(file)
+  values = upgraded(read_json(file))
   config = dataclasses.replace(
     Config(),
     sampler=_section(SamplerConfig, values, "sampler", file),

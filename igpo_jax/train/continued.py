@@ -153,8 +153,8 @@ def _rows_together(
 
 def _best(before: Any, now: Any, old: Options, new: Config, progress: Progress) -> str | None:
   del before, now, old
-  if "sft" in progress.begun and new.sft.hand_on == "best":
-    return "with sft.hand_on='best' it decides what SFT hands on"
+  if "sft" in progress.begun and new.sft.select == "best":
+    return "with sft.select='best' it decides which parameters the next stage gets"
   return None
 
 

@@ -50,7 +50,7 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
   shown = ("loss", "grad_norm")
   stage = Stage("sft", steps, config.sft.eval_every, step, whole, shown)
   state = run_stage(run, stage, state)
-  if config.sft.hand_on == "last":
+  if config.sft.select == "last":
     return whole(state.params)
   best = handed_on(run, "sft")
   say(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
@@ -93,7 +93,7 @@ def handed_on(run: Run, stage: str) -> int:
     UserError: the best is asked for, and `checkpoint.best_metric` was never measured.
   """
   checkpoints = run.checkpoints(stage)
-  best = stage == "sft" and run.config.sft.hand_on == "best"
+  best = stage == "sft" and run.config.sft.select == "best"
   step = from_first(checkpoints.best if best else checkpoints.latest)
   if step is None:
     raise UserError(

@@ -14,6 +14,7 @@ from etils import epath
 
 from igpo_jax.cli import before_leaving
 from igpo_jax.config import Config
+from igpo_jax.config.renamed import upgraded
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row, row_file, write_whole
 from igpo_jax.parallel.distributed import agree, from_first, share
@@ -141,7 +142,7 @@ def _progress(workdir: epath.Path, rows: list[Row]) -> Progress:
 
 
 def _config_of(workdir: epath.Path) -> dict[str, Any]:
-  """config.json of a run that has begun.
+  """config.json of a run that has begun, with the options under the names that they have now.
 
   Raises:
     UserError: there is none, or it makes no sense.
@@ -156,7 +157,7 @@ def _config_of(workdir: epath.Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged ({error}); {advice}") from None
   if not isinstance(config, dict):
     raise UserError(f"{path} is damaged (no JSON object); {advice}")
-  return config
+  return upgraded(config)
 
 
 def _differs(path: epath.Path, current: dict[str, Any]) -> bool:
