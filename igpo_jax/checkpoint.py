@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from igpo_jax.errors import UserError
+from igpo_jax.io.amounts import in_bytes
 from igpo_jax.io.jsonl import can_append, write_whole
 
 FILES = "files.json"
@@ -258,15 +259,6 @@ class Checkpoints:
 
   def _kept(self, step: int) -> dict[str, Any]:
     return self._manager.metadata(step).custom_metadata or {}
-
-
-def in_bytes(size: float) -> str:
-  """A size in words: in_bytes(1.5e9) == "1.5 GB"."""
-  units = ["TB", "GB", "MB", "kB", "B"]
-  while size >= 999.5 and len(units) > 1:
-    size /= 1000
-    units.pop()
-  return f"{size:.3g} {units[-1]}"
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

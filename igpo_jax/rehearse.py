@@ -34,6 +34,7 @@ from igpo_jax import cli
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
+from igpo_jax.io.amounts import in_time
 
 FLAGS = config_flag()
 flags.DEFINE_integer("devices", 0, "How many; 0: the config's own.", 0, flag_values=FLAGS)
@@ -311,13 +312,9 @@ def _memory_lines(facts: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _hours(seconds: float | None) -> str:
-  if seconds is None:
-    return "-"
-  for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-    if seconds >= 2 * length:
-      return f"{seconds / length:.1f} {unit}"
-  return f"{seconds:.3g} s"
+def _time(seconds: float | None) -> str:
+  """A length of time in words; "-" where it is not known."""
+  return "-" if seconds is None else in_time(seconds)
 
 
 def step_seconds(facts: dict[str, Any], stage: str, bucket: int) -> float | None:
@@ -338,15 +335,15 @@ def _time_lines(facts: dict[str, Any]) -> list[str]:
       label = f"{stage} {part}"
       if part == "groups tried again":
         label += f" {facts['hinted']:.0%}"
-      cells = [_hours(facts["steps"][b][stage][part][1]) for b in buckets]
+      cells = [_time(facts["steps"][b][stage][part][1]) for b in buckets]
       flops = facts["steps"][buckets[-1]][stage][part][0]
       row = "".join(f"{cell:>16}" for cell in cells)
       lines.append(f"  {label:<26}{flops / 1e15:>6.3g}{row}")
     totals = [step_seconds(facts, stage, bucket) for bucket in buckets]
-    lines.append(f"  {f'{stage}: a step':<32}" + "".join(f"{_hours(t):>16}" for t in totals))
+    lines.append(f"  {f'{stage}: a step':<32}" + "".join(f"{_time(t):>16}" for t in totals))
     steps, _ = facts["stages"][stage]
     if steps:
-      whole = "".join(f"{_hours(t and t * steps):>16}" for t in totals)
+      whole = "".join(f"{_time(t and t * steps):>16}" for t in totals)
       lines.append(f"  {f'{stage}: {steps} steps':<32}{whole}")
     else:
       lines.append(f"  {stage}: how many steps depends on the records, which are not here")
@@ -354,11 +351,11 @@ def _time_lines(facts: dict[str, Any]) -> list[str]:
   for name, one in facts["evaluations"].items():
     rows = f"{one['problems']} problems" if one["problems"] else "problems not here"
     rows += f" x {one['samples']}" if one["samples"] > 1 else ""
-    lines.append(f"  evaluation {name:<12} {rows}: {_hours(one['seconds'] or None)}")
+    lines.append(f"  evaluation {name:<12} {rows}: {_time(one['seconds'] or None)}")
     evaluation += one["seconds"] or 0.0
   times = sum(count for _, count in facts["stages"].values()) + ("eval" in config.stages)
   if evaluation and all(steps for steps, _ in facts["stages"].values()):
-    lines.append(f"  all evaluations, {times} times: {_hours(times * evaluation)}")
+    lines.append(f"  all evaluations, {times} times: {_time(times * evaluation)}")
   return lines
 
 
@@ -383,7 +380,7 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
       f"last {cfg.keep} kept"
     )
     if lost:
-      lines.append(f"             a kill without notice loses at most {_hours(lost)} of work")
+      lines.append(f"             a kill without notice loses at most {_time(lost)} of work")
   return lines
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint, in_bytes
+from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import row_file
@@ -188,21 +188,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_rubbish(
     checkpoints.save(2, tree(2))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1"] and not caplog.records
   checkpoints.close()
-
-
-@pytest.mark.parametrize(
-  ("size", "words"),
-  [
-    (0, "0 B"),
-    (999, "999 B"),
-    (999_936, "1 MB"),
-    (1500, "1.5 kB"),
-    (16.2e9, "16.2 GB"),
-    (5e16, "5e+04 TB"),
-  ],
-)
-def test_sizes_are_in_words(size, words):
-  assert in_bytes(size) == words
 
 
 # --- the record -----------------------------------------------------------------------

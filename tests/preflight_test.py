@@ -360,21 +360,6 @@ def _untouched():
   return config
 
 
-@pytest.mark.parametrize(
-  "seconds, words",
-  [
-    (0.1, "1 s"),
-    (50, "50 s"),
-    (90, "1.5 min"),
-    (1200, "20 min"),
-    (7200, "2.0 h"),
-    (9e5, "10 days"),
-  ],
-)
-def test_durations_are_said_in_the_unit_that_fits(seconds, words):
-  assert dry_run.duration(seconds) == words
-
-
 def test_the_command_makes_a_dry_run(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setattr(dry_run, "dry_run", lambda config, workdir: seen.append(workdir))

@@ -21,7 +21,6 @@ from igpo_jax.train.progress import (
   Progress,
   denoising_flops,
   device_memory,
-  human,
   pace,
   track,
 )
@@ -50,16 +49,9 @@ def stderr(monkeypatch):
   return use
 
 
-@pytest.mark.parametrize(
-  "seconds, text", [(45.2, "45.2 s"), (450, "7.5 min"), (11_520, "3.2 h"), (0, "0 s")]
-)
-def test_lengths_of_time_are_read_at_a_glance(seconds, text):
-  assert human(seconds) == text
-
-
 def test_the_first_step_which_compiles_does_not_spoil_the_rate():
   assert pace([60.0, 2.0, 2.0], 5, "step") == "2 s/step, 10 s left"
-  assert pace([60.0], 5, "step") == "60 s/step (with compiling), 5 min left"
+  assert pace([60.0], 5, "step") == "60 s/step (with compiling), 5.0 min left"
   assert pace([], 5, "step") == ""
   assert pace([4.0, 2.0], 1, "batch", compiles=False) == "3 s/batch, 3 s left"
 

@@ -30,7 +30,7 @@ Options = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class Reached:
   """How far the run in a workdir is.
 
   Attributes:
@@ -43,14 +43,14 @@ class Progress:
 
 
 def changes(
-  old: Options, new: Config, progress: Progress, workdir: epath.PathLike
+  old: Options, new: Config, reached: Reached, workdir: epath.PathLike
 ) -> dict[str, tuple[Any, Any]]:
   """Name -> (old, new) of the options that differ between a run and its continuation.
 
   Args:
     old: config.json of the workdir.
     new: the config that the run is to be continued with.
-    progress: of the run.
+    reached: of the run.
     workdir: its name, for messages.
 
   Raises:
@@ -62,7 +62,7 @@ def changes(
     if only_eval and not _is_in(name, MODEL):
       continue
     if name in _CONDITIONS:
-      reason = _CONDITIONS[name](before, now, old, new, progress)
+      reason = _CONDITIONS[name](before, now, old, new, reached)
     else:
       reason = None if _is_in(name, FREE) else "it decides what is learnt"
     if reason:
@@ -108,24 +108,24 @@ def _is_in(name: str, names: tuple[str, ...]) -> bool:
 # (before, now, the old options, the new config, how far the run is) -> what stands against it.
 
 
-def _stages(before: Any, now: Any, old: Options, new: Config, progress: Progress) -> str | None:
+def _stages(before: Any, now: Any, old: Options, new: Config, reached: Reached) -> str | None:
   del before, now, old
-  if "rl" in new.stages and "sft" in progress.begun and "sft" not in new.stages:
+  if "rl" in new.stages and "sft" in reached.begun and "sft" not in new.stages:
     return "it began with SFT, and RL would start from other weights; a finished stage is not rerun"
-  if "sft" in new.stages and "rl" in progress.begun and "sft" not in progress.begun:
+  if "sft" in new.stages and "rl" in reached.begun and "sft" not in reached.begun:
     return "its RL began without SFT"
   return None
 
 
 def _steps(stage: str) -> Callable[..., str | None]:
-  def condition(before, now, old: Options, new: Config, progress: Progress) -> str | None:
+  def condition(before, now, old: Options, new: Config, reached: Reached) -> str | None:
     del before
     schedule = getattr(new, f"{stage}_optimizer").schedule
     if schedule != "constant":
       return f"it decides the learning rates: {stage}_optimizer.schedule={schedule!r}"
-    if stage == "sft" and "rl" in progress.begun:
+    if stage == "sft" and "rl" in reached.begun:
       return "RL has begun with what SFT ended with"
-    done = progress.done.get(stage, 0)
+    done = reached.done.get(stage, 0)
     if isinstance(now, int) and now < done and not (stage == "sft" and new.sft.epochs):
       return f"{done} steps are done"
     return None
@@ -133,27 +133,27 @@ def _steps(stage: str) -> Callable[..., str | None]:
   return condition
 
 
-def _buckets(before: Any, now: Any, old: Options, new: Config, progress: Progress) -> str | None:
-  del old, progress
+def _buckets(before: Any, now: Any, old: Options, new: Config, reached: Reached) -> str | None:
+  del old, reached
   if not isinstance(before, list) or not before or before[-1] != now[-1]:
     return "the longest bucket decides which records are used"
   if "sft" in new.stages and len(new.sft.response_lengths) > 1:
     return "with several sft.response_lengths it decides the order of the records"
-  return _rows_together(before, now, {}, new, Progress({}, frozenset()))
+  return _rows_together(before, now, {}, new, Reached({}, frozenset()))
 
 
 def _rows_together(
-  before: Any, now: Any, old: Options, new: Config, progress: Progress
+  before: Any, now: Any, old: Options, new: Config, reached: Reached
 ) -> str | None:
-  del before, now, old, progress
+  del before, now, old, reached
   if new.sampler.early_stop == "batch":
     return "with sampler.early_stop='batch' rows depend on those sampled with them"
   return None
 
 
-def _best(before: Any, now: Any, old: Options, new: Config, progress: Progress) -> str | None:
+def _best(before: Any, now: Any, old: Options, new: Config, reached: Reached) -> str | None:
   del before, now, old
-  if "sft" in progress.begun and new.sft.select == "best":
+  if "sft" in reached.begun and new.sft.select == "best":
     return "with sft.select='best' it decides which parameters the next stage gets"
   return None
 

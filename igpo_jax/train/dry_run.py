@@ -21,6 +21,7 @@ from igpo_jax.config import Config
 from igpo_jax.convert.open import open_source
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.eval.protocols import plan
+from igpo_jax.io.amounts import in_time
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.machine import Machine, check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
@@ -191,9 +192,9 @@ def _time(
   reached = REACHED.get(machine.platform, REACHED_ELSEWHERE)
   rate = peak * machine.devices * reached
   for name, flops in work.items():
-    yield f"  {name}: {flops / 1e12:,.2f} TFLOP, about {duration(flops / rate)}"
+    yield f"  {name}: {flops / 1e12:,.2f} TFLOP, about {in_time(flops / rate)}"
   yield (
-    f"  in all about {duration(sum(work.values()) / rate)}, within a factor of three: at"
+    f"  in all about {in_time(sum(work.values()) / rate)}, within a factor of three: at"
     f" {reached:.0%} of {peak * machine.devices / 1e12:,.2f} TFLOP/s ({whose}); padding to the"
     " longest bucket and half of the groups all wrong are assumed"
   )
@@ -210,11 +211,3 @@ def measured_peak(dtype: str, n: int = 1024, repeats: int = 8) -> float:
     product(x).block_until_ready()
     best = min(best, time.perf_counter() - began)
   return 2 * n**3 / best
-
-
-def duration(seconds: float) -> str:
-  """A duration in words: duration(90) == "1.5 min"; never less than a second."""
-  for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-    if seconds >= 1.5 * size:
-      return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
-  return f"{max(seconds, 1):.0f} s"

@@ -22,6 +22,7 @@ from etils import epath
 from tqdm import tqdm
 
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
+from igpo_jax.io.amounts import in_time
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.tpu import CHIPS
 from igpo_jax.rl.sampling import DeviceClock
@@ -31,13 +32,6 @@ from igpo_jax.train.stop import StopSignal
 LINE_SECONDS = 30.0
 RECENT_STEPS = 20  # whose median is the rate
 BAR = "{name} {{n_fmt}}/{{total_fmt}} |{{bar:8}}| {text}"
-
-
-def human(seconds: float) -> str:
-  """A length of time. Examples: "45 s", "7.5 min", "3.2 h"."""
-  if seconds < 100:
-    return f"{seconds:.3g} s"
-  return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
 
 
 class Display:
@@ -108,7 +102,7 @@ def pace(seconds: list[float], left: int, unit: str, compiles: bool = True) -> s
     return ""
   usual = statistics.median(seconds[compiles:][-RECENT_STEPS:] or seconds)
   warm = " (with compiling)" if compiles and len(seconds) == 1 else ""
-  return f"{usual:.3g} s/{unit}{warm}, {human(usual * left)} left"
+  return f"{usual:.3g} s/{unit}{warm}, {in_time(usual * left)} left"
 
 
 def denoising_flops(
@@ -182,7 +176,7 @@ class Progress:
     number, began = len(self._compiled) + 1, time.perf_counter()
     usual = self._usual(key)
     of = f" of {self._expected} or more" if number <= self._expected else ""
-    last = f", took {human(usual)} last time" if usual else ""
+    last = f", took {in_time(usual)} last time" if usual else ""
     say(f"{self._display.name}: compiling {key} (program {number}{of}){last}")
     yield
     self._compiled[key] = time.perf_counter() - began
@@ -234,7 +228,7 @@ class Progress:
     peak = f" ({rate / jax.device_count() / chip.flops:.0%} of peak)" if chip else ""
     return (
       f"rollout {self._rows_done}/{self._rows} rows, {self._tokens / seconds:.3g} tokens/s,"
-      f" {human(left)} left, {rate / 1e12:.3g} TFLOP/s{peak}"
+      f" {in_time(left)} left, {rate / 1e12:.3g} TFLOP/s{peak}"
     )
 
 

@@ -8,9 +8,9 @@ import shutil
 import jax
 from etils import epath
 
-from igpo_jax.checkpoint import in_bytes
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
+from igpo_jax.io.amounts import in_bytes
 from igpo_jax.io.jsonl import can_append
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first

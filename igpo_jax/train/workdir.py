@@ -18,7 +18,7 @@ from igpo_jax.config.renamed import upgraded
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row, row_file, write_whole
 from igpo_jax.parallel.distributed import agree, from_first, share
-from igpo_jax.train.continued import Progress, as_json, changes
+from igpo_jax.train.continued import Reached, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.runlog import say
 
@@ -109,9 +109,9 @@ def _open(
   """Checks and writes config.json; returns what differs from the run that is continued."""
   path, changed = workdir / "config.json", {}
   rows = row_file(workdir / "metrics.jsonl").read()
-  progress = _progress(workdir, rows)
-  if progress.begun:
-    changed = changes(_config_of(workdir), config, progress, workdir)
+  reached = _reached(workdir, rows)
+  if reached.begun:
+    changed = changes(_config_of(workdir), config, reached, workdir)
     if config.stages == ("eval",):
       return {}  # the run's own settings stay, so that it can be continued
   elif not path.exists() or _differs(path, current):
@@ -126,7 +126,7 @@ def _open(
   return {name: list(pair) for name, pair in changed.items()}
 
 
-def _progress(workdir: epath.Path, rows: list[Row]) -> Progress:
+def _reached(workdir: epath.Path, rows: list[Row]) -> Reached:
   """How far the run in a workdir is, by its rows and checkpoints."""
   done, begun = {}, {row["stage"] for row in rows}
   for stage in ("sft", "rl"):
@@ -138,7 +138,7 @@ def _progress(workdir: epath.Path, rows: list[Row]) -> Progress:
       begun.add(stage)
     if steps:
       done[stage] = max(steps)
-  return Progress(done, frozenset(begun))
+  return Reached(done, frozenset(begun))
 
 
 def _config_of(workdir: epath.Path) -> dict[str, Any]:
