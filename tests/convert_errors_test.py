@@ -201,7 +201,7 @@ BAD = {
   overlapping_tensors: ("overlaps another tensor or leaves a gap",),
   sizes_that_are_no_numbers: ("damaged header",),
   integers: ("ln_f.weight is stored as I64",),
-  config_is_no_json: ("config.json is not JSON",),
+  config_is_no_json: ("config.json: not JSON",),
 }
 
 

@@ -217,3 +217,34 @@ def test_whatever_a_remote_library_raises_is_one_clear_line(monkeypatch, error):
   monkeypatch.setattr(type(epath.Path("s3://bucket/x")), "exists", fail)
   with pytest.raises(UserError, match=f"s3://bucket/x.parquet: .*{error}"):
     sources.load_records("parquet:s3://bucket/x.parquet")
+
+
+@pytest.mark.parametrize(
+  ("content", "complaint"),
+  [
+    (None, "no such file"),
+    (b"", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+    (b'{"a": 1', "not JSON ("),
+    (b'{"a": "\xff"}', "not JSON ('utf-8' codec can't decode"),
+    (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+    (b"[1]", "a JSON object was expected, not list"),
+    (b"null", "a JSON object was expected, not NoneType"),
+  ],
+)
+def test_a_file_that_holds_no_json_object_is_told_with_what_to_do(content, complaint, tmp_path):
+  file = epath.Path(tmp_path) / "settings.json"
+  if content is not None:
+    file.write_bytes(content)
+  for advice, end in (("", ""), ("put it back", "; put it back")):
+    with pytest.raises(UserError) as told:
+      text.read_object(file, advice)
+    assert str(told.value).startswith(f"{file}: {complaint}") and str(told.value).endswith(end)
+    assert "\n" not in str(told.value)
+
+
+def test_a_json_object_is_read_in_every_encoding_of_json_and_may_be_missing(tmp_path):
+  file = epath.Path(tmp_path) / "settings.json"
+  assert text.read_object(file, missing={}) == {}
+  for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+    file.write_bytes('{"a": "\u00e9"}'.encode(encoding))
+    assert text.read_object(file, missing={}) == {"a": "\u00e9"}

@@ -401,7 +401,7 @@ def test_tokens_beside_the_vocabulary_are_single_tokens_where_they_may_be_writte
     ({"added_tokens": {"<m>": -3}}, "no number"),
     ({"added_tokens": {"<m>": True}}, "no number"),
     ({"added_tokens": {"<m>": 400, "<n>": 400}}, "'<n>' has the id 400, which is that of '<m>'"),
-    ({"added_tokens": ["<m>"]}, "should hold a JSON object"),
+    ({"added_tokens": ["<m>"]}, "a JSON object was expected, not list"),
     ({"config": {"mask_token_id": "five"}}, "config.json: mask_token_id='five' should be a whole"),
     ({"config": {"mask_token_id": 1.5}}, "mask_token_id=1.5 should be a whole number"),
     ({"config": {"mask_token_id": True}}, "mask_token_id=True should be"),

@@ -161,11 +161,11 @@ def test_where_nothing_was_trained_a_corrected_config_is_welcome(config, tmp_pat
 @pytest.mark.parametrize(
   ("text", "complaint"),
   [
-    ("", "config.json is damaged (Expecting value"),
-    ("{", "config.json is damaged ("),
-    ("[]", "config.json is damaged (no JSON object)"),
-    ('"x"', "config.json is damaged (no JSON object)"),
-    (b"\xff\xfe", "config.json is damaged ("),
+    ("", "config.json: not JSON (Expecting value"),
+    ("{", "config.json: not JSON ("),
+    ("[]", "config.json: a JSON object was expected, not list"),
+    ('"x"', "config.json: a JSON object was expected, not str"),
+    (b"\xff\xfe\x00", "config.json: not JSON ("),
     ('{"rl": 3}', "holds a run with another config."),
     (None, "holds a run, but no config.json"),
   ],

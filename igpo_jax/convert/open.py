@@ -26,6 +26,7 @@ from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import resolved
+from igpo_jax.io.text import read_object
 
 CONFIG_FILE = "config.json"
 PARAMS_DIR = "params"  # of a directory that this package wrote
@@ -133,7 +134,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   """
   if not file.exists():
     raise UserError(f"{file.parent} has no {file.name}; is it a model directory?")
-  return tokenizer_lib.read_json(file)
+  return read_object(file)
 
 
 def _extra_files(
@@ -252,7 +253,7 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   """A step of a run: the parameters of its TrainState, on the base if they are adapters."""
   workdir = next(
     (d for d in resolved(path).parents if (d / CONFIG_FILE).exists() and
-     "stages" in tokenizer_lib.read_json(d / CONFIG_FILE)), None,
+     "stages" in read_object(d / CONFIG_FILE, missing={})), None,
   )  # fmt: skip
   if workdir is None:
     raise UserError(f"{path}: no config.json of a run above this checkpoint")

@@ -12,8 +12,8 @@ from etils import epath
 from igpo_jax.config import LoRAConfig
 from igpo_jax.convert import families
 from igpo_jax.convert.safetensors_io import Reader, raise_problems
-from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
+from igpo_jax.io.text import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def read_config(directory: epath.PathLike, family_name: str, layers: int = 1) ->
   file = epath.Path(directory) / CONFIG_FILE
   if not file.exists():
     raise UserError(f"{directory} has no {CONFIG_FILE}; is it a PEFT adapter?")
-  theirs = tokenizer_lib.read_json(file)
+  theirs = read_object(file)
   problems = [
     f"{option}={theirs[option]!r} is not supported (only {allowed[0]!r})"
     for option, allowed in _REQUIRED.items()
@@ -101,7 +101,7 @@ def read_config(directory: epath.PathLike, family_name: str, layers: int = 1) ->
 
 def base_of(directory: epath.Path) -> str:
   """What an adapter_config.json calls its base; "" if it does not say."""
-  name = tokenizer_lib.read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
+  name = read_object(directory / CONFIG_FILE, missing={}).get("base_model_name_or_path")
   return name if isinstance(name, str) else ""
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from etils import epath
 
 from igpo_jax.data import added_tokens, chat_template
-from igpo_jax.data import tokenizer as base
+from igpo_jax.data import tokenizer_base as base
 from igpo_jax.data.records import Message
 from igpo_jax.errors import UserError
-from igpo_jax.io.text import mend
+from igpo_jax.io.text import mend, read_object
 
 _FILES = (
   base.HF_FILE,
@@ -71,13 +71,13 @@ class HFTokenizer(base.Tokenizer):
 
   def _read_added_tokens(self) -> None:
     directory = self._directory
-    self._config = base.read_json(directory / "tokenizer_config.json")
-    self._special_map = base.read_json(directory / "special_tokens_map.json")
+    self._config = read_object(directory / "tokenizer_config.json", missing={})
+    self._special_map = read_object(directory / "special_tokens_map.json", missing={})
     self._vocabulary = self._special.get_vocab(with_added_tokens=True)
     found = added_tokens.find_added(
       self._vocabulary,
       self._config,
-      base.read_json(directory / "added_tokens.json"),
+      read_object(directory / "added_tokens.json", missing={}),
       self._special_map,
       directory,
     )
@@ -89,10 +89,10 @@ class HFTokenizer(base.Tokenizer):
 
   def _read_special_ids(self) -> None:
     directory = self._directory
-    self._described = base.read_json(directory / base.DESCRIPTION_FILE)
+    self._described = read_object(directory / base.DESCRIPTION_FILE, missing={})
     files = {base.DESCRIPTION_FILE: self._described}
     for name in ("config.json", "generation_config.json"):
-      files[name] = base.read_json(directory / name)
+      files[name] = read_object(directory / name, missing={})
     names = added_tokens.named_tokens(self._config, self._special_map)
 
     def find(what: str, well_known: Sequence[str]) -> list[int]:

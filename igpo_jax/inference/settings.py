@@ -13,10 +13,10 @@ from etils import epath
 from igpo_jax.config import Config, EvalConfig, SamplerConfig
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.data.sources import Prompting
-from igpo_jax.data.tokenizer import read_json
 from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plain_setting
 from igpo_jax.io.jsonl import resolved
+from igpo_jax.io.text import read_object
 
 CONFIG_FILE = "config.json"
 STAGES = ("rl", "sft")  # of two stages' checkpoints, the later stage's
@@ -59,7 +59,7 @@ def find_model(model: str) -> epath.Path:
 
 def _is_run(folder: epath.Path) -> bool:
   file = folder / CONFIG_FILE
-  return file.exists() and "stages" in read_json(file)
+  return file.exists() and "stages" in read_object(file)
 
 
 def find_run(model: epath.Path) -> epath.Path | None:
@@ -84,7 +84,7 @@ def settings_of(model: epath.Path) -> Settings:
   if run is None:
     return Settings(SamplerConfig(), Prompting(), None)
   file = run / CONFIG_FILE
-  values = upgraded(read_json(file))
+  values = upgraded(read_object(file))
   config = dataclasses.replace(
     Config(),
     sampler=_section(SamplerConfig, values, "sampler", file),

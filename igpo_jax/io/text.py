@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import pathlib
 import re
 import shutil
 import tempfile
@@ -263,7 +264,9 @@ def parse_json(text: str, where: str, hint: str = "") -> Any:
     except ValueError:  # Python turns no number of more than 4300 digits into an int
       value = json.loads(text, parse_int=_integer)
   except RecursionError:
-    raise UserError(f"{where}: not JSON that can be read (nested too deeply)") from None
+    raise UserError(
+      f"{where}: not JSON that can be read (nested too deeply){'; ' if hint else ''}{hint}"
+    ) from None
   except ValueError as error:
     raise UserError(f"{where}: not JSON ({error}){'; ' if hint else ''}{hint}") from error
   # A surrogate gets into a Python string by its escape only.
@@ -275,6 +278,38 @@ def _integer(digits: str) -> int | str:
     return int(digits)
   except ValueError:
     return digits
+
+
+def read_object(
+  path: epath.Path | pathlib.Path, advice: str = "", missing: dict[str, Any] | None = None
+) -> dict[str, Any]:
+  """The JSON object that a small file holds.
+
+  Args:
+    path: of the file.
+    advice: what to do, for the end of every message; "" for none.
+    missing: what is returned if there is no such file; None makes that an error.
+
+  Raises:
+    UserError: there is no such file, it cannot be read, or it holds something else.
+  """
+  end = f"; {advice}" if advice else ""
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    if missing is not None:
+      return missing
+    raise UserError(f"{path}: no such file{end}") from None
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error}){end}") from error
+  try:
+    text = data.decode(json.detect_encoding(data))
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path}: not JSON ({error}){end}") from error
+  value = parse_json(text, str(path), advice)
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}{end}")
+  return value
 
 
 def mend(text: str) -> str:

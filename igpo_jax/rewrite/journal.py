@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from igpo_jax.errors import UserError
+from igpo_jax.io.text import read_object
 
 SYNC_EVERY = 1.0  # seconds; a killed process loses nothing, a machine without power this much
 
@@ -157,15 +158,9 @@ def read_settings(path: pathlib.Path) -> Row:
   Raises:
     UserError: it is missing or no JSON object.
   """
-  try:
-    settings = json.loads(path.read_bytes())
-  except FileNotFoundError:
-    raise UserError(f"{path} is missing, so nothing tells what its rows were made with") from None
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error})") from error
-  if not isinstance(settings, dict):
-    raise UserError(f"{path}: not a JSON object")
-  return settings
+  if not path.exists():
+    raise UserError(f"{path} is missing, so nothing tells what its rows were made with")
+  return read_object(path)
 
 
 def mend(file: BinaryIO, block: int = 1 << 16) -> None:

@@ -7,6 +7,7 @@ first seconds of a run instead of after all of SFT. What was read is handed on t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -102,28 +103,26 @@ def sft_stream(config: Config, tokenizer: Tokenizer, records: list[Record]) -> S
     records,
     tokenizer,
     config.sft.batch_size,
-    config.data.prompt_buckets,
-    config.seed,
-    config.sft.response_lengths or config.sampler.gen_length,
-    jax.process_index(),
-    jax.process_count(),
-    embedding_rows=embedding_rows(config),
+    response_length=config.sft.response_lengths or config.sampler.gen_length,
     group_batches=config.sft.group_batches,
+    **_of_the_run(config),
   )
 
 
 def rl_stream(config: Config, tokenizer: Tokenizer, records: list[Record]) -> PromptStream:
   """The batches of RL: this process's share."""
-  return PromptStream(
-    records,
-    tokenizer,
-    config.rl.prompts_per_step,
-    config.data.prompt_buckets,
-    config.seed,
-    jax.process_index(),
-    jax.process_count(),
-    embedding_rows=embedding_rows(config),
-  )
+  return PromptStream(records, tokenizer, config.rl.prompts_per_step, **_of_the_run(config))
+
+
+def _of_the_run(config: Config) -> dict[str, Any]:
+  """The arguments that the streams of both stages get."""
+  return {
+    "buckets": config.data.prompt_buckets,
+    "seed": config.seed,
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+    "embedding_rows": embedding_rows(config),
+  }
 
 
 def embedding_rows(config: Config) -> int | None:

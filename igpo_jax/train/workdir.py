@@ -17,6 +17,7 @@ from igpo_jax.config import Config
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row, row_file, write_whole
+from igpo_jax.io.text import read_object
 from igpo_jax.parallel.distributed import agree, from_first, share
 from igpo_jax.train.continued import Reached, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
@@ -149,15 +150,9 @@ def _config_of(workdir: epath.Path) -> dict[str, Any]:
   """
   path = workdir / "config.json"
   advice = "it tells which run this is: put it back, or choose another --workdir"
-  try:
-    config = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f"{workdir} holds a run, but no config.json; {advice}") from None
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); {advice}") from None
-  if not isinstance(config, dict):
-    raise UserError(f"{path} is damaged (no JSON object); {advice}")
-  return upgraded(config)
+  if not path.exists():
+    raise UserError(f"{workdir} holds a run, but no config.json; {advice}")
+  return upgraded(read_object(path, advice))
 
 
 def _differs(path: epath.Path, current: dict[str, Any]) -> bool:
