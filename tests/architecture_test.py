@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 import re
 import subprocess
@@ -16,21 +17,23 @@ PACKAGE = REPO / "igpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 500
 
-# Imports run downwards only, from a floor to the floors below it or along it.
+# Imports run downwards only: a file may import from its own package and from the floors below.
 FLOORS = (
-  ("api", "aot", "chat", "generate", "grade", "main", "rehearse", "__main__"),
+  ("api", "aot", "chat", "generate", "grade", "main", "rehearse"),
   ("train", "inference"),
   ("eval", "convert", "rewrite"),
   ("rl",),
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
-  ("parallel", "checkpoint", "io", "outputs"),
-  ("types", "config", "errors", "cli", "flags", "usage", "token_ids"),
+  ("parallel", "checkpoint", "outputs", "flags"),
+  ("io", "usage", "types"),
+  ("config", "token_ids"),
+  ("cli",),
+  ("errors",),
 )
-# Along a floor: commands and definitions among themselves; graders read records, a trace's answer
-# is where the grader finds one, and hints ask where an answer's value stands.
-SHARED = (0, len(FLOORS) - 1)
-ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data"), ("checkpoint", "io")}
+# Between packages of one floor: graders read records, a trace's answer is where the grader finds
+# one, and hints ask where an answer's value stands. Their modules make no circle all the same.
+ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data")}
 HOST_ROOMS = ("data", "hints", "rewards")
 NO_JAX_ROOMS = (*HOST_ROOMS, "rewrite")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
@@ -41,11 +44,13 @@ def module_name(path):
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path, *, inside_functions=True):
-  """The full names that a file imports, with a line each."""
-  tree = ast.parse(path.read_text())
-  nodes = ast.walk(tree) if inside_functions else tree.body
-  for node in nodes:
+def imports(path):
+  """The full names that a file imports, at its top or inside functions, with a line each."""
+  return imported(ast.parse(path.read_text()), path)
+
+
+def imported(tree, path):
+  for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       for alias in node.names:
         yield alias.name, node.lineno
@@ -79,10 +84,40 @@ def test_imports_run_downwards_only(path):
     there = room(name)
     if there in (here, "__version__") or (here, there) in ALONG:
       continue
-    below = floor_of(there) - floor_of(here)
-    assert below > 0 or (below == 0 and floor_of(here) in SHARED), (
-      f"{path}:{line}: {here} imports {there}"
-    )
+    assert floor_of(there) > floor_of(here), f"{path}:{line}: {here} imports {there}"
+
+
+def modules_imported(path, modules):
+  """The modules among `modules` that a file imports, at its top or inside functions.
+
+  Imports for annotations only (`if TYPE_CHECKING:`) do not run, so they are left out.
+  """
+  tree = ast.parse(path.read_text())
+  for node in ast.walk(tree):
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+      node.body = []
+  here = module_name(path)
+  for name, _ in imported(tree, path):
+    found = name if name in modules else name.rpartition(".")[0]
+    if found in modules and found != here:
+      yield found
+
+
+def circle(graph):
+  """Nodes along a circle of a graph {node: its successors}, the first one again at the end."""
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as error:
+    return error.args[1][::-1]
+  return []
+
+
+def test_no_module_imports_itself_in_a_circle():
+  assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) in (["b", "c", "b"], ["c", "b", "c"])
+  modules = {module_name(path): path for path in FILES}
+  graph = {name: set(modules_imported(path, modules)) for name, path in modules.items()}
+  assert graph["igpo_jax.data.tokenizer"] >= {"igpo_jax.data.hf_tokenizer"}, "inside a function"
+  assert not circle(graph), " imports ".join(circle(graph))
 
 
 @pytest.mark.parametrize(
