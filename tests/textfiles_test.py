@@ -92,11 +92,11 @@ def test_only_line_ends_end_a_row(tmp_path, char):
 
 
 @pytest.mark.parametrize(
-  "text",
+  "written",
   [r'"\ud83d"', r'"half \uD83D and text"', r'["\udc00", {"\udfff": "\ud800\ud800"}]'],
 )
-def test_half_a_character_becomes_the_sign_for_a_broken_one(text):
-  value = json.dumps(text.parse_json(text, "here"), ensure_ascii=False)
+def test_half_a_character_becomes_the_sign_for_a_broken_one(written):
+  value = json.dumps(text.parse_json(written, "here"), ensure_ascii=False)
   assert "\ufffd" in value and value.encode()
   assert text.parse_json(r'"\ud83d\ude00"', "here") == "\U0001f600"  # a whole one stays
   assert text.parse_json(r'"\\ud83d"', "here") == r"\ud83d"
