@@ -14,6 +14,7 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=find_packages(include=["igpo_jax", "igpo_jax.*"]),
+  package_data={"igpo_jax": ["py.typed"]},
   python_requires=">=3.11",
   # Upper bounds where a next major version may break what this package calls.
   install_requires=[

@@ -217,5 +217,24 @@ def test_the_public_names_are_those_of_the_contract():
   assert contract <= set(dir(igpo_jax))
   for name in dir(igpo_jax):
     assert getattr(igpo_jax, name) is not None
-  with pytest.raises(AttributeError):
+  with pytest.raises(AttributeError, match="has no attribute 'nothing_of_the_kind'"):
     igpo_jax.nothing_of_the_kind  # noqa: B018
+
+
+def test_editors_see_the_public_names():
+  """What is imported lazily is also imported where only type checkers look."""
+  import igpo_jax
+  from igpo_jax import api
+
+  seen = set()
+  for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == "igpo_jax.api":
+      seen |= {alias.name for alias in node.names}
+  assert seen == set(igpo_jax.__all__) == set(api.__all__)
+  assert (PACKAGE / "py.typed").exists() and "py.typed" in (REPO / "setup.py").read_text()
+
+
+def test_no_name_is_known_to_getattr_alone():
+  for path in FILES:
+    for node in ast.parse(path.read_text()).body:
+      assert getattr(node, "name", "") not in ("__getattr__", "__dir__"), path

@@ -124,7 +124,7 @@ def _wrong(hint: Any, value: Any, shown: str, path: str) -> str:
     return _wrong(next(p for p in parts if p is not type(None)), value, shown, path)
   if origin is tuple:
     return _wrong_tuple(parts, value, shown, path)
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     return "" if isinstance(value, hint) else f"{shown} should be a section of options"
   what, kind = KINDS[hint]
   good = isinstance(value, kind) and (hint is bool) == isinstance(value, bool)
@@ -179,7 +179,7 @@ def descriptions(cls: type) -> dict[str, str]:
   """Option -> what the docstring's "Attributes:" say of it."""
   out: dict[str, str] = {}
   names: list[str] = []
-  _, _, text = inspect.getdoc(cls).partition("Attributes:\n")
+  _, _, text = (inspect.getdoc(cls) or "").partition("Attributes:\n")
   for line in text.splitlines():
     if line.strip() and not line.startswith(" "):
       break  # another heading

@@ -44,7 +44,7 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
   path = pathlib.Path(path)
   name = f"config_{path.stem}"
   spec = importlib.util.spec_from_file_location(name, path)
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise UserError(f"{path}: a config file is Python and ends in .py")
   # The last place: a config called json.py should not hide a module of the same name.
   folder = str(path.resolve().parent)

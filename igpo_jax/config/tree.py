@@ -89,10 +89,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
   kwargs = {}
   for name, value in config.items():
     if dataclasses.is_dataclass(hints[name]):
-      require(
-        isinstance(value, ml_collections.ConfigDict),
-        f"{inside(name)}={value!r} should be a section of options",
-      )
+      if not isinstance(value, ml_collections.ConfigDict):
+        raise UserError(f"config: {inside(name)}={value!r} should be a section of options")
       value = _from_config_dict(hints[name], value, inside(name))
     elif hints[name] == Dtype:
       value = full_dtype(value)

@@ -21,6 +21,7 @@ import signal
 import socket
 import time
 from multiprocessing import connection
+from typing import Any
 
 RECYCLE_AFTER = 5000  # items; bounds what caches inside the parser may hold
 GRACE = 2.0  # seconds after the limit at which a worker nobody supervises ends itself
@@ -143,7 +144,7 @@ class Server:
         self._dispatch()
         deadline = min(worker.deadline for worker in self._workers)
         wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-        links = {worker.link: worker for worker in self._workers}
+        links: dict[Any, _Worker] = {worker.link: worker for worker in self._workers}
         for ready in connection.wait([self._client, *links], wait):
           if ready is self._client:
             self._queue.append(json.loads(self._client.recv_bytes()))
@@ -161,7 +162,7 @@ class Server:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Grades answers in worker processes.")
   parser.add_argument("--fd", type=int, required=True, help="inherited socket to the client")
   parser.add_argument("--workers", type=int, required=True)
   parser.add_argument("--timeout", type=float, required=True, help="seconds per item")

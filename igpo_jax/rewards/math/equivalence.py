@@ -73,7 +73,7 @@ def _decided(gold: str, answer: str, rules: Sequence[Rule]) -> Outcome | None:
     return "unparseable", False
   if spelled[0] == spelled[1]:
     return "ok", True  # whatever it may be
-  sides = [Side(lex(text)) for text in spelled]
+  sides = Side(lex(spelled[0])), Side(lex(spelled[1]))
   if not all(side.tokens for side in sides):
     return "unparseable", False
   verdict = _verdict(*sides, 0, rules)
@@ -203,14 +203,14 @@ def regions(gold: Side, answer: Side, depth: int) -> bool | None:
   g, a = parts.member(gold.tokens), parts.member(answer.tokens)
   if (g, a) != (gold.tokens, answer.tokens):
     return _equal(g, a, depth)
-  found = sets.read(gold.tokens), sets.read(answer.tokens)
-  if all(found):
-    variables = {region.variable for region in found} - {None}
+  one, other = sets.read(gold.tokens), sets.read(answer.tokens)
+  if one and other:
+    variables = {one.variable, other.variable} - {None}
     if len(variables) > 1:  # x < y may be y > x; 0 < x < 1 is not 0 < y < 1
       signs = [sets.relation(side.tokens) for side in (gold, answer)]
       return None if all(sign and len(sign[1]) == 1 for sign in signs) else False
-    return sets.equal(*found, lambda one, other: _equal(one, other, depth))
-  return False if any(found) else None
+    return sets.equal(one, other, lambda g, a: _equal(g, a, depth))
+  return False if one or other else None
 
 
 def matrices(gold: Side, answer: Side, depth: int) -> bool | None:
@@ -275,12 +275,12 @@ def _over(top: Node, bottom: Node) -> Node:
 
 
 def equations(gold: Side, answer: Side, depth: int) -> bool | None:
-  relations = [parts.relation(side.tokens) for side in (gold, answer)]
-  if not any(relations):
+  one, other = parts.relation(gold.tokens), parts.relation(answer.tokens)
+  if not one and not other:
     return None
-  if not all(relations):
+  if not one or not other:
     return False
-  (g_tree, g_sign), (a_tree, a_sign) = relations
+  (g_tree, g_sign), (a_tree, a_sign) = one, other
   if g_sign.strip("<>") != a_sign.strip("<>"):
     return False
   ratio = values.factor(g_tree, a_tree)

@@ -13,8 +13,8 @@ import random
 from fractions import Fraction
 from typing import Any
 
-import mpmath
 from mpmath import mp
+from mpmath.libmp import NoConvergence
 
 from igpo_jax.rewards.math.tokens import Unreadable
 from igpo_jax.rewards.math.tree import Node
@@ -100,7 +100,7 @@ class Evaluator:
 
   def _call(self, name: str, *args: Node) -> Value:
     values = [self(arg) for arg in args]
-    key = ",".join(mp.nstr(number_of(value), 15) for value in values)
+    key = ",".join(str(mp.nstr(number_of(value), 15)) for value in values)
     return _drawn(self.seed, f"{name}({key})")
 
   def _infinity(self) -> Value:
@@ -295,7 +295,7 @@ class Evaluator:
 def _numerically(method, function, *where) -> Value:
   try:
     return method(function, *where)
-  except (ValueError, ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
+  except (ValueError, ZeroDivisionError, NoConvergence) as error:
     raise Undefined("it does not converge") from error
 
 

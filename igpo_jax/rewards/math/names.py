@@ -74,7 +74,8 @@ def _is_name(tokens: Tokens) -> bool:
   tokens = bare(tokens)
   if not tokens:
     return False
-  if tokens[0].text == "|" and tokens[-1].text == "|" and len(tokens) > 2:
+  first = tokens[0].text
+  if first == "|" and tokens[-1].text == "|" and len(tokens) > 2:
     inside = tokens[1:-1]
     return "|" not in (t.text for t in inside[1:-1]) and _is_name(
       tuple(t for t in inside if t.text != "|")
@@ -85,9 +86,9 @@ def _is_name(tokens: Tokens) -> bool:
     return len(parts) > 1 and all(_is_name(part) for part in parts)
   if group and group[0] == "[":  # [ABC], an area
     return len(group[1]) == 1 and group[1][0].text.isupper()
-  if tokens[0].text in _OF_ANYTHING and len(tokens) > 1:
+  if first in _OF_ANYTHING and len(tokens) > 1:
     return True
-  if tokens[0].text in _OF_AN_ANGLE and len(tokens) > 1:
+  if first in _OF_AN_ANGLE and len(tokens) > 1:
     angle = tokens[1:]
     inside = enclosed(angle)
     angle = inside[1] if inside and inside[0] in "({" else angle
@@ -96,7 +97,7 @@ def _is_name(tokens: Tokens) -> bool:
       and _symbol(angle) == len(angle)
       and (angle[0].kind == "command" or angle[0].text.isupper())
     )
-  if tokens[0].text == r"\frac":
+  if first == r"\frac":
     return _is_ratio(tokens[1:])
   if _is_phrase(tokens):
     return True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mpmath import mp
 
@@ -118,14 +118,20 @@ def _ordered(pieces: tuple[Piece, ...]) -> bool:
 
 
 def _same_place(one: End, other: End) -> bool:
-  if mp.isinf(one.value) or mp.isinf(other.value):
-    return one.value == other.value
-  size = max(abs(one.value), abs(other.value))
-  return abs(one.value - other.value) <= size * values.EXACT
+  a, b = _value(one), _value(other)
+  if mp.isinf(a) or mp.isinf(b):
+    return a == b
+  return abs(a - b) <= max(abs(a), abs(b)) * values.EXACT
 
 
 def _before(one: End, other: End) -> bool:
-  return not _same_place(one, other) and one.value < other.value
+  return not _same_place(one, other) and _value(one) < _value(other)
+
+
+def _value(end: End) -> Any:
+  """The number of an end that has one (`_ordered`)."""
+  assert end.value is not None
+  return end.value
 
 
 def _united(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -148,7 +154,7 @@ def _united(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
       _before(piece.low, last.high)
       or (_same_place(piece.low, last.high) and (piece.low_in or last.high_in))
     )
-    if not touches:
+    if not last or not touches:
       out.append(piece)
     elif _before(last.high, piece.high):
       out[-1] = last._replace(high=piece.high, high_in=piece.high_in)
@@ -178,13 +184,14 @@ def _joined(
   regions: list[Region | None], combine: Callable[[tuple, tuple], tuple]
 ) -> Region | None:
   """Regions put together; None if one is none, or they are about different variables."""
-  if not regions or any(region is None or region.name for region in regions):
+  plain = [region for region in regions if region is not None and not region.name]
+  if not regions or len(plain) < len(regions):
     return None
-  variables = {region.variable for region in regions} - {None}
+  variables = {region.variable for region in plain} - {None}
   if len(variables) > 1:
     return None
-  pieces = regions[0].pieces
-  for region in regions[1:]:
+  pieces = plain[0].pieces
+  for region in plain[1:]:
     pieces = combine(pieces, region.pieces)
   return Region(_united(pieces), next(iter(variables), None))
 

@@ -258,6 +258,7 @@ class _Lexer:
     text = self.text
     while self.at < len(text):
       match = _PIECE.match(text, self.at)
+      assert match, "the last alternative takes any character"
       kind, piece = match.lastgroup, match[0]
       self.at = match.end()
       if kind == "space":

@@ -219,7 +219,7 @@ def _without_currency(tokens: Tokens) -> tuple[Tokens, tuple[str | None, ...]]:
   rest, names = tokens[len(sign) :], []
   while rest and (
     rest[0].text in CURRENCIES
-    or (rest[0].text in _PREFIXES and len(rest) > 1 and rest[1].kind in ("number", "symbol"))
+    or (rest[0].text in _PREFIXES and rest[1:] and rest[1].kind in ("number", "symbol"))
     or (rest[0].text == "." and names)
   ):
     text, rest = rest[0].text, rest[1:]
