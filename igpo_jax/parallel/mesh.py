@@ -71,11 +71,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(data, fsdp, tensor, len(devices))
   mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-  check_rows(np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices))
+  check_rows_per_process(
+    np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+  )
   return mesh
 
 
-def check_rows(process_of: np.ndarray) -> None:
+def check_rows_per_process(process_of: np.ndarray) -> None:
   """Checks that every process can have rows of its own, as the data and the graders do.
 
   Args:

@@ -31,7 +31,7 @@ from igpo_jax.train import memory
 from igpo_jax.train.ahead_of_time import abstract_params, programs
 from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.preflight import Inputs, sft_steps
-from igpo_jax.train.runlog import say
+from igpo_jax.train.runlog import print_once
 from igpo_jax.train.setup import peek_tokenizer, with_lora
 from igpo_jax.train.sizes import model_of, resolve, said
 from igpo_jax.usage import options
@@ -58,7 +58,7 @@ def dry_run(config: Config, workdir: epath.Path) -> None:
   mesh = configured_mesh(sized.mesh)
   with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
     tokenizer = peek_tokenizer(config, workdir)
-    inputs = Inputs(sized, tokenizer, scorer, say)
+    inputs = Inputs(sized, tokenizer, scorer, print_once)
   if jax.process_index() != 0:
     return
   counted = dataclasses.replace(sized, model=_model(sized, tokenizer))

@@ -24,7 +24,7 @@ from igpo_jax.errors import UserError
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.progress import Profiler, Progress, device_memory
-from igpo_jax.train.runlog import RunLog, plain, say
+from igpo_jax.train.runlog import RunLog, plain, print_once
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import Params, TrainState
 
@@ -210,10 +210,10 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     except Stopped as stopped:
       if saved != done:
         save({"row": waiting} if waiting else {})
-      say(f"{stage.name}: {stopped}; {stop.next_start}")
+      print_once(f"{stage.name}: {stopped}; {stop.next_start}")
       raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
-      say(f"{stage.name}: stopped at once; {stop.next_start}")
+      print_once(f"{stage.name}: stopped at once; {stop.next_start}")
       raise
   return state
 
@@ -269,7 +269,7 @@ def resume(
     )
   for step, error in damaged:
     moved = from_first(lambda step=step: str(checkpoints.set_aside(step)))
-    say(f"{stage.name}: {error}; it is {moved} now")
+    print_once(f"{stage.name}: {error}; it is {moved} now")
   if damaged:
     checkpoints.reload()
   if not steps and run.log.has(stage.name, stage.steps):
@@ -279,10 +279,12 @@ def resume(
     )
   waiting = None
   if start:
-    say(f"{stage.name}: continues from its checkpoint of step {start}")
+    print_once(f"{stage.name}: continues from its checkpoint of step {start}")
   if is_behind(run, stage.name):
     if start < stage.steps:
-      say(f"{stage.name}: makes step {start + 1} to {stage.steps} again, for RL; rows are kept")
+      print_once(
+        f"{stage.name}: makes step {start + 1} to {stage.steps} again, for RL; rows are kept"
+      )
     return start, state, waiting
   if start:
     waiting = from_first(lambda: checkpoints.note(start)).get("row")

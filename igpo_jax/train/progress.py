@@ -26,7 +26,7 @@ from igpo_jax.io.amounts import in_time
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.tpu import CHIPS
 from igpo_jax.rl.sampling import DeviceClock
-from igpo_jax.train.runlog import say
+from igpo_jax.train.runlog import print_once
 from igpo_jax.train.stop import StopSignal
 
 LINE_SECONDS = 30.0
@@ -62,7 +62,7 @@ class Display:
     finished = moved and self.done == self.total
     if self._lines and (finished or time.perf_counter() - self._said >= LINE_SECONDS):
       self._said = time.perf_counter()
-      say(f"{self.name} {self.done}/{self.total}: {text}")
+      print_once(f"{self.name} {self.done}/{self.total}: {text}")
 
   @staticmethod
   def _columns() -> int:
@@ -80,7 +80,7 @@ def track(items: Iterable[Any], name: str, first: str = "") -> Iterator[Any]:
   """
   items = list(items)
   if first and items:
-    say(first)
+    print_once(first)
   display = Display(name, len(items), leave=False)
   seconds: list[float] = []
   with contextlib.closing(display):
@@ -177,7 +177,7 @@ class Progress:
     usual = self._usual(key)
     of = f" of {self._expected} or more" if number <= self._expected else ""
     last = f", took {in_time(usual)} last time" if usual else ""
-    say(f"{self._display.name}: compiling {key} (program {number}{of}){last}")
+    print_once(f"{self._display.name}: compiling {key} (program {number}{of}){last}")
     yield
     self._compiled[key] = time.perf_counter() - began
     self._began += self._compiled[key]  # no part of how fast a rollout is
@@ -289,5 +289,5 @@ class Profiler:
     """Ends a trace that is being written."""
     if self._on:
       jax.profiler.stop_trace()
-      say(f"profile written to {self.folder}")
+      print_once(f"profile written to {self.folder}")
     self._on = False

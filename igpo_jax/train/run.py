@@ -28,7 +28,7 @@ from igpo_jax.train.progress import track
 from igpo_jax.train.report import table, write_report
 from igpo_jax.train.rl import train_rl
 from igpo_jax.train.room import check_room
-from igpo_jax.train.runlog import RunLog, say
+from igpo_jax.train.runlog import RunLog, print_once
 from igpo_jax.train.setup import (
   Model,
   compute_copy,
@@ -54,7 +54,7 @@ def train(config: Config, workdir: epath.Path) -> dict:
   with hold(workdir) as lock:
     open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
     distributed.agree("the choice of sizes", asked(sized))
-    say(said(sized, machine))
+    print_once(said(sized, machine))
     return _train(sized, workdir, lock)
 
 
@@ -62,10 +62,10 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   mesh = configured_mesh(config.mesh)
   with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
     tokenizer = make_tokenizer(config, workdir)
-    inputs = Inputs(config, tokenizer, scorer, say)
+    inputs = Inputs(config, tokenizer, scorer, print_once)
     model = make_model(config, tokenizer, mesh)
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    say(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
+    print_once(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
     check_room(config, workdir, model.params)
     log = RunLog(workdir, config.log)
     stop = StopSignal()
@@ -92,7 +92,9 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   if jax.process_index() == 0:
     summary = write_report(log.rows, workdir)
     print(table(summary))
-    say(f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl")
+    print_once(
+      f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl"
+    )
   return summary
 
 
@@ -136,7 +138,7 @@ def make_evaluation(
     params = compute_copy(params, config.model.dtype)
     for name, result in evaluation(params, label).items():
       row |= {f"eval/{name}/{k}": v for k, v in result.items()}
-      say(
+      print_once(
         f"{name} ({label}): accuracy {result['accuracy']:.3f}"
         f" (95%: {result['low']:.3f} to {result['high']:.3f}), n={result['n']}"
       )
@@ -155,7 +157,7 @@ def newest_params(run: Run, model: Model):
     checkpoints = run.checkpoints(stage)
     step = distributed.from_first(checkpoints.latest)
     if step is not None:
-      say(f"eval: the checkpoint of {stage} step {step}")
+      print_once(f"eval: the checkpoint of {stage} step {step}")
       trainable, frozen = lora.split(model.params)
       like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                           trainable)  # fmt: skip

@@ -28,7 +28,7 @@ from igpo_jax.parallel.distributed import from_first, share
 STAGE_ORDER = ("init", "sft", "rl", "eval")
 
 
-def say(message: str) -> None:
+def print_once(message: str) -> None:
   """One line for the user, above any progress bar, from the first process only."""
   if jax.process_index() == 0:
     tqdm.write(message, file=sys.stderr)
@@ -88,7 +88,9 @@ class RunLog:
 
       self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
     elif cfg.tensorboard:
-      say(f"no TensorBoard files: {workdir} cannot be appended to; metrics.jsonl has the numbers")
+      print_once(
+        f"no TensorBoard files: {workdir} cannot be appended to; metrics.jsonl has the numbers"
+      )
     if cfg.wandb:
       try:
         import wandb

@@ -14,7 +14,7 @@ from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.preflight import sft_steps
-from igpo_jax.train.runlog import say
+from igpo_jax.train.runlog import print_once
 from igpo_jax.train.setup import Model, make_optimizer, purpose_key, start_state
 from igpo_jax.train.update import make_sft_update, shardings_of
 from igpo_jax.types import Params
@@ -53,7 +53,7 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
   if config.sft.select == "last":
     return whole(state.params)
   best = handed_on(run, "sft")
-  say(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
+  print_once(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   del state  # there may be no room for two
   return whole(run.checkpoints("sft").restore(best, like).params)
@@ -82,7 +82,7 @@ def is_spent(run: Run) -> bool:
       f"{config.rl.steps}, needs what SFT ended with as its KL reference "
       f"(objective.beta={config.objective.beta}): put them back, or choose another --workdir"
     )
-  say(f"sft: {directory} holds no checkpoint any more; RL goes on from its own")
+  print_once(f"sft: {directory} holds no checkpoint any more; RL goes on from its own")
   return True
 
 

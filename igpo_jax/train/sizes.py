@@ -28,7 +28,7 @@ from igpo_jax.parallel.machine import Machine, check_machine
 from igpo_jax.parallel.mesh import (
   abstract_mesh,
   check_micro_batches,
-  check_rows,
+  check_rows_per_process,
   check_sample_slices,
 )
 from igpo_jax.parallel.sharding import num_shards
@@ -168,7 +168,7 @@ def _check_batches(config: Config, mesh, machine: Machine) -> None:
   ways, processes = num_shards("act_batch", mesh=mesh), machine.processes
   # As `make_mesh` lays them out: the devices of a process follow one another.
   process_of = np.arange(mesh.size) * processes // mesh.size
-  check_rows(process_of.reshape(tuple(mesh.shape.values())))
+  check_rows_per_process(process_of.reshape(tuple(mesh.shape.values())))
   batches = {"rl": ("rl.prompts_per_step", config.rl.prompts_per_step),
              "sft": ("sft.batch_size", config.sft.batch_size)}  # fmt: skip
   unit = math.lcm(ways, processes)

@@ -21,7 +21,7 @@ from igpo_jax.io.text import read_object
 from igpo_jax.parallel.distributed import agree, from_first, share
 from igpo_jax.train.continued import Reached, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
-from igpo_jax.train.runlog import say
+from igpo_jax.train.runlog import print_once
 
 # A line for every start with other options than the one before: when, after which row, what.
 CHANGES = "changes.jsonl"
@@ -38,7 +38,7 @@ def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
   Raises:
     UserError: on every process, if another run holds it, or it cannot be written.
   """
-  lock = WorkdirLock(workdir, say)
+  lock = WorkdirLock(workdir, print_once)
 
   def take() -> None:
     with _told(workdir):
@@ -99,7 +99,7 @@ def open_workdir(
 
   if changed := from_first(first):
     words = (f"{name}={now!r} (was {before!r})" for name, (before, now) in changed.items())
-    say(f"the run is continued with {', '.join(words)}; noted in {CHANGES}")
+    print_once(f"the run is continued with {', '.join(words)}; noted in {CHANGES}")
   if jax.process_count() > 1:
     _check_shared(workdir)
 
