@@ -26,6 +26,7 @@ setup(
     "httpx2>=2.16",
     "importlib_resources>=6",
     "jax>=0.10,<1",
+    "jaxtyping>=0.3,<1",
     "jinja2>=3.1,<4",
     "matplotlib>=3.8",
     "ml-collections>=1.0,<2",
@@ -45,6 +46,7 @@ setup(
   ],
   extras_require={
     "test": [
+      "beartype>=0.20",
       "hypothesis>=6.100",
       "ipykernel>=6.29",
       "nbclient>=0.10",

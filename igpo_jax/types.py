@@ -1,4 +1,4 @@
-"""The legend of dimensions, and the arrays that travel between rooms.
+"""The legend of dimensions, and the structures of arrays that all parts of the program share.
 
     B   rows = P * G                    T   positions = Tp + L
     P   prompts of a batch              Tp  prompt length (left-padded to a bucket)
@@ -8,9 +8,10 @@
     M   micro-batches                   U   inner updates per rollout (mu)
     R   corrupted views of a row that one likelihood estimate reads
 
-Rows are prompt-major: the G completions of a prompt are contiguous and never
-split across micro-batches or devices, so [B, ...] and [P, G, ...] are one
-reshape apart. Shapes are written `i32[B,T]` at every boundary.
+Rows are prompt-major: the G completions of a prompt are contiguous and never split across
+micro-batches or devices. So [B,...] and [P,G,...] are one reshape apart. Docstrings write shapes as
+`i32[B,T]`; annotations of public functions as `Int32[Array, "B T"]` (jaxtyping), which the tests
+check at run time.
 """
 
 from __future__ import annotations
@@ -20,38 +21,42 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # on the devices or on the host
 Params = Any  # a nested dict of arrays: what `lm.init` returns and an optimizer updates
 
 
 class LM(NamedTuple):
   """A masked diffusion language model as pure functions over its parameters.
 
-  The callers choose where to pay for the vocabulary: `hidden` stops before the
-  head, `head` is applied to the positions that are needed, `logits` does both.
-  A NamedTuple of functions and ints is hashable, so it is a static argument of
-  `jax.jit`.
+  `hidden` stops before the head, `head` is applied to the positions whose logits are needed, and
+  `logits` does both. So the caller decides for how many positions the vocabulary's cost is paid.
+  A NamedTuple of functions and ints is hashable, so an LM can be a static argument of `jax.jit`.
 
   Attributes:
     init: `init(key) -> params`.
     hidden: `hidden(params, tokens i32[B,t], valid bool[B,T] = None, *, start=0,
-      cache=None, read=None) -> (h [B,t,D], cache)`, normalised, ready for the head.
-      Without a cache t == T. With one, `tokens` sit at positions start..start+t of a
-      canvas whose other keys and values come from the cache, and theirs are put there.
-      `read=(first, width)` returns those of the t positions only, [B,width,D], and
-      saves the rest of the last layer; `width` is static. For sampling: gradients
-      are better taken without either. `dropout_key=` turns the adapters' dropout on,
-      if there is any.
+      cache=None, read=None) -> (h [B,t,D], cache)`: normalized hidden states, ready for the head.
+      Without `cache`, `tokens` are the whole canvas, t == T. With `cache`, `tokens` are positions
+      start..start+t of a canvas: the keys and values of the other positions come from the cache,
+      and those of `tokens` are written into it.
+      `read=(first, width)`: return hidden states of positions first..first+width of `tokens` only,
+      [B,width,D], and skip the rest of the last layer's work; `width` is static. Meant for
+      sampling; for gradients pass neither `cache` nor `read`.
+      `dropout_key=KEY` turns on the dropout of adapters that have one.
     head: `head(params, h [...,D]) -> f32[...,V]`.
     logits: `logits(params, tokens i32[B,T], valid bool[B,T] = None) -> f32[B,T,V]`.
-    unstack: `unstack(params, length) -> params` in the form that a loop around `hidden`
-      reads fastest on this platform, on a canvas of so many positions; for `hidden`,
-      `head` and `init_cache` only.
-    init_cache: `init_cache(params, batch, length) -> cache`, zeros.
-    logical_axes: `logical_axes() ->` the parameter tree's logical axis names.
-    mask_id: the absorbing token.
-    eos_id: end of text; it also pads finished completions.
+    unstack: `unstack(params, length) -> params`. Optional speed-up before a loop over `hidden`: on
+      CPU, splits the stacked layers and precomputes the RoPE tables for `length` positions. The
+      result is accepted by `hidden`, `head` and `init_cache`, and by nothing else.
+    init_cache: `init_cache(params, batch, length) -> cache`, filled with zeros.
+    logical_axes: `logical_axes() -> tree`: for every parameter the logical names of its dimensions
+      (parallel/sharding.py).
+    mask_id: id of the mask, the absorbing token.
+    eos_id: id of the end of text; it also pads finished completions.
     stop_ids: tokens that end a completion, `eos_id` first.
     vocab_size: V, the width of the logits.
   """
@@ -74,15 +79,15 @@ class Canvas:
   """What denoising starts from (docs/method.md#sampling).
 
   Attributes:
-    tokens: i32[B,T], left-padded prompt followed by the completion: mask tokens
-      and, where `fixed`, hints.
-    fixed: bool[B,T], True on prompt, padding and hints: never changed.
+    tokens: i32[B,T], the left-padded prompt followed by the completion. The completion holds mask
+      tokens, and hints where `fixed` is True.
+    fixed: bool[B,T], True on prompt, padding and hints: these tokens are never changed.
     valid: bool[B,T], False on the padding to the left of a prompt.
   """
 
-  tokens: Array
-  fixed: Array
-  valid: Array
+  tokens: Int32[AnyArray, "B T"]
+  fixed: Bool[AnyArray, "B T"]
+  valid: Bool[AnyArray, "B T"]
 
 
 @flax.struct.dataclass
@@ -91,41 +96,40 @@ class Denoised:
 
   Attributes:
     tokens: i32[B,T], the canvas with its masks filled.
-    commit_step: i32[B,T], the step `block * steps_per_block + i` at which a
-      position was committed; -1 where it was fixed (or, with `allow_mask`, where
-      a mask was left).
-    forwards: i32[], calls of the network that the loop made.
-    refreshes: i32[], how many of them saw the whole canvas: all, without a cache.
-    finite: bool[B], False where a row's logits were no numbers (NaN or infinite): its tokens
-      are then no answer of the model.
+    commit_step: i32[B,T], the step `block * steps_per_block + i` at which a position was committed.
+      It is -1 where the token was fixed, and where `allow_mask` left a mask.
+    forwards: i32[], how often the loop called the network.
+    refreshes: i32[], how many of these calls saw the whole canvas. Without a cache all do.
+    finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
+      answer of the model.
   """
 
-  tokens: Array
-  commit_step: Array
-  forwards: Array
-  refreshes: Array
-  finite: Array
+  tokens: Int32[Array, "B T"]
+  commit_step: Int32[Array, "B T"]
+  forwards: Int32[Array, ""]
+  refreshes: Int32[Array, ""]
+  finite: Bool[Array, " B"]
 
 
 @flax.struct.dataclass
 class Rollout:
-  """One step's experience on the device, after exploration (docs/method.md#exploration).
+  """The prompts and completions of one step, after exploration (docs/method.md#exploration).
 
   Attributes:
     prompt: i32[P,Tp], left-padded.
-    prompt_valid: bool[P,Tp].
+    prompt_valid: bool[P,Tp], False on the padding.
     completion: i32[P,G,L].
     hinted: bool[P,G,L], True where a token was a fixed hint.
-    commit_step: i32[P,G,L], -1 on hints.
+    commit_step: i32[P,G,L], the denoising step at which each token was committed; -1 on hints.
     advantages: f32[P,G].
   """
 
-  prompt: Array
-  prompt_valid: Array
-  completion: Array
-  hinted: Array
-  commit_step: Array
-  advantages: Array
+  prompt: Int32[AnyArray, "P Tp"]
+  prompt_valid: Bool[AnyArray, "P Tp"]
+  completion: Int32[AnyArray, "P G L"]
+  hinted: Bool[AnyArray, "P G L"]
+  commit_step: Int32[AnyArray, "P G L"]
+  advantages: Float32[AnyArray, "P G"]
 
 
 @flax.struct.dataclass
@@ -133,15 +137,16 @@ class TrainState:
   """What an update changes, and what a checkpoint holds.
 
   Attributes:
-    step: i32[], updates applied or skipped.
-    params: the parameters.
-    opt_state: optax's state, mirroring `params`.
-    skipped: i32[], updates skipped so far for a non-finite loss or gradient.
-    skipped_in_a_row: i32[], how many of the latest updates were skipped.
+    step: i32[], number of updates so far, skipped ones included.
+    params: the parameters that are trained.
+    opt_state: state of the optax optimizer, with arrays of the shapes of `params`.
+    skipped: i32[], number of updates so far that were skipped for a loss or gradient that is not
+      finite.
+    skipped_in_a_row: i32[], how many updates were skipped since the last one that was applied.
   """
 
-  step: Array
+  step: Int32[Array, ""]
   params: Params
   opt_state: Any
-  skipped: Array
-  skipped_in_a_row: Array
+  skipped: Int32[Array, ""]
+  skipped_in_a_row: Int32[Array, ""]

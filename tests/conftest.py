@@ -13,6 +13,7 @@ import sys
 import tempfile
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
 os.environ.setdefault(
@@ -27,6 +28,10 @@ if "IGPO_TEST_CACHE" not in os.environ:
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["IGPO_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# The shapes and dtypes that public functions declare are checked in every test (jaxtyping). This
+# comes before anything imports them. Commands under test run without the check.
+install_import_hook(["igpo_jax.hints", "igpo_jax.ops"], "beartype.beartype")
 
 # Files that take a minute or more, the longest first: begun early, none of them is what one worker
 # is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).

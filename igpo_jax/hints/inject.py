@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int32, Integer
 
 from igpo_jax.config import HintConfig
 from igpo_jax.errors import UserError
@@ -19,7 +20,7 @@ from igpo_jax.hints.chunks import (
 
 
 def hint_canvas(
-  trace_ids: Sequence[int],
+  trace_ids: Sequence[int] | Integer[np.ndarray, " N"],
   answer_span: tuple[int, int] | None,
   gen_length: int,
   ratio: float,
@@ -29,25 +30,28 @@ def hint_canvas(
   placement: str = "index",
   forbidden: Sequence[Chunk] = (),
   leak_answer: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-  """A completion canvas with a share of the trace's chunks in place.
+) -> tuple[Int32[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
+  """A completion canvas of mask tokens with some chunks of the trace in place.
 
-  The trace is cut to the canvas and only what stands before the final answer is
-  segmented, so no hint ever shows the answer span or what follows it (`leak_answer` aside).
+  Only the part of the trace before its final answer, and only as much as fits the canvas, is cut
+  into chunks. So no hint shows a token of the answer or of what follows it, unless `leak_answer`.
 
   Args:
-    trace_ids: the ground-truth trace, any length; empty gives an unhinted canvas.
-    answer_span: token range [start, end) of the final answer in `trace_ids`; None
-      where the trace states no answer.
-    gen_length: L.
-    ratio: eta in [0, 1]; floor(eta * N) of the N chunks are shown.
-    chunk_range: (min, max) chunk length in tokens.
+    trace_ids: token ids of the ground-truth trace, of any length. An empty one gives a canvas
+      without hints.
+    answer_span: token range [start, end) of the final answer in `trace_ids`; None if the trace
+      states no answer.
+    gen_length: L, positions of the canvas.
+    ratio: eta in [0, 1]: floor(eta * N) of the N chunks are shown.
+    chunk_range: shortest and longest chunk, in tokens.
     rng: the only source of randomness.
-    mask_id: what fills the rest.
-    placement: "index" or "stretch" (see `chunks`).
-    forbidden: further token ranges of the trace; chunks that overlap one are never
-      shown (they still count in N, as what the switch `hide_answer_value` drops).
-    leak_answer: also show the trace from the answer on, at its index, as far as the canvas goes.
+    mask_id: the token at every position without a hint.
+    placement: "index" puts a token at its index in the trace, "stretch" spreads the chunks
+      (`chunks.place_stretched`).
+    forbidden: token ranges of the trace, such as those that `hints.hide_answer_value` finds. A
+      chunk that overlaps one of them is not shown, but counts in N.
+    leak_answer: also show the trace from its answer on, each token at its index, as far as the
+      canvas reaches.
 
   Returns:
     (tokens i32[L], hinted bool[L]).
@@ -92,7 +96,7 @@ def _allowed(chunks: list[Chunk], forbidden: Sequence[Chunk]) -> list[Chunk]:
 
 
 def hinted_group(
-  trace_ids: Sequence[int],
+  trace_ids: Sequence[int] | Integer[np.ndarray, " N"],
   answer_span: tuple[int, int] | None,
   group_size: int,
   gen_length: int,
@@ -100,8 +104,10 @@ def hinted_group(
   rng: np.random.Generator,
   mask_id: int,
   forbidden: Sequence[Chunk] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-  """G hinted canvases, each with its own eta ~ U[low, high] and its own chunks.
+) -> tuple[Int32[np.ndarray, "G L"], Bool[np.ndarray, "G L"]]:
+  """G hinted canvases, each with a ratio eta ~ U[ratio_low, ratio_high] and chunks of its own.
+
+  Arguments as `hint_canvas`; `cfg` has the ratios, the chunk lengths and the placement.
 
   Returns:
     (tokens i32[G,L], hinted bool[G,L]).

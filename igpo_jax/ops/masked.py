@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped
 
-from igpo_jax.types import Array
+from igpo_jax.types import AnyArray, Array
 
 
-def masked_sum(x: Array, mask: Array, axis=None) -> Array:
-  """Sum of x where mask; a NaN or infinity outside the mask does not leak in."""
+def masked_sum(
+  x: Shaped[AnyArray, "*shape"], mask: Bool[AnyArray, "*shape"], axis: int | None = None
+) -> Array:
+  """The sum of `x` where `mask` is True; a NaN or infinity elsewhere does not leak in.
+
+  Args:
+    x: numbers or booleans of any shape.
+    mask: bool, of the shape of `x`.
+    axis: the axis to sum over; None sums everything to a scalar.
+  """
   return jnp.sum(jnp.where(mask, x, 0), axis=axis)
 
 
-def masked_mean(x: Array, mask: Array, axis=None) -> Array:
-  """Mean of x where mask; 0 where the mask is empty.
+def masked_mean(
+  x: Shaped[AnyArray, "*shape"], mask: Bool[AnyArray, "*shape"], axis: int | None = None
+) -> Array:
+  """The mean of `x` where `mask` is True; 0 where it is True nowhere. Arguments as `masked_sum`.
 
   Example: `masked_mean([1., 5., 9.], [True, False, True]) == 5.`
   """
@@ -21,16 +32,18 @@ def masked_mean(x: Array, mask: Array, axis=None) -> Array:
   return masked_sum(x, mask, axis) / jnp.maximum(count, 1).astype(jnp.float32)
 
 
-def topk_mask(values: Array, allowed: Array, k: Array) -> Array:
-  """The k largest allowed values of each row.
+def topk_mask(
+  values: Float[AnyArray, "B L"], allowed: Bool[AnyArray, "B L"], k: Int[AnyArray, " B"]
+) -> Bool[Array, "B L"]:
+  """Marks the k largest allowed values of each row.
 
   Args:
     values: f32[B,L].
     allowed: bool[B,L].
-    k: i32[B]; more than the row allows takes all that it allows.
+    k: i32[B]. A row with fewer than k allowed values has all of them marked.
 
   Returns:
-    bool[B,L]. Ties go to the earlier position, so the result is deterministic.
+    bool[B,L]. Of equal values the earlier position is marked first, so the result is deterministic.
 
   Example: `topk_mask([[3., 9., 5.]], [[True, False, True]], [1]) == [[False, False, True]]`
   """

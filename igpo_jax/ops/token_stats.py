@@ -1,8 +1,8 @@
 """Log-probabilities and entropies per token, without ever holding all logits.
 
-[.., L, V] at V = 126,464 and L = 256 is 130 MB a row in float32. Both statistics
-are reductions over V, so the head is applied to a few positions at a time, and the
-backward pass recomputes those logits instead of keeping them.
+The logits of one row, [L,V] with L = 256 and V = 126,464, take 130 MB in float32. Both statistics
+are reductions over V, so the head is applied to a few positions at a time, and the backward pass
+recomputes the logits instead of keeping them.
 """
 
 from __future__ import annotations
@@ -11,33 +11,37 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from igpo_jax.parallel.sharding import constrain, num_shards
-from igpo_jax.types import Array
+from igpo_jax.types import AnyArray, Array
 
 LOGITS_AT_ONCE = 2**26  # elements on one device: 256 MiB in float32
 
 
 def token_stats(
-  head: Callable[[Array], Array], h: Array, targets: Array, chunk: int = 0
-) -> tuple[Array, Array]:
-  """Log-probabilities of targets, and the entropy, at every position.
+  head: Callable[[Array], Array],
+  h: Float[AnyArray, "X L D"],
+  targets: Int[AnyArray, "X G L"],
+  chunk: int = 0,
+) -> tuple[Float[Array, "X G L"], Float[Array, "X L"]]:
+  """The log-probability of every target, and the entropy of every position.
 
   Args:
-    head: h [..., D] -> logits f32[..., V].
-    h: [X, L, D] hidden states.
-    targets: i32[X, G, L]: G sequences read from the same distributions.
-    chunk: positions per application of the head; 0 picks a chunk whose logits
-      are at most `LOGITS_AT_ONCE` elements on a device.
+    head: maps hidden states [...,D] to logits f32[...,V].
+    h: [X,L,D], hidden states of X rows of L positions.
+    targets: i32[X,G,L]. The G sequences of a row are read from the same distributions.
+    chunk: how many positions the head is applied to at a time. 0 chooses a chunk whose logits are
+      at most `LOGITS_AT_ONCE` elements on a device.
 
   Returns:
-    (log p f32[X, G, L], entropy in nats f32[X, L]). The entropy carries no gradient.
+    (log-probabilities f32[X,G,L], entropies in nats f32[X,L]). Entropies carry no gradient.
   """
   x, length, _ = h.shape
   if chunk == 0:
     vocab = jax.eval_shape(head, h[:1, :1]).shape[-1]
-    # The rows a device holds count, not all: else every further device would make the
-    # chunks shorter, and the head's weights be gathered once for each of them.
+    # Only the rows that one device holds count. If all rows did, each further device would make the
+    # chunks shorter, and the head's weights are gathered once for every chunk.
     chunk = max(1, LOGITS_AT_ONCE * num_shards("act_batch", "act_vocab") // (x * vocab))
   chunk = min(chunk, length)
   chunks = -(-length // chunk)

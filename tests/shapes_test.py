@@ -1,0 +1,60 @@
+"""The shapes and dtypes that public functions declare are the ones they take and return.
+
+The suite runs with these annotations checked (tests/conftest.py), in every test that calls the
+functions. Here each of them is seen to refuse an argument of a wrong shape or dtype.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from igpo_jax.config import HintConfig
+from igpo_jax.hints.inject import hint_canvas, hinted_group
+from igpo_jax.ops.masked import masked_mean, masked_sum, topk_mask
+from igpo_jax.ops.token_stats import token_stats
+
+F, I, B = jnp.float32, jnp.int32, jnp.bool_  # noqa: E741
+ones = lambda dtype, *shape: jnp.ones(shape, dtype)
+HEAD = lambda h: h @ jnp.ones((3, 7))
+RNG = np.random.default_rng(0)
+
+# (function, good arguments, {name: an argument that is wrong in shape or dtype})
+CASES = [
+  (masked_sum, {"x": ones(F, 2, 3), "mask": ones(B, 2, 3)},
+   {"mask": ones(B, 3, 2)}),
+  (masked_mean, {"x": ones(F, 2, 3), "mask": ones(B, 2, 3)},
+   {"mask": ones(F, 2, 3), "x": ones(F, 2)}),
+  (topk_mask, {"values": ones(F, 2, 3), "allowed": ones(B, 2, 3), "k": ones(I, 2)},
+   {"values": ones(F, 3, 2), "allowed": ones(I, 2, 3), "k": ones(I, 3)}),
+  (token_stats, {"head": HEAD, "h": ones(F, 2, 4, 3), "targets": ones(I, 2, 5, 4)},
+   {"h": ones(F, 2, 3), "targets": ones(I, 2, 4)}),
+  (hint_canvas,
+   {"trace_ids": [1, 2, 3, 4], "answer_span": (3, 4), "gen_length": 6, "ratio": 0.5,
+    "chunk_range": (1, 2), "rng": RNG, "mask_id": 9},
+   {"trace_ids": np.ones((2, 2), np.int32), "answer_span": 3}),
+  (hinted_group,
+   {"trace_ids": np.ones(4, np.int32), "answer_span": None, "group_size": 2, "gen_length": 6,
+    "cfg": HintConfig(), "rng": RNG, "mask_id": 9},
+   {"trace_ids": np.ones(4, np.float32)}),
+]  # fmt: skip
+WRONG = [(f, good, name, bad) for f, good, wrongs in CASES for name, bad in wrongs.items()]
+
+
+@pytest.mark.parametrize(("function", "arguments"), [case[:2] for case in CASES])
+def test_what_is_declared_is_taken(function, arguments):
+  function(**arguments)
+
+
+@pytest.mark.parametrize(("function", "arguments", "name", "wrong"), WRONG)
+def test_another_shape_or_dtype_is_refused(function, arguments, name, wrong):
+  with pytest.raises(TypeCheckError):
+    function(**arguments | {name: wrong})
+
+
+def test_shapes_are_checked_while_a_program_is_traced():
+  with pytest.raises(TypeCheckError):
+    jax.jit(masked_mean)(ones(F, 2, 3), ones(B, 3))
