@@ -205,7 +205,8 @@ class Checkpoints:
     if step not in self._manager.all_steps():
       self._manager.reload()  # another process may have written it
     if step not in self._manager.all_steps():
-      raise UserError(f"no checkpoint of step {step} in {self.directory}")
+      known = ", ".join(map(str, self.steps())) or "none"
+      raise UserError(f"no checkpoint of step {step} in {self.directory}; steps there: {known}")
     return self.directory / str(step)
 
   def _write_sizes(self, step: int) -> None:
@@ -244,7 +245,9 @@ class Checkpoints:
     if missing := sorted(wanted.keys() - saved.keys()):  # Orbax would leave them as they are
       raise UserError(f"{unfit}it has no {', '.join(missing[:3])}")
     if whole and (more := sorted(saved.keys() - wanted.keys())):
-      raise UserError(f"{unfit}it has {', '.join(more[:3])}, too")
+      raise UserError(
+        f"{unfit}it also has {', '.join(more[:3])}, which the config has no place for"
+      )
     for name, array in wanted.items():
       there, here = tuple(saved[name].shape), tuple(array.shape)
       if there != here:

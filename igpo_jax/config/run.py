@@ -167,7 +167,7 @@ class DataConfig:
       f"data.prompt_buckets={buckets}: give increasing lengths, at least one",
     )
     for item in self.eval:
-      require("=" in item, f"data.eval item {item!r} is not of the form name=uri")
+      require("=" in item, f"data.eval: {item!r} has no name: write NAME=SOURCE, as in test={item}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +235,13 @@ class EvalConfig:
       f"eval.samples, eval.steps and eval.temperature are the protocol's ({self.protocol!r}):"
       " leave them alone, or set eval.protocol=''",
     )
-    require(self.protocol or not self.lengths, "eval.lengths goes with eval.protocol")
+    require(
+      self.protocol or not self.lengths,
+      f"eval.lengths={self.lengths} needs eval.protocol; without one, sampler.gen_length is the "
+      "length",
+    )
     for item in self.examples:
-      require("=" in item, f"eval.examples item {item!r} is not of the form name=uri")
+      require("=" in item, f"eval.examples: {item!r} has no name: write BENCHMARK=SOURCE")
 
 
 @dataclasses.dataclass(frozen=True)

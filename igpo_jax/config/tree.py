@@ -57,10 +57,17 @@ def freeze(config: ml_collections.ConfigDict) -> Config:
 def check(config: Config) -> None:
   """Raises `UserError` for options that are fine alone but not together."""
   order = [STAGES.index(stage) for stage in config.stages]
-  require(order == sorted(set(order)), f"stages={config.stages}: each at most once, in order")
+  require(
+    order == sorted(set(order)),
+    f"stages={config.stages}: name each stage at most once, in the order {', '.join(STAGES)}",
+  )
   for stage in ("sft", "rl"):
     if stage in config.stages:
-      require(getattr(config.data, stage), f"stages has {stage!r} but data.{stage} names no source")
+      require(
+        getattr(config.data, stage),
+        f"stages has {stage!r} but data.{stage} names no source: give one, such as "
+        f"data.{stage}='jsonl:FILE', or leave the stage out",
+      )
   best = config.checkpoint.best_metric
   names = [item.partition("=")[0] for item in config.data.eval]
   require(
@@ -71,8 +78,8 @@ def check(config: Config) -> None:
   require(
     math.floor(config.hints.replace_fraction * config.rl.group_size) >= 1
     or config.rl.exploration == "none",
-    f"hints.replace_fraction={config.hints.replace_fraction} of a group of "
-    f"{config.rl.group_size} replaces nothing; raise one of them",
+    f"hints.replace_fraction={config.hints.replace_fraction} of rl.group_size="
+    f"{config.rl.group_size} completions replaces none; raise one of them",
   )
   check_trainable(config.model, config.stages)
 

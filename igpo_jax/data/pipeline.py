@@ -127,7 +127,7 @@ class _Stream:
     embedding_rows: int | None,
   ):
     if not buckets or any(b <= 0 for b in buckets) or list(buckets) != sorted(set(buckets)):
-      raise UserError(f"prompt buckets {tuple(buckets)} should be growing lengths above 0")
+      raise UserError(f"prompt buckets {tuple(buckets)}: give increasing lengths above 0")
     if batch_size <= 0 or batch_size % process_count:
       raise UserError(
         f"a batch of {batch_size} rows cannot be shared by {process_count}"
@@ -202,7 +202,10 @@ class _Stream:
       traces = self.tokenizer.encode_batch_with_offsets([r.trace for r in part])
       for record, (trace, offsets) in zip(part, traces, strict=True):
         if record.id in ids:
-          raise UserError(f"two records have the id {record.id!r}: ids should be unique")
+          raise UserError(
+            f"two records have the id {record.id!r}: give each an id of its own, or leave out the "
+            "field with the ids, and the rows are numbered"
+          )
         ids.add(record.id)
         span = record.answer_span
         prompt = np.asarray(self.tokenizer.encode_prompt(record.prompt), np.int32)

@@ -42,7 +42,9 @@ class CharTokenizer(Tokenizer):
 
   def __init__(self, alphabet: str):
     if not alphabet or len(set(alphabet)) != len(alphabet):
-      raise UserError(f"the alphabet {alphabet!r} is empty or has a character twice")
+      raise UserError(
+        f"the alphabet {alphabet!r} of the character tokenizer is empty or has a character twice"
+      )
     self.alphabet = alphabet
     self._ids = {character: 3 + k for k, character in enumerate(alphabet)}
     self.vocab_size = 3 + len(alphabet)

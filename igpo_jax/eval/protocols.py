@@ -233,8 +233,8 @@ def plan(config: Config) -> list[Task]:
         " solved examples"
       )
   names = [task.name for task in tasks]
-  if len(set(names)) < len(names):
-    raise UserError(f"config: data.eval: a name is there twice: {', '.join(names)}")
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise UserError(f"config: data.eval names a benchmark twice: {', '.join(twice)}")
   return tasks
 
 

@@ -94,7 +94,7 @@ class Session:
     self._mesh = None
     self._source = open_source(model, adapter=adapter)
     if self._source.tokenizer is None:
-      raise UserError(f"{model} has no tokenizer")
+      raise UserError(f"{model} has no tokenizer: put its files (tokenizer.json, ...) there")
     self.tokenizer = load_tokenizer(self._source.tokenizer)
 
   def check(self, request: Request) -> None:

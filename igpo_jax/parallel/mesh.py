@@ -50,19 +50,24 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
   sizes = [data, fsdp, tensor]
   text = f"config.mesh ({', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))})"
   if sizes.count(-1) > 1:
-    raise UserError(f"{text}: only one axis may be -1")
+    raise UserError(f"{text}: only one axis may be -1 (the rest of the devices)")
   if any(s < 1 and s != -1 for s in sizes):
     raise UserError(
-      f"{text}: sizes are positive, or -1 for the rest of the devices (0, for data and fsdp, is "
-      "what train.sizes.resolve replaces)"
+      f"{text}: a size is positive, or -1 for the rest of the devices; where data or fsdp is 0, "
+      "call train.sizes.resolve first"
     )
   known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes:
     if num_devices % known:
-      raise UserError(f"{text}: {num_devices} devices are not a multiple of {known}")
+      raise UserError(
+        f"{text}: the {num_devices} devices are not a multiple of {known}, the product of the "
+        "other axes"
+      )
     sizes[sizes.index(-1)] = num_devices // known
   if math.prod(sizes) != num_devices:
-    raise UserError(f"{text}: the product is {known}, but there are {num_devices} devices")
+    raise UserError(
+      f"{text}: the sizes multiply to {known}, but there are {num_devices} devices; make one -1"
+    )
   return tuple(sizes)
 
 
@@ -142,7 +147,9 @@ def check_sample_slices(mesh, prompts: int, group_size: int, slices: int, proces
 
 def _check_resolved(count: int, name: str) -> None:
   if count < 1:
-    raise UserError(f"config: {name}={count} is left to the devices: train.sizes.resolve decides")
+    raise UserError(
+      f"config: {name}={count} is left to the devices: call train.sizes.resolve first"
+    )
 
 
 def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:

@@ -166,6 +166,7 @@ def newest_params(run: Run, model: Model):
       return lora.combine(frozen, params), f"{stage} {step}"
   if not run.config.init_from:
     raise UserError(
-      f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty"
+      f"nothing to evaluate: {run.workdir} has no checkpoint and config.init_from is empty; train "
+      "first, or give config.init_from a model"
     )
   return model.params, "init"

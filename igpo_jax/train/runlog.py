@@ -95,7 +95,9 @@ class RunLog:
       try:
         import wandb
       except ImportError:
-        raise UserError("config.log.wandb is on, but wandb is not installed") from None
+        raise UserError(
+          "config.log.wandb is on, but wandb is not installed: pip install wandb, or set it to False"
+        ) from None
       folder = str(workdir) if can_append(workdir) else None
       self._wandb = wandb.init(
         project=cfg.wandb_project, dir=folder, id=_wandb_id(workdir), resume="allow"

@@ -98,6 +98,7 @@ def handed_on(run: Run, stage: str) -> int:
   if step is None:
     raise UserError(
       f"no checkpoint of {stage} in {run.workdir} has the metric"
-      f" checkpoint.best_metric={run.config.checkpoint.best_metric!r}"
+      f" checkpoint.best_metric={run.config.checkpoint.best_metric!r}: name one that its rows of"
+      " metrics.jsonl have, or set sft.select='last'"
     )
   return step
