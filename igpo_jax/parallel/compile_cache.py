@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk: a run that was started before does not compile again."""
+"""jax's persistent compilation cache: a run that was started before does not compile again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MIN_SECONDS = 0.1  # what compiles faster is not worth a file
 
 
 def cache_folder() -> pathlib.Path:
-  """Where this machine's programs are: in $XDG_CACHE_HOME, or else ~/.cache."""
+  """The folder for this machine's compiled programs, in $XDG_CACHE_HOME or else ~/.cache."""
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(home) / "igpo_jax" / "xla"
 
 
 def cpu_name() -> str:
-  """A name for what this CPU can do, the same on machines that run the same instructions.
+  """A name that two machines share if their CPUs run the same instructions.
 
   jax tells programs for different accelerators apart, but not those for different CPUs,
   and a home directory may be on a disk that several machines share.
@@ -35,16 +35,16 @@ def cpu_name() -> str:
 
 
 def use_cache(setting: str = AUTO) -> str | None:
-  """Turns jax's persistent compilation cache on, for all that is compiled from now on.
+  """Turns on jax's persistent compilation cache for everything that is compiled from now on.
 
-  A folder that cannot be written is told on stderr, and the run goes on without.
+  If the folder cannot be written, a line on stderr says so and the run goes on without a cache.
 
   Args:
-    setting: "auto": $JAX_COMPILATION_CACHE_DIR if it is set, else `cache_folder()`;
-      "off"; or a directory, such as one of all machines on gs://.
+    setting: "auto" ($JAX_COMPILATION_CACHE_DIR if it is set, else `cache_folder()`), "off", or a
+      directory, which may be on gs:// and shared by all machines.
 
   Returns:
-    The folder, or None.
+    The folder, or None where the cache is off.
 
   Raises:
     UserError: an empty setting.

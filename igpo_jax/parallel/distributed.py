@@ -1,4 +1,4 @@
-"""Several processes: how they find each other, what all of them agree on, how they end."""
+"""Several processes of one run: they join, share and compare values, and end together."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ GRACE_SECONDS = 3.0
 
 @contextlib.contextmanager
 def joined(detect: bool = False) -> Iterator[None]:
-  """Runs the body as one process of a run; when one process fails or dies, all end.
+  """Runs the body as one process of a run. When one process fails or dies, all of them end.
 
-  A mistake or a bug in one process is told to all others, and every process leaves with
-  its exit code; nobody waits for collectives that cannot come about. Alone, a process
-  does as it would without this.
+  The reason is printed by every process, and every process exits with the code of the one that
+  failed. So no process waits in a collective that the failed one will never enter. A run of a
+  single process is not affected.
+
+  Args:
+    detect: see `start`.
   """
   start(detect)
   check_devices()
@@ -61,13 +64,17 @@ def joined(detect: bool = False) -> Iterator[None]:
 
 
 def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
-  """Joins the processes of one run; call it before anything asks jax for its devices.
+  """Joins the processes of one run. Call it before anything asks jax for its devices.
 
-  With the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID set, these are used. With `detect`, jax finds out
-  for itself (TPU pods, Slurm, Kubernetes, ...). With neither, a process is alone and
-  nothing happens; so it is at a second call. Processes that do not come together within
-  `seconds` end with one line and exit code 1.
+  If the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
+  and JAX_PROCESS_ID are set, they say who takes part. Otherwise, and with `detect`, jax finds the
+  processes itself (TPU pods, Slurm, Kubernetes, ...). Otherwise the process is alone, and nothing
+  happens. A second call does nothing.
+
+  Args:
+    detect: let jax find the processes.
+    seconds: processes that have not come together after this time end with one line and exit
+      code 1.
 
   Raises:
     UserError: some of the variables are missing or make no sense, the port is taken, or
@@ -150,13 +157,14 @@ def _too_late(where: dict[str, Any], seconds: int) -> None:
   os._exit(1)
 
 
-# --- what all agree on -------------------------------------------------------------------
+# --- values that all processes share ------------------------------------------------------
 
 
 def share(rows: Sequence[Any]) -> list[Any]:
-  """JSON values of every process, in the order of the processes; the same on each.
+  """The JSON values of all processes, in the order of the processes. A collective.
 
-  A collective: every process calls it, with as many values as it has.
+  Args:
+    rows: this process's values, any number of them.
   """
   if jax.process_count() == 1:
     return list(rows)
@@ -173,13 +181,16 @@ def share(rows: Sequence[Any]) -> list[Any]:
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-  """What `decide()` returns on process 0, a JSON value, on every process.
+  """Calls `decide()` on process 0 and returns its result on every process. A collective.
 
-  For whatever depends on files: two machines may see a disk at different times. A
-  collective; the others do not call `decide`.
+  Decisions that depend on files are made this way, since two machines may see a network disk in
+  different states.
+
+  Args:
+    decide: returns a JSON value; called on process 0 only.
 
   Raises:
-    UserError: on every process, if `decide` raises one on process 0.
+    UserError: on every process, if `decide` raises a UserError on process 0.
   """
   if jax.process_count() == 1:
     return decide()
@@ -196,10 +207,14 @@ def from_first(decide: Callable[[], Any]) -> Any:
 
 
 def agree(what: str, value: Any) -> None:
-  """Checks that a JSON value is the same on every process. A collective.
+  """Checks that all processes have an equal JSON value. A collective.
+
+  Args:
+    what: the name of the value, for the message.
+    value: this process's value.
 
   Raises:
-    UserError: on every process, if it differs on one; `what` names it.
+    UserError: on every process, if one process has another value.
   """
   values = share([value])
   for index, other in enumerate(values):

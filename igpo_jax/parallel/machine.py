@@ -1,7 +1,8 @@
 """The devices that a run has: how many, of which kind, with how much memory.
 
-A config says what it is for (`mesh.hardware`, `mesh.devices`, `mesh.slice`). Whether that is what
-there is shows only once jax has looked, which with several processes is after they have joined.
+A config says which devices it is for (`mesh.hardware`, `mesh.devices`, `mesh.slice`). They are
+compared with the devices that are there once jax has looked for them, which it does only after the
+processes of a run have joined.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """All devices of a run, over all of its processes.
+  """The devices of a run, over all of its processes.
 
   Attributes:
     platform: "cpu", "gpu" or "tpu".
     kind: jax's `device_kind`.
-    devices, processes: how many. Every process has equally many devices.
-    memory: bytes that arrays may take on each device, at least; 0 where that is not known.
+    devices: number of devices of all processes together.
+    processes: number of processes; each has the same number of devices.
+    memory: bytes for arrays on the device that has least; 0 if it is not known.
   """
 
   platform: str
@@ -55,13 +57,14 @@ def here() -> Machine:
 
 
 def modelled(hardware: str, devices: int, processes: int = 1) -> Machine:
-  """A machine that is not there, by what is known of its devices.
+  """The machine that some devices would make, from the table of chips (parallel/tpu.py).
 
   Args:
-    hardware: a name that `mesh.hardware` may have.
+    hardware: the kind of device, by a name that `mesh.hardware` may have.
+    devices, processes: how many.
 
   Raises:
-    UserError: an unknown name, or devices that do not share out over the processes.
+    UserError: an unknown name, or devices that do not divide over the processes.
   """
   if devices < 1 or processes < 1 or devices % processes:
     raise UserError(f"{devices} device(s) cannot be shared by {processes} process(es)")
@@ -72,7 +75,7 @@ def modelled(hardware: str, devices: int, processes: int = 1) -> Machine:
 
 
 def hardware_of(cfg: MeshConfig) -> str:
-  """What a config is for: `mesh.hardware`, or the chip of its slice; "" for anything.
+  """The hardware that a config is for: the chip of `mesh.slice`, or `mesh.hardware`; "" for any.
 
   Raises:
     UserError: an unknown name.
@@ -85,10 +88,10 @@ def hardware_of(cfg: MeshConfig) -> str:
 
 
 def check_machine(cfg: MeshConfig, machine: Machine) -> None:
-  """Checks that a config is for the devices there are: their platform, and how many.
+  """Checks that a run has the devices that its config is for: their platform and their number.
 
   Raises:
-    UserError: says what there is, and what to do.
+    UserError: it has others; the message says which are there and what to do.
   """
   hardware = hardware_of(cfg)
   platform = find_hardware(hardware)[0] if hardware else ""
@@ -111,9 +114,14 @@ def check_machine(cfg: MeshConfig, machine: Machine) -> None:
 
 
 def claim_memory(cfg: MeshConfig, environment: dict[str, str] | None = None) -> None:
-  """Lets a program that is for GPUs have nearly all of their memory, not jax's 75%.
+  """Raises the share of a GPU's memory that jax allocates from its default of 75%.
 
-  Nothing happens where the user chose a share. Call it before jax looks for its devices.
+  Does nothing if the config is not for GPUs, or if the user has set the share. Call it before jax
+  looks for its devices.
+
+  Args:
+    cfg: the config's mesh.
+    environment: where the share is set; None is the environment of this process.
   """
   environment = os.environ if environment is None else environment
   hardware = hardware_of(cfg)

@@ -1,4 +1,4 @@
-"""The device mesh: axes (data, fsdp, tensor), the same program from a laptop to a pod."""
+"""The device mesh with axes (data, fsdp, tensor): one program runs on a laptop and on a pod."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def check_devices() -> None:
-  """Lets jax look for its devices; call it before anything is computed, and after joining.
+  """Makes jax look for its devices. Call it before any computation and after `distributed.start`.
 
   Raises:
-    UserError: what JAX_PLATFORMS asks for is not here.
+    UserError: the platform that JAX_PLATFORMS asks for has no device here.
   """
   try:
     jax.devices()
@@ -40,7 +40,7 @@ def check_devices() -> None:
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
-  """Resolves the one size that may be -1 ("the rest").
+  """The sizes of the axes, with the one that may be -1 replaced by the rest of the devices.
 
   Example: `mesh_shape(-1, 2, 1, num_devices=8) == (4, 2, 1)`.
 
@@ -72,7 +72,15 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-  """A mesh over all devices (or the given ones) with axes data, fsdp and tensor."""
+  """A mesh with axes data, fsdp and tensor over all devices, or over the given ones.
+
+  Args:
+    data, fsdp, tensor: sizes of the axes; one of them may be -1, the rest of the devices.
+    devices: None takes all devices of all processes.
+
+  Raises:
+    UserError: sizes that do not fit the devices, or a tensor axis over several processes.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(data, fsdp, tensor, len(devices))
   mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -83,13 +91,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
 
 
 def check_rows_per_process(process_of: np.ndarray) -> None:
-  """Checks that every process can have rows of its own, as the data and the graders do.
+  """Checks that every process can have rows of its own. Reading and grading rely on it.
 
   Args:
-    process_of: i[data,fsdp,tensor], the process that each device belongs to.
+    process_of: int[data,fsdp,tensor], for each device the index of its process.
 
   Raises:
-    UserError: several processes would have to hold the same rows.
+    UserError: the tensor axis would make several processes hold the same rows.
   """
   for block in process_of.reshape(-1, process_of.shape[-1]):
     processes = sorted(set(block.tolist()))
@@ -104,10 +112,11 @@ def check_rows_per_process(process_of: np.ndarray) -> None:
 def check_micro_batches(mesh: jax.sharding.Mesh, rows: int, count: int, name: str) -> None:
   """Checks that every device has a row in each of `count` micro-batches of `rows` rows.
 
-  With fewer the program would run, in pieces that the devices pass around.
+  With fewer rows than devices the program would still run, but devices would exchange pieces of
+  rows.
 
   Raises:
-    UserError: names the option, such as "rl.micro_batches".
+    UserError: the rows do not divide. `name` is the option it names, such as "rl.micro_batches".
   """
   ways = num_shards("act_batch", mesh=mesh)
   _check_resolved(count, name)
@@ -123,12 +132,12 @@ def check_sample_slices(mesh, prompts: int, group_size: int, slices: int, proces
   """Checks that a step's prompts share out over slices, processes and devices.
 
   Args:
-    prompts: of a step, over all processes.
-    group_size: completions of each.
+    prompts: number of prompts of a step, over all processes.
+    group_size: completions of each prompt.
     slices: `rl.sample_slices`.
 
   Raises:
-    UserError: they do not.
+    UserError: they do not; it names rl.sample_slices and says what to change.
   """
   ways = num_shards("act_batch", mesh=mesh)
   _check_resolved(slices, "rl.sample_slices")
@@ -153,7 +162,7 @@ def _check_resolved(count: int, name: str) -> None:
 
 
 def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:
-  """The sizes a config gives, or those of the slice it names."""
+  """Sizes of (data, fsdp, tensor): those of the TPU slice that the config names, or its own."""
   return find_slice(cfg.slice).mesh if cfg.slice else (cfg.data, cfg.fsdp, cfg.tensor)
 
 
@@ -167,13 +176,23 @@ def configured_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def abstract_mesh(cfg: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
-  """The same without devices, to ask where things would live."""
+  """The mesh of a config for `num_devices` devices that need not exist.
+
+  Shardings over it tell where arrays would live; no array can be placed on it.
+  """
   shape = mesh_shape(*_sizes(cfg), num_devices)
   return jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Host arrays, each holding this process's rows, as arrays sharded over the mesh's rows.
+  """Puts numpy arrays onto the devices, their first axis sharded over data x fsdp.
+
+  Args:
+    mesh: the device mesh.
+    tree: numpy arrays, each with this process's rows only.
+
+  Returns:
+    A tree of jax arrays with the rows of all processes, in the order of the processes.
 
   Raises:
     UserError: the rows of all processes do not divide over data x fsdp.
@@ -196,7 +215,7 @@ def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def local_rows(tree: Any) -> Any:
-  """The rows of this process, as numpy arrays: the inverse of `shard_rows`."""
+  """This process's rows of sharded arrays, as numpy arrays: the inverse of `shard_rows`."""
 
   def fetch(x):
     if x.is_fully_addressable:
@@ -208,7 +227,12 @@ def local_rows(tree: Any) -> Any:
 
 
 def over_processes(values: np.ndarray, reduce: Callable) -> np.ndarray:
-  """`reduce(stacked, axis=0)` of one small array per process; the same on each."""
+  """Reduces one small numpy array per process; every process gets the result. A collective.
+
+  Args:
+    values: this process's array; all have one shape and dtype.
+    reduce: called as `reduce(stacked, axis=0)`, where `stacked` has the arrays of all processes.
+  """
   values = np.asarray(values)
   if jax.process_count() == 1:
     return reduce(values[None], axis=0)
@@ -216,9 +240,10 @@ def over_processes(values: np.ndarray, reduce: Callable) -> np.ndarray:
 
 
 def max_over_processes(value: int) -> jax.Array:
-  """i32[], the largest of one number per process, as soon as the devices come to it.
+  """i32[] on the devices: the largest of one number per process.
 
-  A collective that does not wait: it is queued behind what the devices have to do.
+  A collective that does not wait. The result is there once the devices have finished the work that
+  was given to them before.
   """
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   shape = (jax.process_count(), len(devices) // jax.process_count())

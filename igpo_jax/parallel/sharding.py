@@ -1,10 +1,9 @@
 """Logical axis names, the one table that maps them to the mesh, and constraints.
 
-Parameters and activations have names of their own, so that a dimension of the
-same size can be laid out differently in the two: parameters are split over
-`fsdp` and `tensor`, activations over the batch and `tensor`. An unknown name
-raises: silence would mean "replicated", and the first sign of it would be an
-out-of-memory error on a pod.
+Dimensions of parameters and of activations have different names, since they are laid out
+differently: parameters are split over the mesh axes `fsdp` and `tensor`, activations over the batch
+(`data` x `fsdp`) and `tensor`. An unknown name raises. If it silently meant "replicated", the first
+sign of a misspelt name would be an out-of-memory error on a pod.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def partition_spec(axes: LogicalAxes) -> PartitionSpec:
-  """The mesh axes of an array whose dimensions carry these logical names.
+  """The PartitionSpec of an array whose dimensions have these logical names.
 
   Raises:
     KeyError: a name is not in the table.
@@ -57,10 +56,15 @@ def partition_spec(axes: LogicalAxes) -> PartitionSpec:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-  """Pins the layout of an activation inside a jitted program.
+  """Fixes the sharding of an activation inside a jitted program.
 
-  Without a mesh in context (`jax.set_mesh`) it returns `x` unchanged, after
-  checking the names, so that a misspelt one fails on a laptop too.
+  Args:
+    x: an array.
+    axes: a logical name, or None, for each dimension of `x`.
+
+  Returns:
+    `x` with the sharding constraint. Without a mesh in context (`jax.set_mesh`) it is `x` itself;
+    the names are checked all the same, so that a misspelt one also fails on a laptop.
   """
   spec = partition_spec(axes)
   if x.ndim != len(axes):
@@ -71,12 +75,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def num_shards(*axes: str, mesh: Any = None) -> int:
-  """Into how many parts a mesh cuts an array with these logical axes.
+  """The number of parts that a mesh cuts an array with these logical axes into.
 
-  Example: `num_shards("act_batch", mesh=mesh)` devices have rows of their own.
+  Example: rows of a batch are split over `num_shards("act_batch", mesh=mesh)` devices.
 
   Args:
-    mesh: a Mesh or AbstractMesh; None is the one in context, which may be none (1).
+    axes: logical names.
+    mesh: a Mesh or AbstractMesh; None takes the one in context. Without any the answer is 1.
   """
   sizes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
   names = [
@@ -124,15 +129,15 @@ def check_divides(arrays: Any, shardings: Any) -> None:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The layout of what every device holds whole."""
+  """The sharding of an array of which every device holds a full copy."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def layout_table(arrays: Any) -> str:
-  """Where every array of a tree lives, as Markdown: shape, spec, and MiB on each device.
+  """A Markdown table of a tree's arrays: name, shape, PartitionSpec, and MiB on each device.
 
   Args:
-    arrays: of arrays or ShapeDtypeStructs with NamedShardings.
+    arrays: a tree of arrays or ShapeDtypeStructs with NamedShardings.
   """
   lines = ["| parameter | shape | dtype | over | MiB a chip |", "|---|---|---|---|---|"]
   total = 0

@@ -96,7 +96,7 @@ class RunLog:
         import wandb
       except ImportError:
         raise UserError(
-          "config.log.wandb is on, but wandb is not installed: pip install wandb, or set it to False"
+          "config.log.wandb is on, but wandb is not installed: pip install wandb, or turn it off"
         ) from None
       folder = str(workdir) if can_append(workdir) else None
       self._wandb = wandb.init(
