@@ -32,7 +32,7 @@ NOTICE_SECONDS, LEAVE_SECONDS = 1.0, 15.0
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM has come in; whatever handles Ctrl-C handles this."""
+  """SIGTERM was received. It is a KeyboardInterrupt, so code that handles Ctrl-C handles it too."""
 
 
 _farewells: list[Callable[[], None]] = []
@@ -40,7 +40,7 @@ _farewells: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def before_leaving(farewell: Callable[[], None]) -> Iterator[None]:
-  """Has `farewell` called if `leave` ends the process inside the body."""
+  """Calls `farewell` if `leave` ends the process while the body of the `with` runs."""
   _farewells.append(farewell)
   try:
     yield
@@ -49,7 +49,7 @@ def before_leaving(farewell: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the process at once, whatever is under way in any thread."""
+  """Ends the process at once with exit code `code`, whatever its threads are doing."""
   for farewell in list(_farewells):
     with contextlib.suppress(Exception):
       farewell()
@@ -57,7 +57,7 @@ def leave(code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-  """One line of news on standard error: standard output is for results alone."""
+  """Prints a line on standard error. Standard output is for results alone."""
   print(line, file=sys.stderr, flush=True)
 
 
@@ -67,10 +67,10 @@ def fail(message: object) -> NoReturn:
 
 
 def mistake(error: BaseException | None) -> UserError | None:
-  """The `UserError` that an error was raised from, however libraries wrapped it, or itself.
+  """The `UserError` behind an error: the error itself, or one that a library wrapped.
 
-  Looks at causes, at what was being handled, and into groups of errors. Of one that was raised
-  from another, to say where it is, the outer one.
+  Looks at `__cause__`, `__context__` and the members of exception groups. If a UserError was raised
+  from another, to add where it happened, the outer one is returned. None if there is none.
   """
   seen, waiting = set(), [error]
   while waiting:
@@ -84,7 +84,10 @@ def mistake(error: BaseException | None) -> UserError | None:
 
 
 def explain(error: BaseException) -> int:
-  """Prints what a user should read of an error on stderr; returns the exit code that fits it."""
+  """Prints an error on stderr and returns the exit code for it.
+
+  A user's mistake is printed as one line, a bug as a traceback.
+  """
   known = _known(error)
   if known is None:
     traceback.print_exception(error)
@@ -123,9 +126,9 @@ def _reader_is_gone() -> bool:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-  """argparse that answers a bad option with one line instead of the usage text.
+  """An argparse parser that reports a bad option in one line, without the usage text.
 
-  An option may be written with underscores or with hyphens, however it is declared.
+  Every option may be written with underscores or with hyphens.
   """
 
   def __init__(self, **kwargs):
@@ -151,10 +154,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def underscored(args: Sequence[str]) -> list[str]:
-  """The words of a command line, with underscores in the names of options.
+  """The words of a command line with the hyphens in option names replaced by underscores.
 
-  Example: underscored(["--max-tokens=a-b", "x-y"]) == ["--max_tokens=a-b", "x-y"]. What
-  follows a lone "--" is no option.
+  Words after a lone "--" are not options and stay as they are.
+  Example: underscored(["--max-tokens=a-b", "x-y"]) == ["--max_tokens=a-b", "x-y"].
   """
   out, options = [], True
   for word in args:
@@ -167,7 +170,7 @@ def underscored(args: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-  """Runs a command's `main()` and exits with a code that says how it ended (see above)."""
+  """Runs a command's `main()` and exits with one of the exit codes listed above."""
   with _threads() as failures, _signals():
     try:
       code = main() or 0
@@ -195,7 +198,10 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[list[BaseException]]:
-  """A mistake that ends a thread ends the program, too; yields the list that will hold it."""
+  """Makes a UserError that ends a thread interrupt the main thread, too.
+
+  Yields the list that the error will be put into.
+  """
   failures: list[BaseException] = []
 
   def hook(args: threading.ExceptHookArgs) -> None:
@@ -214,10 +220,10 @@ def _threads() -> Iterator[list[BaseException]]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-  """Ctrl-C and SIGTERM raise in the main thread, and end a program that does not notice.
+  """Makes Ctrl-C and SIGTERM raise in the main thread, and end a program that does not react.
 
-  Python looks at signals between its own instructions only, so a thread, which the
-  operating system wakes, ends the program where the main thread is in compiled code.
+  Python handles signals between two of its own instructions only. While the main thread is inside
+  compiled code, a second thread, which the operating system wakes, ends the program.
   """
   if threading.current_thread() is not threading.main_thread():
     yield  # somebody imported a command and calls it

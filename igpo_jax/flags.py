@@ -29,7 +29,7 @@ LONGEST_ARGUMENT = 64  # characters of it in a run's name
 
 
 def config_flag() -> flags.FlagValues:
-  """Flags of a command of its own; `parse` adds --config to them."""
+  """A new set of flags for one command. The command adds its own; `parse` adds --config."""
   values = flags.FlagValues()
   flags.DEFINE_bool(
     PRINT, False, "Print the whole config as JSON, and do nothing else.", flag_values=values
@@ -38,14 +38,14 @@ def config_flag() -> flags.FlagValues:
 
 
 def parse(values: flags.FlagValues, argv: list[str], usage: str) -> tuple[Config, str]:
-  """Parses a command line into `values`; returns the frozen config and `run_name`.
+  """Parses a command line into `values`; returns the frozen config and the run's name (`run_name`).
 
-  Prints help or the config and exits with 0 where --help or --print_config asks for it. May
-  be called again with another command line: nothing of the one before is left.
+  With --help or --print_config it prints what is asked for and exits with code 0. It may be called
+  again with another command line; nothing of the earlier one is kept.
 
   Args:
-    values: see `config_flag`.
-    argv: the name of the program and the words after it.
+    values: the flags that `config_flag` made.
+    argv: the program's name and the words after it.
     usage: the command's docstring, for --help.
 
   Raises:
@@ -71,7 +71,7 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> tuple[Config
 
 
 def forget(values: flags.FlagValues) -> None:
-  """Takes back what an earlier `parse` left in `values`."""
+  """Removes from `values` what an earlier `parse` put there."""
   for name in [n for n in values if n == "config" or n.startswith("config.")]:
     delattr(values, name)
   values.unparse_flags()
@@ -96,10 +96,13 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
-  """The config of "FILE" or "FILE:ARGUMENT", and the file; ARGUMENT goes to get_config.
+  """The config that a config file makes, and the path of the file.
+
+  Args:
+    name: "FILE" or "FILE:ARGUMENT"; ARGUMENT is passed to the file's get_config.
 
   Raises:
-    UserError: there is no such file, or it has no config to give; what it raises itself.
+    UserError: there is no such file, or `load_config_file` cannot load it.
   """
   path, colon, argument = name.partition(":")
   file = epath.Path(path)
@@ -110,10 +113,11 @@ def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
 
 
 def run_name(name: str) -> str:
-  """A folder's name for the run of "FILE" or "FILE:ARGUMENT": "quickstart", "quickstart_smoke".
+  """The default folder name of a run, from its --config "FILE" or "FILE:ARGUMENT".
 
-  Characters of the argument other than a to z, digits, "-" and "." become "_"; of a long
-  argument the end is kept, with a digest of all of it.
+  Characters of the argument other than letters, digits, "-" and "." become "_". A long argument is
+  cut to its end, after a digest of all of it.
+  Example: run_name("configs/quickstart.py:smoke") == "quickstart_smoke".
   """
   path, _, argument = name.partition(":")
   words = re.sub(r"[^\w.-]+", "_", argument, flags=re.ASCII).strip("_")

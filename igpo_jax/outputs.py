@@ -1,4 +1,4 @@
-"""Files that commands write for the user: whole or not at all, and refused before the work."""
+"""Output files of commands: complete or not there at all, and checked before the work begins."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from igpo_jax.errors import UserError
 
 
 class Output:
-  """An open file; `write` tells what stands in the way in one line.
+  """An open output file.
 
   Attributes:
-    path: where the file will be.
-    lines: written so far.
+    path: the path that the finished file will have.
+    lines: number of lines written so far.
   """
 
   def __init__(self, file: TextIO, path: str, flag: str):
     self._file, self.path, self._flag, self.lines = file, path, flag, 0
 
   def write(self, line: str) -> None:
-    """Appends a line and its end.
+    """Appends a line; the line end is added.
 
     Raises:
-      UserError: the disk is full, or whatever else the system says.
+      UserError: the line cannot be written, for example because the disk is full.
     """
     try:
       self._file.write(f"{line}\n")
@@ -49,18 +49,18 @@ def _refused(flag: str, path: str, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def output_file(path: Any, flag: str = "--output", source: Any = None) -> Iterator[Output]:
-  """Opens a file for lines of text; enter it before the work, to know that it can be written.
+  """Opens a file for lines of text. Enter it before the work, to learn that it can be written.
 
-  The lines go to PATH.partial, which becomes PATH at the end: a failure leaves an older PATH
-  alone. Lines that were written before a failure stay in PATH.partial.
+  Lines are written to PATH.partial, which is renamed to PATH at the end. So an older PATH survives
+  a failure, and the lines written before the failure stay in PATH.partial.
 
   Args:
-    path: local or remote; a device or a pipe is written to directly.
-    flag: the option that named it, for messages.
-    source: a file that is read meanwhile.
+    path: local or remote. A device or a pipe is written to directly.
+    flag: the option that named the file, for messages.
+    source: a file that is read meanwhile and must not be overwritten.
 
   Raises:
-    UserError: it cannot be written, or is the source.
+    UserError: the file cannot be written, or is the source.
   """
   name = os.fspath(path)
   remote = "://" in name

@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding for, found before anything runs."""
+"""A check for token ids outside a model's embedding, made before anything runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from igpo_jax.errors import UserError
 def check_ids(ids: Any, rows: int, what: str) -> None:
   """Checks that a model has an embedding for every token id.
 
-  On the host: JAX fills what is past a table's end with NaN and raises no error.
+  It is done on the host, since JAX raises no error: a lookup past the table's end gives NaN.
 
   Args:
     ids: integers, an array of any shape.
-    rows: of the embedding; ids are from 0 to rows - 1.
-    what: has these ids, for the message.
+    rows: rows of the embedding; valid ids are 0 to rows - 1.
+    what: the text that the ids belong to, for the message, such as "the prompt".
 
   Raises:
-    UserError: names the first id that has none.
+    UserError: an id is outside the embedding; the message names the first one.
   """
   ids = np.asarray(ids)
   wrong = ids[(ids < 0) | (ids >= rows)]

@@ -1,4 +1,4 @@
-"""What --help prints for a command that takes a config: its flags, and every option."""
+"""The text of --help for a command that takes a config: its flags, and every option."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Option(NamedTuple):
   """One option of the config.
 
   Attributes:
-    name: such as "rl.steps".
-    kind: what it can be, in words.
-    default: its value where nobody sets it.
-    text: what the docstring of its section says.
+    name: dotted, such as "rl.steps".
+    kind: the values it may have, in words.
+    default: its default value.
+    text: its description, from the docstring of its section.
   """
 
   name: str
@@ -71,12 +71,13 @@ def help_text(
   config: config_dict.ConfigDict | None = None,
   file: epath.Path | None = None,
 ) -> str:
-  """Usage, flags, and every option with its kind, its default and its meaning.
+  """Usage, flags, and every option with its kind, its default and its description.
 
   Args:
     values: the command's own flags.
-    usage: its docstring.
-    config, file: where one was named: what the file says of itself, and what it sets.
+    usage: the command's docstring.
+    config, file: the config file that was named and its config, if there was one. Then the text
+      also has the file's docstring and the options that it changes.
   """
   width = min(WIDTH, shutil.get_terminal_size().columns)
 

@@ -1,9 +1,9 @@
-"""What a compiled program moves between chips, read from its HLO text.
+"""The bytes that a compiled program sends between chips, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once. Here every collective is counted
-as often as the loops around it turn: loops over layers and micro-batches compare a counter
-with a constant and say so in their condition; those that end when the data says (the
-denoising loop) are told from outside, at their worst case.
+XLA's own cost analysis counts the body of a loop once. Here a collective inside loops is counted
+once for each of their iterations. Loops over layers and micro-batches compare a counter with a
+constant, so their number of iterations is read from the text. The denoising loop ends when the data
+says so: the caller gives the largest possible number of its iterations.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    shape: the largest array it takes or gives, such as "bf16[1,4096,4096]".
-    dims: that array's dimensions.
-    chips: how many take part.
-    times: how often a run of the program executes it.
-    bytes: what each chip receives each time, by the algorithms that move least.
+    shape: type and shape of its largest operand or result, such as "bf16[1,4096,4096]".
+    dims: the dimensions of that array.
+    chips: number of chips that take part.
+    times: how often one run of the program executes it.
+    bytes: bytes that each chip receives each time, by the algorithm that sends least.
   """
 
   kind: str
@@ -81,10 +81,14 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def group_size(attributes: str, everyone: int) -> int:
-  """How many chips a collective spans, from its replica groups; `everyone` if it names none.
+  """The number of chips of one replica group of a collective.
+
+  Args:
+    attributes: the attributes of the HLO instruction, as text.
+    everyone: number of all chips: the answer where no groups are named.
 
   Raises:
-    ValueError: they are written in no form that is known here.
+    ValueError: the groups are written in an unknown form.
   """
   order = r"(?:, device_ids=\(\[[^\]]*\](?:T\([^)]*\))?\))?"
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\]" + order + r" \{([^}]*)\}", attributes):
@@ -169,15 +173,15 @@ def _increment(computations: Computations, body: str, index: int) -> int:
 
 
 def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
-  """Every collective of a compiled program.
+  """All collectives of a compiled program.
 
   Args:
     text: `compiled.as_text()`.
-    loops: turns of the loops that end when the data says, by how many such loops they
-      are nested in: (blocks, steps of a block) for the denoising loop.
+    loops: the largest number of iterations of loops that end when the data says so, outermost
+      first: (blocks, steps of a block) for the denoising loop.
 
   Raises:
-    ValueError: such a loop is nested deeper than `loops` tells.
+    ValueError: such loops are nested deeper than `loops` is long.
   """
   computations, entry = _parse(text)
   found: list[Collective] = []

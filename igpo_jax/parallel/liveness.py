@@ -1,10 +1,10 @@
-"""A line between the processes of a run: when one ends, all end, and all say why.
+"""Failure propagation: a TCP connection from process 0 to every other process of a run.
 
-Without it a collective with a dead process hangs (TPU, GPU) or fails with words about
-sockets (CPU) until jax's heartbeats stop everything with a stack trace. Process 0 keeps a
-connection to every other one. The kernel closes it the moment a process is killed, and
-its keep-alive probes when a machine is lost; a process that fails says so first. Then
-every process prints one line and leaves at once: what it was doing cannot be finished.
+When one process fails, each of the others prints the reason and exits at once. Without this, a
+collective with a dead process hangs (TPU, GPU) or fails with words about sockets (CPU), until jax's
+heartbeats stop everything with a stack trace. A process that fails sends the reason first. When a
+process is killed, the kernel closes its connection; when a machine is lost, the connection's
+keep-alive probes go unanswered.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Ending:
   """How a process ended.
 
   Attributes:
-    index, host: which process, and the name of its machine.
-    code: exit code that all processes take over.
-    text: what it had to say; "" where it was killed.
+    index: number of the process.
+    host: name of its machine.
+    code: exit code with which all processes end.
+    text: the error that it printed; "" if it was killed.
   """
 
   index: int
@@ -54,13 +55,14 @@ class Ending:
 
 
 class Watch:
-  """One process's end of the line.
+  """One process's side of the connections. Making one is a collective: it connects all processes.
 
   Args:
-    index, count: this process, and how many there are.
+    index: number of this process.
+    count: number of processes.
     share: a collective that gives every process the JSON values of all (`distributed.share`).
-    near: a name of process 0 that the others are known to reach; "" if there is none.
-    leave: ends the process with an exit code.
+    near: a host name of process 0 that the other processes can reach; "" if none is known.
+    leave: called with an exit code to end this process.
   """
 
   def __init__(
@@ -90,16 +92,16 @@ class Watch:
   # --- called by the main thread ---------------------------------------------------------
 
   def done(self) -> None:
-    """Says that this process leaves in peace."""
+    """Tells the other processes that this one has finished, so that its end alarms nobody."""
     self._tell({"done": True})
 
   def fail(self, code: int, text: str) -> None:
-    """Says why this process failed, and leaves; all others end with `code`, too."""
+    """Tells the other processes why this one failed, and exits; all of them exit with `code`."""
     self._end(Ending(self.index, self.host, code, text), shown=True)
     time.sleep(2 * PARTING_SECONDS)  # another thread is leaving already
     self._leave(code)
 
-  # --- the line ---------------------------------------------------------------------------
+  # --- the connections ----------------------------------------------------------------------
 
   def _accept(self, server: socket.socket, token: str) -> None:
     while True:
@@ -137,7 +139,7 @@ class Watch:
     )
 
   def _follow(self, line: socket.socket, messages, index: int, host: str) -> None:
-    """Reads what process `index` says until its line is closed."""
+    """Reads the messages of process `index` until its connection is closed."""
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE:
@@ -170,7 +172,10 @@ class Watch:
           self._closed.add(index)
 
   def _end(self, ending: Ending, shown: bool = False) -> None:
-    """Hands the news on, prints it and leaves; whoever comes second waits for the first."""
+    """Passes the ending on to the other processes, prints it and exits.
+
+    Of two threads that call it, the second waits for the first. `shown`: it is printed already.
+    """
     with self._lock:
       second, self._ending = self._ending, True
     if second:

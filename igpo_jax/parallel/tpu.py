@@ -1,4 +1,4 @@
-"""Chips, and the slices of TPUs that the configs are sized for: facts, in one table each.
+"""Tables of facts: accelerator chips, and the TPU slices that configs are sized for.
 
 Peak rates and bandwidths are the published ones. TPUs: Cloud TPU documentation, "TPU v5e", "TPU
 v5p", "TPU v6e", system architecture; usable memory is what XLA's compiler allows a program.
@@ -16,14 +16,15 @@ from igpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip.
+  """One chip: a TPU chip or a GPU.
 
   Attributes:
     platform: "tpu" or "gpu".
-    hbm_bytes: memory that a program may use.
-    flops: peak, bfloat16 products per second x 2.
-    hbm_bandwidth: bytes per second.
-    ici_bandwidth: bytes per second that all links of a chip receive, within a slice or machine.
+    hbm_bytes: bytes of memory that a program may use.
+    flops: peak floating-point operations per second in bfloat16; a multiply-add counts as two.
+    hbm_bandwidth: bytes per second between the chip and its memory.
+    ici_bandwidth: bytes per second that the chip receives over all of its links to other chips of
+      the slice or machine.
   """
 
   platform: str
@@ -60,10 +61,10 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice by the name it is rented under.
+  """A TPU slice.
 
   Attributes:
-    topology: its name for the compiler, as `--topology` takes it.
+    topology: its name for the compiler, as `igpo_jax.aot --topology` takes it.
     mesh: sizes of the axes (data, fsdp, tensor).
   """
 
@@ -80,10 +81,10 @@ SLICES = {
 
 
 def find_slice(name: str) -> Slice:
-  """The slice of a name.
+  """The slice of a name under which it is rented, such as "v5e-64".
 
   Raises:
-    UserError: an unknown name.
+    UserError: an unknown name; the message lists the known ones.
   """
   if name not in SLICES:
     raise UserError(f"config: mesh.slice={name!r} is not one of {', '.join(SLICES)}")
@@ -91,10 +92,10 @@ def find_slice(name: str) -> Slice:
 
 
 def find_chip(device_kind: str) -> Chip:
-  """The facts of a chip.
+  """The chip of a jax `device_kind`, such as "TPU v5 lite".
 
   Raises:
-    UserError: an unknown kind.
+    UserError: an unknown kind; the message lists the known ones.
   """
   if device_kind not in CHIPS:
     raise UserError(f"no facts about the chip {device_kind!r}: known are {', '.join(CHIPS)}")
@@ -102,7 +103,7 @@ def find_chip(device_kind: str) -> Chip:
 
 
 def find_hardware(name: str) -> tuple[str, str]:
-  """(platform, device kind or "") of a name that `config.mesh.hardware` may have.
+  """(platform, jax's device kind or "") of a name that `config.mesh.hardware` may have.
 
   Example: `find_hardware("h200") == ("gpu", "NVIDIA H200")`.
 
