@@ -1,11 +1,11 @@
-"""Orbax checkpoints of a stage: the last few and the best, and what to do with damaged ones.
+"""Orbax checkpoints of a stage: the latest few and the best are kept, damaged ones are found.
 
     DIRECTORY/STEP/...            one checkpoint, as Orbax writes it
     DIRECTORY/STEP/files.json     the size of each of its files
     DIRECTORY/damaged-STEP/...    a checkpoint that could not be read, moved out of the way
 
-Orbax restores files whose bytes were changed without a word. So the sums of all arrays
-travel with a checkpoint and are compared when it is read.
+Orbax restores a file whose bytes have changed without an error. So checksums of all arrays are
+saved with a checkpoint and compared when it is read.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED",
 
 
 class DamagedCheckpoint(UserError):
-  """A checkpoint that is there, and whose files are incomplete or changed."""
+  """The files of a checkpoint are incomplete or have changed."""
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The path from the root; a gs:// path, which epath's own method would spoil, as it is."""
+  """The absolute path. A gs:// path is returned as it is: epath's own method would spoil it."""
   path = epath.Path(path)
   return path if "://" in str(path) else path.absolute()
 
 
 class Checkpoints:
-  """The checkpoints of one stage, in `directory`/<step>.
+  """The checkpoints of one stage, in DIRECTORY/STEP.
 
-  Saving is synchronous: when `save` returns, the checkpoint is complete under its
-  final name, and what was reported as saved survives any kill. Where several processes
-  share the arrays, each of them calls every method, except `note`.
+  Saving is synchronous: when `save` returns, the checkpoint is complete under its final name, and a
+  kill cannot lose it. If several processes share the arrays, all methods are collectives except
+  `note`.
 
   Args:
-    directory: made if need be; local or gs://.
-    keep: how many of the latest to keep.
-    scores: step -> a number; the checkpoint with the highest is kept besides, the later one
-      of two that are equal. The caller may add to it and call `prune`.
+    directory: local or gs://; made if there is none.
+    keep: how many of the latest checkpoints are kept.
+    scores: step -> a number. The checkpoint with the highest score is kept as well; of equal scores
+      the later one. The caller may add entries and then call `prune`.
   """
 
   def __init__(
@@ -85,10 +85,12 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, note: dict[str, Any] | None = None) -> None:
-    """Writes a pytree of arrays, then removes what need not be kept any longer.
+    """Writes a pytree of arrays, then removes the checkpoints that are no longer kept.
 
     Args:
-      note: a JSON object to be kept with it.
+      step: the number that the checkpoint gets.
+      state: the pytree.
+      note: a JSON object to save with it.
 
     Raises:
       UserError: the disk is full.
@@ -133,17 +135,18 @@ class Checkpoints:
         self._manager.delete(step)
 
   def note(self, step: int) -> dict[str, Any]:
-    """What `save` was given to keep with the checkpoint; {} if nothing."""
+    """The JSON object that was saved with the checkpoint; {} if there was none."""
     return self._kept(step).get("note") or {}
 
   def restore(self, step: int, like: Any) -> Any:
-    """The pytree saved at `step`, with the shapes, dtypes and shardings of `like`.
+    """The pytree saved at `step`, with the dtypes and shardings of `like`.
 
     Args:
-      like: arrays or jax.ShapeDtypeStructs with a sharding.
+      step: of the checkpoint.
+      like: a pytree of arrays, or of jax.ShapeDtypeStructs with a sharding.
 
     Raises:
-      DamagedCheckpoint: its files are not what was written.
+      DamagedCheckpoint: its files are incomplete or have changed.
       UserError: there is no such checkpoint, or its arrays do not fit `like`.
     """
     path = self._directory(step)
@@ -155,13 +158,14 @@ class Checkpoints:
     return tree
 
   def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-    """Some entries of the pytree saved at `step`, as `restore`; the others are not read.
+    """Some top-level entries of the pytree saved at `step`; the other entries are not read.
 
     Args:
-      like: name -> arrays or jax.ShapeDtypeStructs with a sharding.
+      step: of the checkpoint.
+      like: name of the entry -> its arrays, or jax.ShapeDtypeStructs with a sharding.
 
     Raises:
-      UserError: as `restore`.
+      DamagedCheckpoint, UserError: as `restore`.
     """
     path = self._directory(step)
     self._check_sizes(path)
@@ -178,23 +182,23 @@ class Checkpoints:
     return tree
 
   def set_aside(self, step: int) -> epath.Path:
-    """Moves a damaged checkpoint out of the way; returns where it is now.
+    """Renames a damaged checkpoint to damaged-STEP; returns its new path.
 
-    One process calls it, then all call `reload`.
+    Only one process calls it; afterwards all processes call `reload`.
     """
     target = self.directory / f"damaged-{step}"
     target.rmtree(missing_ok=True)
     return (self.directory / str(step)).rename(target)
 
   def reload(self) -> None:
-    """Looks at the directory again."""
+    """Reads the directory again, after another process may have changed it."""
     self._manager.reload()
 
   def close(self) -> None:
     """Releases the manager's threads."""
     self._manager.close()
 
-  # --- is it what was written? -------------------------------------------------------------
+  # --- finding damage -----------------------------------------------------------------------
 
   def _directory(self, step: int) -> epath.Path:
     """Where the checkpoint of `step` is.
@@ -325,9 +329,9 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def digests(tree: Any) -> dict[str, str]:
-  """A name for the arrays of each entry of a tree, the same on every mesh.
+  """A checksum of each top-level entry of a tree, as text. It does not depend on the mesh.
 
-  Two trees have equal names if their arrays have, but for an unlikely accident.
+  Two entries with different arrays have different checksums, but for an unlikely accident.
   """
   out: dict[str, Any] = {}
   for name, (total, mixed) in sorted(jax.device_get(bit_sums(_named(tree))).items()):

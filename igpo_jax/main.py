@@ -1,7 +1,7 @@
 """python -m igpo_jax.main --config=configs/X.py [--workdir=DIR] [--dry-run] [--config.a.b=value]
 
-Flags, config, then one stage after the other (train/run.py). Importing jax takes seconds,
-so it is imported after the mistakes that can be told without it, and after a first line.
+Runs the stages of a config one after the other: sft, rl, eval (train/run.py). Mistakes in the
+command line, the config and the input files are reported before jax is loaded, which takes seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ flags.DEFINE_bool(
 
 
 def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
-  """The frozen config and the workdir of a command line.
+  """The frozen config and the workdir that a command line asks for.
+
+  Args:
+    argv: the program's name and the words after it.
 
   Raises:
     UserError: see `flags.parse`.
@@ -47,7 +50,7 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
 
 
 def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
-  """Runs every stage of a config (`train.run.train`); returns what summary.json holds."""
+  """Runs every stage of a config (`train.run.train`); returns the contents of summary.json."""
   from igpo_jax.train import run
 
   return run.train(config, workdir)

@@ -1,10 +1,10 @@
-"""What the value of an option may be: declared beside the option, checked in one place.
+"""The values that an option may have: declared where the option is, checked in one place.
 
     steps: Natural = 100                          a whole number, 0 or more
     threshold: Annotated[float, Range(0, 1)]      a number from 0 to 1
     cache: Literal["none", "prefix"] = "none"     one of these words
 
-`check_fields` holds a dataclass to such declarations, `number` a command line's option.
+`check_fields` checks a dataclass of options, `number` an option of a command line.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from igpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """The numbers that an option may be. Never NaN or infinite.
+  """The numbers that an option may have as its value. NaN and infinity are never among them.
 
   Attributes:
-    low, high: the least and the greatest.
-    above: `low` itself is left out.
-    below: `high` itself is left out.
-    also: one value outside that has a meaning of its own, such as -1.
-    why: what is wrong with the others, for the message.
+    low, high: the smallest and the largest number.
+    above: True leaves out `low` itself.
+    below: True leaves out `high` itself.
+    also: one more number, outside the range, that has a meaning of its own, such as -1.
+    why: why other numbers make no sense, for the message; "" for nothing.
   """
 
   low: float = -math.inf
@@ -81,20 +81,20 @@ KINDS = {
 
 @functools.cache
 def declarations(cls: type) -> dict[str, Any]:
-  """Option -> its type, with what it declares, of a dataclass."""
+  """Option -> its declared type, with its `Range` if it has one, of a dataclass of options."""
   return typing.get_type_hints(cls, include_extras=True)
 
 
 def check_fields(cls: type, values: Mapping[str, Any], section: str) -> None:
-  """Holds values to what their options declare.
+  """Checks the values of options against their declarations.
 
   Args:
     cls: the dataclass of the section.
-    values: option -> value; options that are not there are not checked.
-    section: its name for the message, "" for options of no section.
+    values: option -> value; options without a value here are not checked.
+    section: name of the section for messages; "" for options outside of sections.
 
   Raises:
-    UserError: a value of another kind, out of its range, or none of the choices.
+    UserError: a value has the wrong type, is out of range, or is not one of the choices.
   """
   for name, hint in declarations(cls).items():
     if name in values:
@@ -144,19 +144,19 @@ def _wrong_tuple(parts: tuple[Any, ...], value: Any, shown: str, path: str) -> s
 
 
 def meant(given: Any, known: Iterable[Any]) -> str:
-  """ "; did you mean X?" for the known name that is nearest, "" if none is near."""
+  """ "; did you mean X?" for the known name most like `given`; "" if none is like it."""
   near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1)
   return f"; did you mean {near[0]}?" if near else ""
 
 
 def number(kind: Any) -> Callable[[str], Any]:
-  """A command line's option of such a kind, for argparse's `type`.
+  """A function that parses an option of a command line, for argparse's `type`.
 
-  The function that it returns raises `UserError`, to which `cli.ArgumentParser` adds the name of
-  the option: "--steps=0 must be at least 1".
+  It raises UserError for a text that is not such a number. `cli.ArgumentParser` adds the option's
+  name: "--steps=0 must be at least 1".
 
   Args:
-    kind: `Count`, `Share`, or another number with its `Range`.
+    kind: a number type with a `Range`, such as `Count` or `Share`.
   """
   base, *extras = typing.get_args(kind)
   what, allowed = KINDS[base][0], next(e for e in extras if isinstance(e, Range))
@@ -176,7 +176,7 @@ def number(kind: Any) -> Callable[[str], Any]:
 
 @functools.cache
 def descriptions(cls: type) -> dict[str, str]:
-  """Option -> what the docstring's "Attributes:" say of it."""
+  """Option -> its description in the "Attributes:" of the class's docstring."""
   out: dict[str, str] = {}
   names: list[str] = []
   _, _, text = (inspect.getdoc(cls) or "").partition("Attributes:\n")

@@ -1,4 +1,4 @@
-"""Config files: Python files, found by their path, that make a config."""
+"""Loading config files: Python files with a function get_config."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ MOVED = {
 
 
 def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
-  """`get_config(*args)` of a config file, which is found by its path, not imported.
+  """The config that `get_config(*args)` of a config file returns.
 
-  Modules beside the file, such as a reward of one's own, can be imported from it.
+  The file can import modules that lie beside it, such as one with the user's own reward.
+
+  Args:
+    path: of the file. It need not be on Python's path.
+    args: passed to get_config: nothing, or the ARGUMENT of --config=FILE:ARGUMENT.
 
   Raises:
-    UserError: what the file raises; or it fails, has no get_config, or one that does not
-      take `args`.
+    UserError: the file has no get_config, it does not take `args`, or it fails; the message gives
+      the file and the line. A UserError that the file raises is passed on.
   """
   path = pathlib.Path(path)
   name = f"config_{path.stem}"

@@ -1,11 +1,12 @@
-"""JSON rows on a disk, or where objects cannot be appended to (gs://): in parts.
+"""Files of JSON rows that a run appends to, on a disk or on gs://.
 
     disk    X.jsonl, appended to row by row
     gs://   X-00000.jsonl, X-00001.jsonl, ... while a run writes; X.jsonl once it is done
 
-A part is an object of bounded size that is replaced as a whole; rows wait in memory until
-a part has been silent for a while, or `flush`. Rows come in order, so what a continued
-run has to drop is a tail: it is found from the end, and nothing before it is read.
+Objects on gs:// cannot be appended to. There each part is an object of bounded size that is
+replaced as a whole. Rows wait in memory until the last write of the part is FLUSH_SECONDS old, or
+until `flush`. Rows are in the order of the run, so a continued run drops rows from the end only.
+The file is read backwards, and no further than needed.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ TAIL_BYTES = 1 << 20  # how much of a file on a disk is read at a time, from its
 
 
 def can_append(path: epath.PathLike) -> bool:
-  """True for a disk, False for an object store."""
+  """True if files at `path` can be appended to: on a disk, but not on an object store."""
   return "://" not in os.fspath(path)
 
 
 def resolved(path: epath.PathLike) -> epath.Path:
-  """The path from the root, where all links on it lead to; a gs:// path as it is."""
+  """The absolute path with all symbolic links followed; a gs:// path is returned as it is."""
   path = epath.Path(path)
   # epath's own method only makes it absolute.
   return path if "://" in str(path) else epath.Path(os.path.realpath(path))
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a small file at once: a kill leaves the old one or the new one."""
+  """Writes a small file atomically: after a kill there is the old file or the new one."""
   if not can_append(path):
     path.write_text(text)  # an object appears when it is complete
     return
@@ -52,7 +53,7 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def row_file(path: epath.PathLike) -> DiskRows | PartRows:
-  """The rows at `path` (X.jsonl), which need not exist; one process at a time writes."""
+  """The rows at `path` (X.jsonl), which need not exist. Only one process at a time may write."""
   path = epath.Path(path)
   return DiskRows(path) if can_append(path) else PartRows(path)
 
@@ -64,10 +65,10 @@ class DiskRows:
     self.path = path
 
   def read(self) -> list[Row]:
-    """All complete rows.
+    """All rows. A last line that a kill cut in half is left out.
 
     Raises:
-      UserError: a line other than the last is not JSON.
+      UserError: another line is not JSON.
     """
     return [row for _, row in _parse(self.path, _text(self.path)) if row is not None]
 
@@ -77,10 +78,10 @@ class DiskRows:
       file.write(_lines(rows))
 
   def cut(self, keep: Callable[[Row], bool] = lambda row: True) -> None:
-    """Drops the rows after the last one to keep, and half a line that a kill left.
+    """Drops the rows after the last one for which `keep` is True, and a half-written last line.
 
     Raises:
-      UserError: a line among them, other than the last, is not JSON.
+      UserError: a line that is dropped is not JSON, and is not the last.
     """
     if not self.path.exists():
       return
@@ -104,14 +105,14 @@ class DiskRows:
           return
 
   def flush(self) -> None:
-    """Every row that was added is in the file."""
+    """Returns once every row that was added is in the file."""
 
   def close(self) -> None:
-    """No row will follow for now."""
+    """Finishes the file, for now: `add` may be called again later."""
 
 
 class PartRows:
-  """Rows in objects that can only be replaced. The methods are those of `DiskRows`."""
+  """Rows in objects that can only be replaced as a whole. The methods are those of `DiskRows`."""
 
   def __init__(self, path: epath.Path):
     self.path = path
@@ -154,7 +155,7 @@ class PartRows:
       self._number, self._lines = self._number + 1, []
 
   def close(self) -> None:
-    """Puts the parts together in one object."""
+    """Joins the parts into the one object X.jsonl."""
     self.flush()
     parts = self._parts()
     if parts:

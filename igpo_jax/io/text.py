@@ -1,8 +1,8 @@
-"""Files that people bring: where they are, how they are packed, and what is not JSON in them.
+"""Reading the files of users: text, JSON Lines and JSON, local or remote, plain or compressed.
 
-Every command that reads rows reads them here, so that all of them take the same files: local or
-remote, plain or compressed, with or without a byte order mark, JSON Lines or one JSON array. What
-cannot be read is one clear line that says where.
+Every command reads its rows here, so all commands accept the same files: with or without a byte
+order mark, JSON Lines or one JSON array. A file that cannot be read raises a UserError that says
+where the fault is.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WebFile(NamedTuple):
     return self.address
 
   def open(self, mode: str = "rb") -> BinaryIO:
-    """Fetches the file into a temporary one, for readers that jump about in it."""
+    """Downloads into a temporary file, since readers of compressed files and Parquet seek in it."""
     del mode  # it is only ever read
     copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
     with urllib.request.urlopen(self.address, timeout=_WEB_SECONDS) as reply:
@@ -77,12 +77,12 @@ def find_files(pattern: str, origin: str = "") -> list[File]:
   """The files of a path, address or glob pattern, sorted.
 
   Args:
-    pattern: a path; file://, http:// and https:// addresses; gs://, s3:// and what else
-      `etils.epath` opens. *, ? and [...] stand for several files, but not at http addresses.
-    origin: what to get from where, for the message when there is no such file.
+    pattern: a path; an address with file://, http:// or https://; or one that `etils.epath` opens,
+      such as gs:// and s3://. *, ? and [...] match several files, but not at http addresses.
+    origin: where the file can be had, for the message if there is none; "" if that is not known.
 
   Raises:
-    UserError: there is none, or no way to look.
+    UserError: no file matches, or the address cannot be read.
   """
   scheme = (match := _SCHEME.match(pattern)) and match.group(1).lower()
   if scheme in _WEB:
@@ -133,17 +133,17 @@ def _explained(where: File | str, remote: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_file(file: File) -> Iterator[BinaryIO]:
-  """Opens a file for reading as it is stored; errors while it is open become `UserError`s."""
+  """Opens a file for reading its bytes as they are stored; errors in the body become UserErrors."""
   with _explained(file, remote="://" in str(file)), file.open("rb") as opened:
     yield opened
 
 
 @contextlib.contextmanager
 def open_text(file: File) -> Iterator[BinaryIO]:
-  """The bytes of a text file in UTF-8, without byte order mark, unpacked if it is compressed.
+  """Opens a text file for reading its bytes: decompressed, in UTF-8, without byte order mark.
 
   Raises:
-    UserError: it cannot be read, or is something else by its first bytes.
+    UserError: it cannot be read, or its first bytes are those of another kind of file.
   """
   with open_file(file) as opened, contextlib.ExitStack() as stack:
     stream, head = _peeked(opened)
@@ -193,9 +193,9 @@ class _Joined(io.RawIOBase):
 
 
 def read_lines(file: File) -> Iterator[tuple[int, str]]:
-  """(number from 1, text with its end) of each line.
+  """(line number from 1, line with its line end) of each line.
 
-  Lines end at LF, CR LF or CR and nowhere else: U+2028, U+2029 and U+0085 are characters that may
+  Lines end at LF, CR LF or CR only. U+2028, U+2029 and U+0085 do not end a line, since they may
   stand in a JSON string.
 
   Raises:
@@ -213,7 +213,7 @@ def read_lines(file: File) -> Iterator[tuple[int, str]]:
 
 
 def read_values(file: File) -> Iterator[tuple[str, Any]]:
-  """(where it stands, value) of each line of a JSON Lines file, or of each item of a JSON array.
+  """(position for messages, value) of each line of JSON Lines, or of each item of a JSON array.
 
   Raises:
     UserError: as `read_lines`, or something that is not JSON.
@@ -235,10 +235,10 @@ def read_values(file: File) -> Iterator[tuple[str, Any]]:
 
 
 def read_objects(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
-  """As `read_values`, of objects only.
+  """(position for messages, object) of each line or item, as `read_values`.
 
   Raises:
-    UserError: as `read_values`, or something that is not a JSON object.
+    UserError: as `read_values`, or a value is not a JSON object.
   """
   for where, value in read_values(file):
     if not isinstance(value, dict):
@@ -247,11 +247,12 @@ def read_objects(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_json(text: str, where: str, hint: str = "") -> Any:
-  """A JSON value. Lone surrogates become U+FFFD; a number of thousands of digits stays text.
+  """The value of a JSON text. Lone surrogates become U+FFFD; very long numbers stay text.
 
   Args:
+    text: JSON.
     where: where `text` stands, for messages.
-    hint: what to do, for the message that it is not JSON.
+    hint: what to do, for the end of messages.
 
   Raises:
     UserError: `text` is not JSON, or nested too deeply to be read.
@@ -313,8 +314,7 @@ def read_object(
 
 
 def mend(text: str) -> str:
-  """`text` with U+FFFD for each lone surrogate: those are no characters, and UTF-8 has no bytes
-  for them."""
+  """`text` with each lone surrogate replaced by U+FFFD, so that it can be written as UTF-8."""
   return _SURROGATE.sub("\ufffd", text)
 
 
