@@ -31,14 +31,15 @@ class RLConfig:
   """The reinforcement-learning stage (docs/method.md).
 
   Attributes:
-    steps: rollouts, each followed by `inner_updates` updates.
-    prompts_per_step, group_size: P and G.
-    inner_updates: mu.
-    micro_batches: M; the gradient of an update is summed over this many slices of P. 0: as
-      many as the devices ask for (train/sizes.py).
-    sample_slices: a step's prompts, sorted by length, are sampled in this many slices: less
-      memory, less padding, and one is graded while the next is sampled. 0: as many as the
-      devices ask for.
+    steps: number of rollouts, each followed by `inner_updates` updates.
+    prompts_per_step: P, the number of prompts of a step.
+    group_size: G, the number of completions of each prompt.
+    inner_updates: mu, the number of updates after each rollout.
+    micro_batches: M, the number of slices of the prompts over which an update's gradient is summed.
+      0: chosen to fit the devices' memory (train/sizes.py).
+    sample_slices: the prompts of a step, sorted by length, are sampled in this many slices. More
+      slices take less memory and less padding, and one is graded while the next is sampled. 0:
+      chosen to fit the devices.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
     estimator: "mean_field", "random_ratio" or "coupled" (docs/method.md#likelihood).
     region: which positions are in the loss: up to and including the first stop
@@ -75,14 +76,15 @@ class SFTConfig:
   """The supervised stage: NELBO on the response (docs/method.md#sft).
 
   Attributes:
-    steps, batch_size: updates, and rows of each.
-    epochs: above 0: so many passes over the records, in place of `steps`.
-    micro_batches: the gradient is summed over this many slices of the batch. 0: as many as
-      the devices ask for.
-    eps: p = (1 - eps) t + eps.
-    response_lengths: lengths that responses are padded to; (): `sampler.gen_length`.
-      With several, a batch is made of responses of like length.
-    group_batches: with several lengths, so many batches are sorted by length together.
+    steps: number of updates.
+    batch_size: rows of each update.
+    epochs: if above 0, the number of passes over the records; it replaces `steps`.
+    micro_batches: the gradient is summed over this many slices of the batch. 0: chosen to fit the
+      devices' memory.
+    eps: the smallest masking probability: p = (1 - eps) t + eps with t ~ U(0, 1).
+    response_lengths: lengths that responses are padded to; (): `sampler.gen_length`. With several
+      lengths, a batch is made of responses of similar length.
+    group_batches: with several lengths, this many batches are sorted by length together.
     eval_every: steps between evaluations; 0: only at the end.
     select: which parameters the next stage gets: the "last", or the "best" by
       `checkpoint.best_metric`.
@@ -118,10 +120,10 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: after the warm-up.
-    warmup_steps: updates in which the rate rises linearly to `learning_rate`.
-    schedule: of the rate after that: constant, or a decay to 0 at the last update.
-    b1, b2: decay of the gradient's first and second moment.
-    eps: added to the root of the second moment.
+    warmup_steps: number of updates in which the rate rises linearly to `learning_rate`.
+    schedule: the rate after the warm-up: constant, or decaying to 0 at the last update.
+    b1, b2: decay rates of the gradient's first and second moment.
+    eps: added to the square root of the second moment.
     weight_decay: decoupled, on every parameter.
     clip_norm: a gradient of a larger global norm is scaled down to it.
   """
@@ -149,8 +151,8 @@ class DataConfig:
     tokenizer: a directory, "char" or "char:maps" (built in: the characters of the
       sources synthetic:chains and synthetic:maps), or "sentencepiece:VOCAB_SIZE" (trained
       on the sft source at the first run and kept in the workdir).
-    prompt_buckets: prompt lengths that programs are compiled for; a slice of the rollout
-      (`rl.sample_slices`) and every other batch takes the smallest that fits.
+    prompt_buckets: prompt lengths that programs are compiled for, in tokens. A slice of the rollout
+      (`rl.sample_slices`) and every other batch is padded to the smallest that fits.
   """
 
   sft: str = ""
@@ -177,11 +179,11 @@ class RewardConfig:
   Attributes:
     verifier: "math", "exact", "countdown", "sudoku", or a registered name (docs/grading.md).
     parts: (name, weight) of each part of the reward; "correct" is the verdict itself.
-    extraction: how "math" finds the answer, in order of preference, out of boxed, tag, hashes,
-      phrase and last_number, with commas between; "": as `igpo_jax.grade` does.
+    extraction: where "math" looks for the answer: some of boxed, tag, hashes, phrase and
+      last_number, separated by commas, the preferred one first; "": as `igpo_jax.grade` does.
     gold_floor: RL does not begin if the verifier calls a smaller share of the gold traces correct.
-    workers: grading processes of the verifier "math".
-    timeout: seconds that one answer may take; then it counts as wrong.
+    workers: number of grading processes of the verifier "math".
+    timeout: seconds that grading one answer may take; after that it counts as wrong.
   """
 
   verifier: str = "math"
@@ -203,17 +205,17 @@ class EvalConfig:
     protocol: "igpo", "d1", "opencompass_block" (eval/protocols.py): prompts, lengths,
       temperature, samples and grading are the protocol's, and the items of `data.eval`
       are named after its benchmarks. "": the config's own, as follows.
-    lengths: of the protocol's lengths, run only these; (): all.
+    lengths: those of the protocol's completion lengths that are run; (): all.
     examples: solved examples for a protocol that shows some, as "name=uri" strings.
-    batch_size: rows per call, rounded up to share them over devices and processes. 0: as
-      many as keep the devices busy.
-    limit: at most this many problems of a benchmark; 0: all.
+    batch_size: rows of a batch, rounded up to a multiple of devices and processes. 0: chosen to
+      keep the devices busy.
+    limit: the largest number of problems of a benchmark; 0: all.
     samples: completions of each problem (avg@k, pass@k, majority@k); needs a temperature
       above 0 to differ.
     steps: denoising steps; 0: as in `sampler`.
-    temperature: usually 0; the rollouts' temperature is `sampler.temperature`.
-    cache: of keys and values, with a protocol as without. "none" is exact and what all
-      published numbers but Fast-dLLM's mean; results say which it was.
+    temperature: of the evaluation, usually 0; that of the rollouts is `sampler.temperature`.
+    cache: cache of keys and values, with a protocol and without one. "none" is exact, and is what
+      all published numbers except Fast-dLLM's were made with. Results name the cache.
     initial: also evaluate before the first training stage.
   """
 
@@ -250,9 +252,9 @@ class CheckpointConfig:
 
   Attributes:
     every: steps between checkpoints; 0: only at the end of a stage.
-    minutes: also whenever so many have passed since the last one, by process 0's clock; 0:
-      never. What a kill loses at most.
-    keep: how many of the latest to keep.
+    minutes: also save whenever this many minutes have passed since the last checkpoint, by the
+      clock of process 0; 0: never. A kill loses at most this much work.
+    keep: number of latest checkpoints that are kept.
     best_metric: metric whose best checkpoint is kept as well, for example
       "eval/test/accuracy"; "" keeps none. Higher is better.
   """
@@ -273,15 +275,15 @@ class LogConfig:
   Attributes:
     every: steps between rows of metrics.jsonl; 0: only at the end.
     samples_every: RL steps between writes of samples.jsonl; 0: never.
-    samples_per_step: rows of samples.jsonl per write, all-wrong groups and what was
-      inserted into them first; 0: all of the batch.
+    samples_per_step: rows of samples.jsonl per write; 0: the whole batch. All-wrong groups and the
+      completions that replaced theirs come first.
     tensorboard, wandb: also write there (wandb must be installed), over the steps of all
       stages in a row. At wandb a run that continues is one run: its id is in `wandb_id`
       of the workdir.
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
-    profile_steps: write an xprof trace of so many steps of each stage to WORKDIR/profile; the
-      first two of a start, which compile, are left out. 0: none.
+    profile_steps: number of steps of each stage of which an xprof trace is written to
+      WORKDIR/profile; 0: none. The first two steps of a start, which compile, are left out.
   """
 
   every: Natural = 1
@@ -313,12 +315,12 @@ class MeshConfig:
   Attributes:
     slice: the name of a TPU slice, such as "v5e-64": its sizes (parallel/tpu.py) in
       place of these.
-    hardware: what the config is for: "cpu", "gpu" or "tpu", or a kind of them, such as "h100".
-      A machine of another platform is refused. "": any.
-    devices: how many devices the config is sized for: fewer are refused. 0: any number.
-    data: rows of a batch are shared out; every device along it has all parameters.
-    fsdp: rows and parameters are shared out.
-    tensor: heads, hidden units and vocabulary are shared out.
+    hardware: the devices that the config is for: "cpu", "gpu" or "tpu", or a kind of them, such as
+      "h100". A machine with another platform is refused. "": any.
+    devices: number of devices that the config is sized for; fewer are refused. 0: any number.
+    data: size of the axis that splits the rows of a batch; parameters are copied along it.
+    fsdp: size of the axis that splits both rows and parameters.
+    tensor: size of the axis that splits heads, hidden units and the vocabulary.
   """
 
   slice: str = ""

@@ -1,9 +1,9 @@
-"""Options as a tree to edit, and as frozen dataclasses to run with.
+"""The options as a ConfigDict that can be edited, and as frozen dataclasses that a run gets.
 
-The dataclasses of `method` and `run` are the one definition: `default_config()` turns them into an
-ml_collections ConfigDict for config files and flags to edit, `freeze()` turns that back into
-dataclasses (hashable, so they can be static arguments of `jax.jit`) and checks what no single
-option can know.
+Options are defined by the dataclasses of `method` and `run` only. `default_config()` turns them
+into an ml_collections ConfigDict, which config files and flags edit. `freeze()` turns it back into
+dataclasses, which are hashable and so can be static arguments of `jax.jit`, and checks the options
+that depend on each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from igpo_jax.errors import UserError
 
 
 def default_config() -> config_dict.ConfigDict:
-  """All defaults as an editable ConfigDict: a wrong type raises, `freeze` tells unknown names."""
+  """All options at their defaults, as a ConfigDict to edit.
+
+  Setting an option to a value of another type raises TypeError at once. A name that is not an
+  option is reported by `freeze`.
+  """
   return _to_config_dict(Config())
 
 
@@ -55,7 +59,7 @@ def freeze(config: ml_collections.ConfigDict) -> Config:
 
 
 def check(config: Config) -> None:
-  """Raises `UserError` for options that are fine alone but not together."""
+  """Raises `UserError` if options contradict each other that are each allowed on their own."""
   order = [STAGES.index(stage) for stage in config.stages]
   require(
     order == sorted(set(order)),

@@ -1,1 +1,1 @@
-"""Asking a model: what is asked, with which settings, and how answers are shown."""
+"""Asking a model: requests, sampler settings, a loaded session, and answers in a terminal."""

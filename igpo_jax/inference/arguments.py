@@ -1,4 +1,4 @@
-"""Options that all commands share which ask a model."""
+"""Command-line options that generate and chat share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from igpo_jax.inference.settings import Settings, find_model, override, settings
 
 
 def add_arguments(parser: cli.ArgumentParser) -> None:
-  """The model, what stands around a prompt, and every option of the sampler."""
+  """Adds the options for the model, the text around a prompt, and the sampler."""
   add = parser.add_argument
   add("--model", required=True, help="Hugging Face directory, one written by igpo_jax.convert, "
       "WORKDIR/checkpoints/STAGE/STEP of a run, or WORKDIR for its newest")  # fmt: skip
@@ -49,10 +49,10 @@ def _kind(hint: Any) -> dict[str, Any]:
 
 
 def parse_option(name: str, text: str) -> dict[str, Any]:
-  """{name: value} of one option of the sampler; true and false are written so.
+  """{name: value} of an option of the sampler that is given as text, booleans as true or false.
 
   Raises:
-    UserError: no such option, or a value that it cannot have.
+    UserError: there is no such option, or it cannot have this value.
   """
   hints = declarations(SamplerConfig)
   if name not in hints:
@@ -72,16 +72,16 @@ def parse_option(name: str, text: str) -> dict[str, Any]:
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
-  """The sampler's options that were given."""
+  """Option -> value of the sampler's options that the command line sets."""
   names = [field.name for field in dataclasses.fields(SamplerConfig)]
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def settings_from(args: argparse.Namespace) -> tuple[Any, Settings]:
-  """(the model's directory, how it is asked), before anything is loaded.
+  """(directory of the model, its settings) from a command line. Loads no weights.
 
   Raises:
-    UserError: no such model, or options that cannot be.
+    UserError: there is no such model, or options contradict each other.
   """
   model = find_model(args.model)
   if args.dtype is not None:

@@ -1,4 +1,4 @@
-"""Answers in a terminal: the tokens of a canvas, and the order in which they were filled in."""
+"""Lines for a terminal: the tokens of a canvas, and the order in which they were filled in."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from igpo_jax.data.tokenizer import Tokenizer
 
 
 def show_token(token: int, tokenizer: Tokenizer) -> str:
-  """A token as text between quotes, or <ID> for one that is no text."""
+  """A token as quoted text, or as <ID> if it stands for no text."""
   if token in tokenizer.special_ids:
     return f"<{token}>"
   return repr(tokenizer.decode([token], stop=False))
 
 
 def preview(tokens: np.ndarray, hinted: np.ndarray, tokenizer: Tokenizer) -> str:
-  """One line for a canvas: what is given, token by token, and the gaps.
+  """One line for a canvas: its given tokens and the gaps between them.
 
   Example: "[0] 'A'  [1..6] 6 masks  [7] ' B'  [8..31] 24 masks".
 
   Args:
-    tokens: i32[L].
-    hinted: bool[L].
+    tokens: i32[L], token ids of the canvas.
+    hinted: bool[L], True where a token is given.
   """
   parts = []
   kinds = ["end" if h and t == tokenizer.eos_id else "hint" if h else "mask"
@@ -43,11 +43,12 @@ def preview(tokens: np.ndarray, hinted: np.ndarray, tokenizer: Tokenizer) -> str
 def order(
   tokens: np.ndarray, commit_step: np.ndarray, hinted: np.ndarray, tokenizer: Tokenizer
 ) -> str:
-  """One line for the hints, then one per step: [position] token, as committed.
+  """A line with the hints, then a line per denoising step with the tokens it committed.
 
   Args:
-    tokens, commit_step: i32[L].
-    hinted: bool[L].
+    tokens: i32[L], token ids of the answer.
+    commit_step: i32[L], the step at which each was committed; -1 on hints.
+    hinted: bool[L], True on hints.
   """
   lines = []
   for step in sorted(set(commit_step.tolist())):

@@ -1,6 +1,6 @@
-"""What is asked of a model: a prompt, and what of the answer is given. No jax in here.
+"""Requests to a model: a prompt, and the parts of the answer that are given. Needs no jax.
 
-Given tokens are hints, TEXT@POSITION, or a template of the whole answer:
+Parts of the answer are given as hints, TEXT@POSITION, or as a template of the whole answer:
 
     "A[MASK*6] B"        "A", six tokens to fill in, " B", and what is left of the canvas
     "so it is [MASK][END]"    one token to fill in; the answer ends there
@@ -31,12 +31,13 @@ Hint = tuple[tuple[int, ...], int]  # token ids, and their position in the answe
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One answer to be written.
+  """One request, in token ids.
 
   Attributes:
-    prompt: token ids, up to where the answer begins.
-    hints: (token ids, position in the answer) pairs.
-    end: where the answer ends: end-of-text from there on; None: wherever the model ends it.
+    prompt: ids of the prompt, up to where the answer begins.
+    hints: (ids, position in the answer) of each given piece.
+    end: position at which the answer ends, filled with end-of-text from there on. None: the model
+      decides where it ends.
   """
 
   prompt: tuple[int, ...]
@@ -49,8 +50,8 @@ class Template:
   """An answer with gaps.
 
   Attributes:
-    pieces: text, and numbers of tokens to be filled in, in their order.
-    ends: nothing follows the last piece.
+    pieces: in their order: texts, and for each gap the number of tokens to fill in.
+    ends: whether the answer ends after the last piece.
   """
 
   pieces: tuple[str | int, ...]
@@ -70,10 +71,10 @@ def parse_hint(text: str) -> tuple[str, int]:
 
 
 def parse_template(text: str) -> Template:
-  r"""A template from its text; see the module's examples. \[ is a plain bracket.
+  r"""Parses the text of a template; the module's docstring has examples. \[ is a plain bracket.
 
   Raises:
-    UserError: a mark that is not well formed, a gap of no token, or text after [END].
+    UserError: a mark is not well formed, a gap has no tokens, or text follows [END].
   """
   pieces: list[str | int] = []
   at, ends = 0, False
@@ -103,7 +104,7 @@ def parse_template(text: str) -> Template:
 
 
 def place_template(template: Template, tokenizer: Tokenizer) -> tuple[list[Hint], int | None]:
-  """(hints, where the answer ends or None) of a template, each piece encoded by itself."""
+  """(hints, end of the answer or None) of a template. Each text is tokenized on its own."""
   hints, at = [], 0
   for piece in template.pieces:
     if isinstance(piece, int):
@@ -118,10 +119,10 @@ def place_template(template: Template, tokenizer: Tokenizer) -> tuple[list[Hint]
 def canvas_with_hints(
   request: Request, length: int, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens i32[length], hinted bool[length]): masks, with what is given in its place.
+  """(tokens i32[length], hinted bool[length]): mask tokens, and the given tokens in their places.
 
   Raises:
-    UserError: a hint that ends past the canvas, or two on one position.
+    UserError: a hint ends past the canvas, or two hints overlap.
   """
   tokens, hinted = np.full(length, tokenizer.mask_id, np.int32), np.zeros(length, bool)
   for ids, position in request.hints:
@@ -146,7 +147,11 @@ def canvas_with_hints(
 def batch_arrays(
   requests: Sequence[Request], length: int, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(tokens i32[B,T], fixed bool[B,T], valid bool[B,T]): left-padded prompts, then canvases."""
+  """A batch for `denoise`: left-padded prompts, each followed by a completion of `length` tokens.
+
+  Returns:
+    (tokens i32[B,T], fixed bool[B,T], valid bool[B,T]), as in `igpo_jax.Canvas`.
+  """
   longest = max(len(r.prompt) for r in requests)
   prompt_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
   shape = (len(requests), prompt_length + length)
@@ -162,10 +167,11 @@ def batch_arrays(
 
 
 def read_rows(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
-  """(where it stands, row) of each row of a JSONL file or a JSON array, as `make_request` takes it.
+  """(position for messages, row) of each row of a JSONL file or a JSON array.
 
   Raises:
-    UserError: no such file, none in it, or a row that cannot be asked; says where.
+    UserError: there is no such file, it has no rows, or `make_request` would refuse a row; the
+      message says which.
   """
   rows = []
   for path in find_files(str(file)):
@@ -178,7 +184,7 @@ def read_rows(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
-  """Raises `UserError`, with `where` in it, for a row that cannot be asked."""
+  """Raises `UserError` if `make_request` would refuse a row. `where` begins the message."""
   if ("prompt" in row) == ("messages" in row):
     raise UserError(f'{where}: give "prompt" or "messages", one of them')
   for name in ("prompt", "template"):
@@ -204,17 +210,17 @@ def make_request(
   prompting: Prompting | None = None,
   raw: bool = False,
 ) -> Request:
-  """A row in token ids.
+  """The request that a row of JSON describes.
 
   Args:
-    row: "prompt" (text) or "messages" (a chat); "hints", a list of TEXT@POSITION, and
-      "template" if there are any.
+    row: has "prompt" (text) or "messages" (a chat), and optionally "hints" (a list of
+      TEXT@POSITION) and "template" (text).
     tokenizer: of the model.
-    prompting: how a "prompt" becomes messages; None: it is the user's message.
-    raw: no chat format around the prompt, and no `prompting`.
+    prompting: makes messages of a "prompt"; None makes it the user's message.
+    raw: give the prompt to the model without a chat format and without `prompting`.
 
   Raises:
-    UserError: text that the tokenizer does not know, or `raw` with a chat.
+    UserError: the tokenizer cannot encode a text, or `raw` is given with "messages".
   """
   if raw and "messages" in row:
     raise UserError('--raw has no chat format: give "prompt", not "messages"')

@@ -1,4 +1,4 @@
-"""A model in memory that can be asked as often as one likes."""
+"""A model that is loaded once and then asked many times."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from igpo_jax.types import Canvas
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What denoising made of a request.
+  """The answer to a request.
 
   Attributes:
-    text: up to the first stop token, without special tokens.
-    tokens: i32[L], the whole canvas.
+    text: the answer up to the first stop token, without special tokens.
+    tokens: i32[L], the whole completion.
     commit_step: i32[L], when each position was committed; -1 on hints.
   """
 
@@ -45,12 +45,19 @@ def generate(
   key: jax.Array,
   batch_size: int = 8,
 ) -> Iterator[Answer]:
-  """Answers in the order of the requests, a batch at a time.
+  """Yields the answers in the order of the requests; they are made a batch at a time.
 
-  A row's noise comes from its number, so an answer does not depend on its batch.
+  The noise of a request depends on its number only, so its answer does not depend on the batch.
+
+  Args:
+    pre: the model.
+    requests: see `requests.make_request`.
+    cfg: the sampler.
+    key: one PRNG key.
+    batch_size: requests per batch.
 
   Raises:
-    UserError: the logits of a row are NaN or infinite: it has no answer.
+    UserError: a request's logits are NaN or infinite, so that it has no answer.
   """
   batch_size = min(batch_size, len(requests))
   for start in range(0, len(requests), batch_size):
@@ -68,18 +75,18 @@ def generate(
 
 
 class Session:
-  """A model that is opened, then loaded, then asked.
+  """A model that can be asked many times.
 
-  Opening reads the tokenizer and the headers of the weights, so that what is wrong with a
-  prompt shows before the weights are read.
+  Making a session reads the tokenizer and the headers of the weights only, so mistakes in prompts
+  are found before the weights are read.
 
   Args:
-    model: see `load_pretrained`.
-    adapter: PEFT directory to put on top.
-    dtype: "" for bfloat16, on a CPU float32.
+    model: a model directory; see `load_pretrained`.
+    adapter: a PEFT directory whose adapter is put on the model; None for none.
+    dtype: of the computation; "" for bfloat16, or float32 on CPU.
 
   Attributes:
-    tokenizer: the model's.
+    tokenizer: the model's tokenizer.
 
   Raises:
     UserError: the model cannot be read or has no tokenizer, or jax finds no device.
@@ -98,7 +105,7 @@ class Session:
     self.tokenizer = load_tokenizer(self._source.tokenizer)
 
   def check(self, request: Request) -> None:
-    """Raises `UserError` for a token that the model has no embedding for."""
+    """Raises `UserError` if a request has a token that the model has no embedding for."""
     for what, ids in (
       ("the prompt", request.prompt),
       *(("a hint", ids) for ids, _ in request.hints),
@@ -106,7 +113,7 @@ class Session:
       check_ids(ids, self._source.config.vocab_size, what)
 
   def load(self) -> None:
-    """Reads the weights; `answers` does it where nobody has."""
+    """Reads the weights. `answers` calls it if it was not called before."""
     if self._pre is None:
       use_cache()
       self._mesh = fitting_mesh(self._source)
@@ -119,7 +126,7 @@ class Session:
     seed: int = 0,
     batch_size: int = 8,
   ) -> Iterator[Answer]:
-    """Answers in the order of the requests; see `generate`."""
+    """Yields the answers in the order of the requests; see `generate`."""
     self.load()
     with contextlib.ExitStack() as stack:
       if self._mesh is not None:

@@ -1,4 +1,4 @@
-"""How a model is asked: as its own run asked it, and as flags say otherwise. No jax in here."""
+"""Settings for asking a model: those of the run that trained it, changed by flags. Needs no jax."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STAGES = ("rl", "sft")  # of two stages' checkpoints, the later stage's
 
 
 class Settings(NamedTuple):
-  """How a model is asked.
+  """The settings with which a model is asked.
 
   Attributes:
-    sampler: lengths, steps, temperature and the rest.
-    prompting: what stands around a prompt.
-    origin: the run that they are of, None without one.
+    sampler: lengths, steps, temperature and the other options of the sampler.
+    prompting: the system message and the template around a prompt.
+    origin: workdir of the run that the settings come from; None if they are the defaults.
   """
 
   sampler: SamplerConfig
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 
 
 def find_model(model: str) -> epath.Path:
-  """The directory to read a model from: for the folder of a run its newest checkpoint.
+  """The directory to read a model from. For the workdir of a run it is its newest checkpoint.
 
   Raises:
     UserError: there is no such directory, or the run has no checkpoint.
@@ -63,7 +63,7 @@ def _is_run(folder: epath.Path) -> bool:
 
 
 def find_run(model: epath.Path) -> epath.Path | None:
-  """The workdir that a checkpoint is in; None for a model of its own."""
+  """The workdir of the run that a checkpoint belongs to; None for any other directory."""
   for folder in resolved(model).parents:
     if folder.name == "checkpoints":
       return folder.parent if _is_run(folder.parent) else None
@@ -71,11 +71,11 @@ def find_run(model: epath.Path) -> epath.Path | None:
 
 
 def settings_of(model: epath.Path) -> Settings:
-  """As the run of a checkpoint evaluates and trains; the defaults for a model without a run.
+  """The settings of the run that a checkpoint belongs to; the defaults for any other model.
 
-  The sampler is that of the run's own evaluations (`eval.temperature`, `eval.steps`,
-  `eval.cache` with `sampler`); what stands around a question is that of `data.rl`, or
-  else `data.sft`.
+  The sampler is the one of the run's evaluations: `sampler` with `eval.temperature`, `eval.steps`
+  and `eval.cache`. The system message and the template are those of the source `data.rl`, or else
+  `data.sft`.
 
   Raises:
     UserError: the run's config.json cannot be read, or has options that are not known.
@@ -99,7 +99,7 @@ def settings_of(model: epath.Path) -> Settings:
 
 
 def _section(cls: type, values: Mapping[str, Any], name: str, file: epath.Path) -> Any:
-  """One section of a run's config.json; what it does not have is as by default."""
+  """One section of a run's config.json; an option that it lacks has its default."""
   section = values.get(name, {})
   if not isinstance(section, dict):
     raise UserError(f"{file}: {name} should be an object, not {type(section).__name__}")
@@ -113,14 +113,14 @@ def _section(cls: type, values: Mapping[str, Any], name: str, file: epath.Path) 
 
 
 def override(sampler: SamplerConfig, given: Mapping[str, Any]) -> SamplerConfig:
-  """A sampler with the options in `given`; lengths that are not given fit those that are.
+  """A sampler with the options in `given`; lengths and steps that are not given are made to fit.
 
-  Examples, of the default 256 tokens in blocks of 32, 128 steps: gen_length=64 gives blocks
-  of 32 and 32 steps; gen_length=100 blocks of 25 and 48 steps; block_length=48 gives 288
-  tokens, for 256 are no multiple; steps=256 changes nothing else.
+  Examples with the defaults, 256 tokens in blocks of 32 and 128 steps: gen_length=64 gives blocks
+  of 32 and 32 steps. gen_length=100 gives blocks of 25 and 48 steps. block_length=48 gives 288
+  tokens, since 256 is not a multiple of 48. steps=256 changes nothing else.
 
   Raises:
-    UserError: what is given cannot be, or nothing fits it.
+    UserError: an option cannot have its value, or the other options cannot be made to fit it.
   """
   lengths = ("gen_length", "block_length", "steps")
   if not any(name in given for name in lengths):
@@ -144,7 +144,8 @@ def override(sampler: SamplerConfig, given: Mapping[str, Any]) -> SamplerConfig:
 
 
 def describe(settings: Settings, given: Mapping[str, Any]) -> str:
-  """One line: lengths, steps, temperature, what else is not as by default, and whose it is."""
+  """One line: lengths, steps, temperature, other options that differ from their defaults, and the
+  run that the settings come from."""
   sampler, plain = settings.sampler, SamplerConfig()
   shown = ["gen_length", "block_length", "steps", "temperature"]
   shown += [
