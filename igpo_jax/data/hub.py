@@ -1,6 +1,6 @@
-"""Rows of datasets of the Hugging Face hub, or of a folder, through the library `datasets`.
+"""Reading datasets of the Hugging Face hub, or of a folder, with the library `datasets`.
 
-The library is no part of what this package installs: `pip install datasets`.
+The library is not installed with this package: `pip install datasets`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from igpo_jax.errors import UserError
 def read(
   path: str, name: str | None = None, split: str = "train", revision: str | None = None
 ) -> Iterator[Row]:
-  """Rows of one split, in its order.
+  """Yields the rows of one split, in their order.
 
   Args:
     path: NAME or OWNER/NAME on the hub, or a folder of data files.
-    name: which of the dataset's configurations, where it has several.
-    split: as the library takes it, slices included ("train[:100]").
+    name: name of the dataset's configuration, if it has several.
+    split: in the library's notation, slices included ("train[:100]").
     revision: branch, tag or commit on the hub.
 
   Raises:

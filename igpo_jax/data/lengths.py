@@ -1,4 +1,4 @@
-"""Lengths of many texts in a few numbers, and which length would hold how many of them."""
+"""Statistics of the lengths of many texts, and proposals for a length that holds them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STEP = 64  # lengths that are proposed are multiples of this, of 8 where they ar
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Lengths in tokens of n texts.
+  """The lengths of n texts, in tokens.
 
   Attributes:
-    values: ascending, i64[n].
+    values: i64[n], ascending.
   """
 
   values: np.ndarray
@@ -29,7 +29,7 @@ class Lengths:
     return int(self.values[-1]) if len(self.values) else 0
 
   def beyond(self, limit: int) -> int:
-    """How many are longer than `limit`."""
+    """The number of texts that are longer than `limit` tokens."""
     return int((self.values > limit).sum())
 
   def __str__(self) -> str:
@@ -43,6 +43,6 @@ class Lengths:
 
 
 def rounded(length: int) -> int:
-  """A round length that holds `length`: rounded(119) == 128, rounded(13) == 16."""
+  """The next round length that is at least `length`: rounded(119) == 128, rounded(13) == 16."""
   step = STEP if length > STEP else 8
   return -(-length // step) * step

@@ -1,8 +1,8 @@
-r"""Where the final answer of a trace is: hints end before it (docs/method.md#exploration).
+r"""Finding the final answer in a trace, since hints end before it (docs/method.md#exploration).
 
-A hint that states the answer would be graded as if the model had written it. So every place counts
-that the grader's own extraction (`rewards.answers`) reads as a statement of the answer: a \boxed{},
-\fbox{} or bare \boxed 7, "#### 7", <answer>, "The answer is 7".
+A hint that states the answer would be graded as if the model had written it. So everything that the
+grader's extraction (`rewards.answers`) reads as a statement of the answer counts: \boxed{}, \fbox{}
+or a bare \boxed 7, "#### 7", <answer>, "The answer is 7".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SAID_SO = re.compile(r"(?i)\b(?:the )?(?:final )?answer is\b")
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-  r"""Every \boxed{...} whose braces close, outermost only: (start, end, content).
+  r"""All outermost \boxed{...} whose braces close, as (start, end, content).
 
   Worked example: r"so \boxed{\frac{1}{2}}." gives [(3, 22, r"\frac{1}{2}")].
   """
@@ -45,11 +45,16 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
-  r"""Characters [start, end) from where a trace first states its final answer to its end.
+  r"""Characters [start, end) of a trace from its first statement of the final answer to its end.
 
-  The start is the earliest of: where the final statement begins (`final_statement`); and every
-  other statement that the grader would read, unless it plainly says something else than `answer`
-  and the last box (`values.may_equal`). None if there is none.
+  The start is the earliest of two kinds of places: the beginning of the final statement
+  (`final_statement`), and every other statement that the grader would read, unless its value
+  plainly differs from `answer` and from the last box (`values.may_equal`). None if there is no
+  statement.
+
+  Args:
+    trace: the trace.
+    answer: the gold answer; "" if it is not known.
   """
   final = _marked(trace)
   closed = boxes(trace)
@@ -61,11 +66,11 @@ def find_answer_span(trace: str, answer: str = "") -> tuple[int, int] | None:
 
 
 def final_statement(trace: str, answer: str = "") -> int | None:
-  r"""The character at which a trace begins to state its final answer, the last time it does.
+  r"""The character at which the last statement of a trace's final answer begins.
 
-  That is the earliest of the last box that closes, the last "####" and the last "<answer>", or the
-  "the answer is" that opens its line. Without any of these it is the last "the answer is", without
-  that the last place where the value `answer` stands. None if there is none.
+  It is the earliest of the last box that closes, the last "####" and the last "<answer>"; or the
+  "the answer is" before it on the same line. Without any of these it is the last "the answer is".
+  Without that it is the last place where the value of `answer` stands. None if there is none.
   """
   start = _marked(trace)
   if start is not None:
@@ -91,7 +96,7 @@ def _line_opened(trace: str, start: int) -> int:
 
 
 def last_boxed(trace: str) -> str:
-  """What the grader reads in the last box; "" where there is none."""
+  """The answer that the grader reads in the last box; "" if there is no box."""
   return (answers.find_answer(trace, ("boxed",)) or "").strip()
 
 

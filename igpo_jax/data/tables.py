@@ -1,4 +1,4 @@
-"""Rows out of files: JSON Lines, JSON arrays, CSV and Parquet (`io.text` says from where)."""
+"""Reading rows from files: JSON Lines, JSON arrays, CSV and Parquet (`io.text` finds the files)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = Mapping[str, Any]
 
 
 def read_json(files: Iterable[File]) -> Iterator[Row]:
-  """Objects of JSON Lines files, blank lines left out, or of files that are one array.
+  """Yields the objects of files that are JSON Lines or one JSON array. Blank lines are skipped.
 
   Raises:
-    UserError: something that is not a JSON object; says where.
+    UserError: a line or item is not a JSON object; the message says which.
   """
   for file in files:
     for _, row in read_objects(file):
@@ -24,12 +24,12 @@ def read_json(files: Iterable[File]) -> Iterator[Row]:
 
 
 def read_csv(files: Iterable[File], delimiter: str = "") -> Iterator[Row]:
-  """Rows of CSV files whose first line names the columns; values are text, "" where empty.
+  """Yields the rows of CSV files whose first line names the columns. All values are text.
 
   Args:
     files: read in this order.
-    delimiter: between two values, one character or "tab"; "": a tab in files named *.tsv, else a
-      comma.
+    delimiter: the character between two values, or "tab"; "" is a tab for files named *.tsv, and a
+      comma for all others.
 
   Raises:
     UserError: no header, a column named twice, or a row with more values than columns.
@@ -62,13 +62,13 @@ def read_csv(files: Iterable[File], delimiter: str = "") -> Iterator[Row]:
 
 
 def read_parquet(files: Iterable[File], wanted: Collection[str] | None = None) -> Iterator[Row]:
-  """Rows of Parquet files, read batch by batch.
+  """Yields the rows of Parquet files, which are read batch by batch.
 
   Args:
     files: read in this order.
-    wanted: columns to read; None: all. The others are in the rows as None, unread: they may be
-      gigabytes, of types that Python has nothing for, or damaged. A name with dots, such as
-      "a.b", stands for the column "a".
+    wanted: columns to read; None reads all. The other columns are None in the rows and are not
+      read, since they may be large, damaged, or of a type that Python does not have. A name with
+      dots, such as "a.b", means the column "a".
 
   Raises:
     UserError: a file that is not Parquet or is damaged, or a column that cannot be read as text.
@@ -118,7 +118,7 @@ def _first(error: BaseException) -> str:
 
 
 def plain_value(value: Any) -> Any:
-  """Bytes to text and arrays to lists, all the way down; lone surrogates to U+FFFD."""
+  """The value with all bytes inside it as text, arrays as lists, and lone surrogates as U+FFFD."""
   if isinstance(value, str):
     return mend(value)
   if isinstance(value, bytes):

@@ -1,7 +1,7 @@
-r"""Where a text shows a value, however it is spelled: 448000, "$448,000" and "448 thousand".
+r"""Finding the places where a text shows a value, however it is spelled: 448000, "448 thousand".
 
-Meant for hiding an answer, so in doubt a place counts as showing it. It is no judge of answers:
-equal here is the value of plain numbers, and the letters of everything else.
+It serves to hide an answer, so a doubtful place counts as showing it. It does not grade: plain
+numbers are compared by value, everything else by its letters.
 """
 
 from __future__ import annotations
@@ -130,10 +130,11 @@ def _in_words(number: str | None, part: str | None) -> Fraction:
 
 
 def numbers_of(text: str) -> frozenset[Fraction]:
-  r"""What a text means that is one number, perhaps with a name, currency or unit; else nothing.
+  r"""The values that a text may mean if it is one number, with or without a name, currency or unit.
 
-  The sign is left out; "50%" may mean 50 or 1/2. Further examples: "$1,250.50", "x = 12",
-  "18 dollars", r"\frac{3}{4}", "-5", "twelve".
+  The sign is dropped. "50%" may mean 50 or 1/2, so there can be several values. For any other text
+  the set is empty. Examples of numbers: "$1,250.50", "x = 12", "18 dollars", r"\frac{3}{4}", "-5",
+  "twelve".
   """
   plain = _bare(text).rpartition("=")[2].strip().strip("$").strip()
   plain = re.sub(r"^[-\u2212+]?\s*(?:\\?[$\u20ac\u00a3\u00a5])?\s*[-\u2212]?\s*", "", plain)
@@ -149,7 +150,9 @@ def _bare(text: str) -> str:
 
 
 def value_spans(text: str, answer: str) -> list[Span]:
-  """Characters [start, end) where the value `answer` stands, as a whole number, word or formula.
+  """All places of the value `answer` in a text, as character ranges [start, end).
+
+  A place counts if a whole number, word or formula there has this value.
 
   Example: in "72 of 172 is 72.5, 72." the answer "72" stands at (0, 2) and (19, 21).
   """
@@ -216,10 +219,10 @@ def _letters(text: str, answer: str) -> list[Span]:
 
 
 def may_equal(text: str, answer: str) -> bool:
-  """Whether `text`, which states an answer, may state this one: False only where it is plain.
+  """False if `text`, a statement of an answer, plainly states another answer than `answer`.
 
-  It is plain for two numbers that differ, for letters alone where the answer is a number, and for
-  words that do not have the answer in them.
+  That is so for two numbers that differ, for letters alone if the answer is a number, and for words
+  that do not contain the answer. In doubt it is True.
   """
   if value_spans(text, answer):
     return True

@@ -1,9 +1,8 @@
 """Evaluation through the same sampler that makes the rollouts.
 
-A row of a batch is one problem and sample. Batches are always cut in the same places, a
-row's noise follows the problem and sample, and what is on disk already is not made
-again: so an evaluation that was killed and continued ends with the rows of one that was
-not.
+A row of a batch is one sample of one problem. Batches are always cut in the same places, and the
+noise of a row depends on its problem and sample only. Rows that are on disk are not made again. So
+an evaluation that was killed and continued ends with the same rows as one that was not.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 
 class Problem(NamedTuple):
-  """One row: a problem as its source gave it, as it is asked, and which sample this is."""
+  """One row: the problem's record, the record with the prompt as it is asked, the sample's
+  number."""
 
   record: Record
   asked: Record
@@ -52,10 +52,10 @@ class Problem(NamedTuple):
 def problems_of(
   setting: Setting, records: Sequence[Record], examples: Sequence[Record] = ()
 ) -> list[Problem]:
-  """Every problem `setting.samples` times, asked as the setting wants it.
+  """`setting.samples` rows for every problem, with the prompt that the setting asks for.
 
-  The ids of the rows are distinct, so each has noise of its own; that of the first sample
-  is the problem's, so that pass@1 does not depend on how many samples there are.
+  Each row has an id of its own, and so noise of its own. The first sample has the problem's id, so
+  that pass@1 does not depend on the number of samples.
   """
   rows = []
   for record in records:
@@ -76,15 +76,18 @@ def make_stream(
   mesh: jax.sharding.Mesh,
   embedding_rows: int | None = None,
 ) -> PromptStream:
-  """The rows as batches that devices and processes can share; no problem is left out.
+  """Batches of the rows that divide over devices and processes. No problem is left out.
 
-  The longest prompts come first, equal lengths in the order of the problems: batches then
-  hold prompts of like length, and one long problem pads one batch only.
+  Rows are sorted by prompt length, the longest first, and rows of equal length are in the order of
+  the problems. So a batch has prompts of similar length, and one long problem pads one batch only.
 
   Args:
-    batch_size: no more than there are rows, rounded up to a multiple of devices (data x
-      fsdp) and processes.
-    buckets: prompt lengths; one is added where the longest prompt needs it.
+    problems: the rows.
+    tokenizer: of the model.
+    batch_size: rows of a batch. It is at most the number of rows, rounded up to a multiple of
+      devices (data x fsdp) and processes.
+    buckets: prompt lengths in tokens. A longer one is added if the longest prompt needs it.
+    mesh: the device mesh.
     embedding_rows: see `PromptStream`.
   """
   processes = jax.process_count()
@@ -118,15 +121,15 @@ def generate_rows(
   mesh: jax.sharding.Mesh,
   key: jax.Array,
 ) -> list[Row]:
-  """Completes and grades one batch; this process's rows.
+  """Completes and grades one batch; returns this process's rows. A collective.
 
   Args:
-    batch: this process's share.
-    problems: by the id of their rows.
-    key: noise at temperature above 0, folded with each row's identity.
+    batch: this process's share of the batch.
+    problems: id of the row -> the problem.
+    key: for the noise at temperatures above 0; it is folded with the id of each row.
 
   Raises:
-    UserError: the logits of every row are NaN or infinite.
+    UserError: all rows have logits that are NaN or infinite.
   """
   p, length = len(batch.records), setting.sampler.gen_length
   canvas = np.full((p, length), lm.mask_id, np.int32)
@@ -173,15 +176,15 @@ def evaluate(
   generations: Generations,
   progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
-  """All numbers of one benchmark (`metrics.summarize`), each row made exactly once.
+  """The metrics of one benchmark (`metrics.summarize`). Rows that are on disk are not made again.
 
   Args:
     setting: sampler and number of samples.
-    problems: see `problems_of`.
-    stream: the same rows as batches, see `make_stream`.
-    key: noise at temperature above 0.
-    generations: what is known already, and where new rows go.
-    progress: wraps the numbers of the batches that are left.
+    problems: the rows, see `problems_of`.
+    stream: the batches of these rows, see `make_stream`.
+    key: for the noise at temperatures above 0.
+    generations: the rows that are on disk; new rows are added.
+    progress: called with the numbers of the batches that are left; yields them and shows progress.
   """
   by_id = {problem.asked.id: problem for problem in problems}
   key_of = lambda problem: (problem.record.id, problem.sample)
@@ -208,20 +211,21 @@ def evaluate(
 
 
 class Evaluation:
-  """Every benchmark that a config asks for, on any parameters.
+  """Evaluates parameters on every benchmark of a config.
 
   Args:
-    config: the run's.
-    tasks: `protocols.plan(config)`.
+    config: of the run.
+    tasks: the evaluations, `protocols.plan(config)`.
     lm, tokenizer, mesh: of the run.
-    scorer: the run's; grades where no protocol does.
-    key: noise at temperature above 0.
-    directory: rows go to directory/LABEL/PROTOCOL/NAME-XXXXXXXX.jsonl (`Generations`).
-    load: URI -> records.
-    progress: (numbers of batches, description) -> the same, shown.
+    scorer: of the run; it grades where the protocol does not.
+    key: for the noise at temperatures above 0.
+    directory: rows are written to directory/LABEL/PROTOCOL/NAME-XXXXXXXX.jsonl (`Generations`).
+    load: reads the records of a source, given its URI.
+    progress: called with the numbers of batches and a description; yields the numbers and shows
+      progress.
 
   Raises:
-    UserError: problems that cannot be read.
+    UserError: the problems of a benchmark cannot be read.
   """
 
   def __init__(
@@ -253,11 +257,11 @@ class Evaluation:
       )  # fmt: skip
 
   def __call__(self, params: Params, label: str) -> dict[str, dict[str, Any]]:
-    """Benchmark -> its numbers, and what to compare them with.
+    """Benchmark -> its metrics, the published number to compare with, and the settings.
 
     Args:
-      params: what to evaluate.
-      label: of this evaluation, such as "rl 100"; names the folder of its rows.
+      params: the parameters to evaluate.
+      label: name of this evaluation, such as "rl 100"; also of the folder with its rows.
     """
     weights = params_digest(params)
     return {task.name: self._run(task, params, weights, label) for task in self.tasks}
@@ -310,9 +314,10 @@ class Evaluation:
 
 
 def in_words(setting: Setting) -> str:
-  """What completions were made with, besides the cache: "gen_length=32, steps=16, ...".
+  """The sampler's options as text, without the cache: "gen_length=32, steps=16, ...".
 
-  Options at None or False are left out, and `batch_sizes`, on which no completion depends.
+  Options that are None or False are left out; so is `batch_sizes`, on which completions do not
+  depend.
   """
   options = dataclasses.asdict(setting.sampler)
   return ", ".join(

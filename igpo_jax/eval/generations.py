@@ -1,12 +1,11 @@
-"""The completions of an evaluation on disk: written as they come, continued after a kill.
+"""The completions of an evaluation on disk: written batch by batch, continued after a kill.
 
-They come in the order of the batches; a finished file is in the order of the problems.
+    DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads them
+    DIR/NAME-XXXXXXXX.settings.json   what the rows depend on: weights, problems, protocol, seed
 
-    DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads
-    DIR/NAME-XXXXXXXX.settings.json   what decided them: weights, problems, protocol, seed
-
-XXXXXXXX stands for the settings: under others there is another file, so that no file
-mixes two evaluations and none is lost.
+XXXXXXXX is a digest of the settings. So an evaluation with other settings has another file: no file
+mixes two evaluations, and none is overwritten. Rows are written in the order of the batches; a
+finished file is in the order of the problems.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Key = tuple[str, int]  # (problem's id, sample)
 
 
 class Generations:
-  """The rows of one benchmark. All processes know them, the first one writes.
+  """The rows of one benchmark. All processes have them in memory, process 0 writes the files.
 
   Args:
-    directory: made if need be.
+    directory: made if there is none.
     name: of the benchmark.
-    settings: JSON object.
+    settings: a JSON object with everything that the rows depend on.
 
   Attributes:
-    path: of the rows.
-    rows: (id, sample) -> row, in the order of the file.
+    path: of the file with the rows.
+    rows: (id of the problem, number of the sample) -> row, in the order of the file.
   """
 
   def __init__(self, directory: epath.Path, name: str, settings: dict[str, Any]):
@@ -56,9 +55,10 @@ class Generations:
     self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
 
   def add(self, rows: Sequence[Row]) -> None:
-    """Appends this process's rows to those of the processes before it; drops known ones.
+    """Appends the rows of all processes, in the order of the processes. A collective.
 
-    A collective: every process calls it once per batch, with its own rows.
+    Every process calls it once per batch with its own rows. Rows that are there already are
+    dropped.
     """
     new = [row for row in share(rows) if (row["id"], row["sample"]) not in self.rows]
     self.rows |= {(row["id"], row["sample"]): row for row in new}
@@ -66,7 +66,7 @@ class Generations:
       self._file.add(new)
 
   def close(self, order: Sequence[Key]) -> None:
-    """All rows are there: puts the file in the order of `order`, their keys, if it is not."""
+    """Finishes the file once all rows are there: sorts them by `order`, the list of their keys."""
     ordered = {key: self.rows[key] for key in order}
     in_order, self.rows = list(self.rows) == list(ordered), ordered
     if self._file:
@@ -76,7 +76,7 @@ class Generations:
 
 
 def records_digest(records: Iterable[Record]) -> str:
-  """A name for exactly these problems: ids, prompts and answers, in order."""
+  """A digest of the problems' ids, prompts and answers, in their order."""
   digest = hashlib.blake2s(digest_size=8)
   for record in records:
     digest.update(json.dumps([record.id, record.prompt, record.answer]).encode())
@@ -84,9 +84,9 @@ def records_digest(records: Iterable[Record]) -> str:
 
 
 def params_digest(params: Params) -> str:
-  """A name for exactly these weights, the same on every mesh: sums of integers mod 2^32.
+  """A digest of the weights; it does not depend on the mesh (sums of integers modulo 2^32).
 
-  Rows must not be continued with other weights, and a step number is no proof.
+  It is compared before rows are continued, since equal step numbers do not mean equal weights.
   """
   digest = hashlib.blake2s(digest_size=8)
   sums = jax.device_get(bit_sums(params))

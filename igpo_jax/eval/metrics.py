@@ -1,6 +1,6 @@
-"""Numbers of an evaluation: pass@1, avg@k, pass@k, majority@k, and how sure they are.
+"""Metrics of an evaluation: pass@1, avg@k, pass@k and majority@k, with confidence intervals.
 
-Everything is computed from the verdicts of n problems with k completions each.
+All of them are computed from the verdicts on n problems with k completions each.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ Z95 = 1.959963984540054  # the normal quantile of a two-sided 95% interval
 
 
 def pass_at(k: int, correct: int, samples: int) -> float:
-  """Chance that at least one of k completions drawn without replacement is correct.
+  """The unbiased estimate of pass@k: the chance that one of k completions is correct.
 
-  The unbiased estimator 1 - C(n - c, k) / C(n, k) of n samples with c correct (Chen et
-  al., arXiv 2107.03374, equation 1).
+  It is 1 - C(n - c, k) / C(n, k) for n samples of which c are correct (Chen et al., arXiv
+  2107.03374, equation 1).
 
   Example: `pass_at(2, correct=1, samples=4) == 0.5`.
 
@@ -29,14 +29,14 @@ def pass_at(k: int, correct: int, samples: int) -> float:
 
 
 def majority(votes: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
-  """The index of the first vote for the answer that most votes agree on.
+  """The index of the first vote for the answer with the most votes.
 
   Args:
     votes: extracted answers; None or "" abstains.
-    same: whether two answers are one; compared with the first vote of each answer.
+    same: whether two answers are equal. A vote is compared with the first vote of each answer.
 
   Returns:
-    None where all abstain. Of answers with equally many votes, the one named first.
+    None if all abstain. If several answers have the most votes, the one that was voted for first.
   """
   first: list[int] = []  # of each answer
   count: list[int] = []
@@ -53,13 +53,14 @@ def majority(votes: Sequence[str | None], same: Callable[[str, str], bool]) -> i
 
 
 def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
-  """Wilson's interval of a proportion.
+  """Wilson's confidence interval of a proportion: (low, high).
 
   Unlike share ± z stderr it stays inside [0, 1] and has a width at 0 and 1.
 
   Args:
-    share: observed, in [0, 1].
-    n: trials, above 0; may be an effective number.
+    share: the observed proportion, in [0, 1].
+    n: number of trials, above 0; it may be an effective number and need not be whole.
+    z: quantile of the normal distribution; the default gives a 95% interval.
 
   Example: 8 of 10 gives (0.490, 0.943).
   """
@@ -71,13 +72,16 @@ def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
 def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:
   """Accuracy over all completions, its standard error and 95% interval.
 
-  The completions of one problem are no independent trials, so the standard error is
-  that of the mean over problems, sqrt(var / n), and the interval is Wilson's with the
-  number of independent trials that has this standard error, between n and n k.
+  The completions of one problem are not independent trials. So the standard error is that of the
+  mean over problems, sqrt(var / n). The interval is Wilson's for the number of independent trials
+  that would have this standard error, which is between n and n k.
 
   Args:
-    correct: of each of n problems, how many of its completions are correct.
-    samples: k.
+    correct: for each of the n problems, the number of its completions that are correct.
+    samples: k, the number of completions of each problem.
+
+  Returns:
+    "accuracy", "stderr", and "low" and "high" of the interval.
   """
   n = len(correct)
   shares = [c / samples for c in correct]
@@ -93,16 +97,16 @@ def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:
 def summarize(
   problems: Sequence[Sequence[Mapping[str, Any]]], same: Callable[[str, str], bool]
 ) -> dict[str, float]:
-  """All numbers of one benchmark.
+  """All metrics of one benchmark.
 
   Args:
-    problems: of each problem its k rows with "correct", "status" and "extracted".
-    same: whether two extracted answers are one vote.
+    problems: for each problem its k rows, with "correct", "status" and "extracted".
+    same: whether two extracted answers are equal, for the majority vote.
 
   Returns:
-    "accuracy" (pass@1; avg@k with k samples), "stderr", "low", "high" (95%), "n"
-    problems, "samples" k, shares "unparseable" and "timeout"; with k > 1 also "pass@j"
-    for j = 2, 4, 8, ... and k, and "majority@k".
+    "accuracy" (pass@1, or avg@k with k samples), "stderr", "low" and "high" (95%); "n", the number
+    of problems; "samples", k; "unparseable" and "timeout", shares of the rows. With k > 1 also
+    "pass@j" for j = 2, 4, 8, ... and k, and "majority@k".
   """
   n, samples = len(problems), len(problems[0])
   correct = [sum(row["correct"] for row in rows) for rows in problems]

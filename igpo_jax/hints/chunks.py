@@ -1,4 +1,5 @@
-"""Chunks of a trace: split, choose, place. Host side, numpy (docs/method.md#exploration)."""
+"""Chunks of a trace: splitting, choosing and placing them, in numpy
+(docs/method.md#exploration)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ STRETCH_MAX_GAP = 100
 def split_chunks(
   length: int, chunk_range: tuple[int, int], rng: np.random.Generator
 ) -> list[Chunk]:
-  """Cuts `length` tokens into contiguous chunks of U{min..max} tokens; the tail may be shorter.
+  """Cuts `length` tokens into contiguous chunks of random lengths; the last may be shorter.
+
+  Args:
+    length: number of tokens.
+    chunk_range: (min, max); each length is drawn from U{min..max}.
+    rng: the source of randomness.
 
   Example: length 12 with chunk_range (5, 5) gives [(0, 5), (5, 10), (10, 12)].
   """
@@ -39,9 +45,9 @@ def split_chunks(
 
 
 def choose_chunks(chunks: list[Chunk], ratio: float, rng: np.random.Generator) -> list[Chunk]:
-  """floor(ratio * N) of the N chunks, uniformly, in the order of the trace.
+  """A uniformly random choice of floor(ratio * N) of the N chunks, in the order of the trace.
 
-  A ratio given in decimals counts as written: 0.29 of 100 is 29.
+  The floor is that of the decimal number `ratio` as it is written: 0.29 of 100 chunks is 29.
   """
   count = math.floor(ratio * len(chunks) + 1e-9)
   picked = rng.permutation(len(chunks))[:count]
@@ -49,7 +55,7 @@ def choose_chunks(chunks: list[Chunk], ratio: float, rng: np.random.Generator) -
 
 
 def place_index(chunks: list[Chunk]) -> list[Placed]:
-  """A token's place on the canvas is its index in the trace (the paper)."""
+  """Places every token at its index in the trace, as in the paper."""
   return [(start, start, end) for start, end in chunks]
 
 
@@ -58,9 +64,9 @@ def place_stretched(
 ) -> list[Placed]:
   """Spreads the chunks over the canvas, as the official code does.
 
-  The gap before each chunk is multiplied by `usable / trace_length`, held between 1
-  and 1.5, and capped at `max_gap`; `usable` is the canvas less its last 30 positions.
-  A chunk that reaches beyond `usable` is cut there, and so are all after it.
+  `usable` is the canvas without its last 30 positions. The gap before each chunk is multiplied by
+  `usable / trace_length`, clipped to [1, 1.5], and is at most `max_gap` positions. A chunk that
+  reaches beyond `usable` is cut there, and no chunk after it is placed.
   """
   usable = gen_length - STRETCH_FREE_TAIL
   scale = min(max(usable / max(trace_length, 1), 1.0), STRETCH_LIMIT)
