@@ -1,8 +1,8 @@
-"""Tokens that a directory names beside its tokenizer.json, which knows nothing of them.
+"""Tokens that a model directory names in other files than tokenizer.json, which lacks them.
 
-They stand in tokenizer_config.json (`added_tokens_decoder`), in added_tokens.json, or are only
-named (`mask_token: "<|mask|>"`): then they follow the vocabulary in the order of `NAMED`, as the
-library `transformers` appends them.
+They are in tokenizer_config.json (`added_tokens_decoder`) or in added_tokens.json. If a file only
+names a token (`mask_token: "<|mask|>"`), its id follows the vocabulary, in the order of `NAMED`, as
+in the library `transformers`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Added(NamedTuple):
   """One token.
 
   Attributes:
-    text: that stands for it.
-    id: its number.
-    special: it stands for no text, and only a prompt's format may write it.
-    lstrip, rstrip: blanks on that side belong to it.
+    text: the text that stands for it.
+    id: its token id.
+    special: it stands for no text, and only the chat format may write it.
+    lstrip, rstrip: whether blanks to its left or right belong to it.
   """
 
   text: str
@@ -40,7 +40,7 @@ def token_text(value: Any) -> str | None:
 
 
 def named_tokens(*files: Mapping[str, Any]) -> dict[str, str]:
-  """ "bos_token" and the like -> text, from the first of the files that names each."""
+  """Name such as "bos_token" -> its text, from the first of the files that has the name."""
   found = {}
   for name in NAMED:
     texts = (token_text(file.get(name)) for file in files)
@@ -57,16 +57,16 @@ def find_added(
   special_map: Mapping[str, Any],
   where: Any,
 ) -> list[Added]:
-  """The tokens beside a vocabulary.
+  """The tokens that the vocabulary lacks.
 
   Args:
-    vocabulary: text -> id of tokenizer.json, its own added tokens included.
-    config, added, special_map: what is in tokenizer_config.json, added_tokens.json and
+    vocabulary: text -> id in tokenizer.json, including its own added tokens.
+    config, added, special_map: contents of tokenizer_config.json, added_tokens.json and
       special_tokens_map.json.
     where: the directory, for messages.
 
   Raises:
-    UserError: an id that is no number, or that another token has.
+    UserError: an id is not a number, or another token has it.
   """
   names = list(named_tokens(config, special_map).values())
   for file in (config, special_map):
@@ -103,7 +103,7 @@ def find_added(
 
 
 class Splitter:
-  """Cuts texts at added tokens, longest first."""
+  """Cuts texts at added tokens. Of several that match at one place it takes the longest."""
 
   def __init__(self, tokens: Sequence[Added]):
     ordered = sorted(tokens, key=lambda token: -len(token.text))
@@ -122,7 +122,7 @@ class Splitter:
   def encode(
     self, text: str, encode: Callable[[str], tuple[list[int], list[tuple[int, int]]]]
   ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and offsets of `text`; what lies between added tokens is `encode`'s."""
+    """(ids, offsets) of `text`. The text between added tokens is encoded by `encode`."""
     if self._pattern is None:
       return encode(text)
     ids: list[int] = []

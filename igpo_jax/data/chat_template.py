@@ -1,8 +1,8 @@
-"""Prompts in a model's chat format: its own Jinja template, or one of ours that says the same.
+"""Prompts in a model's chat format: its own Jinja template, or an equivalent built-in format.
 
-A template is rendered in the environment that templates are written for, that of Hugging Face's
-`transformers`: the same filters, tags and globals, and `tools` and `documents` that are none. It
-runs sandboxed, for it comes with a download.
+A template is rendered with the filters, tags and globals of Hugging Face's `transformers`, for
+which templates are written; `tools` and `documents` are None. It runs in a sandbox, since it comes
+with a download.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def chatml_chat(messages: Sequence[Message]) -> list[Segment]:
 
 
 def plain_chat(messages: Sequence[Message]) -> list[Segment]:
-  """Lines "User: ..." for a vocabulary without chat tokens (a base model)."""
+  """Lines such as "User: ...", for a vocabulary without chat tokens (a base model)."""
   lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
   return [("".join(lines) + "Assistant: ", False)]
 
@@ -65,7 +65,7 @@ def text_of(segments: Sequence[Segment]) -> str:
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
-  """Joins neighbours of one kind: a tokenizer must see a text whole."""
+  """Joins adjacent segments of one kind, since a tokenizer must see a text in one piece."""
   out: list[Segment] = []
   for text, special in segments:
     if out and out[-1][1] == special:
@@ -94,13 +94,13 @@ class Template:
   """A chat template.
 
   Args:
-    source: Jinja.
-    tokens: "bos_token" and the like -> their text; only those that the tokenizer has.
-    where: for messages.
-    now: what `strftime_now` tells, for templates that write the date.
+    source: the template's text, in Jinja.
+    tokens: name such as "bos_token" -> text, of the special tokens that the tokenizer has.
+    where: where the template comes from, for messages.
+    now: the time that `strftime_now` writes, for templates with a date.
 
   Raises:
-    UserError: it is no Jinja.
+    UserError: the text is not valid Jinja.
 
   Attributes:
     now: as given.
@@ -129,7 +129,7 @@ class Template:
     """The prompt up to where the assistant's turn begins.
 
     Raises:
-      UserError: the template refuses the messages, or fails.
+      UserError: the template refuses the messages, or raises an error.
     """
     try:
       return self._template.render(
@@ -145,10 +145,10 @@ class Template:
       raise UserError(f"the chat template of {self._where} fails: {error}") from error
 
   def chat(self, ours: Chat) -> Chat:
-    """A chat format from this template.
+    """The chat format of this template.
 
-    Where `ours` gives the same text for the messages at hand, its pieces are used: they keep a
-    content that spells a special token as text.
+    If the built-in format `ours` gives the same text for some messages, its segments are used: in
+    them, a message that contains the text of a special token stays ordinary text.
     """
 
     def segments(messages: Sequence[Message]) -> list[Segment]:

@@ -1,7 +1,7 @@
-"""How the rows of known datasets become records: one small function per dataset.
+"""The formats of known datasets: for each, a small function that reads a row.
 
-A format takes one row (a dict of plain values) and gives `Fields`, or raises `Drop`
-with the reason for which the row is counted instead of used.
+It takes a row (a dict of plain values) and returns `Fields`. For a row that cannot be used it
+raises `Drop` with the reason, under which the row is counted.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Row = Mapping[str, Any]
 
 
 class Drop(Exception):
-  """A row that cannot be used; its text is the reason it is counted under."""
+  """The row cannot be used; the text is the reason, under which it is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-  """What a format reads out of a row.
+  """The contents of a row.
 
   Attributes:
-    question: the problem, without any prompt template.
-    trace: reasoning that ends in the answer, "" where there is none.
-    answer: gold answer.
-    answer_span: characters of the answer in `trace`, None where not known.
-    key: identity of the row within its source, None for its number.
+    question: the problem, without a prompt template.
+    trace: reasoning that ends with the answer; "" if there is none.
+    answer: the gold answer.
+    answer_span: characters [start, end) of the answer in `trace`; None if it is not known.
+    key: the row's id within its source; None uses its number.
     before: messages of a chat that come before the question.
   """
 
@@ -72,9 +72,10 @@ class Options:
 
 
 def value_of(row: Row, name: str) -> Any:
-  """The field of that name, along its dots where the row has none; None where there is nothing.
+  """The value of a field; None if the row has none.
 
-  NaN counts as nothing: it is how tables write a missing value.
+  If the row has no field of that name, a name with dots looks into objects and lists. NaN counts as
+  no value, since tables write a missing value so.
   """
   value: Any = row.get(name)
   if value is None and "." in name:
@@ -96,7 +97,7 @@ def _present(value: Any) -> Any:
 
 
 def text_of(row: Row, *names: str) -> str:
-  """The first of the named fields that the row has, as stripped text, else "".
+  """The first of the named fields that the row has, as stripped text; "" if it has none.
 
   A whole number is written without ".0".
 
@@ -120,9 +121,10 @@ def _plain_text(value: Any) -> str:
 
 
 def answer_of(row: Row, *names: str) -> str:
-  """As `text_of` for gold answers: a list of one is that one, other lists and objects are JSON.
+  """The gold answer, as `text_of`; lists and objects are allowed.
 
-  Verifiers of structured tasks (`rewards.countdown`) read JSON.
+  A list with one item counts as that item. Other lists and objects are written as JSON, which the
+  verifiers of structured tasks read.
   """
   for name in names:
     value = value_of(row, name)
@@ -155,10 +157,10 @@ def _split_question(messages: tuple[Message, ...]) -> dict[str, Any]:
 
 
 def plain(row: Row, options: Options) -> Fields:
-  """Rows with a question, an answer and perhaps a trace, under any names.
+  """Rows with a question, an answer and optionally a trace, under any field names.
 
-  The question may be the messages of a chat that end with the user's. A field `answer_span`,
-  [start, end) characters of the trace, says where its answer is; else it is looked for
+  The question may be the messages of a chat, the last one by the user. A field `answer_span` may
+  give the characters [start, end) of the answer in the trace; otherwise the answer is looked for
   (`spans.find_answer_span`).
   """
   trace = text_of(row, options.trace)
@@ -182,9 +184,9 @@ def plain(row: Row, options: Options) -> Fields:
 
 
 def chat(row: Row, options: Options) -> Fields:
-  """Chats: what comes before the last message of the assistant is the prompt, that is the trace.
+  """Chats: the assistant's last message is the trace, the messages before it are the prompt.
 
-  The answer is a field of its own, else what the grader finds in the trace, else "".
+  The answer is a field of its own, or what the grader finds in the trace, or "".
   """
   name = next((n for n in (options.question, "conversations") if value_of(row, n)), "")
   if not name:
@@ -212,7 +214,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
 def gsm8k(row: Row, options: Options) -> Fields:
-  """GSM8K: the answer field is a trace that ends in a line "#### 72"."""
+  """GSM8K: the answer field is a trace that ends with a line such as "#### 72"."""
   trace = text_of(row, options.answer)
   if options.strip_calculator:
     trace = _CALCULATOR.sub("", trace)
@@ -261,10 +263,10 @@ def _list(row: Row, name: str) -> list:
 
 
 def openr1(row: Row, options: Options) -> Fields:
-  """OpenR1-Math: reference solution or a generation that was verified, and an answer.
+  """OpenR1-Math: an answer, and as trace the reference solution or a verified generation.
 
-  Verified is what math-verify or, where that could not read the answer, a language model
-  found correct; a generation that was cut off does not count.
+  A generation is verified if math-verify found it correct, or a language model where math-verify
+  could not read the answer. A generation that was cut off does not count.
   """
   if options.solution == "generation":
     verdicts = itertools.zip_longest(
@@ -326,12 +328,12 @@ class Format:
   """How one dataset is read.
 
   Attributes:
-    read: a row to its fields.
-    names: the dataset's own names of the fields "question", "answer", "trace" and "id".
-    others: further columns that `read` looks at.
+    read: reads a row.
+    names: the dataset's own names for the fields "question", "answer", "trace" and "id".
+    others: further columns that `read` uses.
     unique_questions: use only the first row of each question.
-    needs_answer: a row without an answer is left out.
-    origin: which file people download from where; told when it is missing.
+    needs_answer: leave out rows without an answer.
+    origin: the file that people download, and from where; for the message if it is missing.
   """
 
   read: Callable[[Row, Options], Fields]
@@ -342,7 +344,7 @@ class Format:
   origin: str = ""
 
   def with_names(self, options: Options) -> Options:
-    """`options` with the dataset's own names where the user gave none."""
+    """`options` with the dataset's own field names where the user gave none."""
     own = {what: name for what, name in self.names.items() if not getattr(options, what)}
     return dataclasses.replace(options, **own)
 
@@ -391,7 +393,7 @@ FORMATS: dict[str, Format] = {
 
 
 def columns(format: str, options: Options) -> tuple[str, ...]:
-  """The columns that a format reads; the others may be gigabytes."""
+  """The columns that a format uses. Only they are read, since the others may be large."""
   known = FORMATS[format]
   named = known.with_names(options)
   others = known.others
@@ -401,7 +403,7 @@ def columns(format: str, options: Options) -> tuple[str, ...]:
 
 
 def with_final(fields: Fields, final: str) -> Fields:
-  """`fields` with the trace's end, from the answer on, replaced by `final`."""
+  """`fields` with the end of the trace, from the answer on, replaced by `final`."""
   if not final or not fields.trace or fields.answer_span is None:
     return fields
   start = fields.answer_span[0]

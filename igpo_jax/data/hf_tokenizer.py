@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face directory: tokenizer.json and the files beside it.
 
-Special ids come from the files, in the order config.json (what the model was trained
-with), tokenizer_config.json and special_tokens_map.json, well-known names. The chat
+Special ids are looked for in this order: config.json (what the model was trained with),
+tokenizer_config.json and special_tokens_map.json, well-known names in the vocabulary. The chat
 format is that of the directory's own template.
 """
 
@@ -36,12 +36,12 @@ class HFTokenizer(base.Tokenizer):
   """A `tokenizer.json` with its special ids and chat format.
 
   Args:
-    directory: holds tokenizer.json, and if it has them tokenizer_config.json,
-      special_tokens_map.json, added_tokens.json, chat_template.jinja and the model's config.json
+    directory: has tokenizer.json. These files are read if they are there: tokenizer_config.json,
+      special_tokens_map.json, added_tokens.json, chat_template.jinja, and the model's config.json
       and generation_config.json.
 
   Raises:
-    UserError: a file that cannot be read, or no mask token to be found.
+    UserError: a file cannot be read, or no mask token or end of text is found.
   """
 
   def __init__(self, directory: epath.PathLike):
@@ -185,7 +185,7 @@ class HFTokenizer(base.Tokenizer):
     return list(encoding.ids), list(encoding.offsets)
 
   def render_prompt(self, messages: Sequence[Message]) -> str:
-    """The prompt as text, special tokens spelled out."""
+    """The prompt as text, with special tokens written out."""
     prefill = base.split_prefill(messages)
     return chat_template.text_of(self._chat(prefill.messages)) + prefill.text
 

@@ -1,8 +1,8 @@
-"""Records to batches of fixed shapes: deterministic, resumable, a share for every host.
+"""From records to batches of fixed shapes: deterministic, resumable, split over processes.
 
-The batch of a step is a pure function of (records, seed, step). Every host tokenises
-all records and computes the whole batch's order and padded length, then builds its own
-rows only; so hosts agree on shapes without talking, and a run resumes at any step.
+The batch of a step is a pure function of (records, seed, step), so a run can resume at any step.
+Every process tokenizes all records and computes the order and the padded length of the whole batch,
+then builds its own rows only. So processes agree on shapes without communication.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ BROKEN_TEXT = "broken character"
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-  """Prompts of one step, this host's share: P rows.
+  """The prompts of one step: this process's share, P rows.
 
   Attributes:
-    tokens: i32[P,Lp], left-padded with `pad_id`.
-    valid: bool[P,Lp], False on padding.
+    tokens: i32[P,Tp], left-padded with `pad_id`.
+    valid: bool[P,Tp], False on the padding.
     records: the P records.
-    traces: P arrays i32[n], token ids of the traces (empty where there is none).
-    answer_spans: P token ranges [start, end) of the final answer in `traces`, end being
-      the trace's; None where not known.
-    row_id: u32[P], identity of the record and its epoch, for per-row randomness.
+    traces: P arrays i32[n], the token ids of the traces. Empty for a record without a trace.
+    answer_spans: P token ranges [start, end) in `traces`, from the start of the final answer to the
+      end of the trace; None where the answer was not found.
+    row_id: u32[P], derived from the record and the epoch, for randomness of each row's own.
     real: bool[P], False on rows that only fill up the last batch of an evaluation.
   """
 
@@ -55,15 +55,15 @@ class PromptBatch:
 
 @dataclasses.dataclass(frozen=True)
 class SFTBatch:
-  """Prompts with responses, this host's share: B rows, T = prompt + response length.
+  """Prompts with responses: this process's share, B rows of T = prompt + response positions.
 
   Attributes:
-    tokens: i32[B,T], prompt left-padded with `pad_id`, then the trace, the token that
-      ends a turn, and end-of-text up to the response length.
+    tokens: i32[B,T], the prompt left-padded with `pad_id`, then the trace, the end of turn, and
+      end-of-text tokens up to the response length.
     valid: bool[B,T], False on the prompt's padding only.
-    response: bool[B,T], True on the response, its end-of-text padding included; its sum
-      is the response length of the SFT loss (docs/method.md#sft).
-    length: i32[B], tokens of trace and end of turn, before the padding.
+    response: bool[B,T], True on the response including its end-of-text padding. Its sum over a row
+      is the response length in the SFT loss (docs/method.md#sft).
+    length: i32[B], number of tokens of the trace and the end of turn, without padding.
     row_id: u32[B], as in `PromptBatch`.
   """
 
@@ -75,7 +75,7 @@ class SFTBatch:
 
   @property
   def response_length(self) -> int:
-    """How many of the last columns are the response: the same in every row."""
+    """The number of last columns that are the response; it is the same in every row."""
     return int(self.response[0].sum())
 
 
@@ -88,14 +88,14 @@ class _Item:
 
 
 def token_span(offsets: Offsets, span: tuple[int, int]) -> tuple[int, int]:
-  """Tokens of an answer: all that overlap its characters, and everything after.
+  """The token range [start, end) from the first token of an answer to the end of the text.
 
-  A token that straddles the answer's start belongs to the answer: hinting it would give
-  a piece of the answer away. Worked example: offsets [(0, 3), (3, 5), (5, 6)] and the
-  characters [4, 6) give the tokens (1, 3).
+  A token that covers the answer's first character belongs to the answer, even if it begins before:
+  a hint with it would give away a piece of the answer. Worked example: offsets [(0, 3), (3, 5),
+  (5, 6)] and the characters [4, 6) give the tokens (1, 3).
 
   Args:
-    offsets: characters [start, end) of each token.
+    offsets: characters [start, end) of each token of the text.
     span: characters [start, end) of the answer.
   """
   start = next((k for k, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
@@ -103,7 +103,7 @@ def token_span(offsets: Offsets, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def row_identity(record_id: str, epoch: int) -> int:
-  """An u32 that names a record and epoch, the same on every machine and run."""
+  """A number below 2^32 for a record and an epoch; it is the same on every machine and run."""
   text = record_id if epoch == 0 else f"{record_id}#epoch{epoch}"
   return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "little")
 
@@ -174,21 +174,21 @@ class _Stream:
 
   @property
   def dropped(self) -> dict[str, int]:
-    """How many records were left out, by reason."""
+    """Reason -> the number of records that were left out for it."""
     return dict(self._dropped)
 
   @property
   def notes(self) -> dict[str, int]:
-    """How many records are used though something is missing, by what it is."""
+    """What is missing -> the number of records that are used without it."""
     return dict(self._notes)
 
   def __len__(self) -> int:
-    """Number of records in use."""
+    """The number of records that are used."""
     return len(self._items)
 
   @property
   def ids(self) -> list[str]:
-    """Ids of the records in use, in their order."""
+    """The ids of the records that are used, in their order."""
     return [item.record.id for item in self._items]
 
   @property
@@ -260,22 +260,23 @@ def _row_ids(items: Sequence[_Item], rows: Sequence[tuple[int, int]]) -> np.ndar
 
 
 class PromptStream(_Stream):
-  """Prompts with their traces, for RL and evaluation.
+  """Batches of prompts with their traces, for RL and evaluation.
 
   Args:
-    records: with ids of their own.
-    tokenizer: encodes prompts by its chat format.
-    batch_size: rows of the batch over all processes.
-    buckets: allowed prompt lengths, growing; a batch takes the smallest that fits.
-    seed: of the order; each epoch is shuffled anew.
-    process_index, process_count: which share of each batch is built here.
-    max_trace: leave out records whose trace has more tokens; None keeps all of them
-      (exploration cuts a trace to the canvas).
-    embedding_rows: of the model; token ids past them are an error. None: not known.
+    records: each with an id that no other has.
+    tokenizer: encodes prompts in its chat format.
+    batch_size: rows of a batch, over all processes.
+    buckets: prompt lengths in tokens, increasing. A batch is padded to the smallest that fits.
+    seed: decides the order; every epoch is shuffled anew.
+    process_index, process_count: this process and the number of processes; it builds its share.
+    max_trace: records with a longer trace, in tokens, are left out; None keeps all of them.
+      (Exploration cuts a trace to the canvas.)
+    embedding_rows: rows of the model's embedding. A token id beyond them is an error. None: they
+      are not known, and nothing is checked.
 
   Raises:
-    UserError: no usable record, ids that repeat, sizes that do not go together, or a token
-      that the model has no embedding for.
+    UserError: no record can be used, two have one id, the batch does not divide over the processes,
+      or the model has no embedding for a token.
   """
 
   def __init__(
@@ -312,13 +313,13 @@ class PromptStream(_Stream):
     return self._build(self._global_rows(step), self.batch_size)
 
   def num_ordered_batches(self) -> int:
-    """How many batches `ordered_batches` gives."""
+    """The number of batches that `ordered_batches` yields."""
     return -(-len(self) // self.batch_size)
 
   def ordered_batches(self, start: int = 0) -> Iterator[PromptBatch]:
-    """Every record once, in order, from batch `start`; the last batch is filled up.
+    """Yields every record once, in order, from batch number `start` on.
 
-    Rows that fill up repeat the first records and have `real` False.
+    The last batch is filled up with the first records; in these rows `real` is False.
     """
     for index in range(start, self.num_ordered_batches()):
       first = index * self.batch_size
@@ -343,18 +344,19 @@ class PromptStream(_Stream):
 
 
 class SFTStream(_Stream):
-  """Prompts with their traces as responses of a few lengths, for fine-tuning.
+  """Batches of prompts with their traces as responses, for fine-tuning.
 
-  With several lengths a batch is made of responses of like length, so that short ones are
-  not padded as far as long ones: of every `group_batches` batches the rows are sorted by
-  the length they need, cut into batches anew, and the batches shuffled. Every record still
-  comes once an epoch, and the batch of a step still follows from (records, seed, step).
+  With several response lengths, the rows of every `group_batches` batches are sorted by the length
+  they need and cut into batches again, and these batches are shuffled. So short responses are not
+  padded to the length of long ones. Every record still comes once per epoch, and the batch of a
+  step is still a function of (records, seed, step).
 
-  Args: as `PromptStream`, and
-    response_length: room for the trace and the token that ends it, or growing lengths of
-      which a batch takes the smallest that fits. A record whose trace is empty or does not
-      fit the last is left out and counted.
-    group_batches: how many batches are sorted together.
+  Args:
+    response_length: length of the padded response, in tokens, or several increasing lengths; a
+      batch takes the smallest that fits. The token that ends the response counts. A record whose
+      trace is empty, or too long for the largest length, is left out and counted.
+    group_batches: number of batches that are sorted together.
+    records, tokenizer, ...: the other arguments are those of `PromptStream`.
   """
 
   def __init__(
@@ -380,7 +382,7 @@ class SFTStream(_Stream):
     )
 
   def num_steps(self, epochs: float) -> int:
-    """Steps until every record has been seen `epochs` times on average, rounded up."""
+    """The number of steps in which every record is seen `epochs` times on average, rounded up."""
     return math.ceil(epochs * len(self) / self.batch_size)
 
   def _keep(self, item: _Item) -> bool:

@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters and SentencePiece here, Hugging Face next door.
+"""Tokenizers of characters and of SentencePiece, and loading any tokenizer from a directory.
 
-Every tokenizer of this room offers the same few things (`Tokenizer`), so that the
-rest of the program never asks which one it has. No jax in here.
+All tokenizers have one interface (`tokenizer_base.Tokenizer`), so the rest of the program does not
+depend on the kind. Tokenizers of Hugging Face are in `hf_tokenizer`. Needs no jax.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ALPHABETS = {"char": synthetic.ALPHABET, "char:maps": maps.ALPHABET}  # of gener
 
 
 class CharTokenizer(Tokenizer):
-  """One token per character, for tasks that are generated rather than read.
+  """One token per character, for generated tasks.
 
-  Ids: 0 end of text (and padding), 1 mask, 2 end of a turn, then the alphabet.
+  Ids: 0 is the end of text and the padding, 1 the mask, 2 the end of a message; then the alphabet.
 
   Worked example, alphabet "ab=": encode("ab=") is [3, 4, 5]; the prompt of the one
   message "a=" is [3, 5, 2].
@@ -77,16 +77,15 @@ class CharTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model, trained here (`train_sentencepiece`) or brought along.
+  """A SentencePiece model, trained by `train_sentencepiece` or elsewhere.
 
-  Special tokens come from the model's pieces. Where it has none for the mask or for
-  the end of text, an id past its last piece is used, so `vocab_size` may be up to two
-  more than the model's. Chat: each message follows the piece of its role
-  (`<|user|>`, ...), and `<|assistant|>` asks for the answer; a model without such
-  pieces gets the lines "User: ..." and "Assistant: ".
+  Special tokens are pieces of the model. If it has none for the mask or for the end of text, an id
+  past its last piece is used, so `vocab_size` may be up to two more than the model's. In a prompt
+  the piece of its role (`<|user|>`, ...) stands before each message, and `<|assistant|>` at the
+  end. A model without such pieces gets the lines "User: ..." and "Assistant: ".
 
   Args:
-    model: serialised model (the bytes of a .model file).
+    model: the bytes of a .model file.
   """
 
   MASK_PIECES = ("<mask>", "<|mask|>", "[MASK]", "<|mdm_mask|>")
@@ -149,20 +148,20 @@ class SentencePieceTokenizer(Tokenizer):
 def train_sentencepiece(
   texts: Iterable[str], vocab_size: int, path: epath.PathLike | None = None, *, what: str = ""
 ) -> SentencePieceTokenizer:
-  """Trains a unigram model on `texts`, reversible and the same on every run.
+  """Trains a unigram model. The result is the same on every run.
 
-  Nothing is normalised, rare and unknown characters become bytes, a digit is a token, and
-  `decode(encode(text)) == text` for every text without NUL and U+2581, which SentencePiece
-  keeps for itself.
+  Texts are not normalized, rare and unknown characters become bytes, and every digit is a token. So
+  `decode(encode(text)) == text` for every text without NUL and U+2581, which SentencePiece uses
+  itself.
 
   Args:
     texts: any strings; long ones are cut at line ends for training.
-    vocab_size: number of ids, the 256 bytes and the special ones included.
-    path: also write the model there (a .model file).
-    what: asked for it; what an error's message begins with.
+    vocab_size: number of ids, including the 256 bytes and the special tokens.
+    path: if given, the model is also written there, as a .model file.
+    what: beginning of an error's message, such as the option that asked for the training.
 
   Raises:
-    UserError: `texts` are too few or too plain for so large a vocabulary.
+    UserError: `texts` are too few, or too uniform, for so large a vocabulary.
   """
   import sentencepiece
 
@@ -208,7 +207,7 @@ def _find_sentencepiece(directory: epath.Path) -> epath.Path | None:
 
 
 def has_tokenizer(directory: epath.PathLike) -> bool:
-  """True if `load_tokenizer(directory)` would find something to read."""
+  """True if `load_tokenizer(directory)` would find a tokenizer."""
   directory = epath.Path(directory)
   return directory.is_dir() and (
     read_object(directory / DESCRIPTION_FILE, missing={}).get("type") == "char"
@@ -218,7 +217,7 @@ def has_tokenizer(directory: epath.PathLike) -> bool:
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-  """The tokenizer of a generated task, "char" (chains) or "char:maps"; else as `load_tokenizer`.
+  """The character tokenizer of a generated task, such as "char", or `load_tokenizer(spec)`.
 
   Raises:
     UserError: as `load_tokenizer`.
@@ -229,13 +228,13 @@ def open_tokenizer(spec: str) -> Tokenizer:
 
 
 def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
-  """Reads a tokenizer from a directory, or from one of its files.
+  """Reads a tokenizer from a directory, or from the directory of a file.
 
-  In this order: a character tokenizer of ours, `tokenizer.json` (Hugging Face), a
-  SentencePiece `.model`.
+  It looks for, in this order: a character tokenizer that this program wrote, `tokenizer.json`
+  (Hugging Face), and a SentencePiece `.model`.
 
   Raises:
-    UserError: no such path, none of these files in it, or one that cannot be read.
+    UserError: there is no such path, it has none of these files, or one cannot be read.
   """
   path = epath.Path(spec)
   if not path.exists():

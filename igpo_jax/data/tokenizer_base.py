@@ -12,8 +12,8 @@ from etils import epath
 from igpo_jax.data.records import ROLES, Message
 from igpo_jax.errors import UserError
 
-# Our own description file: all there is of a character tokenizer, and beside the
-# others the special ids, which their own files do not always tell.
+# The description file that this program writes. It is all that a character tokenizer has. Beside
+# the files of other tokenizers it has the special ids, which those files do not always give.
 DESCRIPTION_FILE = "igpo_tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -22,15 +22,15 @@ Offsets = list[tuple[int, int]]
 
 
 class Tokenizer(abc.ABC):
-  """What the program knows of a tokenizer.
+  """The interface of all tokenizers.
 
   Attributes:
-    vocab_size: ids are in [0, vocab_size); the model's table may be larger.
-    mask_id: the absorbing token of masked diffusion.
-    pad_id: fills prompts on the left; often the same as `eos_id`.
-    eos_id: end of text; fills responses on the right.
-    stop_ids: tokens that end an answer, `eos_id` first.
-    turn_id: the token a chat model writes after its answer; `eos_id` if it has none.
+    vocab_size: ids are in [0, vocab_size). The model's embedding may have more rows.
+    mask_id: id of the mask, the absorbing token of masked diffusion.
+    pad_id: id that fills prompts on the left; often equal to `eos_id`.
+    eos_id: id of the end of text, which also fills responses on the right.
+    stop_ids: ids that end an answer, `eos_id` first.
+    turn_id: id that a chat model writes after its answer; `eos_id` if it has none.
     special_ids: ids that stand for no text; `decode` drops them.
   """
 
@@ -44,23 +44,23 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-    """Token ids of `text` and the characters [start, end) that each one covers.
+    """(token ids of `text`, the characters [start, end) that each token covers).
 
-    Text that looks like a special token is encoded as the characters it is made of.
-    Tokens that share a character (the bytes of one letter) all cover it.
+    Text that looks like a special token is encoded as ordinary characters. If several tokens are
+    the bytes of one character, all of them cover it.
     """
 
   @abc.abstractmethod
   def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-    """Chat messages in the model's format, up to where the assistant's turn begins.
+    """Token ids of chat messages in the model's format, up to the assistant's header.
 
-    A last message with the role "assistant" is the beginning of that turn: it is
-    written after the header as it stands, and left open.
+    If the last message has the role "assistant", it is the beginning of the answer: its text
+    follows the header as it is, and the message is not closed.
     """
 
   @abc.abstractmethod
   def save(self, directory: epath.PathLike) -> None:
-    """Writes what `load_tokenizer(directory)` needs."""
+    """Writes the files from which `load_tokenizer(directory)` makes this tokenizer again."""
 
   @abc.abstractmethod
   def _decode_text(self, ids: list[int]) -> str:
@@ -71,15 +71,15 @@ class Tokenizer(abc.ABC):
     return self.encode_with_offsets(text)[0]
 
   def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
-    """`encode_with_offsets` of many texts; faster where the library has threads."""
+    """`encode_with_offsets` of many texts; faster if the library uses threads."""
     return [self.encode_with_offsets(text) for text in texts]
 
   def decode(self, ids: Iterable[int], *, stop: bool = True) -> str:
-    """Text of `ids`, without special tokens.
+    """The text of `ids`, without special tokens.
 
     Args:
-      ids: any integers; those outside the vocabulary stand for nothing.
-      stop: cut at the first of `stop_ids`.
+      ids: any integers; numbers outside the vocabulary are dropped.
+      stop: end the text at the first of `stop_ids`.
     """
     ids = [int(i) for i in ids]
     if stop:
@@ -91,17 +91,17 @@ class Tokenizer(abc.ABC):
 
 
 class Prefill(NamedTuple):
-  """Messages that are complete, and the text that the assistant's turn begins with."""
+  """A prompt's complete messages, and the text with which the assistant's answer begins."""
 
   messages: Sequence[Message]
   text: str
 
 
 def split_prefill(messages: Sequence[Message]) -> Prefill:
-  """Takes a last message of the assistant off; checks the roles.
+  """Splits off a last message of the assistant, and checks the roles.
 
   Raises:
-    UserError: no message, or a role that no chat format knows.
+    UserError: there is no message, or a role is not one of `ROLES`.
   """
   if not messages:
     raise UserError("a prompt needs at least one message")
@@ -116,7 +116,7 @@ def split_prefill(messages: Sequence[Message]) -> Prefill:
 
 
 def write_file(directory: epath.PathLike, name: str, data: bytes) -> None:
-  """Writes a file under a temporary name and renames it: there whole or not at all."""
+  """Writes a file under a temporary name and renames it, so that it is complete or not there."""
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   partial = directory / f".{name}.partial"
@@ -125,6 +125,6 @@ def write_file(directory: epath.PathLike, name: str, data: bytes) -> None:
 
 
 def write_description(directory: epath.PathLike, description: dict[str, Any]) -> None:
-  """Writes `DESCRIPTION_FILE` into `directory`, which is made if need be."""
+  """Writes `DESCRIPTION_FILE` into `directory`, which is made if there is none."""
   text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
   write_file(directory, DESCRIPTION_FILE, text.encode())

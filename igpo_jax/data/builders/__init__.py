@@ -1,7 +1,7 @@
-"""TFDS datasets by name: prepares them if need be, reads rows back. TensorFlow is not needed.
+"""Reading TFDS datasets by name; they are prepared if they are not yet. Needs no TensorFlow.
 
-Ours (`BUILDERS`) read files that people download; any other name is TFDS's own, which
-downloads for itself.
+The datasets of `BUILDERS` are made here from files that people download. Any other name is a
+dataset of TFDS, which downloads it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def format_of(name: str) -> str:
 def read(
   name: str, split: str, data_dir: str | None = None, manual_dir: str | None = None
 ) -> Iterator[Row]:
-  """Rows of a dataset, prepared at the first call.
+  """Yields the rows of a dataset, which is prepared if it is not yet.
 
   Args:
-    name: one of `BUILDERS` or a TFDS name.
-    split: as TFDS takes it, slices included ("train[:100]").
-    data_dir: where prepared datasets are kept; TFDS's own default if None.
-    manual_dir: where the downloaded files are; `data_dir`/downloads/manual if None.
+    name: one of `BUILDERS`, or a dataset of TFDS.
+    split: in TFDS's notation, slices included ("train[:100]").
+    data_dir: folder of prepared datasets; None is TFDS's default.
+    manual_dir: folder of the downloaded files; None is `data_dir`/downloads/manual.
 
   Raises:
-    UserError: unknown name or split, a file that is missing, no network.
+    UserError: an unknown name or split, a missing file, or no network.
   """
   builder = _prepared(name, data_dir, manual_dir)
   try:
