@@ -148,7 +148,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
   params = abstract_params(config, mesh)
   trainable, frozen = lora.split(params)
   rows = NamedSharding(mesh, partition_spec(("act_batch",)))
-  whole = replicated(mesh)
+  on_all = replicated(mesh)
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
   out: dict[str, Program] = {}
 
@@ -160,7 +160,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     total = config.data.prompt_buckets[-1] + length
     tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=on_all)
     check_micro_batches(mesh, batch, config.sft.micro_batches, "sft.micro_batches")
     update = make_sft_update(lm, optimizer, config.sft, shardings_of(state))
     out["sft"] = Program(
@@ -219,10 +219,10 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   read_rows = p if mean_field else p * g * views
   by_prompt = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("act_batch",))))
   score = jax.ShapeDtypeStruct((corruptions, p, g, length), jnp.float32, sharding=by_prompt)
-  whole = replicated(mesh)
-  denominator = jax.ShapeDtypeStruct((corruptions,), jnp.float32, sharding=whole)
+  on_all = replicated(mesh)
+  denominator = jax.ShapeDtypeStruct((corruptions,), jnp.float32, sharding=on_all)
   scores = RolloutScores(score, score if reference is not None else None, score, denominator)
-  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=on_all)
   read = forward_flops(cfg, read_rows, total, total, length, read=length)
   step = forward_flops(cfg, sampled, total, total, sampler.block_length, read=sampler.block_length)
 

@@ -1,7 +1,8 @@
-"""What a run costs in FLOPs, counted from its shapes, and what that is in hours.
+"""The FLOPs of a run, counted from its shapes, and the time they take.
 
-Products only, at most: every row denoises to its end, and prompts have the length that is given.
-Seconds are FLOPs over a share of the chips' peak, which the caller chooses: nothing is measured.
+Only matrix products are counted, and upper bounds: every row is denoised to its end, and prompts
+have the given length. Seconds are FLOPs divided by a share of the chips' peak that the caller
+chooses; nothing is measured.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ PUBLISHED = {"gsm8k": 1319, "math500": 500, "amc": 40, "minerva": 272}
 
 
 def step_flops(config: Config, mesh, prompt: int, hinted: float = 0.0) -> dict[str, dict[str, int]]:
-  """Stage -> part of a step -> FLOPs over all devices, with every prompt padded to `prompt`.
+  """Stage -> part of a step -> FLOPs of all devices together.
 
   Args:
-    config: with every size resolved, and `model.vocab_size`.
-    hinted: share of the groups that are sampled again.
+    config: with all sizes resolved and with `model.vocab_size`.
+    mesh: the device mesh.
+    prompt: length that every prompt is padded to, in tokens.
+    hinted: share of the groups that are sampled a second time, with hints.
   """
   data = dataclasses.replace(config.data, prompt_buckets=(prompt,))
   made = programs(dataclasses.replace(config, data=data), mesh)
@@ -42,7 +45,7 @@ def step_flops(config: Config, mesh, prompt: int, hinted: float = 0.0) -> dict[s
 
 
 def evaluation_flops(config: Config, task: Task, problems: int, prompt: int) -> int:
-  """FLOPs of one evaluation over all devices, the rows that fill up the last batch included."""
+  """FLOPs of one evaluation, of all devices together; includes rows that fill up the last batch."""
   sampler = task.setting.sampler
   rows = problems * task.setting.samples
   batch = min(config.eval.batch_size, rows)
@@ -53,7 +56,7 @@ def evaluation_flops(config: Config, task: Task, problems: int, prompt: int) -> 
 
 
 def evaluations(steps: int, eval_every: int, initial: bool) -> int:
-  """How many times a stage of `steps` steps evaluates: before, between and at its end.
+  """The number of evaluations of a stage of `steps` steps: before, during and at its end.
 
   Example: `evaluations(200, 50, True) == 5`.
   """

@@ -1,7 +1,7 @@
-"""Gold answers and gold traces, graded before anything is trained on them.
+"""Grading of gold answers and gold traces, before anything is trained on them.
 
-If the verifier does not find the answer in the traces that a policy learns from, the policy will
-never be rewarded for writing such traces, and trains at reward 0 for ever. That shows here first.
+If the verifier does not find the answer in the gold traces, a policy that learns to write such
+traces is never rewarded. This check reports it before the training begins.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ FINAL = {POOLED: "The answer is \\boxed{{answer}}", "exact": "=> {answer}"}  # e
 
 @dataclasses.dataclass(frozen=True)
 class Golds:
-  """What grading the golds of a source gave.
+  """The result of grading the gold answers and traces of a source.
 
   Attributes:
-    graded: how many records were looked at.
-    of: out of so many.
-    unequal: golds that do not equal themselves, so that no answer can be correct.
-    traces: how many of the records have a trace.
-    passed: how many of the traces are called correct.
-    unfound, wrong, late: traces without an answer that the verifier finds, with another one than
-      the gold, and over the time limit.
-    examples: some that failed: "ID: gold '36', found None".
-    remedies: what would let most of the failed ones pass.
+    graded: number of records that were graded.
+    of: number of records of the source.
+    unequal: gold answers that the verifier does not find equal to themselves: no answer to these
+      problems can be correct.
+    traces: number of graded records with a trace.
+    passed: number of traces that the verifier calls correct.
+    unfound: number of traces in which it finds no answer.
+    wrong: number of traces in which it finds another answer than the gold one.
+    late: number of traces that exceeded the time limit.
+    examples: some traces that failed, such as "ID: gold '36', found None".
+    remedies: settings under which most of the failed traces would pass.
   """
 
   graded: int
@@ -52,7 +54,7 @@ class Golds:
 
   @property
   def share(self) -> float:
-    """Of the traces that pass; 1 where there is none."""
+    """The share of traces that the verifier calls correct; 1 if there is no trace."""
     return self.passed / self.traces if self.traces else 1.0
 
   def __str__(self) -> str:
@@ -67,7 +69,7 @@ class Golds:
 
   @property
   def why(self) -> str:
-    """What failed, with examples; "" where nothing did."""
+    """A text on the failures, with examples; "" if there are none."""
     failed = {"no answer found": self.unfound, "another answer": self.wrong, "timeout": self.late}
     counts = ", ".join(f"{n:,} x {what}" for what, n in failed.items() if n)
     examples = "; ".join(self.examples)
@@ -89,7 +91,7 @@ def sampled(records: Sequence[Record], most: int = MOST_GRADED) -> list[Record]:
 
 
 def check_answers(records: Sequence[Record], scorer: Scorer) -> Golds:
-  """Grades the golds only, for records whose traces nobody learns from."""
+  """Grades the gold answers only, for records whose traces are not trained on."""
   chosen = sampled(records)
   equal = scorer.equal_themselves([record.answer for record in chosen])
   wrong = [record for record, same in zip(chosen, equal, strict=True) if not same]
@@ -98,12 +100,12 @@ def check_answers(records: Sequence[Record], scorer: Scorer) -> Golds:
 
 
 def check_traces(records: Sequence[Record], scorer: Scorer, reward: RewardConfig) -> Golds:
-  """Grades the gold traces as if the policy had written them, and their golds.
+  """Grades the gold answers, and the gold traces as if the policy had written them.
 
   Args:
-    records: of the source that RL learns from.
-    scorer: the run's.
-    reward: its config, for the remedies.
+    records: the records that RL learns from.
+    scorer: the run's scorer.
+    reward: the options of the scorer, for the remedies.
   """
   chosen = sampled(records)
   golds = check_answers(chosen, scorer)
@@ -138,7 +140,7 @@ def check_traces(records: Sequence[Record], scorer: Scorer, reward: RewardConfig
 
 
 def _remedies(failed: Sequence[Record], scorer: Scorer, reward: RewardConfig) -> list[str]:
-  """Settings under which most of these traces would pass, each tried."""
+  """Settings under which most of these traces pass. Each is tried."""
   failed = sampled(failed, TRIED)
   out = []
 

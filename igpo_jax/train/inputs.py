@@ -1,4 +1,4 @@
-"""What a run reads, looked at before jax is loaded and any work is done."""
+"""A first check of a run's inputs, before jax is loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from igpo_jax.eval.protocols import plan
 
 
 def check_inputs(config: Config) -> None:
-  """Plans the evaluations and looks for every file: mistakes show before any work is done.
+  """Checks that the evaluations are possible and that every input file is there.
 
   Raises:
-    UserError: an evaluation that cannot be, or a missing file; says where to get it.
+    UserError: an evaluation is not possible, or a file is missing; the message says where to get
+      it.
   """
   tasks = plan(config)
   uris = [getattr(config.data, stage) for stage in config.stages if stage != "eval"]

@@ -2,10 +2,11 @@
 
     WORKDIR/lock.json   {"host", "machine", "pid", "started", "token", "beat"}
 
-A kill leaves the file behind, so a lock that is found is checked. Where its process would
-be visible (same machine, same container) process id and start time tell whether it lives.
-Elsewhere the file itself tells: a living holder rewrites it every BEAT_SECONDS, and one
-that stays silent for SILENT_SECONDS, by the clock of whoever waits, is dead.
+A kill leaves the file behind, so a run that finds a lock checks whether its holder is alive. If
+both are on one machine and in one container, the holder's process id and start time decide.
+Otherwise the
+file decides: a living holder rewrites it every BEAT_SECONDS, and a holder that has not done so for
+SILENT_SECONDS, by the clock of the process that waits, is dead.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ SETTLE_SECONDS = 2.0  # for two that begin at the same moment, where nothing is 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-  """Who holds a lock.
+  """The process that holds a lock.
 
   Attributes:
-    host: its machine's name.
-    machine: equal for processes that see each other's process ids, and for no others.
-    pid, started: the process, and when it began, in the system's own words: a process id
-      is used again after a while.
-    token: of this one lock.
-    beat: seconds since 1970 at which it last said that it lives.
+    host: name of its machine.
+    machine: text that is equal for two processes if they see each other's process ids.
+    pid: its process id.
+    started: the time at which it began, in the system's own format. Process ids are used again.
+    token: a random text for this lock.
+    beat: time at which it last rewrote the file, in seconds since 1970.
   """
 
   host: str = "an unknown host"
@@ -64,11 +65,11 @@ class Holder:
 
 
 class WorkdirLock:
-  """Keeps other runs out of a workdir, from `take` to `release`.
+  """A lock on a workdir, held from `take` to `release`. Other runs cannot take it meanwhile.
 
   Args:
-    workdir: made if need be.
-    say: told, once, if `take` has to wait.
+    workdir: made if there is none.
+    say: called once with a line for the user if `take` has to wait.
   """
 
   def __init__(self, workdir: epath.PathLike, say: Callable[[str], None] = lambda line: None):
@@ -84,7 +85,7 @@ class WorkdirLock:
     self._writing = threading.Lock()
 
   def take(self) -> None:
-    """Takes the lock; waits where only time can tell whether its holder is alive.
+    """Takes the lock. It waits if only time can show whether the holder of a found lock is alive.
 
     Raises:
       UserError: another run holds it.
@@ -107,7 +108,7 @@ class WorkdirLock:
     threading.Thread(target=self._keep_beating, daemon=True).start()
 
   def release(self) -> None:
-    """Gives the workdir back; does nothing where it is not held."""
+    """Gives the lock back; does nothing if it is not held."""
     if self._released.is_set():
       return
     self._released.set()
@@ -117,7 +118,7 @@ class WorkdirLock:
 
   @property
   def taken_by(self) -> Holder | None:
-    """Who took the workdir over, thinking that this process is dead; None if nobody did."""
+    """The process that took the lock because it thought this one dead; None if none did."""
     return self._taken_by
 
   # --- taking ------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class WorkdirLock:
       return None
 
   def _replace(self, dead: str | None) -> bool:
-    """Writes the lock if there is none, or that of a dead holder; returns whether it is ours."""
+    """Writes the lock if there is none or its holder is dead; returns whether it is ours now."""
     with self._alone() as alone:
       if self._read() not in (None, dead):
         return False
@@ -149,7 +150,7 @@ class WorkdirLock:
 
   @contextlib.contextmanager
   def _alone(self) -> Iterator[bool]:
-    """Keeps others on this machine out, where the file system can; yields whether it does."""
+    """Excludes other processes of this machine, if the file system can; yields whether it does."""
     if fcntl is None or not can_append(self.file):
       yield False
       return
@@ -207,7 +208,7 @@ class WorkdirLock:
 
 
 def _parse(text: str) -> Holder:
-  """The holder that a lock file names; an unknown one if the file makes no sense."""
+  """The holder that a lock file names; an unknown holder if the file cannot be read as one."""
   try:
     values = json.loads(text)
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Holder)}
@@ -226,7 +227,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-  """When a process began; "" if the system does not tell; None where none is alive."""
+  """The time at which a process began; "" if it is not known; None if the process is not alive."""
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):

@@ -1,9 +1,9 @@
-"""What both training stages share: steps, rows, evaluations, checkpoints, resume, stop.
+"""The loop of both training stages: steps, rows, evaluations, checkpoints, resuming and stopping.
 
-The order inside a step is what makes resume exact: everything about step n is
-written before checkpoint n is saved, and a restart drops every row beyond the
-checkpoint it continues from. Only an evaluation, which may take hours, comes after the
-checkpoint: the row that waits for it is kept in the checkpoint, and a restart makes it up.
+Resuming is exact because of the order inside a step: every row of step n is written before
+checkpoint n is saved, and a restart drops the rows after the checkpoint that it continues from.
+Only an evaluation, which may take hours, comes after the checkpoint. The step's row is then saved
+in the checkpoint, and a restart makes the evaluation and writes the row.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ class NonFinite(RuntimeError):
 
 @dataclasses.dataclass
 class Run:
-  """What outlives a stage.
+  """A run: everything that its stages share.
 
   Attributes:
-    config, workdir, log: of the run.
+    config: with all sizes resolved.
+    workdir: the run's directory.
+    log: writes its rows.
     mesh: the device mesh.
-    evaluate: params, label -> metrics "eval/<name>/..." on every benchmark; raises
-      `Stopped` if `stop` wants it.
-    stop: what asks a stage to stop.
-    lock: of the workdir.
-    progress: shows how far the run is.
+    evaluate: (params, label) -> metrics "eval/NAME/..." of every benchmark. Raises `Stopped` if a
+      signal asks for it.
+    stop: receives signals that ask the run to stop.
+    lock: the lock on the workdir.
+    progress: the progress display.
   """
 
   config: Config
@@ -66,7 +68,7 @@ class Run:
     return Checkpoints(self.workdir / "checkpoints" / stage, cfg.keep, dict(scores))
 
   def is_taken_over(self) -> bool:
-    """Whether another run has the workdir now, as far as this process knows."""
+    """True if this process has seen that another run has taken the workdir over."""
     return self.lock is not None and self.lock.taken_by is not None
 
 
@@ -76,38 +78,41 @@ class Stage:
 
   Attributes:
     name: "sft" or "rl".
-    steps: how many.
+    steps: number of steps.
     eval_every: steps between evaluations; 0: only at the end.
-    step: (state, n) -> (state, metrics, sample rows); n counts from 0. Metrics may be
-      arrays on the device; they are fetched only when they are written. One without a "/"
-      in its name is the stage's. May raise `Stopped` if it has left the state as it was.
-    whole: the state's parameters -> all of the model's: adds what is not trained.
-    shown: metrics for the progress bar.
-    programs: how many are compiled in the first step.
+    step: (state, n) -> (state, metrics, sample rows), with n from 0. Metrics may be arrays on the
+      devices; they are fetched when they are written. A name without "/" gets the stage's name in
+      front. May raise `Stopped` if it has not changed the state.
+    all_params: trained parameters -> all parameters of the model, those that are not trained
+      included.
+    shown: names of the metrics that the progress display shows.
+    programs: number of programs that the first step compiles.
   """
 
   name: str
   steps: int
   eval_every: int
   step: Callable[[TrainState, int], tuple[TrainState, dict[str, Any], list[dict]]]
-  whole: Callable[[Params], Params]
+  all_params: Callable[[Params], Params]
   shown: tuple[str, ...]
   programs: int = 1
 
 
 def due(every: int, done: int, total: int) -> bool:
-  """True at every `every`-th step and at the last."""
+  """True if `done` is a multiple of `every` (0: never), or all of `total` steps."""
   return done == total or (every > 0 and done % every == 0)
 
 
 def should_save(
   cfg: CheckpointConfig, done: int, total: int, metrics: dict, evaluating: bool = False
 ) -> bool:
-  """At the interval, at the end, and whenever the metric of the best is measured.
+  """Whether to save a checkpoint: at the interval, at the end, and if `best_metric` is measured.
 
   Args:
-    metrics: of the step.
-    evaluating: an evaluation of it follows.
+    cfg: the options.
+    done, total: steps done, and of the stage.
+    metrics: metrics of this step.
+    evaluating: whether an evaluation follows this step.
   """
   best = cfg.best_metric
   measured = bool(best) and (best in metrics or (evaluating and best.startswith("eval/")))
@@ -115,20 +120,21 @@ def should_save(
 
 
 def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
-  """Runs a stage from its last good checkpoint, or from `state` if there is none.
+  """Runs a stage from its last good checkpoint, or from `state` if there is none. A collective.
 
   Args:
-    state: used up where there is a checkpoint.
+    run: the run.
+    stage: the stage.
+    state: the state to start from. If there is a checkpoint, its arrays are deleted.
 
   Returns:
     The state after the last step.
 
   Raises:
-    NonFinite: `log.max_skipped` updates in a row were skipped; the last checkpoint
-      stands.
-    SystemExit: a signal asked to stop; the state was saved first.
-    UserError: no checkpoint can be read, there is no room for another one, or the workdir
-      was taken over by another run.
+    NonFinite: `log.max_skipped` updates in a row were skipped. The last checkpoint is kept.
+    SystemExit: a signal asked to stop. The state was saved before.
+    UserError: no checkpoint can be read, the disk is full, or another run has taken the workdir
+      over.
   """
   cfg, best = run.config, run.config.checkpoint.best_metric
   checkpoints = run.checkpoints(stage.name)
@@ -148,7 +154,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
 
   def evaluate(row: dict[str, Any]) -> None:
     """Makes up the evaluation that the row of this step waits for."""
-    row |= run.evaluate(stage.whole(state.params), f"{stage.name} {done}")
+    row |= run.evaluate(stage.all_params(state.params), f"{stage.name} {done}")
     run.log.metrics(stage.name, done, row)
     run.log.flush()
     score(row)
@@ -219,13 +225,16 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
 
 
 def is_late(cfg: CheckpointConfig, saved_at: float) -> bool:
-  """Whether process 0 has saved nothing for `checkpoint.minutes`: its clock is everyone's."""
+  """Whether the last checkpoint is `checkpoint.minutes` old, by the clock of process 0.
+
+  A collective: all processes get the same answer.
+  """
   late = cfg.minutes > 0 and time.monotonic() - saved_at >= 60 * cfg.minutes
   return late and jax.process_index() == 0
 
 
 def is_behind(run: Run, stage: str) -> bool:
-  """Whether RL has begun with what this stage ended with. A collective."""
+  """Whether `stage` is SFT and RL has begun with its result. A collective."""
 
   def rl_has_begun() -> bool:
     folder = run.workdir / "checkpoints" / "rl"
@@ -239,15 +248,21 @@ def is_behind(run: Run, stage: str) -> bool:
 def resume(
   run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
-  """(steps done, state, row that waits for its evaluation) of the last good checkpoint.
+  """Restores the last good checkpoint. A collective.
 
-  Rows beyond it are dropped, and damaged checkpoints beyond it moved out of the way. Every
-  process sees the damage of files whose sizes or sums are wrong; if only one of several
-  fails to read its part, the run ends and says so.
+  Rows after it are dropped, and damaged checkpoints after it are renamed. Files with a wrong size
+  or checksum are found damaged by every process. If only one of several processes cannot read its
+  part, the run ends with a message.
+
+  Args:
+    state: the state to return if there is no checkpoint; otherwise its arrays are deleted.
+
+  Returns:
+    (steps done, state, the row whose evaluation is still to be made, or None).
 
   Raises:
-    UserError: there are checkpoints, and none can be read; or there are none, though the
-      stage was finished.
+    UserError: there are checkpoints, but none can be read; or there are none although the stage was
+      finished.
   """
   steps = from_first(checkpoints.steps)
   start, damaged = 0, []

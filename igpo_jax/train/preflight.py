@@ -1,7 +1,8 @@
-"""Everything that a run reads, opened, tokenised, measured and graded before weights are loaded.
+"""Checks on everything that a run reads, before weights are loaded.
 
-A wrong column, a length that does not fit or a gold that the verifier cannot read shows in the
-first seconds of a run instead of after all of SFT. What was read is handed on to the stages.
+All records are read, tokenized and measured, and gold answers are graded. So a wrong column, a
+length that does not fit or a gold answer that the verifier cannot read is reported in the first
+seconds of a run. The stages get the records that were read.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ Tell = Callable[[str], None]
 
 
 class Inputs:
-  """What the stages of a run read.
+  """The records of a run, read and checked.
 
   Args:
     config: of the run.
-    tokenizer: its tokenizer.
-    scorer: its scorer.
-    tell: prints a line.
+    tokenizer: of the run.
+    scorer: of the run.
+    tell: called with each line for the user.
 
   Raises:
-    UserError: a source that cannot be read, records that cannot be used, golds that the verifier
-      cannot grade.
+    UserError: a source cannot be read, no record can be used, or the verifier does not accept
+      enough of the gold answers.
 
   Attributes:
-    sft, rl: the training stages' streams; None where the stage is not run, or was taken.
+    sft, rl: the batches of the training stages. None if the stage is not run, or after `take`.
   """
 
   def __init__(self, config: Config, tokenizer: Tokenizer, scorer: Scorer, tell: Tell):
@@ -73,13 +74,13 @@ class Inputs:
       self._check_task(config, task, tokenizer, scorer)
 
   def records(self, uri: str) -> list[Record]:
-    """The records of a source of problems, read once."""
+    """The records of a source of problems; each source is read once."""
     if uri not in self._loaded:
       self._loaded[uri] = load_source(uri, self._tell)
     return self._loaded[uri]
 
   def take(self, stage: str) -> SFTStream | PromptStream:
-    """The stream of a stage, which is not held here any longer."""
+    """Returns the batches of a stage and drops them here, so that their memory can be freed."""
     stream = getattr(self, stage)
     setattr(self, stage, None)
     return stream
@@ -126,19 +127,19 @@ def _of_the_run(config: Config) -> dict[str, Any]:
 
 
 def embedding_rows(config: Config) -> int | None:
-  """How many token ids the model will have rows for; None: as many as its tokenizer has."""
+  """The number of rows that the model's embedding will have; None: its tokenizer's vocabulary."""
   if config.init_from:
     return open_source(config.init_from).config.vocab_size
   return config.model.vocab_size or None
 
 
 def sft_steps(config: Config, stream: SFTStream) -> int:
-  """Updates of SFT."""
+  """The number of updates of SFT: `sft.steps`, or as many as `sft.epochs` takes."""
   return stream.num_steps(config.sft.epochs) if config.sft.epochs else config.sft.steps
 
 
 def describe_sft(config: Config, stream: SFTStream) -> list[str]:
-  """What there is to know of SFT's records, a line each."""
+  """Lines for the user about the records of SFT: their number, their lengths and their faults."""
   steps = sft_steps(config, stream)
   epochs = steps * config.sft.batch_size / len(stream)
   buckets, lengths = config.data.prompt_buckets, stream.response_lengths
@@ -153,7 +154,7 @@ def describe_sft(config: Config, stream: SFTStream) -> list[str]:
 
 
 def describe_rl(config: Config, stream: PromptStream) -> list[str]:
-  """What there is to know of RL's records, a line each."""
+  """Lines for the user about the records of RL: their number, their lengths and their faults."""
   canvas, notes, n = config.sampler.gen_length, stream.notes, len(stream)
   inpaint = config.rl.exploration == "inpaint"
   lines = [
@@ -202,12 +203,12 @@ def _joined(lengths: tuple[int, ...]) -> str:
 
 
 def check_floor(config: Config, graded: golds.Golds) -> None:
-  """Holds the share of gold traces that pass to `reward.gold_floor`.
+  """Checks that the verifier calls at least `reward.gold_floor` of the gold traces correct.
 
-  Verifiers of a user's own are held to it where they are registered with `reads_golds`.
+  A user's own verifier is checked only if it was registered with `reads_golds`.
 
   Raises:
-    UserError: fewer pass; says why, and what would help.
+    UserError: fewer are called correct; the message says why and what would help.
   """
   reward = config.reward
   if graded.share >= reward.gold_floor or not registry.reads_golds(reward.verifier):
@@ -226,5 +227,5 @@ def _below(share: float) -> float:
 
 
 def _graded(grade: Callable[[], golds.Golds]) -> golds.Golds:
-  """Graded by the first process for all: a timeout may differ from machine to machine."""
+  """Grades on process 0 and shares the result, since timeouts may differ between machines."""
   return golds.from_json(from_first(lambda: golds.as_json(grade())))

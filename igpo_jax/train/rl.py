@@ -33,7 +33,7 @@ def train_rl(run: Run, model: Model, scorer: Scorer, stream: PromptStream) -> Pa
   stage, state = make_stage(
     run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop, run.progress)
   )
-  return stage.whole(run_stage(run, stage, state).params)
+  return stage.all_params(run_stage(run, stage, state).params)
 
 
 def make_stage(

@@ -1,4 +1,4 @@
-"""Room on the disk for a run's checkpoints, looked at before anything is trained."""
+"""A check before training that the disk has room for a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ STATE_COPIES = 3  # the trained parameters and AdamW's two moments
 
 
 def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
-  """Checks that the checkpoints of all stages fit beside what is there. A collective.
+  """Checks that the disk has room for the checkpoints of all stages. A collective.
 
-  A stage keeps `checkpoint.keep` of the latest and perhaps the best, and a new one is
-  written before an old one is removed. What compression saves is not counted on. Nothing
-  is known of the room on gs://, nor of quotas that the disk does not tell.
+  A stage keeps the latest `checkpoint.keep` checkpoints and perhaps the best, and a new one is
+  written before an old one is removed. Compression may make them smaller than is assumed here. Room
+  on gs:// and quotas that the disk does not report are not checked.
 
   Args:
-    params: of the model; what LoRA does not train is in no checkpoint.
+    config: of the run.
+    workdir: of the run.
+    params: parameters of the model. Those that LoRA does not train are in no checkpoint.
 
   Raises:
     UserError: on every process, if they do not fit.
@@ -53,6 +55,6 @@ def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
 
 
 def _bytes_below(folder: epath.Path) -> int:
-  """Bytes of all files that a folder holds; 0 if there is none."""
+  """Bytes of all files in a folder and below it; 0 if there is no such folder."""
   files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
   return sum(os.path.getsize(file) for file in files if os.path.isfile(file))

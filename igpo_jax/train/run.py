@@ -1,4 +1,4 @@
-"""A whole run: every stage of a config, one after the other, in one workdir."""
+"""A whole run: the stages of a config, one after the other, in one workdir."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from igpo_jax.train.workdir import hold, open_workdir
 
 
 def train(config: Config, workdir: epath.Path) -> dict:
-  """Runs every stage of a config; returns the summary that summary.json holds."""
+  """Runs every stage of a config in `workdir`; returns the contents of summary.json."""
   machine = here()
   check_machine(config.mesh, machine)
   check_inputs(config)
@@ -107,12 +107,16 @@ def make_evaluation(
   load: Callable[[str], list[Record]],
   stop: StopSignal,
 ):
-  """params, label -> {"eval/<name>/accuracy": ...} on every benchmark of `data.eval`.
-
-  Raises `Stopped` between two batches if `stop` wants it; what was made is kept.
+  """Makes the function that evaluates parameters on every benchmark of `data.eval`.
 
   Args:
-    load: URI -> records.
+    config, model, scorer, mesh, workdir: of the run.
+    load: reads the records of a source, given its URI.
+    stop: if it has received a signal, the evaluation raises `Stopped` between two batches. The rows
+      that were made are on disk.
+
+  Returns:
+    (params, label) -> {"eval/NAME/accuracy": ..., ...}.
   """
 
   compiled = set()
@@ -148,7 +152,7 @@ def make_evaluation(
 
 
 def newest_params(run: Run, model: Model):
-  """(parameters, label): the run's newest checkpoint, else what `init_from` holds.
+  """(parameters, label) to evaluate: the run's newest checkpoint, or else the model of `init_from`.
 
   Raises:
     UserError: there is neither.

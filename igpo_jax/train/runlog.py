@@ -1,8 +1,8 @@
-"""What a run writes as it goes: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
+"""The logs of a run: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
 
-Rows carry (stage, step), in order. A run that is started again drops the rows beyond the
-checkpoint it continues from, and a line that was cut in half by a kill, so the
-files end up as an uninterrupted run would have left them (`time/...` aside).
+Rows have a stage and a step and are in order. A run that is started again drops the rows after the
+checkpoint that it continues from, and a half-written last line. So the files become those of an
+uninterrupted run, except for `time/...`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ STAGE_ORDER = ("init", "sft", "rl", "eval")
 
 
 def print_once(message: str) -> None:
-  """One line for the user, above any progress bar, from the first process only."""
+  """Prints a line on standard error, above any progress bar, on process 0 only."""
   if jax.process_index() == 0:
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
 
 def until(stage: str, step: int) -> Callable[[Row], bool]:
-  """Keeps the rows that a run at `step` of `stage` has behind it."""
+  """A function that is True for the rows up to `step` of `stage`."""
   position = (STAGE_ORDER.index(stage), step)
   return lambda row: (STAGE_ORDER.index(row["stage"]), row["step"]) <= position
 
 
 def offsets(rows: Sequence[Row]) -> dict[str, int]:
-  """Stage -> how many steps the stages before it took: added to a row's step, the run's own."""
+  """Stage -> number of steps of the stages before it, for a count of steps over the whole run."""
   out, total = {}, 0
   for stage in STAGE_ORDER:
     out[stage] = total
@@ -51,23 +51,24 @@ def offsets(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def tag(stage: str, name: str) -> str:
-  """A metric's name for TensorBoard and wandb, whose charts show every stage of a run.
+  """A metric's name for TensorBoard and wandb, which show all stages of a run together.
 
-  An evaluation is "eval/test/accuracy" in each stage, one chart for all; what else two
-  stages may have, such as "time/step_seconds", has its stage in front, once.
+  The metrics of evaluations, such as "eval/test/accuracy", keep their names, so that one chart
+  shows all stages. Other metrics that both stages have, such as "time/step_seconds", get the
+  stage's name in front.
   """
   return name if name.startswith(("eval/", f"{stage}/")) else f"{stage}/{name}"
 
 
 class RunLog:
-  """The files of one workdir; only the first process reads and writes them.
+  """The logs of one workdir. Only process 0 reads and writes files.
 
   Args:
-    workdir: made if need be.
-    cfg: which writers are on.
+    workdir: made if there is none.
+    cfg: says which logs are written.
 
   Attributes:
-    rows: of metrics.jsonl, on the first process; [] on the others.
+    rows: the rows of metrics.jsonl on process 0; [] on the others.
   """
 
   def __init__(self, workdir: epath.Path, cfg: LogConfig):
@@ -106,16 +107,16 @@ class RunLog:
       self._wandb.define_metric("*", step_metric="global_step")
 
   def has(self, stage: str, step: int = 0) -> bool:
-    """Whether there is the row of a step of `stage`; the same on every process. A collective."""
+    """Whether there is a row of step `step` of `stage`; 0 is any step. A collective."""
     return from_first(lambda: any((r["stage"], r["step"]) == (stage, step) for r in self.rows))
 
   def values(self, stage: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric in all rows of `stage` that have it; process 0 knows."""
+    """(step, value) of a metric in all rows of `stage` that have it; [] on all but process 0."""
     rows = [row for row in self.rows if row["stage"] == stage and row.get(name) is not None]
     return [(row["step"], row[name]) for row in rows]
 
   def rewind(self, stage: str, step: int) -> None:
-    """Drops every row beyond `step` of `stage`, from both files."""
+    """Drops every row after `step` of `stage` from metrics.jsonl and samples.jsonl."""
     keep = until(stage, step)
     self.rows = [row for row in self.rows if keep(row)]
     if self._writes:
@@ -145,10 +146,13 @@ class RunLog:
   def samples(self, stage: str, step: int, rows: list[Row], limit: int = 0) -> None:
     """Appends completions of all processes to samples.jsonl, in the order of the batch.
 
+    A collective.
+
     Args:
-      rows: this process's. Those of the lowest "rank", which is not written, come first,
-        whichever process they are of. A collective.
-      limit: write only so many; 0: all.
+      stage, step: of the rows.
+      rows: this process's rows. The rows of all processes are sorted by "rank", lowest first, and
+        written without it.
+      limit: the largest number of rows that is written; 0: all.
     """
     rank = lambda row: row.get("rank", 0)
     rows = sorted(share(sorted(rows, key=rank)[: limit or None]), key=rank)[: limit or None]
@@ -157,13 +161,13 @@ class RunLog:
       self._samples.add([head | {k: v for k, v in r.items() if k != "rank"} for r in rows])
 
   def flush(self) -> None:
-    """Every row is in its file, wherever that is: call it before a checkpoint is saved."""
+    """Returns once every row is in its file. Call it before a checkpoint is saved."""
     if self._writes:
       self._metrics.flush()
       self._samples.flush()
 
   def close(self) -> None:
-    """Finishes the files and closes the writers."""
+    """Finishes the files and closes TensorBoard and wandb."""
     if self._writes:
       self._metrics.close()
       self._samples.close()
@@ -174,7 +178,7 @@ class RunLog:
 
 
 def _wandb_id(workdir: epath.Path) -> str:
-  """The id of this workdir's run at wandb, kept in it, so that a run goes on as the same one."""
+  """The wandb id of this workdir's run, kept in the workdir for when the run is continued."""
   file = workdir / "wandb_id"
   kept = file.read_text().strip() if file.exists() else ""
   if not kept:
@@ -184,7 +188,7 @@ def _wandb_id(workdir: epath.Path) -> str:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-  """Metrics as JSON has them; numbers that are not finite become None."""
+  """Metrics as JSON values; numbers that are not finite become None."""
   return {name: _plain(value) for name, value in values.items()}
 
 

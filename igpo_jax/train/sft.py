@@ -21,10 +21,12 @@ from igpo_jax.types import Params
 
 
 def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
-  """Fine-tunes from `model.params` on `stream`; returns the parameters to go on with.
+  """Fine-tunes `model.params`; returns all parameters, for the next stage (`sft.select`).
 
   Args:
-    stream: the batch of a step is a function of (seed, step) (`preflight.sft_stream`).
+    run: the run.
+    model: the model to start from.
+    stream: the batches (`preflight.sft_stream`); that of a step is a function of (seed, step).
   """
   config = run.config
   steps = sft_steps(config, stream)
@@ -46,23 +48,23 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
       state, metrics = update(state, frozen, *arrays, purpose_key(config.seed, n, "sft_mask"))
     return state, metrics, []
 
-  whole = functools.partial(lora.combine, frozen)
+  all_params = functools.partial(lora.combine, frozen)
   shown = ("loss", "grad_norm")
-  stage = Stage("sft", steps, config.sft.eval_every, step, whole, shown)
+  stage = Stage("sft", steps, config.sft.eval_every, step, all_params, shown)
   state = run_stage(run, stage, state)
   if config.sft.select == "last":
-    return whole(state.params)
+    return all_params(state.params)
   best = handed_on(run, "sft")
   print_once(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   del state  # there may be no room for two
-  return whole(run.checkpoints("sft").restore(best, like).params)
+  return all_params(run.checkpoints("sft").restore(best, like).params)
 
 
 def is_spent(run: Run) -> bool:
-  """Whether SFT's checkpoints are gone and RL can go on without them, from its own.
+  """Whether SFT's checkpoints are gone and RL can continue from its own. A collective.
 
-  Somebody may have deleted them to free the disk. A collective.
+  A user may have deleted them to free the disk.
 
   Raises:
     UserError: they are gone, and RL needs them.
@@ -87,10 +89,10 @@ def is_spent(run: Run) -> bool:
 
 
 def handed_on(run: Run, stage: str) -> int:
-  """The step whose parameters a finished stage hands on.
+  """The step of a finished stage whose parameters the next stage gets. A collective.
 
   Raises:
-    UserError: the best is asked for, and `checkpoint.best_metric` was never measured.
+    UserError: `sft.select` is "best", and `checkpoint.best_metric` was never measured.
   """
   checkpoints = run.checkpoints(stage)
   best = stage == "sft" and run.config.sft.select == "best"

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM while a stage runs: what is under way is finished and saved.
+"""Ctrl-C and SIGTERM while a stage runs: the step under way is finished and the state saved.
 
-Python runs a signal's handler between two of its own instructions, so not while a program
-is being compiled. What the user reads comes from a thread, which the operating system
-wakes at once.
+Python runs a signal's handler between two of its own instructions, so not while a program is being
+compiled. The message for the user therefore comes from a thread, which the operating system wakes
+at once.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Takes Ctrl-C and SIGTERM as a request to stop, while it is open as a context.
+  """A context manager in which Ctrl-C and SIGTERM are requests to stop.
 
-  A second Ctrl-C raises KeyboardInterrupt in the main thread, and ends the process where
-  that thread does not notice.
+  A second Ctrl-C raises KeyboardInterrupt in the main thread. If that thread does not react, the
+  process ends.
 
   Attributes:
-    received: the number of the signal that this process has received, 0 if none.
-    next_start: what the next start would do, for the message at a second Ctrl-C.
+    received: the number of the signal that this process has received; 0 for none.
+    next_start: a text on what the next start of the run will do, for the message at a second
+      Ctrl-C.
   """
 
   def __init__(self):
@@ -83,7 +84,7 @@ class StopSignal:
       raise KeyboardInterrupt
 
   def _answer(self, reader: int) -> None:
-    """Says what a signal will do, and sees to it that a second Ctrl-C does it."""
+    """Prints what a signal will lead to, and makes sure that a second Ctrl-C ends the process."""
     begun = False
     while data := os.read(reader, 1):
       number = data[0]
@@ -98,12 +99,12 @@ class StopSignal:
       begun = True
     os.close(reader)
 
-  # --- what all processes agree on -----------------------------------------------------------
+  # --- agreement between processes ------------------------------------------------------------
 
   def agreed(self, *flags: bool) -> list[int]:
-    """[the signal that some process has received, or 0; each flag, 1 if some process set it].
+    """[number of a signal that some process has received, or 0] + [1 if some process set the flag].
 
-    The same on every process. A collective.
+    A collective: all processes get the same list.
     """
     return over_processes(np.array([self.received, *flags], np.int32), np.max).tolist()
 
@@ -113,7 +114,7 @@ class StopSignal:
       raise Stopped(number)
 
   def check_soon(self) -> None:
-    """As `check`, by what was known at the call before: does not wait for the devices."""
+    """As `check`, with what was known at the previous call: it does not wait for the devices."""
     if jax.process_count() == 1:
       asked: Any = self.received
     else:
