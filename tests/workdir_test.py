@@ -84,7 +84,7 @@ def test_what_does_not_decide_what_is_learnt_may_differ_and_is_noted(name, value
 
 
 REFUSED = [
-  ({}, {"seed": 9}, "config.seed: 0 there, 9 now (it decides what is learnt)"),
+  ({}, {"seed": 9}, "config.seed: 0 there, 9 now (it decides what is learned)"),
   ({}, {"sampler__temperature": 0.5}, "config.sampler.temperature: 1.2 there, 0.5 now"),
   ({}, {"rl__prompts_per_step": 16}, "config.rl.prompts_per_step: 8 there, 16 now"),
   ({}, {"rl__steps": 2}, "config.rl.steps: 100 there, 2 now (3 steps are done)"),

@@ -341,7 +341,7 @@ class Config:
   Attributes:
     seed: of all randomness; the same seed repeats the run.
     stages: run in order, out of "sft", "rl" and "eval".
-    init_from: a Hugging Face LLaDA directory, or "" for a randomly initialised model.
+    init_from: a Hugging Face LLaDA directory, or "" for a randomly initialized model.
     compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
       (the user's cache folder, parallel/compile_cache.py) or "off".
     model, mesh, data, reward, sampler, hints, objective: sections of options.

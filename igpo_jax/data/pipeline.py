@@ -109,7 +109,7 @@ def row_identity(record_id: str, epoch: int) -> int:
 
 
 class _Stream:
-  """What prompt and SFT streams share: tokenised items, their order, the hosts' shares.
+  """What prompt and SFT streams share: tokenized items, their order, the hosts' shares.
 
   Attributes:
     prompt_lengths, trace_lengths: of all records, those left out included.

@@ -64,9 +64,9 @@ def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
 
   Example: 8 of 10 gives (0.490, 0.943).
   """
-  centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+  center = (share + z * z / (2 * n)) / (1 + z * z / n)
   spread = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-  return max(0.0, centre - spread), min(1.0, centre + spread)
+  return max(0.0, center - spread), min(1.0, center + spread)
 
 
 def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:

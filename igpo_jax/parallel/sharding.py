@@ -3,7 +3,7 @@
 Dimensions of parameters and of activations have different names, since they are laid out
 differently: parameters are split over the mesh axes `fsdp` and `tensor`, activations over the batch
 (`data` x `fsdp`) and `tensor`. An unknown name raises. If it silently meant "replicated", the first
-sign of a misspelt name would be an out-of-memory error on a pod.
+sign of a misspelled name would be an out-of-memory error on a pod.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
   Returns:
     `x` with the sharding constraint. Without a mesh in context (`jax.set_mesh`) it is `x` itself;
-    the names are checked all the same, so that a misspelt one also fails on a laptop.
+    the names are checked all the same, so that a misspelled one also fails on a laptop.
   """
   spec = partition_spec(axes)
   if x.ndim != len(axes):

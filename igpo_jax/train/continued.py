@@ -1,4 +1,4 @@
-"""Which options may differ when a run is continued: those that do not decide what is learnt.
+"""Which options may differ when a run is continued: those that do not decide what is learned.
 
 Options go by dotted names, such as "rl.micro_batches". Some are free under a condition; then
 the message for a refusal says which.
@@ -54,7 +54,7 @@ def changes(
     workdir: its name, for messages.
 
   Raises:
-    UserError: an option differs that decides what is learnt.
+    UserError: an option differs that decides what is learned.
   """
   only_eval = new.stages == ("eval",)
   differing = _differing(_filled(old, as_json(Config())), as_json(new))
@@ -64,7 +64,7 @@ def changes(
     if name in _CONDITIONS:
       reason = _CONDITIONS[name](before, now, old, new, reached)
     else:
-      reason = None if _is_in(name, FREE) else "it decides what is learnt"
+      reason = None if _is_in(name, FREE) else "it decides what is learned"
     if reason:
       raise UserError(
         f"{workdir} holds a run with another config.{name}: {before} there, {now} now "

@@ -76,7 +76,7 @@ def open_workdir(
     resolved: what these devices made of such sizes (train/sizes.py). It is written under
       "resolved", for people; nothing is compared with it.
 
-  Options that do not decide what is learnt may differ from those of the run in it
+  Options that do not decide what is learned may differ from those of the run in it
   (train/continued.py): what differs is printed in one line and noted in changes.jsonl.
 
   Raises:
