@@ -1,16 +1,16 @@
 """python -m igpo_jax.aot --config=configs/X.py --topology=v5e:8x8 [--config.a.b=value]
 
-Compiles a config's programs for a TPU slice, ahead of time and without having one. It
-needs libtpu (pip install -e '.[tpu]', best in an environment of its own), but no data,
-tokenizer or weights. For every program: memory of a chip and whether it fits, FLOPs,
-bytes, what the chips send each other, and the least time all that can take.
+Compiles a config's programs for a TPU slice, on a machine without one. It needs libtpu (pip install
+-e '.[tpu]', best in an environment of its own), but no data, tokenizer or weights. For every
+program it reports the memory of a chip and whether the program fits, FLOPs, bytes read and written,
+bytes sent between chips, and a lower bound of the time.
 
-  --topology   such as v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: the one of config.mesh.slice
-  --programs   only these, separated by commas: sft, rollout, likelihood, update
-  --layout     instead of compiling, prints where every parameter lives; needs no libtpu
+  --topology   such as v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: that of config.mesh.slice
+  --programs   compile only these, separated by commas: sft, rollout, likelihood, update
+  --layout     instead of compiling, print the sharding of every parameter; needs no libtpu
 
-A table goes to stderr; the last line of stdout is one JSON object. Exit code 0 also where
-a program does not fit: the object says so ("fits": false).
+A table goes to stderr, and the last line of stdout is one JSON object. The exit code is 0 even if a
+program does not fit: the object says so ("fits": false).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ flags.DEFINE_bool("layout", False, "Print the layout of the parameters.", flag_v
 
 
 def topology_devices(name: str) -> list[Any]:
-  """The devices of a slice that is not there.
+  """Descriptions of the devices of a TPU topology, such as "v5e:8x8", for the compiler.
 
   Raises:
-    UserError: libtpu is not installed, or knows no such topology.
+    UserError: libtpu is not installed, or it does not know the topology.
   """
   from jax.experimental import topologies
 
@@ -62,10 +62,10 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def chips_of(topology: str) -> int:
-  """How many chips a topology has: chips_of("v5e:8x8") == 64.
+  """The number of chips of a topology: chips_of("v5e:8x8") == 64.
 
   Raises:
-    UserError: it is no such name.
+    UserError: the name is not of this form.
   """
   if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
     raise UserError(f"--topology={topology}: names look like v5e:8x8 or v5p:2x2x4")
@@ -73,11 +73,16 @@ def chips_of(topology: str) -> int:
 
 
 def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) -> int:
-  """Bytes that a chip reads and writes at least: weights, and what passes between layers.
+  """A lower bound of the bytes that a chip reads and writes: weights, and results of products.
 
-  Every pass reads the chip's share of each layer's weights after they were gathered, and
-  writes and reads each product's result once. Attention is counted as if its scores never
-  left the chip.
+  Every pass reads the chip's share of each layer's gathered weights, and writes and reads the
+  result of each product once. Attention scores are not counted, as if they never left the chip.
+
+  Args:
+    program: the program.
+    config: with `model.vocab_size`.
+    chips: number of chips.
+    tensor: size of the tensor axis.
   """
   from jax.numpy import dtype
 
@@ -92,7 +97,7 @@ def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) ->
 
 
 def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> bool:
-  """Whether it moves values of the vocabulary for a position, not a row of some weight."""
+  """Whether a collective moves logits (values of the vocabulary) and not rows of a weight."""
   cfg = config.model
   vocab = {cfg.vocab_size, cfg.vocab_size // chips_tensor}
   if collective.kind == "all-reduce" or not vocab & set(collective.dims):
@@ -103,13 +108,13 @@ def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> b
 
 
 def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any]:
-  """Compiles a program and returns what the JSON object says of it."""
+  """Compiles a program; returns its entry of the JSON object."""
   import jax
 
   chips, tensor = mesh.size, mesh.shape["tensor"]
   began = time.perf_counter()
   lowered = program.lower()
-  facts: dict[str, Any] = {"flops": program.flops, "resident": program.resident}
+  facts: dict[str, Any] = {"flops": program.flops, "resident": program.other_resident_bytes}
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -129,9 +134,9 @@ def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
-  total = allocated + program.resident
+  total = allocated + program.other_resident_bytes
   moved: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-  found = collectives(compiled.as_text(), program.loops)
+  found = collectives(compiled.as_text(), program.max_trip_counts)
   for one in found:
     moved[one.kind]["count"] += one.times
     moved[one.kind]["bytes"] += one.times * one.bytes
@@ -163,7 +168,7 @@ def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any
 
 
 def table(report: dict[str, Any]) -> str:
-  """The report for people, as Markdown."""
+  """The report as a Markdown table."""
   columns = ("program", "memory, GiB a chip", "of it arguments", "temporaries", "beside it",
              "to spare", "PFLOP", "received, GiB a chip", "least seconds (bound by)")  # fmt: skip
   lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -182,7 +187,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -> dict[str, Any]:
-  """Compiles the programs of a config for a topology; returns the JSON object."""
+  """Compiles programs of a config for a topology; returns the JSON object."""
   import jax
 
   from igpo_jax.parallel.mesh import configured_mesh
@@ -212,10 +217,10 @@ def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -
 
 
 def with_vocabulary(config: Config) -> Config:
-  """The config with a vocabulary, which a tokenizer would have brought.
+  """The config with `model.vocab_size`, which a run takes from its tokenizer.
 
   Raises:
-    UserError: weights would bring it, and the config does not say how large it is.
+    UserError: the config loads weights and does not give the size of their vocabulary.
   """
   if config.model.vocab_size:
     return config

@@ -1,19 +1,19 @@
-"""Ask a model again and again: it is loaded once, and an answer may have given parts.
+"""Asks a model many questions: it is loaded once, and parts of an answer may be given.
 
     python -m igpo_jax.chat --model=DIR
 
 Every line is a question. Lines that begin with / are commands:
 
-    /template TEXT   the answer with gaps, for what is asked from now on: "A[MASK*6] B",
-                     [END] where the answer ends (igpo_jax.generate); alone: none
-    /hint TEXT@POSITION   one more given piece of the answer; alone: none
-    /order           show, or not, which tokens were filled in at which step
-    /history         keep, or not, the turns so far in the prompt; shows which
-    /set NAME=VALUE  an option of the sampler, such as /set temperature=0.7; alone: shows all
+    /template TEXT   use this answer with gaps from now on, such as "A[MASK*6] B[END]"
+                     (see igpo_jax.generate); without TEXT: use none
+    /hint TEXT@POSITION   add a given piece of the answer; without an argument: remove all
+    /order           turn on or off a list of the tokens that each step filled in
+    /history         turn on or off keeping earlier turns in the prompt
+    /set NAME=VALUE  set an option of the sampler, such as /set temperature=0.7; alone: show all
     /help, /quit
 
-A question that begins with a slash is written with two. Answers go to standard output, all
-else to standard error. Where questions come from a file or a pipe, a mistake ends the program.
+A question that begins with a slash is written with two slashes. Answers go to standard output, all
+other lines to standard error. If questions come from a file or a pipe, a mistake ends the program.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ if TYPE_CHECKING:  # importing jax takes seconds: after the first line
 
 
 class Chat:
-  """What is asked of a session, and how.
+  """A conversation with a model: the settings, given parts and turns so far.
 
   Args:
-    session: opened.
-    settings: at the beginning.
-    args: the command line.
+    session: the model.
+    settings: the settings to begin with.
+    args: the parsed command line.
   """
 
   def __init__(self, session: Session, settings: Settings, args: argparse.Namespace):
@@ -69,10 +69,10 @@ class Chat:
     }  # fmt: skip
 
   def line(self, text: str) -> bool:
-    """Does what one line says; False where it asks to end.
+    """Carries out one line, a command or a question. Returns False for /quit.
 
     Raises:
-      UserError: a command that does not exist, or something that cannot be asked.
+      UserError: an unknown command, or a question that cannot be asked.
     """
     text = text.rstrip("\r\n")
     if not text.strip():
@@ -92,7 +92,7 @@ class Chat:
     return True
 
   def ask(self, question: str) -> None:
-    """Prints the answer to a question; before it, where something is given, the canvas."""
+    """Prints the answer to a question. If parts of it are given, the canvas is shown before."""
     row = self._row(question)
     request = make_request(row, self.session.tokenizer, self.settings.prompting, self.args.raw)
     self.session.check(request)

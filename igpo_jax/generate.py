@@ -1,15 +1,15 @@
-"""Prompt in, text out; with hints to see inpainting at work.
+"""Answers prompts with a model; hints in the answer show inpainting at work.
 
     python -m igpo_jax.generate --model=DIR --prompt=TEXT [--hint=TEXT@POSITION ...]
     python -m igpo_jax.generate --model=DIR --prompt=TEXT --template="A[MASK*6] B"
     python -m igpo_jax.generate --model=DIR --input=IN.jsonl --output=OUT.jsonl
 
-A hint's tokens are put at POSITION of the answer (in tokens, from 0) before the
-denoising begins, and stay there. A template is the answer with gaps: text that is given,
-[MASK*N] for N tokens to be filled in, [END] where the answer ends; without it the rest of
-the canvas is filled in, too. IN has on each line "prompt" (text) or "messages" (a chat),
-and if you like "hints" (a list of TEXT@POSITION), "template", and anything else; OUT has
-the same lines with "completion" added. To ask many times: python -m igpo_jax.chat.
+A hint's tokens are placed at POSITION of the answer (in tokens, from 0) before denoising begins,
+and stay there. A template is the answer with gaps: given text, [MASK*N] for N tokens to fill in,
+and [END] where the answer ends. Without [END] the rest of the canvas is filled in, too.
+Each line of IN has "prompt" (text) or "messages" (a chat), optionally "hints" (a list of
+TEXT@POSITION) and "template", and any other fields. OUT has the same lines with "completion" added.
+To ask many questions with one start: python -m igpo_jax.chat.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def rows_of(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
-  """(where it stands, row) of all that is asked, checked as far as that needs no tokenizer.
+  """(position for messages, row) of every request, checked as far as that needs no tokenizer.
 
   Raises:
-    UserError: says which row cannot be asked.
+    UserError: a row is not a request; the message says which.
   """
   if args.output is not None and not args.input:
     raise UserError("--output goes with --input; a single answer goes to standard output")

@@ -1,22 +1,22 @@
 """python -m igpo_jax.rehearse --config=configs/X.py[:ARGUMENT] [--config.a.b=value]
 
-Everything that a start of igpo_jax.main would check, on devices that are not there and without
-weights: the config, its sizes, how batches share out over devices and processes, memory. The
-programs are traced and lowered for the platform, at full width; nothing is compiled or run. Prints
-one page: sizes, memory of a device, FLOPs, hours, checkpoints, and which files are here. Exit code
-0 if the run could start, 2 with one line if not.
+Makes the checks of a start of igpo_jax.main for devices that are not here, and without weights: the
+config, its sizes, how batches divide over devices and processes, and memory. The programs are
+traced and lowered for the platform at full width; nothing is compiled or run. Prints one page:
+sizes, memory of a device, FLOPs, hours, checkpoints, and which files are here. The exit code is 0
+if the run could start; if not, it is 2 after a line with the reason.
 
-  --devices     how many; default: as many as the config is sized for, or 1
-  --processes   of the run; default: one for up to 8 GPUs and one a GPU beyond, as slurm.sbatch
-                starts them; on a TPU slice one for each machine. No process is started: what each
-                would hold is counted.
-  --chip        h100, h200, a100, v5e, v5p, v6e; default: the config's; an h100 for any GPU
-  --share       of the chips' peak that is reached, for the hours; default 0.4. Not measured.
+  --devices     number of devices; default: what the config is sized for, or 1
+  --processes   number of processes; default: one for up to 8 GPUs, one per GPU beyond that (as
+                slurm.sbatch starts them), one per machine of a TPU slice. None is started; what
+                each would hold is counted.
+  --chip        h100, h200, a100, v5e, v5p or v6e; default: the config's; for any GPU an h100
+  --share       share of the chips' peak that the hours assume; default 0.4. It is not measured.
   --hinted      share of the groups that are all wrong and sampled again; default 0.3
-  --nolower     does not lower the programs: what takes most of the time here
+  --nolower     do not lower the programs, which takes most of the time
 
-Time and memory of programs are estimates (igpo_jax/train/costs.py, memory.py), parameters and
-optimizer state exact.
+Time and memory of programs are estimates (igpo_jax/train/costs.py, memory.py). The sizes of
+parameters and optimizer state are exact.
 """
 
 from __future__ import annotations
@@ -51,10 +51,15 @@ MACHINE_GPUS, MACHINE_CHIPS = 8, 4  # of a machine with GPUs; of a machine of a 
 
 
 def machine_for(config: Config, devices: int = 0, processes: int = 0, chip: str = ""):
-  """The machine that a config would run on; zeros and "" take what the config is sized for.
+  """The machine that a config would run on.
+
+  Args:
+    config: of the run.
+    devices, processes: how many; 0 takes the number that the config is sized for.
+    chip: kind of device; "" takes the config's.
 
   Raises:
-    UserError: an unknown chip, or devices that do not share out over the processes.
+    UserError: an unknown chip, or devices that do not divide over the processes.
   """
   from igpo_jax.parallel import machine
   from igpo_jax.parallel.tpu import SLICES, find_hardware
@@ -77,14 +82,14 @@ def machine_for(config: Config, devices: int = 0, processes: int = 0, chip: str 
 def rehearse(
   config: Config, machine, share: float = 0.4, hinted: float = 0.3, lower: bool = True
 ) -> dict[str, Any]:
-  """Checks what a start would check; returns the facts that `page` prints.
+  """Makes the checks of a start; returns the facts that `page` prints.
 
   Args:
-    config: the run's.
-    machine: see `machine_for`; jax has at least as many devices here, real or fake.
-    share: of the peak, for the seconds.
+    config: of the run.
+    machine: see `machine_for`. jax must have at least as many devices here, real or fake.
+    share: share of the chips' peak, for the seconds.
     hinted: share of the groups that are sampled again.
-    lower: also lowers the programs for the machine's platform.
+    lower: also lower the programs for the machine's platform.
 
   Raises:
     UserError: the run could not start.
@@ -137,7 +142,7 @@ def rehearse(
 
 
 def _only_programs(config: Config) -> Config:
-  """The config with defaults for what the programs do not depend on."""
+  """The config with the options that the programs do not depend on set to their defaults."""
   default, buckets = Config(), config.data.prompt_buckets
   data = dataclasses.replace(default.data, prompt_buckets=buckets)
   kept = ("stages", "model", "mesh", "sampler", "objective", "sft", "rl")
@@ -146,7 +151,7 @@ def _only_programs(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=64)
 def _lowered(config: Config, mesh, platform: str) -> dict[str, int]:
-  """Lowers every program of a config; returns how many kernels of fused attention each has."""
+  """Lowers every program of a config; program -> its number of fused attention kernels."""
   from igpo_jax.train.ahead_of_time import programs
 
   kernels = {}
@@ -157,7 +162,7 @@ def _lowered(config: Config, mesh, platform: str) -> dict[str, int]:
 
 
 def _count(config: Config, mesh) -> tuple[int, int]:
-  """(All parameters, those that are trained.)"""
+  """(number of all parameters, number of trained parameters)."""
   import jax
 
   from igpo_jax.models import lora
@@ -169,10 +174,10 @@ def _count(config: Config, mesh) -> tuple[int, int]:
 
 
 def missing_files(config: Config) -> dict[str, str]:
-  """What the run reads and is not here: option or benchmark -> what is said of it.
+  """Input files of the run that are not here: option or benchmark -> what is missing.
 
   Raises:
-    UserError: a source of an unknown kind.
+    UserError: a source is of an unknown kind.
   """
   from igpo_jax.data.sources import FILE_SOURCES, check_files
   from igpo_jax.eval.protocols import plan
@@ -194,7 +199,7 @@ def missing_files(config: Config) -> dict[str, str]:
 
 
 def _problems(config: Config, task, missing: dict[str, str]) -> int:
-  """How many problems a benchmark has; 0 where that is not known."""
+  """The number of problems of a benchmark; 0 if it is not known."""
   from igpo_jax.data.sources import load_records
   from igpo_jax.train.costs import PUBLISHED
 
@@ -206,7 +211,7 @@ def _problems(config: Config, task, missing: dict[str, str]) -> int:
 
 
 def _stages(config: Config, missing: dict[str, str]) -> dict[str, tuple[int, int]]:
-  """Training stage -> (steps, evaluations); 0 steps where a file tells that is not here."""
+  """Training stage -> (steps, evaluations). 0 steps if they depend on a file that is not here."""
   from igpo_jax.data.sources import load_records
   from igpo_jax.train.costs import evaluations
 
@@ -251,7 +256,7 @@ def page(facts: dict[str, Any], name: str) -> str:
 
 
 def _wrapped(head: str, items: list[str], width: int = 100) -> list[str]:
-  """ "head         item, item, ..." on as many lines as that takes."""
+  """Lines of at most `width` columns: "head         item, item, ..."."""
   lines = [f"{head:<12}"]
   for k, item in enumerate(items):
     item = f" {item}," if k + 1 < len(items) else f" {item}"
@@ -262,7 +267,7 @@ def _wrapped(head: str, items: list[str], width: int = 100) -> list[str]:
 
 
 def _work_lines(config: Config, machine) -> list[str]:
-  """How the batches of a step are cut."""
+  """Lines on how the batches of a step are split."""
   lines, ways = [], config.mesh.data * config.mesh.fsdp
   lengths = ", ".join(map(str, config.data.prompt_buckets))
   if "rl" in config.stages:
@@ -318,7 +323,7 @@ def _time(seconds: float | None) -> str:
 
 
 def step_seconds(facts: dict[str, Any], stage: str, bucket: int) -> float | None:
-  """Seconds of a step with all prompts padded to `bucket`; None where no peak is known."""
+  """Seconds of a step with all prompts padded to `bucket`; None if the chips' peak is not known."""
   seconds = [s for _, s in facts["steps"][bucket][stage].values()]
   return None if None in seconds else sum(seconds)
 

@@ -1,1 +1,1 @@
-"""Small array operations that several rooms share."""
+"""Small array operations: masked arithmetic, and statistics of tokens without all their logits."""

@@ -1,4 +1,4 @@
-"""Masked arithmetic, once: means over what counts, and the k best of what is allowed."""
+"""Masked arithmetic: sums and means over some positions, and the k largest allowed values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The device programs of a config, with the shapes and layouts of their arguments.
 
-What the loops run, described without data, weights or devices, so that it can be
-compiled ahead of time for a slice nobody has at hand, and its memory and work counted.
-On as many fake devices it can be lowered for GPUs that are not there, though not compiled:
+They are the programs that the training loops run, described without data, weights or devices. So
+they can be compiled for a TPU slice that is not here, and their memory and FLOPs can be counted.
+With the same number of fake devices they can be lowered, but not compiled, for GPUs:
 
     for name, program in programs(config, configured_mesh(config.mesh)).items():
       stablehlo = program.lower("cuda").as_text()
@@ -45,30 +45,31 @@ class Program:
   """One jitted program of a training step.
 
   Attributes:
-    mesh: of the devices it runs on.
-    trace: () -> jax's traced program; call it with the mesh in context, or call `lower`.
-    loops: most turns of its data-dependent loops, outermost first (parallel/hlo.py).
-    flops: products it needs, over all chips, at most (models/flops.py).
-    forwards: how often it reads every layer's weights, forward and backward.
-    rows, positions: of the canvases that go through the layers at a time.
-    resident: bytes per chip that stay allocated while it runs and are no argument.
+    mesh: the mesh that it runs on.
+    trace: () -> jax's traced program. Call it with the mesh in context, or call `lower`.
+    max_trip_counts: upper bounds of data-dependent loops, outermost first (parallel/hlo.py).
+    flops: upper bound of the FLOPs of its matrix products, over all chips (models/flops.py).
+    forwards: how often it reads every layer's weights, in forward and backward passes.
+    rows, positions: shape of the canvases that go through the layers at one time.
+    other_resident_bytes: per chip, memory held by arrays that are not arguments of this program
+      (for example the optimizer state during sampling).
   """
 
   mesh: jax.sharding.Mesh
   trace: Callable[[], jax.stages.Traced]
-  loops: tuple[int, ...]
+  max_trip_counts: tuple[int, ...]
   flops: int
   forwards: int
   rows: int
   positions: int
-  resident: int
+  other_resident_bytes: int
 
   def lower(self, platform: str = "") -> jax.stages.Lowered:
-    """Lowers the program, under its mesh.
+    """Lowers the program with its mesh in context.
 
     Args:
-      platform: such as "cuda" or "tpu": for devices of that kind, whatever the mesh has; what
-        is returned can then be read, but not compiled here. "": for the mesh's devices.
+      platform: such as "cuda" or "tpu", to lower for devices of that kind instead of the mesh's.
+        The result can be read, but not compiled here. "": for the mesh's devices.
     """
     with jax.set_mesh(self.mesh):
       if not platform:
@@ -94,7 +95,7 @@ def _cudnn_assumed() -> Iterator[None]:
 
 
 def bytes_per_chip(tree: Any) -> int:
-  """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+  """The bytes of a tree on one device. `tree` has ShapeDtypeStructs with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
     for x in jax.tree.leaves(tree)
@@ -107,14 +108,14 @@ def _abstract(tree: Any, shardings: Any) -> Any:
 
 
 def abstract_params(config: Config, mesh) -> Params:
-  """The parameters of `config.model`, as ShapeDtypeStructs laid out over the mesh."""
+  """The parameters of `config.model` as ShapeDtypeStructs with shardings over the mesh."""
   shapes, axes = _shapes(config.model)
   return _abstract(shapes, tree_shardings(axes, mesh))
 
 
 @functools.lru_cache(maxsize=32)
 def _shapes(model: ModelConfig) -> tuple[Params, Any]:
-  """Shapes and logical axes of a model's parameters; finding them takes a good part of a second."""
+  """(shapes, logical axes) of a model's parameters. Cached, since it takes nearly a second."""
   lm = make_lm(model)
   return jax.eval_shape(lambda: lm.init(jax.random.key(0))), lm.logical_axes()
 
@@ -127,10 +128,10 @@ def abstract_state(optimizer, params: Params, mesh) -> TrainState:
 
 
 def training_flops(config: Config, forward: int) -> int:
-  """FLOPs of a forward and a backward pass, of which `forward` are the forward's.
+  """FLOPs of a forward and a backward pass, given the `forward` FLOPs of the forward pass.
 
-  Backward needs the gradient of every product's input, and of its weights where they are
-  trained: with LoRA those of the adapters only, which are left out (below 2% at r = 128).
+  The backward pass computes the gradient of every product's input, and of every trained weight.
+  With LoRA only adapters are trained; their FLOPs are left out (below 2% at r = 128).
   """
   return forward * (2 if config.model.lora.rank else 3)
 
@@ -138,11 +139,11 @@ def training_flops(config: Config, forward: int) -> int:
 def programs(config: Config, mesh) -> dict[str, Program]:
   """The programs of a config's stages: "sft" of SFT; "rollout", "likelihood" and "update" of RL.
 
-  Prompts have the longest bucket's length, responses the longest there is.
+  Prompts have the length of the longest bucket, responses the longest response length.
 
   Args:
     config: with `model.vocab_size` set.
-    mesh: of real devices, of fake ones, or of a topology's.
+    mesh: a mesh of real devices, of fake devices, or of a topology's.
   """
   cfg, lm = config.model, make_lm(config.model)
   params = abstract_params(config, mesh)
@@ -179,7 +180,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
 
 
 def _passes(config: Config) -> int:
-  """Times an update reads the weights: forward, its repetition, backward."""
+  """How often an update reads the weights: forward, recomputed forward, backward."""
   return 2 + (config.model.remat != "none")
 
 
@@ -226,8 +227,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   read = forward_flops(cfg, read_rows, total, total, length, read=length)
   step = forward_flops(cfg, sampled, total, total, sampler.block_length, read=sampler.block_length)
 
-  # What is there besides a program's own arguments: the state, the reference's own part,
-  # and the policy's copy in the compute dtype where it is one.
+  # Memory besides a program's own arguments: the state, the reference's own parameters, and the
+  # policy's copy in the compute dtype, if there is one.
   is_cast = any(x.dtype != compute for x in jax.tree.leaves(trainable))
   own = bytes_per_chip(lora.split(readable)[0])
   held_reference = 0 if reference is None else own

@@ -1,7 +1,7 @@
-"""Which options may differ when a run is continued: those that do not decide what is learned.
+"""The options that may differ when a run is continued: those that do not change what is learned.
 
-Options go by dotted names, such as "rl.micro_batches". Some are free under a condition; then
-the message for a refusal says which.
+Options are named with dots, such as "rl.micro_batches". Some may differ under a condition only; a
+message of refusal names the condition.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from etils import epath
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
 
-# Whole sections and single options: how a run is cut up, shown, kept and evaluated.
+# Sections and single options: how a run is split, displayed, saved and evaluated.
 FREE = (
   "stages", "log", "mesh", "checkpoint", "compilation_cache",
   "rl.micro_batches", "rl.sample_slices", "rl.eval_every", "sft.micro_batches", "sft.eval_every",
   "eval.batch_size", "reward.workers", "reward.timeout",
   "model.attention", "model.remat", "model.shard_sequence",
 )  # fmt: skip
-# What makes the model of a workdir that is only evaluated.
+# The options that decide the model, which must not differ where a workdir is only evaluated.
 MODEL = ("model", "init_from")
 
 Options = dict[str, Any]
@@ -31,11 +31,11 @@ Options = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-  """How far the run in a workdir is.
+  """How far the run in a workdir has come.
 
   Attributes:
-    done: stage -> steps of its newest checkpoint, for stages that have one.
-    begun: stages that have a row or a checkpoint.
+    done: stage -> step of its newest checkpoint, for stages that have one.
+    begun: the stages that have a row or a checkpoint.
   """
 
   done: Mapping[str, int]
@@ -45,16 +45,16 @@ class Reached:
 def changes(
   old: Options, new: Config, reached: Reached, workdir: epath.PathLike
 ) -> dict[str, tuple[Any, Any]]:
-  """Name -> (old, new) of the options that differ between a run and its continuation.
+  """The options that differ between a run and its continuation: name -> (old, new).
 
   Args:
-    old: config.json of the workdir.
-    new: the config that the run is to be continued with.
-    reached: of the run.
-    workdir: its name, for messages.
+    old: contents of config.json in the workdir.
+    new: the config with which the run is to be continued.
+    reached: how far the run has come.
+    workdir: of the run, for messages.
 
   Raises:
-    UserError: an option differs that decides what is learned.
+    UserError: an option differs that changes what is learned.
   """
   only_eval = new.stages == ("eval",)
   differing = _differing(_filled(old, as_json(Config())), as_json(new))
@@ -74,7 +74,7 @@ def changes(
 
 
 def as_json(config: Config) -> Options:
-  """The config as JSON gives it back."""
+  """The config as it is after being written as JSON and read again."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -104,8 +104,8 @@ def _is_in(name: str, names: tuple[str, ...]) -> bool:
   return any(name == other or name.startswith(f"{other}.") for other in names)
 
 
-# --- free under a condition -------------------------------------------------------------------
-# (before, now, the old options, the new config, how far the run is) -> what stands against it.
+# --- options that may differ under a condition ------------------------------------------------
+# (before, now, the old options, the new config, how far the run has come) -> the reason to refuse.
 
 
 def _stages(before: Any, now: Any, old: Options, new: Config, reached: Reached) -> str | None:

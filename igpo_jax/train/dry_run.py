@@ -1,4 +1,5 @@
-"""What a run would do: everything read and checked, sizes, memory and time said, nothing trained.
+"""The plan of a run: inputs are read and checked, sizes, memory and time printed; nothing is
+trained.
 
     python -m igpo_jax.main --config=configs/X.py --dry_run
 
@@ -36,7 +37,7 @@ from igpo_jax.train.setup import peek_tokenizer, with_lora
 from igpo_jax.train.sizes import model_of, resolve, said
 from igpo_jax.usage import options
 
-# Of the peak, what a run of this program reaches: a guess that is right within a factor of three
+# The share of the peak that a run of this program reaches: a guess within a factor of three
 # (docs/benchmarks.md has measurements).
 REACHED = {"cpu": 0.25}
 REACHED_ELSEWHERE = 0.3
@@ -47,7 +48,7 @@ def dry_run(config: Config, workdir: epath.Path) -> None:
   """Prints the plan of a run.
 
   Raises:
-    UserError: whatever would keep the run from starting.
+    UserError: the run could not start; the message is the one that the run would give.
   """
   machine = here()
   check_machine(config.mesh, machine)
@@ -81,7 +82,7 @@ def dry_run(config: Config, workdir: epath.Path) -> None:
 
 
 def differences(config: Config) -> list[str]:
-  """A line for each option that is not at its default."""
+  """A line for each option that differs from its default."""
   lines = []
   for option in options():
     value = config
@@ -98,7 +99,7 @@ def _short(value: object, most: int = 200) -> str:
 
 
 def _model(config: Config, tokenizer: Tokenizer):
-  """The model's sizes, with the vocabulary that the tokenizer has."""
+  """The sizes of the model, with the tokenizer's vocabulary."""
   if config.init_from:
     return model_of(config)
   size = config.model.vocab_size or tokenizer.vocab_size
@@ -144,7 +145,7 @@ def _sizes(config: Config, mesh, steps: dict[str, int], problems: dict[str, int]
 
 
 def evaluations(config: Config, steps: dict[str, int]) -> int:
-  """How often each benchmark is run."""
+  """The number of times that each benchmark is evaluated in the run."""
   times = int("eval" in config.stages) + int(bool(steps) and config.eval.initial)
   for stage, total in steps.items():
     every = getattr(config, stage).eval_every
@@ -168,7 +169,7 @@ def _memory(config: Config, mesh, machine: Machine) -> list[str]:
 def _time(
   config: Config, mesh, machine: Machine, steps: dict[str, int], problems: dict[str, int]
 ) -> Iterator[str]:
-  """Floating-point operations by stage, and how long they take at a share of the devices' peak."""
+  """Lines with the FLOPs of each stage, and their time at a share of the devices' peak."""
   work = {}
   found = programs(config, mesh)
   if "sft" in steps:

@@ -1,7 +1,7 @@
-"""What is seen of a stage while it runs: steps, the slices of a rollout, what is being compiled.
+"""The progress display of a stage: its steps, the slices of a rollout, programs being compiled.
 
-On a terminal a bar that fits into 80 columns; elsewhere, in a job's log, plain lines, one in
-LINE_SECONDS at most. Only the first process writes.
+On a terminal it is a bar of at most 80 columns. Elsewhere, such as in the log of a job, it is plain
+lines, at most one every LINE_SECONDS. Only process 0 prints.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ BAR = "{name} {{n_fmt}}/{{total_fmt}} |{{bar:8}}| {text}"
 
 
 class Display:
-  """A bar on a terminal, or a line now and then.
+  """A progress bar on a terminal; elsewhere a line now and then.
 
   Args:
-    name: of what is counted.
-    total, done: how many there are, and how many are behind us.
+    name: name of the items that are counted.
+    total: number of items.
+    done: number of items that are done already.
     leave: whether a finished bar stays on the screen.
   """
 
@@ -54,7 +55,7 @@ class Display:
     self._said = time.perf_counter()
 
   def show(self, text: str, done: int | None = None) -> None:
-    """Shows how far it is; as a line only if there was none for LINE_SECONDS, or at the end."""
+    """Shows `text` and the items done. A line is printed every LINE_SECONDS and at the end only."""
     moved, self.done = done is not None and done != self.done, self.done if done is None else done
     self._bar.bar_format = BAR.format(name=self.name, text=re.sub(r"[{}]", r"\g<0>\g<0>", text))
     self._bar.n, self._bar.ncols = self.done, self._columns()
@@ -73,10 +74,12 @@ class Display:
 
 
 def track(items: Iterable[Any], name: str, first: str = "") -> Iterator[Any]:
-  """Yields the items of a sized iterable and shows how far they are.
+  """Yields the items of a sized iterable and shows the progress.
 
   Args:
-    first: said before the first item, which compiles a program.
+    items: the items.
+    name: name for the display.
+    first: printed before the first item, which compiles a program; "" for nothing.
   """
   items = list(items)
   if first and items:
@@ -92,9 +95,14 @@ def track(items: Iterable[Any], name: str, first: str = "") -> Iterator[Any]:
 
 
 def pace(seconds: list[float], left: int, unit: str, compiles: bool = True) -> str:
-  """The usual length of an item and what that makes of those left.
+  """The median time of an item, and the time that the items left will take, as text.
 
-  If the first of them `compiles`, it does not count as soon as there is another.
+  Args:
+    seconds: times of the items so far.
+    left: number of items left.
+    unit: name of an item.
+    compiles: whether the first item compiles a program. Then it is not counted once there is
+      another.
 
   Example: `pace([60.0, 2.0, 2.0], 5, "step") == "2 s/step, 10 s left"`.
   """
@@ -108,14 +116,16 @@ def pace(seconds: list[float], left: int, unit: str, compiles: bool = True) -> s
 def denoising_flops(
   model: ModelConfig, sampler: SamplerConfig, rows: int, prompt_length: int, commit_step: np.ndarray
 ) -> int:
-  """Products that denoising took, from the steps in which something was committed.
+  """FLOPs of denoising, counted from the steps in which tokens were committed.
 
-  Exact without a cache. With one, a whole call for each block and its window for the rest.
+  Exact without a cache. With one, a call on the whole canvas is counted for each block, and calls
+  on the block's window for its other steps.
 
   Args:
-    rows: that went through together, over all processes.
+    model, sampler: the options.
+    rows: number of rows that were denoised together, over all processes.
     prompt_length: positions of the padded prompts.
-    commit_step: i32[...,L] of any of these rows that together show all steps.
+    commit_step: i32[...,L], of some of these rows that together have all steps.
   """
   steps = np.unique(commit_step[commit_step >= 0])
   blocks = len(np.unique(steps // sampler.steps_per_block))
@@ -129,11 +139,11 @@ def denoising_flops(
 
 
 class Progress:
-  """How far a run is: a stage's steps, and what happens within one.
+  """The progress of a run: the steps of a stage, and what happens within a step.
 
   Args:
-    config: for the shapes that work is counted from.
-    workdir: keeps how long programs took to compile (`compile_seconds.json`).
+    config: gives the shapes from which FLOPs are counted.
+    workdir: the times of compilations are kept there (`compile_seconds.json`).
   """
 
   def __init__(self, config: Config, workdir: epath.Path):
@@ -148,18 +158,18 @@ class Progress:
     self._began = 0.0
 
   def begin(self, name: str, total: int, done: int, programs: int) -> None:
-    """A stage begins at step `done`; `programs` are compiled in its first step."""
+    """Call it when a stage begins at step `done`; its first step compiles `programs` programs."""
     self._display, self._seconds = Display(name, total, done), []
     self._expected, self._compiled = programs, {}
 
   def close(self) -> None:
-    """The stage has ended."""
+    """Call it when the stage has ended."""
     if self._display:
       self._display.close()
     self._display = None
 
   def step(self, done: int, seconds: float, shown: dict[str, float]) -> None:
-    """A step was made; `shown` are its most telling metrics."""
+    """Call it after a step of `seconds`; `shown` are the metrics to display."""
     self._seconds.append(seconds)
     if self._display:
       metrics = [f"{name}={value:.3g}" for name, value in shown.items()]
@@ -168,7 +178,7 @@ class Progress:
 
   @contextlib.contextmanager
   def program(self, name: str, shape: tuple[int, ...]) -> Iterator[None]:
-    """Around a call of a jitted program: says so if the shape is new, since it is compiled."""
+    """Put it around a call of a jitted program: if the shape is new, it prints that it compiles."""
     key = f"{name} {'x'.join(map(str, shape))}"
     if key in self._compiled or not self._display:
       yield
@@ -184,7 +194,7 @@ class Progress:
     self._keep()
 
   def _usual(self, key: str) -> float:
-    """Seconds that it took in an earlier start, 0 if there was none."""
+    """Seconds that the compilation took in an earlier start; 0 if there was none."""
     if self._last_time is None:
       try:
         found = json.loads(self._file.read_text()) if jax.process_index() == 0 else {}
@@ -202,12 +212,12 @@ class Progress:
         self._file.write_text(json.dumps(known, indent=1))
 
   def sampling(self, rows: int) -> None:
-    """So many rows are going to be sampled, over all processes."""
+    """Call it before a rollout of `rows` rows, over all processes."""
     self._rows, self._rows_done, self._tokens, self._flops = rows, 0, 0, 0
     self._began = time.perf_counter()
 
   def sampled(self, commit_step: np.ndarray, prompt_length: int) -> None:
-    """A slice has arrived; i32[B,L] of this process's rows."""
+    """Call it after a slice of a rollout; `commit_step` is i32[B,L] of this process's rows."""
     processes = jax.process_count()
     rows = len(commit_step) * processes
     self._rows_done += rows
@@ -219,7 +229,7 @@ class Progress:
       self._display.show(self.slice_text(time.perf_counter() - self._began))
 
   def slice_text(self, seconds: float) -> str:
-    """What is shown of a rollout that has taken so many seconds."""
+    """The text for a rollout that has taken `seconds` so far."""
     seconds = max(seconds, 1e-9)
     left = seconds * max(self._rows - self._rows_done, 0) / max(self._rows_done, 1)
     rate = self._flops / seconds
@@ -233,7 +243,7 @@ class Progress:
 
 
 class StepClock(DeviceClock):
-  """Shows how far a step is, and stops it between two slices of its rollout if `stop` wants it."""
+  """Shows the progress of a step, and stops it between two slices of its rollout on a signal."""
 
   def __init__(self, stop: StopSignal, progress: Progress):
     super().__init__()
@@ -251,7 +261,7 @@ class StepClock(DeviceClock):
 
 
 def device_memory() -> dict[str, float]:
-  """GiB in use and at the peak, of this process's fullest device; {} where it does not tell."""
+  """Memory in use and at the peak, in GiB, of this process's fullest device; {} if not known."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
   return {
@@ -265,9 +275,9 @@ class Profiler:
   """Writes an xprof trace of some steps of a stage to WORKDIR/profile/STAGE.
 
   Args:
-    folder: where to.
-    steps: how many; 0: none. They begin after the stage's first two steps in this process,
-      which compile.
+    folder: folder for the trace.
+    steps: number of steps to trace; 0: none. The stage's first two steps in this process, which
+      compile programs, are left out.
   """
 
   SKIPPED = 2
@@ -277,7 +287,7 @@ class Profiler:
     self._made, self._on = 0, False
 
   def step(self) -> None:
-    """Call it before each step."""
+    """Call it before each step of the stage."""
     if self.steps and self._made == self.SKIPPED:
       jax.profiler.start_trace(str(self.folder))
       self._on = True
@@ -286,7 +296,7 @@ class Profiler:
     self._made += 1
 
   def close(self) -> None:
-    """Ends a trace that is being written."""
+    """Ends the trace, if one is being written."""
     if self._on:
       jax.profiler.stop_trace()
       print_once(f"profile written to {self.folder}")

@@ -1,4 +1,4 @@
-"""What a finished run shows: summary.json, a table, and the curves as a PNG."""
+"""The report of a finished run: summary.json, a table, and the curves as a PNG."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RL_MEANS = (
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:
-  """The numbers of a run from its metric rows.
+  """The summary of a run, from its metric rows.
 
   Returns:
-    {"eval": {"<stage>/<benchmark>": {"accuracy", "stderr", "n", ...}} from each
-    stage's last evaluation, "rl": {name: mean over all steps}, "steps": {stage: last}}.
-    An evaluation with other settings than the run's others has these in "unlike".
+    "eval": {"STAGE/BENCHMARK": {"accuracy", "stderr", "n", ...}}, from the last evaluation of each
+    stage; "rl": {name: mean over all steps}; "steps": {stage: last step}. If an evaluation had
+    other settings than most of the run's evaluations, "unlike" names them.
   """
   evals: dict[str, dict[str, Any]] = {}
   steps: dict[str, int] = {}
@@ -51,7 +51,7 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
 
 
 def _evaluations(row: Row) -> dict[str, dict[str, Any]]:
-  """Benchmark -> its numbers, of one row."""
+  """Benchmark -> its metrics, of one row."""
   out: dict[str, dict[str, Any]] = {}
   for name, value in row.items():
     if name.startswith("eval/"):
@@ -61,9 +61,9 @@ def _evaluations(row: Row) -> dict[str, dict[str, Any]]:
 
 
 def _settings(result: dict[str, Any]) -> dict[str, str]:
-  """What an evaluation was made with; accuracies of other settings do not compare.
+  """The settings of an evaluation. Accuracies under different settings cannot be compared.
 
-  Rows of earlier versions name fewer of them.
+  Rows of earlier versions have fewer settings.
   """
   words = [word.split("=", 1) for word in result.get("settings", "").split(", ") if word]
   out = {"protocol": str(result.get("protocol", "none"))} | dict(words)
@@ -71,7 +71,7 @@ def _settings(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _usual(rows: list[Row]) -> dict[str, dict[str, str]]:
-  """Benchmark -> the settings of most of its evaluations, the first ones of equally many."""
+  """Benchmark -> the most frequent settings of its evaluations, or the first of several."""
   counts: dict[str, Counter[tuple[tuple[str, str], ...]]] = {}
   for row in rows:
     for bench, result in _evaluations(row).items():
@@ -80,7 +80,7 @@ def _usual(rows: list[Row]) -> dict[str, dict[str, str]]:
 
 
 def _unlike(result: dict[str, Any], usual: dict[str, str]) -> str:
-  """The settings of an evaluation that are not the usual ones, "cache=dual, steps=8"; "": none."""
+  """The settings of an evaluation that differ from the usual, such as "cache=dual, steps=8"."""
   own = _settings(result)
   if not ("settings" in result and "steps" in usual):  # one of them is of an earlier version
     own = {name: value for name, value in own.items() if name in usual}
@@ -123,7 +123,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
-  """One benchmark's rows: its accuracy, what several samples add, the published number."""
+  """The table's rows for one benchmark: accuracy, metrics of several samples, published number."""
   stage, bench = name.split("/", 1)
   where = f"{bench}, {STAGE_LABELS.get(stage, stage)}"
   if "protocol" in result:
@@ -150,7 +150,7 @@ OTHER_MARKERS: Sequence[str] = ("s", "^", "D", "v", "P", "X")
 
 
 def draw_curves(rows: list[Row], path: epath.Path) -> None:
-  """Loss, reward, all-wrong groups and held-out accuracy over steps, as a PNG."""
+  """Draws loss, reward, all-wrong groups and held-out accuracy over steps into a PNG file."""
   # Not pyplot: it would change the backend of a notebook that calls this.
   from matplotlib.figure import Figure
 
@@ -171,7 +171,7 @@ def draw_curves(rows: list[Row], path: epath.Path) -> None:
 
 
 def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
-  """Faint raw values and their running mean."""
+  """Draws metrics over steps: raw values in faint color, and their running mean."""
   for name, label in names.items():
     points = [(r["step"], r[name]) for r in rows if r["stage"] == stage and r.get(name) is not None]
     if not points:
@@ -189,9 +189,9 @@ def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
 
 
 def _accuracies(ax, rows) -> None:
-  """Held-out accuracy with its standard error, over the steps of all stages in a row.
+  """Draws held-out accuracy with its standard error over the steps of the run.
 
-  Evaluations of the usual settings are joined; each other kind has a marker of its own.
+  Evaluations with the usual settings are joined by a line. Others have markers of their own.
   """
   before, usual = offsets(rows), _usual(rows)
   series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}

@@ -1,4 +1,4 @@
-"""The workdir of a run: made once, checked against the config, seen by all processes."""
+"""The workdir of a run: it is made, locked, compared with the config, and checked for sharing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SIGHT_SECONDS = 60.0  # network disks show a new file after a while
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
-  """Keeps other runs out of the workdir during the body; makes the workdir if need be.
+  """Locks the workdir during the body, so that no other run uses it. Makes it if there is none.
 
-  A collective: process 0 holds the lock for all.
+  A collective: process 0 holds the lock for all processes.
 
   Raises:
     UserError: on every process, if another run holds it, or it cannot be written.
@@ -54,7 +54,7 @@ def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
 
 @contextlib.contextmanager
 def _told(workdir: epath.Path) -> Iterator[None]:
-  """Raises `UserError` for whatever keeps the workdir from being used."""
+  """Turns errors that keep the workdir from being used into `UserError`."""
   try:
     yield
   except ImportError as error:
@@ -68,13 +68,14 @@ def open_workdir(
 ) -> None:
   """Makes the workdir, or checks that the run in it is this one; writes config.json.
 
-  A collective: process 0 looks and decides for all.
+  A collective: process 0 looks and decides for all processes.
 
   Args:
-    config: as it was given. A size that it leaves to the devices stays 0 in config.json, so a
-      run may be continued on other devices.
-    resolved: what these devices made of such sizes (train/sizes.py). It is written under
-      "resolved", for people; nothing is compared with it.
+    workdir: of the run.
+    config: as it was given. A size of 0, which the devices decide, stays 0 in config.json, so that
+      the run can be continued on other devices.
+    resolved: the sizes that were chosen for these devices (train/sizes.py). They are written under
+      "resolved" for people to read; nothing is compared with them.
 
   Options that do not decide what is learned may differ from those of the run in it
   (train/continued.py): what differs is printed in one line and noted in changes.jsonl.
@@ -128,7 +129,7 @@ def _open(
 
 
 def _reached(workdir: epath.Path, rows: list[Row]) -> Reached:
-  """How far the run in a workdir is, by its rows and checkpoints."""
+  """How far the run in a workdir has come, from its rows and checkpoints."""
   done, begun = {}, {row["stage"] for row in rows}
   for stage in ("sft", "rl"):
     folder = workdir / "checkpoints" / stage
@@ -182,10 +183,10 @@ def difference(old: Any, new: Any) -> tuple[Any, Any]:
 
 
 def _check_shared(workdir: epath.Path) -> None:
-  """Raises `UserError` unless every process sees a file that process 0 makes there.
+  """Raises `UserError` unless every process sees a file that process 0 makes in the workdir.
 
-  Checkpoints are written by all processes into one directory: on a disk of each machine
-  they would be in pieces, which shows only when a run is to be continued.
+  All processes write parts of a checkpoint into one directory. If each machine had a disk of its
+  own, every checkpoint would be incomplete, which would show only when a run is continued.
   """
 
   def mark() -> str:
