@@ -44,15 +44,16 @@ from benchmarks.torch_llada import find_code
 from igpo_jax import cli
 from igpo_jax.config import Config, DataConfig, LoRAConfig, RLConfig, SamplerConfig
 from igpo_jax.convert.families import hf_config
+from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.errors import UserError
 from igpo_jax.models import attention
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
-from igpo_jax.rl.sampling import sample_rows
 from igpo_jax.train.ahead_of_time import programs
+from igpo_jax.train.micro_batches import shardings_of
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import Model, compute_copy, make_optimizer, start_state
-from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Rollout
 
 GIB = 2**30

@@ -34,9 +34,10 @@ from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.ops.token_stats import token_stats
-from igpo_jax.rl.estimator import loss_region
-from igpo_jax.rl.objective import hints_to_keep, policy_loss
-from igpo_jax.train.update import make_policy_programs
+from igpo_jax.rl.hint_filter import hints_to_keep
+from igpo_jax.rl.objectives.clipped import policy_loss
+from igpo_jax.rl.region import loss_region
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.types import LM, Rollout
 
 SHARPER = 4.0  # logits of standard deviation 4: entropies differ by tenths of a nat
@@ -134,7 +135,8 @@ def main() -> None:
   params["head"] = jax.tree.map(lambda x: SHARPER * x, params["head"])
   rollout = make_rollout(model, group, args.prompt, length)
   programs = make_policy_programs(lm, optax.identity(), config)
-  # A reference and an old policy that are not quite the policy: ratios off 1, a KL.
+  # A reference and an old policy that are not quite the policy: ratios off 1 at the second inner
+  # update, a KL.
   other = jax.tree.map(lambda x: 0.995 * x, params)
   row_keys = jax.random.split(jax.random.key(2), 1)
   scores = programs.score(other, other, rollout, row_keys)
@@ -143,10 +145,10 @@ def main() -> None:
   for name in names:
     if name == "ours":
       jitted[name] = programs.gradient
-      arguments[name] = (params, {}, rollout, scores, row_keys, jnp.int32(0))
+      arguments[name] = (params, {}, rollout, scores, row_keys, jnp.int32(1))
     else:
       jitted[name] = plain_gradient(lm, config.objective, name == "plain_completion")
-      arguments[name] = (params, rollout, scores.old[0, 0], scores.ref[0, 0])
+      arguments[name] = (params, rollout, scores.old[0, 0, 0], scores.ref[0, 0, 0])
   counter = common.CompileCounter()
   cases, results, gradients, losses = {}, {}, {}, {}
   for name in names:

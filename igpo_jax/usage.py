@@ -42,8 +42,8 @@ def options(cls: type = Config, default: Any = None, prefix: str = "") -> Iterat
   texts = descriptions(cls)
   for name, hint in declarations(cls).items():
     value = getattr(default, name)
-    if dataclasses.is_dataclass(hint):
-      yield from options(hint, value, f"{prefix}{name}.")
+    if dataclasses.is_dataclass(value):
+      yield from options(type(value), value, f"{prefix}{name}.")
     else:
       yield Option(f"{prefix}{name}", kind_of(hint), value, texts.get(name, ""))
 

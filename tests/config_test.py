@@ -44,12 +44,13 @@ def test_the_defaults_are_the_papers():
   assert (config.hints.chunk_min, config.hints.chunk_max) == (5, 10)
   assert config.hints.replace_fraction == 0.5 and config.hints.placement == "index"
   assert not config.hints.hide_answer_value
-  assert config.objective == ObjectiveConfig("sequence", 0.2, 0.2, 0.01, 0.2, "row")
+  clipped = {f.name: getattr(config.objective, f.name) for f in dataclasses.fields(ObjectiveConfig)}
+  assert ObjectiveConfig(**clipped) == ObjectiveConfig("sequence", 0.2, 0.2, 0.01, 0.2, "row")
   assert config.rl_optimizer == OptimizerConfig(
     5e-7, b1=0.9, b2=0.99, weight_decay=0.1, clip_norm=0.2
   )
   assert (config.rl.exploration, config.rl.estimator) == ("inpaint", "mean_field")
-  assert (config.rl.region, config.rl.advantage) == ("through_eos", "mean")
+  assert (config.rl.loss_region, config.rl.advantage) == ("through_eos", "mean")
 
 
 def test_freezing_the_defaults_gives_the_dataclasses_back():
@@ -151,9 +152,9 @@ MISTAKES = [
   ("rl.micro_batches", 3, "rl.prompts_per_step=8 is not a multiple of rl.micro_batches=3"),
   ("rl.exploration", "hint", "'hint' is not one of inpaint, resample, none"),
   ("rl.estimator", "exact", "rl.estimator='exact' is not one of"),
-  ("rl.region", "some", "rl.region"),
+  ("rl.loss_region", "some", "rl.loss_region"),
   ("rl.advantage", "median", "rl.advantage"),
-  ("rl.entropy", "new", "rl.entropy"),
+  ("objective.filter_entropy", "new", "objective.filter_entropy"),
   ("sampler.block_length", 48, "sampler.gen_length=256 is not a multiple of"),
   ("sampler.block_length", 0, "sampler.block_length=0 must be at least 1"),
   ("sampler.gen_length", 0, "sampler.gen_length=0 must be at least 1"),

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from igpo_jax.diffusion.corrupt import mask_probability, mask_rows
+from igpo_jax.diffusion.nelbo import nelbo_sum
 from igpo_jax.ops.token_stats import token_stats
-from igpo_jax.rl.estimator import corruption, estimate, loss_region
-from igpo_jax.train.update import nelbo_sum
+from igpo_jax.rl.estimate import estimate, views_of
+from igpo_jax.rl.estimators import Group, Sizes
+from igpo_jax.rl.estimators.coupled import Coupled
+from igpo_jax.rl.estimators.mean_field import MeanField
+from igpo_jax.rl.estimators.random_ratio import RandomRatio
+from igpo_jax.rl.region import completion_length, loss_region
 from tests.tiny_lm import EOS, MASK, table_lm, tiny_model
 
 P, G, PROMPT, LENGTH, VOCAB = 2, 3, 5, 12, 12
@@ -37,12 +42,31 @@ def groups():
 
 
 KEYS = jax.random.split(jax.random.key(5), P)
-estimates = jax.jit(estimate, static_argnames=("lm", "estimator"))
+SIZES = Sizes(G, LENGTH, 6, 4, 2, MASK, EOS, (EOS,))
+PRESENT = {"mean_field": MeanField(), "random_ratio": RandomRatio(), "coupled": Coupled()}
+estimates = jax.jit(estimate, static_argnames=("lm", "estimator", "sizes", "views_at_once"))
+
+
+def as_groups(prompt, valid, completion):
+  nothing = jnp.zeros(completion.shape, bool)
+  return Group(
+    prompt, valid, completion, nothing, nothing.astype(jnp.int32), ~nothing,
+    completion_length(completion, (EOS,)),
+  )  # fmt: skip
 
 
 def estimate_groups(groups, estimator, update=0):
   lm, params = tiny_model(VOCAB)
-  return estimates(lm, params, estimator, *groups, KEYS, update)
+  return estimates(lm, params, PRESENT[estimator], as_groups(*groups), KEYS, update, SIZES)
+
+
+def corruption(estimator, keys, update, shape):
+  """Which positions each view masks, bool[R,P,G,L]."""
+  completion = jnp.full(shape, 5, jnp.int32)
+  prompt = jnp.full((shape[0], PROMPT), 5, jnp.int32)
+  groups = as_groups(prompt, jnp.ones(prompt.shape, bool), completion)
+  masked = views_of(PRESENT[estimator], groups, keys, update, SIZES).masked
+  return jnp.moveaxis(masked, 1, 0)
 
 
 @jax.jit
@@ -63,8 +87,8 @@ def test_one_shared_forward_equals_a_forward_for_each_completion(groups):
   for p in range(P):
     for g in range(G):
       logp, entropy = read_row(prompt[p], valid[p], canvas, completion[p, g])
-      np.testing.assert_allclose(shared.logp[p, g], logp, atol=1e-5)
-      np.testing.assert_allclose(shared.entropy[p, g], entropy, atol=1e-5)
+      np.testing.assert_allclose(shared.tokens[p, g], logp, atol=1e-5)
+      np.testing.assert_allclose(shared.token_entropy[p, g], entropy, atol=1e-5)
   assert shared.scored.all()
   assert (estimate_groups(groups, "mean_field", update=3).logp == shared.logp).all()
 
@@ -82,10 +106,10 @@ def test_each_position_is_read_where_it_is_masked(groups, estimator):
         canvas = jnp.where(view, MASK, completion[p, g])
         logp, entropy = read_row(prompt[p], valid[p], canvas, completion[p, g])
         expected[view], entropies[view] = logp[view], entropy[view]
-      np.testing.assert_allclose(out.logp[p, g], expected, atol=1e-5)
-      np.testing.assert_allclose(out.entropy[p, g], entropies, atol=1e-5)
+      np.testing.assert_allclose(out.tokens[p, g], expected, atol=1e-5)
+      np.testing.assert_allclose(out.token_entropy[p, g], entropies, atol=1e-5)
   np.testing.assert_array_equal(out.scored, np.asarray(views).any(axis=0))
-  assert (out.logp[~np.asarray(out.scored)] == 0).all()
+  assert (np.asarray(out.tokens)[~np.asarray(out.scored)] == 0).all()
 
 
 def test_coupled_views_score_every_position_once():

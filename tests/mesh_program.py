@@ -23,15 +23,17 @@ from igpo_jax.config import (
 )
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.diffusion import network
+from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.models import lora
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.hlo import collectives
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.rewards.score import PendingScores, Scores
-from igpo_jax.rl.sampling import DeviceClock, GroupSampler, prompt_keys
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import make_state
-from igpo_jax.train.update import make_policy_programs, make_sft_update
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Rollout
 
 MODEL = ModelConfig(

@@ -20,9 +20,8 @@ from igpo_jax.config import ObjectiveConfig
 from igpo_jax.errors import UserError
 from igpo_jax.ops.masked import masked_mean, topk_mask
 from igpo_jax.rl.advantages import group_advantages
-from igpo_jax.rl.objective import (
-  entropy_filter,
-  hints_to_keep,
+from igpo_jax.rl.hint_filter import entropy_filter, hints_to_keep
+from igpo_jax.rl.objectives.clipped import (
   loss_denominator,
   metrics_from_sums,
   policy_loss,

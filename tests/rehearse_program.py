@@ -13,7 +13,7 @@ import sys
 FAKE = "--xla_force_host_platform_device_count=64"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE}"
 
-from igpo_jax.cli import UserError  # noqa: E402  after the flags
+from igpo_jax.errors import UserError  # noqa: E402  after the flags
 from igpo_jax.flags import parse  # noqa: E402
 from igpo_jax.rehearse import FLAGS, machine_for, page, rehearse  # noqa: E402
 

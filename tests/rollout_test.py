@@ -14,6 +14,7 @@ from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, Sampl
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
@@ -24,11 +25,10 @@ from igpo_jax.rl.sampling import (
   GroupSampler,
   cut_by_length,
   group_buckets,
-  prompt_keys,
   sample_rows,
 )
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import make_optimizer, make_state, purpose_key
-from igpo_jax.train.update import make_policy_programs
 from tests.tiny_lm import tiny_model
 
 P, G, LENGTH, SEED, ENOUGH = 6, 4, 16, 4, 9
@@ -325,9 +325,9 @@ def test_hinted_groups_are_padded_to_whole_slices_and_one_bucket():
   sampler = explorer(
     dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, sample_slices=2))
   )
-  assert sampler.sampler.buckets == [1, 2, 3]
-  assert [sampler.sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 3, 4, 5, 6]
-  assert [explorer(CONFIG).sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 4, 4, 6, 6]
+  assert sampler.group_sampler.buckets == [1, 2, 3]
+  assert [sampler.group_sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 3, 4, 5, 6]
+  assert [explorer(CONFIG).group_sampler.padded(k) for k in range(P + 1)] == [0, 1, 2, 4, 4, 6, 6]
 
 
 # --- slices of like length ------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_slices_hold_the_longest_prompt_that_any_process_has_there(monkeypatch):
   )
   data = dataclasses.replace(CONFIG.data, prompt_buckets=BUCKETS)
   rl = dataclasses.replace(CONFIG.rl, sample_slices=6)
-  sampler = explorer(dataclasses.replace(CONFIG, data=data, rl=rl)).sampler
+  sampler = explorer(dataclasses.replace(CONFIG, data=data, rl=rl)).group_sampler
   batch, fixed = batch_of(RAGGED, bucket=13), np.zeros((P, G, LENGTH), bool)
   order, cuts = sampler.cuts(batch, np.arange(P), fixed)
   assert order.tolist() == [0, 4, 2, 5, 3, 1]  # 12, 9, 8, 5, 4 and 3 tokens here
@@ -521,18 +521,19 @@ def test_groups_without_advantage_are_left_out_of_what_is_learnt(none, inpaint):
     advantages = np.asarray(explored.rollout.advantages)
     live = np.flatnonzero((advantages != 0).any(axis=1))
     assert 0 < len(live) < P
-    assert len(explored.groups) == next(size for size in (1, 2, 4, 6) if size >= len(live))
-    assert set(live) <= set(explored.groups) and list(explored.groups) == sorted(explored.groups)
+    assert len(explored.update_groups) == next(size for size in (1, 2, 4, 6) if size >= len(live))
+    assert set(live) <= set(explored.update_groups)
+    assert list(explored.update_groups) == sorted(explored.update_groups)
     for name in ("prompt", "completion", "hinted", "advantages"):
-      learnt = np.asarray(getattr(explored.rollout, name))[explored.groups]
-      np.testing.assert_array_equal(getattr(explored.learnt, name), learnt)
+      learnt = np.asarray(getattr(explored.rollout, name))[explored.update_groups]
+      np.testing.assert_array_equal(getattr(explored.update_rollout, name), learnt)
     assert explored.metrics["no_advantage"] == pytest.approx(1 - len(live) / P)
 
 
 def test_with_a_kl_term_every_group_is_learnt_from(inpaint):
   explored = explore(config=dataclasses.replace(CONFIG, objective=ObjectiveConfig(beta=0.01)))
-  np.testing.assert_array_equal(explored.groups, np.arange(P))
-  jax.tree.map(np.testing.assert_array_equal, host(explored.learnt), host(inpaint.rollout))
+  np.testing.assert_array_equal(explored.update_groups, np.arange(P))
+  jax.tree.map(np.testing.assert_array_equal, host(explored.update_rollout), host(inpaint.rollout))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3])

@@ -38,8 +38,8 @@ from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import sft_stream
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.setup import make_model
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.train.sizes import resolve
-from igpo_jax.train.update import make_sft_update
 from igpo_jax.types import TrainState
 from tests import tiny_config
 from tests.paths import REPO

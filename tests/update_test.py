@@ -13,15 +13,14 @@ import pytest
 
 from igpo_jax.config import Config, ObjectiveConfig, OptimizerConfig, RLConfig, SFTConfig
 from igpo_jax.ops.token_stats import token_stats
-from igpo_jax.rl.estimator import corruption, estimate, loss_region
-from igpo_jax.rl.objective import entropy_filter, policy_loss
+from igpo_jax.rl.estimate import estimate, groups_of, sizes_of
+from igpo_jax.rl.hint_filter import entropy_filter
+from igpo_jax.rl.methods import estimator_of
+from igpo_jax.rl.objectives.clipped import policy_loss
+from igpo_jax.train.micro_batches import apply_gradient, split_micro_batches
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import learning_rate, make_optimizer
-from igpo_jax.train.update import (
-  apply_gradient,
-  make_policy_programs,
-  make_sft_update,
-  split_micro_batches,
-)
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Rollout, TrainState
 from tests.tiny_lm import EOS, GOLDENS, golden_model, tiny_model
 
@@ -242,18 +241,17 @@ def test_the_update_minimises_the_policy_loss_of_its_estimate(estimator):
   _, (metrics, second) = learn(2, estimator=estimator, objective=objective)
   lm, params = tiny_model(VOCAB)
   rollout = make_rollout()
-  shape = rollout.completion.shape
-  region = loss_region(rollout.completion, lm.stop_ids, "through_eos")
-  if estimator == "random_ratio":
-    region &= corruption(estimator, KEYS, 0, shape)[0]
-  read = lambda p: jax.jit(estimate, static_argnums=(0, 2))(
-    lm, p, estimator, rollout.prompt, rollout.prompt_valid, rollout.completion, KEYS, 0
+  groups = groups_of(rollout, lm.stop_ids, "through_eos")
+  config = dataclasses.replace(BASE, rl=dataclasses.replace(BASE.rl, estimator=estimator))
+  read = lambda p: jax.jit(estimate, static_argnums=(0, 2, 6))(
+    lm, p, estimator_of(config), groups, KEYS, 0, sizes_of(config, lm)
   )
   policy, reference = read(params), read(jax.tree.map(lambda x: REFERENCE * x, params))
   flat = lambda x: x.reshape(-1, LENGTH)
   loss, expected = policy_loss(
-    flat(policy.logp), flat(policy.entropy), flat(policy.logp), flat(reference.logp),
-    rollout.advantages.reshape(-1), flat(region), flat(rollout.hinted), objective,
+    flat(policy.tokens), flat(policy.token_entropy), flat(policy.tokens), flat(reference.tokens),
+    rollout.advantages.reshape(-1), flat(groups.region & policy.scored), flat(rollout.hinted),
+    objective,
   )  # fmt: skip
   assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
   assert metrics["kl"] == pytest.approx(float(expected["kl"]), rel=1e-4)
@@ -265,7 +263,7 @@ def test_the_update_minimises_the_policy_loss_of_its_estimate(estimator):
 def test_which_hints_are_kept_may_follow_the_old_or_the_current_policy():
   # A huge first step, so that entropies are in another order at the second.
   _, current = learn(2, objective=ObjectiveConfig(entropy_keep=0.5))
-  _, old = learn(2, objective=ObjectiveConfig(entropy_keep=0.5), entropy="old")
+  _, old = learn(2, objective=ObjectiveConfig(entropy_keep=0.5, filter_entropy="old"))
   assert current[0]["loss"] == old[0]["loss"]
   assert current[1]["loss"] != old[1]["loss"]
   assert current[1]["hints_kept"] == old[1]["hints_kept"]

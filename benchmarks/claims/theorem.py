@@ -23,14 +23,15 @@ from etils import epath
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.hints.inject import hinted_group
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import group_advantages
-from igpo_jax.rl.sampling import DeviceClock, GroupSampler, prompt_keys
+from igpo_jax.rl.sampling import DeviceClock, GroupSampler
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import load_source, make_model, make_optimizer, make_tokenizer
 from igpo_jax.train.setup import purpose_key as key_of
-from igpo_jax.train.update import make_policy_programs
 from igpo_jax.types import Rollout
 
 PROMPTS, POOLS, DRAWS = 64, 6, 12  # prompts a half; groups sampled for a pool; regroupings

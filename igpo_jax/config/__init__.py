@@ -6,7 +6,17 @@ what a config file edits, `file` loads such files, `fields` says what values an 
 
 from __future__ import annotations
 
-from igpo_jax.config.fields import check_section, require
+from igpo_jax.config.fields import (
+  Count,
+  Finite,
+  Natural,
+  NonNegative,
+  Positive,
+  Range,
+  Share,
+  check_section,
+  require,
+)
 from igpo_jax.config.file import load_config_file
 from igpo_jax.config.method import (
   Dtype,
@@ -38,20 +48,27 @@ __all__ = [
   "STAGES",
   "CheckpointConfig",
   "Config",
+  "Count",
   "DataConfig",
   "Dtype",
   "EvalConfig",
+  "Finite",
   "HintConfig",
   "LoRAConfig",
   "LogConfig",
   "MeshConfig",
   "ModelConfig",
+  "Natural",
+  "NonNegative",
   "ObjectiveConfig",
   "OptimizerConfig",
+  "Positive",
   "RLConfig",
+  "Range",
   "RewardConfig",
   "SFTConfig",
   "SamplerConfig",
+  "Share",
   "check",
   "check_dtype",
   "check_section",

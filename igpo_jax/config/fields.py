@@ -82,7 +82,8 @@ KINDS = {
 @functools.cache
 def declarations(cls: type) -> dict[str, Any]:
   """Option -> its declared type, with its `Range` if it has one, of a dataclass of options."""
-  return typing.get_type_hints(cls, include_extras=True)
+  hints = typing.get_type_hints(cls, include_extras=True)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def check_fields(cls: type, values: Mapping[str, Any], section: str) -> None:

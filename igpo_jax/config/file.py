@@ -26,9 +26,12 @@ MOVED = {
   "igpo_jax.options": "igpo_jax.config",
   "igpo_jax.parallel.slices": "igpo_jax.parallel.tpu",
   "igpo_jax.parallel.watch": "igpo_jax.parallel.liveness",
+  "igpo_jax.rl.estimator": "igpo_jax.rl.estimate",
+  "igpo_jax.rl.objective": "igpo_jax.rl.objectives.clipped",
   "igpo_jax.rowfile": "igpo_jax.io.jsonl",
   "igpo_jax.textfiles": "igpo_jax.io.text",
   "igpo_jax.train.programs": "igpo_jax.train.ahead_of_time",
+  "igpo_jax.train.update": "igpo_jax.train.policy_update",
 }
 
 

@@ -287,7 +287,8 @@ class HintConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The clipped policy loss (docs/method.md#objective).
+  """The objective (docs/method.md#objective): the filter on hint tokens, which every objective has,
+  and the options of `rl.objective="clipped"`. Those of another objective NAME are `objective.NAME`.
 
   Attributes:
     ratio: "sequence" (paper: GSPO, carried to tokens so that a filtered token has
@@ -298,6 +299,8 @@ class ObjectiveConfig:
       those of highest entropy; 1 keeps all.
     normalize: "row": mean over a row's positions, then over rows; "token": one mean
       over the kept tokens of the whole update batch.
+    filter_entropy: whose entropy the filter goes by: that of the policy "current" at each update,
+      or of the "old" one that sampled (official code).
   """
 
   ratio: Literal["sequence", "token", "sequence_official"] = "sequence"
@@ -306,6 +309,7 @@ class ObjectiveConfig:
   beta: NonNegative = 0.01
   entropy_keep: Share = 0.2
   normalize: Literal["row", "token"] = "row"
+  filter_entropy: Literal["current", "old"] = "current"
 
   def __post_init__(self):
     check_section(self, "objective")

@@ -13,6 +13,8 @@ from typing import Any
 # Dotted name before -> dotted name now. A section stands for all of its options.
 RENAMED = {
   "sft.hand_on": "sft.select",
+  "rl.region": "rl.loss_region",
+  "rl.entropy": "objective.filter_entropy",
 }
 
 

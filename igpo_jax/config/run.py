@@ -7,8 +7,9 @@ them (docs/method.md#defaults).
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from igpo_jax.config import registry
 from igpo_jax.config.fields import (
   Count,
   Finite,
@@ -22,8 +23,21 @@ from igpo_jax.config.fields import (
   require,
 )
 from igpo_jax.config.method import HintConfig, ModelConfig, ObjectiveConfig, SamplerConfig
+from igpo_jax.config.registry import MethodOptions
 
 STAGES = ("sft", "rl", "eval")
+# Sections that have a subsection for every registered method with options.
+METHOD_SECTIONS = {"estimator": MethodOptions, "objective": ObjectiveConfig}
+
+
+def method_section(kind: str) -> type:
+  """The dataclass of `Config.estimator` or `Config.objective`, by what is registered now."""
+  return registry.section_class(kind, METHOD_SECTIONS[kind])
+
+
+def _method_field(kind: str) -> Any:
+  """A field whose default is made when it is asked for: methods are registered later than this."""
+  return dataclasses.field(default_factory=lambda: method_section(kind)())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +55,15 @@ class RLConfig:
       slices take less memory and less padding, and one is graded while the next is sampled. 0:
       chosen to fit the devices.
     exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
-    estimator: "mean_field", "random_ratio" or "coupled" (docs/method.md#likelihood).
-    region: which positions are in the loss: up to and including the first stop
+    estimator: of log-probabilities, such as "mean_field", "random_ratio" or "coupled", or a
+      registered name (docs/method.md#likelihood); its options are `estimator.NAME`.
+    objective: the loss, such as "clipped", or a registered name (docs/method.md#objective); its
+      options are `objective.NAME`, those of "clipped" `objective` itself.
+    views_at_once: corrupted views of a row that an update keeps in memory together. An estimator
+      with more views reads each of them twice.
+    loss_region: which positions are in the loss: up to and including the first stop
       token, or the whole canvas.
     advantage: "mean" (no division), "std", or "leave_one_out".
-    entropy: of the policy "current" at each update, or the "old" one (official code).
     eval_every: steps between evaluations; 0: only at the end.
   """
 
@@ -56,10 +74,11 @@ class RLConfig:
   micro_batches: Natural = 1
   sample_slices: Natural = 1
   exploration: Literal["inpaint", "resample", "none"] = "inpaint"
-  estimator: Literal["mean_field", "random_ratio", "coupled"] = "mean_field"
-  region: Literal["through_eos", "all"] = "through_eos"
+  estimator: str = "mean_field"
+  objective: str = "clipped"
+  views_at_once: Count = 2
+  loss_region: Literal["through_eos", "all"] = "through_eos"
   advantage: Literal["mean", "std", "leave_one_out"] = "mean"
-  entropy: Literal["current", "old"] = "current"
   eval_every: Natural = 0
 
   def __post_init__(self):
@@ -344,7 +363,7 @@ class Config:
     init_from: a Hugging Face LLaDA directory, or "" for a randomly initialized model.
     compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
       (the user's cache folder, parallel/compile_cache.py) or "off".
-    model, mesh, data, reward, sampler, hints, objective: sections of options.
+    model, mesh, data, reward, sampler, hints, estimator, objective: sections of options.
     sft, sft_optimizer, rl, rl_optimizer, eval, checkpoint, log: sections of options.
   """
 
@@ -358,7 +377,12 @@ class Config:
   reward: RewardConfig = RewardConfig()
   sampler: SamplerConfig = SamplerConfig(temperature=1.2)  # noqa: RUF009  frozen
   hints: HintConfig = HintConfig()  # noqa: RUF009  frozen
-  objective: ObjectiveConfig = ObjectiveConfig()  # noqa: RUF009  frozen
+  estimator: MethodOptions = dataclasses.field(
+    default_factory=lambda: method_section("estimator")()
+  )
+  objective: ObjectiveConfig = dataclasses.field(
+    default_factory=lambda: method_section("objective")()
+  )
   sft: SFTConfig = SFTConfig()
   sft_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
   rl: RLConfig = RLConfig()

@@ -16,10 +16,11 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from igpo_jax.config import registry
 from igpo_jax.config.fields import check_fields, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
 from igpo_jax.config.renamed import new_name
-from igpo_jax.config.run import STAGES, Config
+from igpo_jax.config.run import METHOD_SECTIONS, STAGES, Config, method_section
 from igpo_jax.errors import UserError
 
 
@@ -86,11 +87,14 @@ def check(config: Config) -> None:
     f"{config.rl.group_size} completions replaces none; raise one of them",
   )
   check_trainable(config.model, config.stages)
+  for kind in METHOD_SECTIONS:
+    registry.find(kind, getattr(config.rl, kind))
 
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:
   """A dataclass with the values of a ConfigDict; `path` is its name, "" for the whole."""
-  hints = typing.get_type_hints(cls)
+  every = typing.get_type_hints(cls)
+  hints = {field.name: every[field.name] for field in dataclasses.fields(cls)}
   inside = lambda name: f"{path}.{name}" if path else name
   for name in config:
     if name not in hints:
@@ -102,7 +106,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
     if dataclasses.is_dataclass(hints[name]):
       if not isinstance(value, ml_collections.ConfigDict):
         raise UserError(f"config: {inside(name)}={value!r} should be a section of options")
-      value = _from_config_dict(hints[name], value, inside(name))
+      section = method_section(name) if inside(name) in METHOD_SECTIONS else hints[name]
+      value = _from_config_dict(section, value, inside(name))
     elif hints[name] == Dtype:
       value = full_dtype(value)
     elif isinstance(value, (list, tuple)):

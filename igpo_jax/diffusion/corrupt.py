@@ -1,4 +1,4 @@
-"""Forward masking: which response tokens are hidden, for the NELBO and for estimators."""
+"""Forward masking: which tokens of a row are hidden, for the NELBO and for estimators."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ def mask_probability(t: Array, eps: float) -> Array:
   return (1 - eps) * t + eps
 
 
+def random_masks(key: Array, shape: tuple[int, int], eps: float = 0.0) -> tuple[Array, Array]:
+  """Masks each position of a row independently with the row's own probability.
+
+  Args:
+    key: one PRNG key.
+    shape: (rows B, positions T).
+    eps: see `mask_probability`; t ~ U(0,1) a row. 0: p is t itself.
+
+  Returns:
+    (masked bool[B,T], p f32[B,1]).
+  """
+  key_t, key_mask = jax.random.split(key)
+  p = jax.random.uniform(key_t, (shape[0], 1))
+  if eps:
+    p = mask_probability(p, eps)
+  return jax.random.uniform(key_mask, shape) < p, p
+
+
 def mask_rows(key: Array, tokens: Array, response: Array, mask_id: int, eps: float):
-  """Masks each response token of a row independently with the row's own probability.
+  """`random_masks` of each row's response.
 
   Args:
     key: one PRNG key.
@@ -26,7 +44,6 @@ def mask_rows(key: Array, tokens: Array, response: Array, mask_id: int, eps: flo
   Returns:
     (noisy i32[B,T], masked bool[B,T], p f32[B]).
   """
-  key_t, key_mask = jax.random.split(key)
-  p = mask_probability(jax.random.uniform(key_t, (tokens.shape[0],)), eps)
-  masked = response & (jax.random.uniform(key_mask, tokens.shape) < p[:, None])
-  return jnp.where(masked, mask_id, tokens), masked, p
+  drawn, p = random_masks(key, tokens.shape, eps)
+  masked = response & drawn
+  return jnp.where(masked, mask_id, tokens), masked, p[:, 0]

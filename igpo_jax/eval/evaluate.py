@@ -22,6 +22,7 @@ from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.diffusion.completions import row_keys, sample_rows
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
 from igpo_jax.eval.generations import Generations, params_digest, records_digest
@@ -32,7 +33,6 @@ from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.rl.sampling import row_keys, sample_rows
 from igpo_jax.types import LM, Params
 
 BUCKET_STEP = 64  # a prompt longer than every bucket gets one that is a multiple of this

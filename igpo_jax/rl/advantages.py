@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 
 from igpo_jax.errors import UserError
 from igpo_jax.types import Array
@@ -26,19 +30,27 @@ def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Arr
   Raises:
     UserError: a group size that does not divide B or is below 2, or an unknown kind.
   """
-  rewards = jnp.asarray(rewards, jnp.float32)
+  return _advantages(jnp, jnp.asarray(rewards, jnp.float32), group_size, kind)
+
+
+def host_advantages(rewards: np.ndarray, group_size: int, kind: str = "mean") -> np.ndarray:
+  """`group_advantages` in numpy, where rewards are on the host already."""
+  return _advantages(np, np.asarray(rewards, np.float32), group_size, kind)
+
+
+def _advantages(xp: ModuleType, rewards: Any, group_size: int, kind: str) -> Any:
   if group_size < 2:
     raise UserError(f"group_size={group_size}: a group of one has no advantage; use at least 2")
   if rewards.shape[0] % group_size:
     raise UserError(f"{rewards.shape[0]} rewards are not a multiple of group_size={group_size}")
   groups = rewards.reshape(-1, group_size)
-  equal = jnp.max(groups, axis=1, keepdims=True) == jnp.min(groups, axis=1, keepdims=True)
+  equal = xp.max(groups, axis=1, keepdims=True) == xp.min(groups, axis=1, keepdims=True)
   # The mean of equal numbers is not quite that number in float32.
-  centred = jnp.where(equal, 0.0, groups - jnp.mean(groups, axis=1, keepdims=True))
+  centered = xp.where(equal, xp.float32(0), groups - xp.mean(groups, axis=1, keepdims=True))
   if kind == "std":
-    centred = centred / (jnp.std(groups, axis=1, keepdims=True) + 1e-4)
+    centered = centered / (xp.std(groups, axis=1, keepdims=True) + xp.float32(1e-4))
   elif kind == "leave_one_out":
-    centred = centred * (group_size / (group_size - 1))
+    centered = centered * xp.float32(group_size / (group_size - 1))
   elif kind != "mean":
     raise UserError(f"advantage {kind!r} is not one of mean, std, leave_one_out")
-  return centred.reshape(-1)
+  return centered.reshape(-1)

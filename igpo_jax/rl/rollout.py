@@ -23,11 +23,28 @@ from igpo_jax.hints.leak import segments, value_spans, value_tokens
 from igpo_jax.parallel.mesh import over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer
-from igpo_jax.rl.advantages import group_advantages
+from igpo_jax.rl.advantages import host_advantages
+from igpo_jax.rl.methods import objective_of
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
 from igpo_jax.types import LM, Array, Params, Rollout
 
-_advantages = jax.jit(group_advantages, static_argnums=(1, 2))
+
+def most_replacements(replace_fraction: float, group_size: int) -> int:
+  """floor(lambda G): how many wrong completions of a group inserted ones may replace."""
+  return math.floor(replace_fraction * group_size + 1e-9)
+
+
+def num_replacements(num_correct: int, replace_fraction: float, group_size: int) -> int:
+  """K = min(#correct, floor(lambda G)): how many wrong completions are replaced.
+
+  Args:
+    num_correct: correct ones among a group's inpainted completions.
+    replace_fraction: lambda.
+    group_size: G.
+
+  Example: `num_replacements(5, 0.5, 8) == 4`.
+  """
+  return min(num_correct, most_replacements(replace_fraction, group_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +53,17 @@ class Exploration:
 
   Attributes:
     rollout: on the devices.
-    learnt: the groups of it that go into the update: all, or without a KL term those whose
-      advantages are not all zero, filled up to one of a few sizes.
-    groups: which of this process's groups they are, i64[X].
+    update_rollout: the part of `rollout` that is used in the update. All groups; or, with an
+      objective for which a group without advantage adds no gradient, the groups with an advantage,
+      filled up to one of a few static sizes.
+    update_groups: i64[X], their indices among this process's groups.
     metrics: means over all hosts.
     rows: one dict per completion of this host, both tries, for samples.jsonl; see `_rows`.
   """
 
   rollout: Rollout
-  learnt: Rollout
-  groups: np.ndarray
+  update_rollout: Rollout
+  update_groups: np.ndarray
   metrics: dict[str, float]
   rows: list[dict[str, Any]]
 
@@ -54,17 +72,18 @@ class Explorer:
   """Makes rollouts with one of three explorations.
 
   "inpaint" is IGPO. "resample" draws as many extra samples for the same groups
-  without hints. "none" is GRPO: what was sampled is what is learnt from.
+  without hints. "none" is GRPO: the update uses what was sampled.
   """
 
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
     self.lm, self.tokenizer, self.scorer = lm, tokenizer, scorer
     self.config, self.mesh = config, mesh
-    self.sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
+    self.objective = objective_of(config)
+    self.group_sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
     ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     # Micro-batches of the update share out over the devices, too.
     multiple = config.rl.micro_batches * max(1, ways // processes)
-    self.learnt_sizes = group_buckets(config.rl.prompts_per_step // processes, multiple)
+    self.update_sizes = group_buckets(config.rl.prompts_per_step // processes, multiple)
 
   def __call__(
     self,
@@ -91,7 +110,7 @@ class Explorer:
     # 1. Every prompt: a group of completions from the policy alone.
     blank = np.full((p, g, length), self.lm.mask_id, np.int32)
     unhinted = np.zeros((p, g, length), bool)
-    own = self.sampler(params, batch, np.arange(p), blank, unhinted, keys["sample"], clock)
+    own = self.group_sampler(params, batch, np.arange(p), blank, unhinted, keys["sample"], clock)
 
     # 2. All-wrong groups only: try again, with chunks of the trace in place.
     wrong = np.flatnonzero(~own.correct.any(axis=1))
@@ -99,7 +118,7 @@ class Explorer:
     if cfg.rl.exploration != "none":
       most = int(over_processes(len(wrong), np.max))
       if most:
-        size = self.sampler.padded(most)
+        size = self.group_sampler.padded(most)
         # Padding groups are fixed throughout: they have nothing to denoise.
         extra_groups = np.concatenate([wrong, np.zeros(size - len(wrong), int)])
         canvas = np.full((size, g, length), self.lm.mask_id, np.int32)
@@ -109,28 +128,30 @@ class Explorer:
             canvas[row], hinted[row] = self._hints(batch, group, step)
         padding = np.arange(size) >= len(wrong)
         canvas[padding], hinted[padding] = self.lm.eos_id, True
-        extra = self.sampler(params, batch, extra_groups, canvas, hinted, keys["resample"], clock)
+        extra = self.group_sampler(
+          params, batch, extra_groups, canvas, hinted, keys["resample"], clock
+        )
 
     # 3. Correct ones replace wrong originals, at most lambda G of a group.
     mixed = own.copy()
     source = np.full((p, g), -1)  # which extra completion took the place; -1: none
-    most_replaced = math.floor(cfg.hints.replace_fraction * g + 1e-9)
     for row, group in enumerate(wrong if extra is not None else []):
       rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 1])
-      correct = rng.permutation(np.flatnonzero(extra.correct[row]))[:most_replaced]
+      correct = rng.permutation(np.flatnonzero(extra.correct[row]))
+      correct = correct[: num_replacements(len(correct), cfg.hints.replace_fraction, g)]
       for target, number in zip(rng.permutation(g), correct, strict=False):
         mixed.put(group, target, extra, row, number)
         source[group, target] = number
 
     # 4. To the devices: everything, and what there is to learn from.
     arrays = self._rollout(batch, mixed)
-    groups = self._groups_to_learn(arrays.advantages)
-    rollout = learnt = shard_rows(self.mesh, arrays)
+    groups = self._groups_to_update(arrays.advantages)
+    rollout = update_rollout = shard_rows(self.mesh, arrays)
     if len(groups) < p:
-      learnt = shard_rows(self.mesh, jax.tree.map(lambda x: x[groups], arrays))
+      update_rollout = shard_rows(self.mesh, jax.tree.map(lambda x: x[groups], arrays))
     metrics = self._metrics(batch, own, mixed, extra, wrong, source >= 0, arrays.advantages)
     rows = self._rows(batch, own, extra, wrong, source)
-    return Exploration(rollout, learnt, groups, metrics, rows)
+    return Exploration(rollout, update_rollout, groups, metrics, rows)
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -149,30 +170,30 @@ class Explorer:
   def _rollout(self, batch: PromptBatch, samples: Samples) -> Rollout:
     """This process's rows, on the host."""
     p, g = samples.reward.shape
-    advantages = _advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
+    advantages = host_advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
     return Rollout(
       prompt=batch.tokens,
       prompt_valid=batch.valid,
       completion=samples.completion,
       hinted=samples.hinted,
       commit_step=samples.commit_step,
-      advantages=np.asarray(advantages).reshape(p, g),
+      advantages=advantages.reshape(p, g),
     )
 
-  def _groups_to_learn(self, advantages: np.ndarray) -> np.ndarray:
+  def _groups_to_update(self, advantages: np.ndarray) -> np.ndarray:
     """Which of this process's groups go into the update, in their order: i64[X].
 
-    Without a KL term a group whose advantages are all zero adds nothing to the gradient.
-    X is one of a few sizes and the same on every process; such groups fill it up.
+    With some objectives a group whose advantages are all zero adds no gradient. Such groups are
+    left out, but for as many as fill X up to one of a few sizes, the same on every process.
 
     Args:
       advantages: f32[P,G].
     """
-    if self.config.objective.beta > 0:
+    if not self.objective.drops_zero_advantage:
       return np.arange(len(advantages))
     live = np.any(advantages != 0, axis=1)
     most = int(over_processes(live.sum(), np.max))
-    size = next(size for size in self.learnt_sizes if size >= most)
+    size = next(size for size in self.update_sizes if size >= most)
     return np.sort(np.argsort(~live, kind="stable")[:size])
 
   def _answer_shown(self, batch, extra: Samples, wrong) -> int:

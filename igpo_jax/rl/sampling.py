@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -19,17 +18,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.diffusion.completions import row_keys, sample_rows
 from igpo_jax.parallel.mesh import check_sample_slices, local_rows, over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, Scores
-from igpo_jax.types import LM, Array, Canvas, Params
+from igpo_jax.types import LM, Array, Params
 
 # As many keep the devices busy; a run that is told to stop waits for no more.
 SLICES_QUEUED = 2
@@ -127,48 +125,6 @@ class DeviceClock:
     """
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "cfg"))
-def sample_rows(
-  lm: LM,
-  params: Params,
-  prompt: Array,
-  prompt_valid: Array,
-  canvas: Array,
-  hinted: Array,
-  keys: Array,
-  cfg: SamplerConfig,
-) -> tuple[Array, Array, Array]:
-  """Denoises completions. Rows stand alone, so a group may lie on several devices.
-
-  Args:
-    prompt, prompt_valid: i32/bool[B,Tp].
-    canvas: i32[B,L], masks and hints.
-    hinted: bool[B,L], fixed positions of the canvas.
-    keys: key[B], see `row_keys`.
-
-  Returns:
-    (completion i32[B,L], commit_step i32[B,L], finite bool[B], see `Denoised`).
-  """
-  tokens = jnp.concatenate([prompt, canvas], axis=1)
-  fixed = jnp.concatenate([jnp.ones_like(prompt_valid), hinted], axis=1)
-  valid = jnp.concatenate([prompt_valid, jnp.ones_like(hinted)], axis=1)
-  out = denoise(lm, params, Canvas(tokens, fixed, valid), keys, cfg)
-  begin = prompt.shape[1]
-  return out.tokens[:, begin:], out.commit_step[:, begin:], out.finite
-
-
-@jax.jit
-def row_keys(key: Array, row_ids: Array, numbers: Array) -> Array:
-  """key[B] of completions `numbers` i32[B] of the prompts with identities u32[B]."""
-  return jax.vmap(jax.random.fold_in)(prompt_keys(key, row_ids), numbers)
-
-
-@jax.jit
-def prompt_keys(key: Array, row_ids: Array) -> Array:
-  """key[P] from a step's key and u32[P] identities: noise follows the prompt, not its place."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
-
-
 def group_buckets(prompts: int, multiple: int) -> list[int]:
   """Sizes that the last slice of hinted groups is padded to: few, so that few programs compile.
 
@@ -236,7 +192,7 @@ class GroupSampler:
 
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
     self.lm, self.tokenizer, self.scorer, self.mesh = lm, tokenizer, scorer, mesh
-    self.sampler, self.group_size = config.sampler, config.rl.group_size
+    self.sampler_config, self.group_size = config.sampler, config.rl.group_size
     self.prompt_buckets = config.data.prompt_buckets
     ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     prompts, slices = config.rl.prompts_per_step, config.rl.sample_slices
@@ -301,7 +257,9 @@ class GroupSampler:
       keys = row_keys(key, ids, numbers)
       with clock.program("rollout", prompt.shape):
         # Logits that are no numbers make gradients that are none, which the update counts.
-        *out, _ = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler)
+        *out, _ = sample_rows(
+          self.lm, params, prompt, valid, blank, fixed, keys, self.sampler_config
+        )
       clock.dispatched()
       return part, prompt.shape[1], out
 

@@ -23,20 +23,23 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from igpo_jax.config import Config, ModelConfig
+from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.models import lora
 from igpo_jax.models.attention import program_for
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
-from igpo_jax.rl.sampling import sample_rows
-from igpo_jax.train.setup import make_optimizer, new_state, state_shardings
-from igpo_jax.train.update import (
+from igpo_jax.rl.methods import forwards_of, objective_of, rows_per_prompt, views_kept
+from igpo_jax.train.micro_batches import shardings_of
+from igpo_jax.train.policy_update import (
   RolloutScores,
+  corruptions,
   make_policy_programs,
-  make_sft_update,
-  shardings_of,
+  scores_old,
 )
+from igpo_jax.train.setup import make_optimizer, new_state, state_shardings
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Params, Rollout, TrainState
 
 
@@ -196,7 +199,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   )
   optimizer = make_optimizer(config.rl_optimizer, 1)
   state = abstract_state(optimizer, trainable, mesh)
-  reference = readable if config.objective.beta > 0 else None
+  reference = readable if objective_of(config).needs_reference else None
 
   rollout = Rollout(
     prompt=array(jnp.int32, p, bucket),
@@ -214,16 +217,23 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   check_micro_batches(mesh, p, rl.micro_batches, "rl.micro_batches")
   policy = make_policy_programs(lm, optimizer, config, shardings_of(state))
   sampled = p // rl.sample_slices * g
-  mean_field = rl.estimator == "mean_field"
-  corruptions = 1 if mean_field else rl.inner_updates
-  views = 2 if rl.estimator == "coupled" else 1
-  read_rows = p if mean_field else p * g * views
+  forwards = forwards_of(config)
+  read_rows = p * (forwards.shared + g * forwards.own)
+  rows_at_once = p * rows_per_prompt(config) * views_kept(config) // rl.micro_batches
   by_prompt = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("act_batch",))))
-  score = jax.ShapeDtypeStruct((corruptions, p, g, length), jnp.float32, sharding=by_prompt)
   on_all = replicated(mesh)
-  denominator = jax.ShapeDtypeStruct((corruptions,), jnp.float32, sharding=on_all)
-  scores = RolloutScores(score, score if reference is not None else None, score, denominator)
   number = jax.ShapeDtypeStruct((), jnp.int32, sharding=on_all)
+  draws, has_old = corruptions(config), scores_old(config)
+  of_views = lambda draws: jax.ShapeDtypeStruct(
+    (draws, p, forwards.views, g, length), jnp.float32, sharding=by_prompt
+  )
+  old_draws = 1 if objective_of(config).old_has_own_masks else draws
+  old = of_views(old_draws) if has_old else None
+  totals = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((draws, *x.shape), x.dtype, sharding=on_all),
+    jax.eval_shape(policy.totals, rollout, keys(p), number),
+  )
+  scores = RolloutScores(old, of_views(draws) if reference is not None else None, old, totals)
   read = forward_flops(cfg, read_rows, total, total, length, read=length)
   step = forward_flops(cfg, sampled, total, total, sampler.block_length, read=sampler.block_length)
 
@@ -235,7 +245,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   copy = own if is_cast else 0
   elsewhere = bytes_per_chip(state) - (0 if is_cast else own)
   guidance = 2 if sampler.cfg_scale else 1
-  scored_twice = 1 if reference is None else 2
+  scored = (old_draws if has_old else 0) + (0 if reference is None else draws)
   return {
     "rollout": Program(
       mesh,
@@ -256,9 +266,9 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       mesh,
       lambda: policy.score.trace(readable, reference, rollout, keys(p)),
       (),
-      read * corruptions * scored_twice,
-      corruptions * scored_twice * views * rl.micro_batches,
-      read_rows // rl.micro_batches,
+      read * scored,
+      scored * forwards.views * rl.micro_batches,
+      rows_at_once,
       total,
       elsewhere,
     ),
@@ -267,8 +277,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       lambda: policy.update.trace(state, frozen, rollout, scores, keys(p), number),
       (),
       training_flops(config, read),
-      _passes(config) * views * rl.micro_batches,
-      read_rows // rl.micro_batches,
+      _passes(config) * forwards.views * rl.micro_batches,
+      rows_at_once,
       total,
       copy + held_reference,
     ),

@@ -18,6 +18,7 @@ from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
 from igpo_jax.ops.token_stats import LOGITS_AT_ONCE
 from igpo_jax.parallel.sharding import num_shards
+from igpo_jax.rl.methods import objective_of, rows_per_prompt, views_kept
 from igpo_jax.train.ahead_of_time import abstract_params, abstract_state, bytes_per_chip
 from igpo_jax.train.setup import make_optimizer
 
@@ -79,15 +80,13 @@ def memory(config: Config, mesh) -> dict[str, Memory]:
 
 def _of_policy(config: Config, mesh) -> dict[str, Memory]:
   model, rl, sampler = config.model, config.rl, config.sampler
-  held = {k: v for k, v in _held(model, mesh, config.objective.beta > 0).items() if v}
+  held = {k: v for k, v in _held(model, mesh, objective_of(config).needs_reference).items() if v}
   total = config.data.prompt_buckets[-1] + sampler.gen_length
   sampled = rows_per_device(rl.prompts_per_step // rl.sample_slices * rl.group_size, mesh)
-  read = rl.prompts_per_step // rl.micro_batches
-  if rl.estimator != "mean_field":
-    read *= rl.group_size
-  read = rows_per_device(read, mesh)
+  read = rows_per_device(rl.prompts_per_step // rl.micro_batches * rows_per_prompt(config), mesh)
   stats = _statistics(model, mesh, read, sampler.gen_length)
   backward = _backward(model, mesh, read, total, sampler.gen_length, rl.micro_batches)
+  backward["kept for the backward pass"] *= views_kept(config)
   return {
     "rollout": Memory(held, _denoising(model, mesh, sampled, total, sampler)),
     "likelihood": Memory(held, _forward(model, mesh, read, total) | {"logits": stats}),

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
+from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.models import lora
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.rl.methods import objective_of
 from igpo_jax.rl.rollout import Explorer
-from igpo_jax.rl.sampling import DeviceClock, prompt_keys
+from igpo_jax.rl.sampling import DeviceClock
 from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.micro_batches import shardings_of
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.progress import StepClock
 from igpo_jax.train.setup import (
   Model,
@@ -24,12 +28,11 @@ from igpo_jax.train.setup import (
   purpose_key,
   start_state,
 )
-from igpo_jax.train.update import make_policy_programs, shardings_of
 from igpo_jax.types import Params, TrainState
 
 
 def train_rl(run: Run, model: Model, scorer: Scorer, stream: PromptStream) -> Params:
-  """Trains the policy from `model.params`, which stay as the KL reference."""
+  """Trains the policy from `model.params`, which stay as the reference."""
   stage, state = make_stage(
     run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop, run.progress)
   )
@@ -55,12 +58,12 @@ def make_stage(
   # What is only read is kept in the compute dtype. Under LoRA policy and reference share
   # the base; only the small adapters exist twice.
   readable = functools.partial(compute_copy, dtype=config.model.dtype)
-  reference = readable(model.params) if config.objective.beta > 0 else None
+  reference = readable(model.params) if objective_of(config).needs_reference else None
   # A float32 master must not stay around unused beside the state and the reference.
   trained = jax.tree.leaves(lora.split(model.params)[0])
   is_cast = all(x.dtype != jnp.dtype(config.model.dtype) for x in trained)
   state, frozen = start_state(model, optimizer, mesh, donate=is_cast)
-  whole = functools.partial(lora.combine, frozen)
+  all_params = functools.partial(lora.combine, frozen)
   prompts, micro_batches = config.rl.prompts_per_step, config.rl.micro_batches
   check_micro_batches(mesh, prompts, micro_batches, "rl.micro_batches")
   programs = make_policy_programs(model.lm, optimizer, config, shardings_of(state))
@@ -70,20 +73,20 @@ def make_stage(
   def step(state, n):
     clock = new_clock()
     key = lambda purpose: purpose_key(config.seed, n, purpose)
-    policy, batch = readable(whole(state.params)), stream.batch(n)
+    policy, batch = readable(all_params(state.params)), stream.batch(n)
     explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
     keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(mesh, ids))
-    learnt, keys = explored.learnt, keys_of(batch.row_id[explored.groups])
-    whole_batch = (explored.rollout, keys_of(batch.row_id))
-    with clock.program("likelihood", learnt.completion.shape):
-      scores = programs.score(policy, reference, learnt, keys, whole_batch)
+    rollout, keys = explored.update_rollout, keys_of(batch.row_id[explored.update_groups])
+    full_batch = (explored.rollout, keys_of(batch.row_id))
+    with clock.program("likelihood", rollout.completion.shape):
+      scores = programs.score(policy, reference, rollout, keys, full_batch)
     clock.dispatched()
     for u in range(config.rl.inner_updates):
-      with clock.program("update", learnt.completion.shape):
-        state, metrics = programs.update(state, frozen, learnt, scores, keys, jnp.int32(u))
+      with clock.program("update", rollout.completion.shape):
+        state, metrics = programs.update(state, frozen, rollout, scores, keys, jnp.int32(u))
     idle = {"time/device_idle_seconds": clock.idle_seconds}
     return state, {**metrics, **explored.metrics, **idle}, explored.rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
-  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, whole, shown, programs=3)
+  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, all_params, shown, programs=3)
   return stage, state

@@ -12,11 +12,13 @@ from igpo_jax.errors import UserError
 from igpo_jax.models import lora
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
+from igpo_jax.rl.methods import objective_of
 from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.micro_batches import shardings_of
 from igpo_jax.train.preflight import sft_steps
 from igpo_jax.train.runlog import print_once
 from igpo_jax.train.setup import Model, make_optimizer, purpose_key, start_state
-from igpo_jax.train.update import make_sft_update, shardings_of
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Params
 
 
@@ -78,11 +80,13 @@ def is_spent(run: Run) -> bool:
     directory = sft.directory
   if "rl" not in config.stages or kept is not None or step is None:
     return False
-  if step < config.rl.steps and config.objective.beta > 0:
+  objective = objective_of(config)
+  if step < config.rl.steps and objective.needs_reference:
     raise UserError(
       f"sft: {directory} holds no checkpoint any more, and RL, which is at step {step} of "
-      f"{config.rl.steps}, needs what SFT ended with as its KL reference "
-      f"(objective.beta={config.objective.beta}): put them back, or choose another --workdir"
+      f"{config.rl.steps}, needs what SFT ended with as its reference policy "
+      f"(rl.objective={objective.name!r}{objective.without_reference}): put them back, or choose "
+      "another --workdir"
     )
   print_once(f"sft: {directory} holds no checkpoint any more; RL goes on from its own")
   return True

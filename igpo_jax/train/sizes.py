@@ -32,6 +32,7 @@ from igpo_jax.parallel.mesh import (
   check_sample_slices,
 )
 from igpo_jax.parallel.sharding import num_shards
+from igpo_jax.rl.methods import rows_per_prompt
 from igpo_jax.train import memory
 from igpo_jax.train.ahead_of_time import abstract_params
 
@@ -213,7 +214,7 @@ def _sized(config: Config, mesh, machine: Machine) -> Iterator[Config]:
         sample_slices=rl.sample_slices or _slices(config, ways, machine.processes, total, tokens),
         micro_batches=rl.micro_batches or _micro(
           rl.prompts_per_step, ways,
-          total * (1 if rl.estimator == "mean_field" else rl.group_size), tokens,
+          total * rows_per_prompt(config), tokens,
         ),
       )  # fmt: skip
       check_sample_slices(

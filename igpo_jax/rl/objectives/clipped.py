@@ -1,4 +1,4 @@
-"""The clipped policy loss with the entropy filter on hints (docs/method.md#objective).
+"""clipped: the clipped policy loss of GRPO and IGPO (docs/method.md#objective).
 
     mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta k3_ik ]
 
@@ -10,49 +10,25 @@ of micro-batches add up to the gradient of the whole batch.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from igpo_jax.config import ObjectiveConfig
-from igpo_jax.ops.masked import masked_mean, masked_sum, topk_mask
+from igpo_jax.ops.masked import masked_mean, masked_sum
+from igpo_jax.rl.estimate import Estimate
+from igpo_jax.rl.hint_filter import entropy_filter, num_kept
+from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, register_objective
 from igpo_jax.types import Array
-
-
-def hints_to_keep(num_hints: Array, keep: float, length: int) -> Array:
-  """max(1, floor(tau * n)) of n hint positions, and 0 of none: i32, shape of `num_hints`.
-
-  Tabulated in double precision: floor(tau * n) in float32 is off by one for some tau.
-  """
-  table = [0] + [max(1, int(keep * n + 1e-9)) for n in range(1, length + 1)]
-  return jnp.asarray(table, jnp.int32)[num_hints]
-
-
-def entropy_filter(entropy: Array, loss_mask: Array, hinted: Array, keep: float) -> Array:
-  """Of a row's hint positions in the loss, keeps the share of highest entropy.
-
-  Args:
-    entropy: f32[B,L], of the policy at each position.
-    loss_mask: bool[B,L], the loss region.
-    hinted: bool[B,L].
-    keep: tau; max(1, floor(tau * n)) of a row's n hint positions are kept.
-
-  Returns:
-    bool[B,L]: `loss_mask` less the hint positions that were dropped. Self-generated
-    positions are all kept.
-  """
-  hints = loss_mask & hinted
-  count = hints_to_keep(jnp.sum(hints, axis=1), keep, entropy.shape[1])
-  return (loss_mask & ~hinted) | topk_mask(entropy, hints, count)
 
 
 def loss_denominator(loss_mask: Array, hinted: Array, cfg: ObjectiveConfig) -> Array:
   """What the summed loss is divided by: rows, or kept tokens; at least 1. f32[]."""
   if cfg.normalize == "row":
     return jnp.float32(max(loss_mask.shape[0], 1))
-  hints = jnp.sum(loss_mask & hinted, axis=1)
-  kept = jnp.sum(loss_mask & ~hinted, axis=1)
-  kept += hints_to_keep(hints, cfg.entropy_keep, loss_mask.shape[1])
-  return jnp.maximum(jnp.sum(kept), 1).astype(jnp.float32)
+  kept = jnp.sum(num_kept(loss_mask, hinted, cfg.entropy_keep))
+  return jnp.maximum(kept, 1).astype(jnp.float32)
 
 
 def policy_ratio(logps: Array, old_logps: Array, loss_mask: Array, kind: str) -> Array:
@@ -82,8 +58,12 @@ def policy_loss_sums(
   loss_mask: Array,
   hinted: Array,
   cfg: ObjectiveConfig,
+  kept: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """The loss's numerator, and sums for metrics. Arguments as `policy_loss`.
+
+  Args:
+    kept: bool[B,L], what the entropy filter leaves of `loss_mask`; None: it is computed here.
 
   Returns:
     (numerator f32[], sums): divide the numerator by `loss_denominator` of the whole
@@ -91,7 +71,8 @@ def policy_loss_sums(
   """
   loss_mask, hinted = loss_mask.astype(bool), hinted.astype(bool)
   entropy = jax.lax.stop_gradient(entropy)
-  kept = entropy_filter(entropy, loss_mask, hinted, cfg.entropy_keep)
+  if kept is None:
+    kept = entropy_filter(entropy, loss_mask, hinted, cfg.entropy_keep)
   # Outside the region log-probabilities may be anything; inside exp they could overflow
   # and turn the zero gradient of a masked token into a NaN.
   region = jnp.ones_like(loss_mask) if cfg.ratio == "sequence_official" else loss_mask
@@ -172,3 +153,53 @@ def policy_loss(
   )
   denominator = loss_denominator(loss_mask.astype(bool), hinted.astype(bool), cfg)
   return numerator / denominator, metrics_from_sums(sums)
+
+
+@register_objective("clipped")
+@dataclasses.dataclass(frozen=True)
+class Clipped(ObjectiveConfig, Objective):
+  """The clipped policy loss; its options are those of the section `objective` itself."""
+
+  without_reference = "; none is needed with objective.beta=0"
+
+  @property
+  def needs_reference(self) -> bool:
+    return self.beta > 0
+
+  @property
+  def drops_zero_advantage(self) -> bool:
+    return self.beta == 0
+
+  def totals(self, batch: Batch) -> dict[str, Array]:
+    scored = batch.region & jnp.any(batch.views.scored, axis=1)
+    return {"denominator": loss_denominator(_rows(scored), _rows(batch.hinted), self)}
+
+  def sums(
+    self,
+    policy: Estimate,
+    old: Estimate | None,
+    ref: Estimate | None,
+    batch: Batch,
+    totals: dict[str, Array],
+    kept: Array,
+  ) -> LossSums:
+    numerator, sums = policy_loss_sums(
+      _rows(policy.tokens),
+      _rows(policy.token_entropy),
+      _rows(old.tokens),
+      None if ref is None else _rows(ref.tokens),
+      batch.advantages.reshape(-1),
+      _rows(batch.region & policy.scored),
+      _rows(batch.hinted),
+      self,
+      _rows(kept),
+    )
+    return LossSums(numerator / totals["denominator"], None, sums)
+
+  def metrics(self, sums: dict[str, Array], most: dict[str, Array]) -> dict[str, Array]:
+    return metrics_from_sums(sums)
+
+
+def _rows(x: Array) -> Array:
+  """[P,G,L] -> [B,L]."""
+  return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,261 @@
+"""The jitted programs that learn from a rollout: likelihoods once, then one update after another.
+
+They join an estimator and an objective, and ask both only for what they declare: a new method
+needs no change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igpo_jax.config import Config
+from igpo_jax.models import lora
+from igpo_jax.models.attention import platform
+from igpo_jax.ops.masked import masked_sum
+from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of, views_of
+from igpo_jax.rl.estimators.base import Group
+from igpo_jax.rl.hint_filter import entropy_filter
+from igpo_jax.rl.methods import estimator_of, objective_of
+from igpo_jax.rl.objectives.base import Batch
+from igpo_jax.train.micro_batches import (
+  Sums,
+  accumulate,
+  apply_gradient,
+  map_micro_batches,
+  split_micro_batches,
+)
+from igpo_jax.types import LM, Array, Rollout, TrainState
+
+OWN_MASKS = (
+  2**31 - 1
+)  # stands for an inner update in the key of masks that are only the old policy's
+
+
+class RolloutScores(NamedTuple):
+  """What is computed once per rollout: U = 1 if it is the same for all inner updates.
+
+  Attributes:
+    old: f32[U,P,R,G,L], log-probabilities of the policy that sampled, in every view; None where
+      the objective does without.
+    ref: f32[U,P,R,G,L], of the reference; None likewise.
+    entropy: f32[U,P,R,G,L], of the policy that sampled; None where `old` is.
+    totals: f32[U,...] each, see `Objective.totals`.
+  """
+
+  old: Array | None
+  ref: Array | None
+  entropy: Array | None
+  totals: dict[str, Array]
+
+
+class PolicyPrograms(NamedTuple):
+  """The jitted programs of a step's learning.
+
+  Attributes:
+    totals: (rollout, keys, u i32[]) -> what the objective knows before any forward; not jitted.
+    score: (params, ref_params or None, rollout, keys, full_batch=None) -> RolloutScores. Where
+      `rollout` and `keys` are some groups of a step's batch, `full_batch` is (rollout, keys) of
+      all of them: the loss is a mean over the full batch.
+    gradient: (trained params, frozen, rollout, scores, keys, u i32[]) -> (loss, sums, gradient).
+    update: (state, frozen, rollout, scores, keys, u i32[]) -> (state, metrics); donates
+      state. `frozen` is what is not trained: the base under LoRA, else {}.
+  """
+
+  totals: Callable
+  score: Callable
+  gradient: Callable
+  update: Callable
+
+
+def corruptions(config: Config) -> int:
+  """U: of how many inner updates the masks differ, 1 or all."""
+  return config.rl.inner_updates if estimator_of(config).redrawn else 1
+
+
+def scores_old(config: Config) -> bool:
+  """Whether log-probabilities of the policy that sampled are computed once a rollout.
+
+  With a single inner update the policy that is trained is the one that sampled.
+  """
+  objective = objective_of(config)
+  return objective.needs_old and (config.rl.inner_updates > 1 or objective.old_has_own_masks)
+
+
+def rounds_alike(config: Config) -> bool:
+  """Whether `score` and `update` give the same log-probabilities to the last bit.
+
+  In float32 on a CPU they do. With 16 bits, or products that are tuned for each program, they
+  need not.
+  """
+  return config.model.dtype == "float32" and platform() == "cpu"
+
+
+def make_policy_programs(
+  lm: LM,
+  optimizer: optax.GradientTransformation,
+  config: Config,
+  shardings: TrainState | None = None,
+) -> PolicyPrograms:
+  """Compiles the estimator and the objective of a config into its programs.
+
+  Args:
+    shardings: of the state that `update` takes and gives; None leaves them to the compiler.
+  """
+  rl = config.rl
+  estimator, objective, sizes = estimator_of(config), objective_of(config), sizes_of(config, lm)
+  draws = corruptions(config)
+  own_masks = objective.old_has_own_masks
+
+  def read(params, groups: Group, keys, u) -> Estimate:
+    return estimate(lm, params, estimator, groups, keys, u, sizes, rl.views_at_once)
+
+  def batch_of(rollout: Rollout, groups: Group, views) -> Batch:
+    return Batch(
+      rollout.completion, rollout.hinted, rollout.commit_step, rollout.advantages,
+      groups.region, groups.length, views,
+    )  # fmt: skip
+
+  def totals_of(rollout: Rollout, keys, u):
+    groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
+    return objective.totals(batch_of(rollout, groups, views_of(estimator, groups, keys, u, sizes)))
+
+  def score(params, ref_params, rollout: Rollout, keys, full_batch=None) -> RolloutScores:
+    groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
+
+    def read_all(params, u):
+      stats = lambda part: (lambda out: (out.logp, out.entropy))(read(params, *part, u))
+      return map_micro_batches(stats, (groups, keys), rl.micro_batches)
+
+    def of_update(u):
+      old = entropy = ref = None
+      if scores_old(config) and not own_masks:
+        old, entropy = read_all(params, u)
+      if ref_params is not None:
+        ref, _ = read_all(ref_params, u)
+      return old, ref, entropy, totals_of(*(full_batch or (rollout, keys)), u)
+
+    old, ref, entropy, totals = jax.lax.map(of_update, jnp.arange(draws))
+    if own_masks and scores_old(config):
+      old, entropy = (x[None] for x in read_all(params, OWN_MASKS))
+    return RolloutScores(old, ref, entropy, totals)
+
+  def old_estimate(policy: Estimate, old, entropy, groups: Group, keys, u) -> Estimate | None:
+    """The estimate of the policy that sampled, where the objective asks for it."""
+    if not objective.needs_old:
+      return None
+    if old is not None and own_masks:
+      return Estimate(old, entropy, views_of(estimator, groups, keys, OWN_MASKS, sizes))
+    same = jax.lax.stop_gradient(policy)
+    if old is None:
+      return same
+    if rounds_alike(config):
+      return Estimate(old, entropy, policy.views)
+    # Before the first update the policy is the one that sampled: every ratio is exactly 1, however
+    # differently the compiler rounds in two programs.
+    first = lambda now, before: jnp.where(u == 0, now, before)
+    return Estimate(first(same.logp, old), first(same.entropy, entropy), policy.views)
+
+  def gradient(trained, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
+    of_update = lambda tree: jax.tree.map(lambda x: x[jnp.minimum(u, x.shape[0] - 1)], tree)
+    old, ref, entropy, totals = of_update(tuple(scores))
+
+    def loss_sums(trainable, part):
+      rollout, (old, ref, entropy), keys = part
+      groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
+      policy = read(lora.combine(frozen, trainable), groups, keys, u)
+      before = old_estimate(policy, old, entropy, groups, keys, u)
+      reference = None if ref is None else Estimate(ref, jnp.zeros_like(ref), policy.views)
+      if objective.drops_zero_advantage:
+        live = jnp.any(rollout.advantages != 0, axis=1)[:, None, None]
+        groups = groups.replace(region=groups.region & live)
+      batch = batch_of(rollout, groups, policy.views)
+      kept = kept_positions(policy, before, batch)
+      out = objective.sums(policy, before, reference, batch, totals, kept)
+      added = {name: value.astype(jnp.float32) for name, value in out.sums.items()}
+      added |= policy_sums(policy, before, batch, kept)
+      if out.denominator is not None:
+        added["denominator"] = jax.lax.stop_gradient(out.denominator)
+      return out.numerator, Sums(added, out.most)
+
+    def kept_positions(policy: Estimate, before: Estimate | None, batch: Batch) -> Array:
+      of_old = before is not None and config.objective.filter_entropy == "old"
+      entropy = jax.lax.stop_gradient(before if of_old else policy).token_entropy
+      flat = lambda x: x.reshape(-1, x.shape[-1])
+      kept = entropy_filter(
+        flat(entropy), flat(batch.region & policy.scored), flat(batch.hinted),
+        config.objective.entropy_keep,
+      )  # fmt: skip
+      return kept.reshape(batch.region.shape)
+
+    parts = split_micro_batches((rollout, (old, ref, entropy), keys), rl.micro_batches)
+    numerator, sums, grads = accumulate(loss_sums, trained, parts)
+    if "denominator" in sums.added:
+      bottom = sums.added["denominator"]
+      share = lambda x: x / jnp.where(bottom == 0, 1, bottom)
+      numerator, grads = share(numerator), jax.tree.map(share, grads)
+    return numerator, sums, grads
+
+  def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
+    loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u)
+    state, metrics = apply_gradient(state, optimizer, loss, grads)
+    shared = policy_metrics(sums.added)
+    return state, metrics | shared | objective.metrics(sums.added, sums.most)
+
+  out = (shardings, None)
+  return PolicyPrograms(
+    totals_of,
+    jax.jit(score),
+    jax.jit(gradient),
+    jax.jit(update, donate_argnums=0, out_shardings=out),
+  )
+
+
+def policy_sums(
+  policy: Estimate, old: Estimate | None, batch: Batch, kept: Array
+) -> dict[str, Array]:
+  """Sums for metrics that every method has: entropies, and how far off the policy hints are."""
+  scored = batch.region & policy.scored
+  hints, entropy = scored & batch.hinted, policy.token_entropy
+  sums = {
+    "region": jnp.sum(scored),
+    "hints": jnp.sum(hints),
+    "hints_kept": jnp.sum(hints & kept),
+    "entropy": masked_sum(entropy, scored),
+    "hint_entropy": masked_sum(entropy, hints),
+  }
+  if old is not None:
+    views = policy.views.scored
+    ratio = jnp.exp(jnp.where(views, policy.logp - old.logp, 0.0))
+    for name, where in (("hint", batch.hinted), ("own", ~batch.hinted)):
+      at = views & (batch.region & where)[:, None]
+      sums |= {
+        f"{name}_ratio": masked_sum(ratio, at),
+        f"{name}_logp": masked_sum(policy.logp, at),
+        f"{name}_reads": jnp.sum(at),
+      }
+  return {k: jax.lax.stop_gradient(v).astype(jnp.float32) for k, v in sums.items()}
+
+
+def policy_metrics(sums: dict[str, Array]) -> dict[str, Array]:
+  """Metrics from `policy_sums`, added over micro-batches.
+
+  hint_ratio and own_ratio are means of exp(log pi - log pi_old) over what is read of hint tokens
+  and of the others; hint_logp and own_logp their mean log-probabilities in nats.
+  """
+  share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
+  metrics = {
+    "hints_kept": share("hints_kept", "hints"),
+    "entropy": share("entropy", "region"),
+    "hint_entropy": share("hint_entropy", "hints"),
+  }
+  if "hint_reads" in sums:
+    for name in ("hint", "own"):
+      metrics |= {
+        f"{name}_{what}": share(f"{name}_{what}", f"{name}_reads") for what in ("ratio", "logp")
+      }
+  return metrics
