@@ -35,13 +35,13 @@ from igpo_jax.config import (
   SamplerConfig,
 )
 from igpo_jax.data.sources import load_records
-from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.sampling import group_buckets
+from igpo_jax.tasks.chains import ALPHABET
 from igpo_jax.train.preflight import rl_stream
 from igpo_jax.train.rl import make_stage
 from igpo_jax.train.setup import make_model

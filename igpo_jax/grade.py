@@ -1,10 +1,12 @@
 """Grades generations that exist already: one verdict per line, and the accuracy.
 
     python -m igpo_jax.grade --benchmark=math500 --generations=IN.jsonl --output=OUT.jsonl
+    python -m igpo_jax.grade --verifier=NAME [--plugins=FILE.py] --generations=IN --output=OUT
 
 IN has "question", "completion" and "answer" on each line; OUT has the same rows in the
 same order with "correct", "extracted" and "status" (ok, unparseable, timeout) added.
-A completion that is null counts as one without an answer.
+A completion that is null counts as one without an answer. A verifier that needs more than a text
+reads it from a field "gold", or from an answer that is a JSON object.
 """
 
 from __future__ import annotations
@@ -16,30 +18,36 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax import cli
+from igpo_jax import cli, plugins
 from igpo_jax.config.fields import Count, Positive, meant, number
+from igpo_jax.data.names import names_of, one_name
 from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import read_values
 from igpo_jax.outputs import output_file
-from igpo_jax.rewards import answers
+from igpo_jax.rewards import answers, registry
+from igpo_jax.rewards.registry import POOLED
 from igpo_jax.rewards.score import Scorer
 
 BENCHMARKS = ("gsm8k", "math500", "amc", "minerva")
 BATCH = 1024  # rows on their way through the workers at a time
 
 
-def read_generations(path: pathlib.Path) -> Iterator[tuple[dict, Record]]:
+def read_generations(path: pathlib.Path, verifier: str = POOLED) -> Iterator[tuple[dict, Record]]:
   """Yields each row of a generations file, and its record with the gold answer.
+
+  Args:
+    verifier: whose gold it is: "math" finds it in texts such as "... #### 72", others take the
+      field as it stands.
 
   Raises:
     UserError: no such file, or a line that is not such a row.
   """
   for where, row in read_values(epath.Path(path)):
-    yield _row(row, where)
+    yield _row(row, where, verifier)
 
 
-def _row(row: Any, where: str) -> tuple[dict, Record]:
+def _row(row: Any, where: str, verifier: str) -> tuple[dict, Record]:
   missing = [
     key
     for key in ("question", "completion", "answer")
@@ -52,13 +60,30 @@ def _row(row: Any, where: str) -> tuple[dict, Record]:
       continue  # nothing was generated: no answer, and no reason to stop
     if not isinstance(row[key], str):
       raise UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
+  answer, gold = row["answer"], row.get("gold")
+  if isinstance(answer, dict) and verifier != POOLED:
+    answer, gold = json.dumps(answer), gold or answer
   try:
-    gold = answers.gold_answer(row["answer"])
+    text = _gold_text(answer, verifier)
   except ValueError as error:
     raise UserError(f"{where}: {error}") from error
-  if not gold:
+  if not text and gold is None:
     raise UserError(f"{where}: 'answer' is empty, there is nothing to grade against")
-  return row, Record(where, ({"role": "user", "content": row["question"]},), "", gold)
+  prompt = ({"role": "user", "content": row["question"]},)
+  task = row.get("task")
+  task = task if isinstance(task, str) else ""
+  return row, Record(where, prompt, "", text, task=task, gold=gold)
+
+
+def _gold_text(answer: Any, verifier: str) -> str:
+  """The gold answer as the verifier takes it.
+
+  Raises:
+    ValueError: neither text nor a finite number.
+  """
+  if isinstance(answer, str) and verifier != POOLED:
+    return answer.strip()
+  return answers.gold_answer(answer)
 
 
 def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> dict[str, int]:
@@ -74,7 +99,7 @@ def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> 
   counts = dict.fromkeys(("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0)
   labelled = True
   with output_file(output, source=generations) as file:
-    rows = list(read_generations(generations))
+    rows = list(read_generations(generations, scorer.verifier))
     if not rows:
       raise UserError(f"--generations: {generations} has no rows, nothing to grade")
     for start in range(0, len(rows), BATCH):
@@ -98,7 +123,18 @@ def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> 
 
 def make_parser() -> cli.ArgumentParser:
   parser = cli.ArgumentParser(prog="python -m igpo_jax.grade", description=__doc__.splitlines()[0])
-  parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
+  parser.add_argument(
+    "--benchmark",
+    choices=names_of(BENCHMARKS),
+    help="graded by mathematical equality; this or --verifier is needed",
+  )
+  parser.add_argument(
+    "--verifier",
+    metavar="NAME",
+    help=f"one of {', '.join(registry.verifier_names())}, one that a plug-in registers, or"
+    f" {registry.BY_TASK}: each row by the verifier of its field 'task' (default: math)",
+  )
+  plugins.add_argument(parser)
   parser.add_argument("--generations", required=True, type=pathlib.Path, help="JSONL to read")
   parser.add_argument("--output", required=True, help="JSONL to write")
   parser.add_argument(
@@ -122,6 +158,10 @@ def make_parser() -> cli.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
   args = make_parser().parse_args(argv)
+  plugins.load_files(args.plugins)
+  if not (args.benchmark or args.verifier):
+    raise UserError("give --benchmark or --verifier (see --help)")
+  name = one_name(args.benchmark) if args.benchmark else args.verifier
   rules = tuple(args.extraction.split(","))
   for rule in rules:
     if rule not in answers.RULES:
@@ -129,11 +169,13 @@ def main(argv: list[str] | None = None) -> None:
         f"--extraction={args.extraction}: {rule!r} is not one of {', '.join(answers.RULES)}"
         f"{meant(rule, answers.RULES)}"
       )
-  with Scorer("math", workers=args.workers, timeout=args.timeout, rules=rules) as scorer:
+  with Scorer(
+    args.verifier or POOLED, workers=args.workers, timeout=args.timeout, rules=rules
+  ) as scorer:
     counts = grade(args.generations, args.output, scorer)
   rows = counts["rows"]
   print(
-    f"{args.benchmark}: accuracy {counts['correct'] / rows:.4f} "
+    f"{name}: accuracy {counts['correct'] / rows:.4f} "
     f"({counts['correct']} of {rows}); ok {counts['ok']}, unparseable "
     f"{counts['unparseable']}, timeout {counts['timeout']}"
   )

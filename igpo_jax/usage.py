@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from igpo_jax.config import Config
 from igpo_jax.config.fields import KINDS, declarations, descriptions
+from igpo_jax.plugins import values_of
 
 WIDTH = 100
 
@@ -106,7 +107,9 @@ def help_text(
       value = _value(config, option.name)
       note = "" if value == option.default else f"; default {option.default!r}"
     lines.append(f"  {option.name} = {value!r}    ({option.kind}{note})")
-    lines.append(paragraph(option.text[:1].upper() + option.text[1:]))
+    known = ", ".join(values_of(option.name))
+    text = f"{option.text} Known: {known}." if known else option.text
+    lines.append(paragraph(text[:1].upper() + text[1:]))
   return "\n".join(lines)
 
 

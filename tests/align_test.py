@@ -16,7 +16,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
@@ -27,6 +26,7 @@ from igpo_jax.rewrite import journal, lengths, prompts, trim
 from igpo_jax.rewrite.engine import Engine
 from igpo_jax.rewrite.journal import Journal, Paths
 from igpo_jax.rewrite.judge import Judge, Verdict
+from igpo_jax.tasks import chains, letter_maps
 from tests.paths import shared_path
 
 words = lambda text: len(text.split()) + 1
@@ -352,11 +352,11 @@ def test_alignment_of_verbose_chains_gives_back_the_concise_ones():
   concise = load_records(options).records
   verbose = load_records(f"{options}&detours=1").records
   assert [(r.question, r.answer) for r in verbose] == [(r.question, r.answer) for r in concise]
-  tokenizer = CharTokenizer(synthetic.ALPHABET)
+  tokenizer = CharTokenizer(chains.ALPHABET)
   length = np.array([len(tokenizer.encode(r.trace)) + 1 for r in verbose])
   assert length.mean() > 40 and (length <= 24).mean() < 0.1  # what fits 24 is the concise
   for short, long in zip(concise, verbose, strict=True):
-    assert trim.trim_chain(long.trace, long.answer, len, 24) == short.trace
+    assert trim.rules("chains")(long.trace, long.answer, len, 24) == short.trace
     assert long.trace[slice(*long.answer_span)] == f"=>{long.answer}"
   with Scorer("exact") as scorer:
     assert scorer([r.trace for r in verbose], verbose).correct.all()
@@ -367,7 +367,7 @@ def test_alignment_of_verbose_maps_gives_back_the_concise_ones():
   concise = load_records(options).records
   verbose = load_records(f"{options}&detours=1").records
   assert [(r.question, r.answer) for r in verbose] == [(r.question, r.answer) for r in concise]
-  count = lambda text: len(CharTokenizer(maps.ALPHABET).encode(text)) + 1
+  count = lambda text: len(CharTokenizer(letter_maps.ALPHABET).encode(text)) + 1
   assert np.mean([count(r.trace) <= 11 for r in verbose]) < 0.1
   rules = trim.rules("maps")
   for short, long in zip(concise, verbose, strict=True):

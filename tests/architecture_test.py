@@ -23,10 +23,12 @@ FLOORS = (
   ("train", "inference"),
   ("eval", "convert", "rewrite"),
   ("rl",),
+  ("tasks",),
   ("diffusion", "models", "data", "hints", "rewards"),
   ("ops",),
   ("parallel", "checkpoint", "outputs", "flags"),
   ("io", "usage", "types"),
+  ("plugins",),
   ("config", "token_ids"),
   ("cli",),
   ("errors",),
@@ -35,7 +37,7 @@ FLOORS = (
 # one, and hints ask where an answer's value stands. Their modules make no circle all the same.
 ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data")}
 HOST_ROOMS = ("data", "hints", "rewards")
-NO_JAX_ROOMS = (*HOST_ROOMS, "rewrite")
+NO_JAX_ROOMS = (*HOST_ROOMS, "tasks", "rewrite")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 

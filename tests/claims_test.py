@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
 from igpo_jax.data.sources import load_records
-from igpo_jax.data.tokenizer import ALPHABETS, CharTokenizer
+from igpo_jax.data.tokenizer import open_tokenizer
 from igpo_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def test_seeds_have_tables_problems_and_weights_of_their_own():
 
 
 def test_traces_fit_their_canvas_and_most_verbose_ones_do_not_fit_the_window():
-  tokenizer = CharTokenizer(ALPHABETS["char:maps"])
+  tokenizer = open_tokenizer("char:letter_maps")
   lengths = {}
   for sft in arms.SFT:
     config = arms.sft_config(sft, 0)

@@ -65,13 +65,17 @@ def pytest_collection_modifyitems(items):
 REGISTRIES = {
   "igpo_jax.rewrite.trim": ("_RULES",),
   "igpo_jax.data.sources": ("_SOURCES",),
-  "igpo_jax.rewards.registry": ("_VERIFIERS", "_READS_GOLDS", "_REWARDS"),
+  "igpo_jax.data.task_registry": ("_TASKS",),
+  "igpo_jax.eval.protocols": ("PROTOCOLS",),
+  "igpo_jax.rewards.registry": ("_VERIFIERS", "_READS_GOLDS", "_SHOWN", "_REWARDS"),
 }
 
 
 @pytest.fixture(autouse=True)
 def _what_a_test_registers_goes_with_it():
   """Else messages that list the known names would depend on which tests ran before."""
+  import igpo_jax.tasks  # noqa: F401  what they register stays
+
   tables = [
     getattr(sys.modules[module], name)
     for module, names in REGISTRIES.items()

@@ -12,7 +12,6 @@ from etils import epath
 from igpo_jax import grade, main
 from igpo_jax.config import SamplerConfig, default_config, freeze
 from igpo_jax.data.sources import load_records
-from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer, train_sentencepiece
 from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import Evaluation, in_words, make_stream, problems_of
@@ -20,6 +19,7 @@ from igpo_jax.eval.generations import params_digest
 from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.tasks.chains import ALPHABET
 from tests.eval_rows import TASK, read, rows_file
 from tests.paths import shared_path
 from tests.tiny_lm import tiny_model

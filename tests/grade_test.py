@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -162,3 +163,81 @@ def test_grading_ends_with_the_signals_code(tmp_path, number, code):
     running.send_signal(number)
     _, err = running.communicate(timeout=30)
   assert running.returncode == code and err in ("interrupted\n", "terminated\n")
+
+
+# --- other verifiers ----------------------------------------------------------------------
+
+PLUGIN = """
+from igpo_jax.rewards.score import Verdict, register_verifier
+
+
+@register_verifier("parity")
+def parity(completion, record):
+  digit = completion.strip()[-1:]
+  if not digit.isdecimal():
+    return Verdict(False, None, "unparseable")
+  return Verdict(int(digit) % 2 == int(record.answer) % 2, digit, "ok")
+"""
+ODD = ({"question": "q", "completion": "7", "answer": "3"},
+       {"question": "q", "completion": "8", "answer": 3},
+       {"question": "q", "completion": "no", "answer": "3"})  # fmt: skip
+SUM = {"numbers": [3, 7, 2], "target": 23}
+MIXED = (
+  {"question": "q", "completion": "=> 769", "answer": "769", "task": "chains"},
+  {"question": "q", "completion": "\\boxed{2+3*7}", "answer": SUM, "task": "countdown"},
+  {"question": "q", "completion": "\\boxed{2+7*3}", "answer": "3*7+2", "gold": SUM,
+   "task": "countdown"},
+  {"question": "q", "completion": "\\boxed{2+3+7}", "answer": SUM, "task": "countdown"},
+  {"question": "q", "completion": "\\boxed{0.5}", "answer": "1/2", "task": "math"},
+)  # fmt: skip
+
+
+def graded(tmp_path, rows, *options):
+  out = tmp_path / "out.jsonl"
+  rows = write(tmp_path / "in.jsonl", rows)
+  done = grade(f"--generations={rows}", f"--output={out}", *options)
+  return done, [(r["correct"], r["status"]) for r in read(out)] if done.returncode == 0 else None
+
+
+def test_a_verifier_of_a_users_own_grades_from_the_command_line(tmp_path):
+  plugin = tmp_path / "own.py"
+  plugin.write_text(PLUGIN)
+  done, verdicts = graded(tmp_path, ODD, f"--plugins={plugin}", "--verifier=parity")
+  assert done.returncode == 0, done.stderr
+  assert verdicts == [(True, "ok"), (False, "ok"), (False, "unparseable")]
+  assert done.stdout.startswith("parity: accuracy 0.3333 (1 of 3)")
+
+
+def test_rows_of_several_tasks_are_each_graded_by_their_own_verifier(tmp_path):
+  done, verdicts = graded(tmp_path, MIXED, "--verifier=task", "--workers=1")
+  assert done.returncode == 0, done.stderr
+  assert verdicts == [(True, "ok")] * 3 + [(False, "ok"), (True, "ok")]
+
+
+@pytest.mark.parametrize(
+  ("options", "complaint"),
+  [
+    ((), "give --benchmark or --verifier"),
+    (("--verifier=chess",), "no verifier 'chess'; known: countdown, exact, math, sudoku"),
+    (("--verifier=task",), "record 'in.jsonl, line 1' has no task"),
+    (("--verifier=exact", "--plugins=nowhere.py"), "--plugins=nowhere.py: no such file"),
+    (("--verifier=exact", "--plugins=broken.py"), "broken.py, line 2: NameError"),
+    (("--verifier=exact", "--plugins=taken.py"), "ValueError: verifier 'exact' is already"),
+    (("--verifier=countdown",), "countdown: the gold of record 'in.jsonl, line 1' must be JSON"),
+  ],
+)
+def test_a_verifier_that_cannot_grade_is_told_in_one_line(
+  options, complaint, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  write(tmp_path / "in.jsonl", ODD)
+  (tmp_path / "broken.py").write_text("\nnothing\n")
+  (tmp_path / "taken.py").write_text(PLUGIN.replace("parity", "exact"))
+  with pytest.raises(UserError, match=re.escape(complaint)):
+    command.main(["--generations=in.jsonl", "--output=out.jsonl", *options])
+
+
+def test_another_name_of_a_benchmark_is_taken_for_it(tmp_path):
+  rows = [{"question": "q", "completion": "\\boxed{27}", "answer": 27.0}]
+  done, verdicts = graded(tmp_path, rows, "--benchmark=amc23", "--workers=1")
+  assert verdicts == [(True, "ok")] and done.stdout.startswith("amc: accuracy 1.0000")

@@ -139,6 +139,12 @@ MISTAKES = {
     "--benchmark=gsm8k --generations=answers.jsonl --output=out.jsonl --timeout=0",
     "--benchmark=gsm8k --generations=answers.jsonl --output=out.jsonl --workers=0",
     "--benchmark=gsm8k --generations=answers.jsonl --output=out.jsonl --extraction=guess",
+    "--generations=answers.jsonl --output=out.jsonl",
+    "--verifier=chess --generations=answers.jsonl --output=out.jsonl",
+    "--verifier=task --generations=answers.jsonl --output=out.jsonl",
+    "--verifier=countdown --generations=answers.jsonl --output=out.jsonl",
+    "--verifier=exact --plugins=nowhere.py --generations=answers.jsonl --output=out.jsonl",
+    "--verifier=exact --plugins=broken.py --generations=answers.jsonl --output=out.jsonl",
   ),
   "rewrite": (
     "",
@@ -146,6 +152,9 @@ MISTAKES = {
     "--source=synthetic:chains --output=out.jsonl --tokenizer=nowhere --mode=trim",
     "--source=synthetic:chains --output=out.jsonl --tokenizer=char --mode=trim --max_tokens=1",
     "--source=synthetic:chains --output=out.jsonl --tokenizer=char --mode=trim --rules=latin",
+    "--source=synthetic:chains --output=out.jsonl --tokenizer=char --mode=trim --verifier=chess",
+    "--source=synthetic:story --output=out.jsonl --tokenizer=char --mode=trim",
+    "--source=synthetic:stories --output=out.jsonl --tokenizer=char:stories --mode=trim",
     "--source=synthetic:chains --output=out.jsonl --tokenizer=char --model=m --endpoint=localhost",
   ),
   "convert": (

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
-from igpo_jax.rewards import countdown, registry
+from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer, Verdict, register_reward, register_verifier
+from igpo_jax.tasks import countdown
 from tests import paths
 
 

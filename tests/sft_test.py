@@ -23,7 +23,6 @@ from igpo_jax.config import (
 )
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.data.sources import load_records
-from igpo_jax.data.synthetic import ALPHABET
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.diffusion.corrupt import mask_rows
 from igpo_jax.errors import UserError
@@ -33,6 +32,7 @@ from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.machine import here
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewrite import __main__ as rewrite
+from igpo_jax.tasks.chains import ALPHABET
 from igpo_jax.train import sft
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import sft_stream

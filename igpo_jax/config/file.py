@@ -1,7 +1,8 @@
-"""Loading config files: Python files with a function get_config."""
+"""Loading Python files of a user's by path: config files, and plug-ins that register things."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -9,6 +10,8 @@ import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from ml_collections import config_dict
@@ -22,10 +25,14 @@ MOVED = {
   "igpo_jax.align": "igpo_jax.rewrite",
   "igpo_jax.config_file": "igpo_jax.config",
   "igpo_jax.convert.sources": "igpo_jax.convert.open",
+  "igpo_jax.data.maps": "igpo_jax.tasks.letter_maps",
+  "igpo_jax.data.synthetic": "igpo_jax.tasks.chains",
   "igpo_jax.fields": "igpo_jax.config.fields",
   "igpo_jax.options": "igpo_jax.config",
   "igpo_jax.parallel.slices": "igpo_jax.parallel.tpu",
   "igpo_jax.parallel.watch": "igpo_jax.parallel.liveness",
+  "igpo_jax.rewards.countdown": "igpo_jax.tasks.countdown",
+  "igpo_jax.rewards.sudoku": "igpo_jax.tasks.sudoku",
   "igpo_jax.rl.estimator": "igpo_jax.rl.estimate",
   "igpo_jax.rl.objective": "igpo_jax.rl.objectives.clipped",
   "igpo_jax.rowfile": "igpo_jax.io.jsonl",
@@ -49,17 +56,8 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
       the file and the line. A UserError that the file raises is passed on.
   """
   path = pathlib.Path(path)
-  name = f"config_{path.stem}"
-  spec = importlib.util.spec_from_file_location(name, path)
-  if spec is None or spec.loader is None:
-    raise UserError(f"{path}: a config file is Python and ends in .py")
-  # The last place: a config called json.py should not hide a module of the same name.
-  folder = str(path.resolve().parent)
-  if folder not in sys.path:
-    sys.path.append(folder)
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
+  module = load_python_file(path, "config")
+  with _mistakes_of(path):
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise UserError(f"{path} has no function get_config")
@@ -69,6 +67,45 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
       given = f"takes no argument {args[0]!r}" if args else "needs an argument: FILE:ARGUMENT"
       raise UserError(f"{path}: get_config {given} (--config=FILE --help tells more)") from None
     config = get_config(*args)
+  if not isinstance(config, config_dict.ConfigDict):
+    raise UserError(
+      f"{path}: get_config returned {config!r}; return a config, from "
+      "igpo_jax.config.default_config()"
+    )
+  return config
+
+
+def load_python_file(path: os.PathLike, what: str) -> ModuleType:
+  """Runs a Python file and returns it as a module; what it registers is registered.
+
+  Modules beside the file can be imported from it.
+
+  Args:
+    what: the kind of file, for messages: "config" or "plugins".
+
+  Raises:
+    UserError: what the file raises, or what is wrong with it; says at which line.
+  """
+  path = pathlib.Path(path)
+  name = f"{what}_{path.stem}"
+  spec = importlib.util.spec_from_file_location(name, path)
+  if spec is None or spec.loader is None:
+    raise UserError(f"{path}: a {what} file is Python and ends in .py")
+  # The last place: a config called json.py should not hide a module of the same name.
+  folder = str(path.resolve().parent)
+  if folder not in sys.path:
+    sys.path.append(folder)
+  module = sys.modules[name] = importlib.util.module_from_spec(spec)
+  with _mistakes_of(path):
+    spec.loader.exec_module(module)
+  return module
+
+
+@contextlib.contextmanager
+def _mistakes_of(path: pathlib.Path) -> Iterator[None]:
+  """Whatever the file's code raises becomes a `UserError` that says at which line."""
+  try:
+    yield
   except Exception as error:
     if known := mistake(error):
       raise known from None
@@ -80,12 +117,6 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
       raise UserError(f"{_place(error, path)}: {now}") from None
     text = error.msg if isinstance(error, SyntaxError) else error
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {text}") from error
-  if not isinstance(config, config_dict.ConfigDict):
-    raise UserError(
-      f"{path}: get_config returned {config!r}; return a config, from "
-      "igpo_jax.config.default_config()"
-    )
-  return config
 
 
 def _renamed(error: BaseException) -> str:

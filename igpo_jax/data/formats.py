@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from igpo_jax.data import spans
+from igpo_jax.data.names import one_name
 from igpo_jax.data.records import Message, read_messages
 from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers
@@ -60,6 +61,10 @@ class Options:
       standing for the answer; "" leaves traces as they are.
     solution: openr1: "solution" (the short reference) or "generation" (a verified
       long chain of thought) as trace.
+    task: the task of every record, by name; "" for none.
+    task_field: name of a field with the task of each row, in the place of `task`; "" for none.
+    gold: name of a field with what the verifier needs, as a JSON value (`Record.gold`). Format
+      plain looks for a field "gold"; without one an answer that is an object is the gold, too.
   """
 
   question: str = ""
@@ -69,6 +74,9 @@ class Options:
   strip_calculator: bool = False
   final: str = ""
   solution: str = "solution"
+  task: str = ""
+  task_field: str = ""
+  gold: str = ""
 
 
 def value_of(row: Row, name: str) -> Any:
@@ -135,6 +143,20 @@ def answer_of(row: Row, *names: str) -> str:
     if value is not None:
       return _plain_text(value)
   return ""
+
+
+def gold_of(row: Row, options: Options) -> Any:
+  """What the verifier needs besides the text of the answer; None where that is all."""
+  gold = value_of(row, options.gold) if options.gold else None
+  if gold is None:
+    answer = value_of(row, options.answer) if options.answer else None
+    gold = answer if isinstance(answer, Mapping) else None
+  return gold
+
+
+def task_of(row: Row, options: Options) -> str:
+  """The name of the row's task; "" where nothing says it."""
+  return text_of(row, options.task_field) if options.task_field else options.task
 
 
 def _asked(row: Row, *names: str) -> dict[str, Any]:
@@ -299,7 +321,7 @@ def _solved(row: Row, options: Options, trace: str, answer: str) -> Fields:
   )
 
 
-def math(row: Row, options: Options) -> Fields:
+def math500(row: Row, options: Options) -> Fields:
   """MATH-500: problem, answer, and in some copies a solution."""
   return _solved(row, options, text_of(row, options.trace), answer_of(row, options.answer))
 
@@ -329,7 +351,7 @@ class Format:
 
   Attributes:
     read: reads a row.
-    names: the dataset's own names for the fields "question", "answer", "trace" and "id".
+    names: the dataset's own names for the fields "question", "answer", "trace", "id" and "gold".
     others: further columns that `read` uses.
     unique_questions: use only the first row of each question.
     needs_answer: leave out rows without an answer.
@@ -352,7 +374,7 @@ class Format:
 _NAMES = {name: name for name in ("question", "answer", "trace", "id")}
 
 FORMATS: dict[str, Format] = {
-  "plain": Format(plain, _NAMES, ("answer_span",)),
+  "plain": Format(plain, _NAMES | {"gold": "gold"}, ("answer_span",)),
   "chat": Format(chat, _NAMES | {"question": "messages"}, ("conversations",), needs_answer=False),
   "gsm8k": Format(
     gsm8k,
@@ -373,8 +395,8 @@ FORMATS: dict[str, Format] = {
     ("generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete"),
     origin="data/train-*.parquet of the Hugging Face dataset open-r1/OpenR1-Math-220k",
   ),
-  "math": Format(
-    math,
+  "math500": Format(
+    math500,
     _NAMES | {"question": "problem", "trace": "solution", "id": "unique_id"},
     origin="test.jsonl of the Hugging Face dataset HuggingFaceH4/MATH-500",
   ),
@@ -392,14 +414,20 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def find_format(name: str) -> Format | None:
+  """The format of that name, or of another name of its data set; None if there is none."""
+  return FORMATS.get(one_name(name))
+
+
 def columns(format: str, options: Options) -> tuple[str, ...]:
   """The columns that a format uses. Only they are read, since the others may be large."""
-  known = FORMATS[format]
+  known = find_format(format)
   named = known.with_names(options)
   others = known.others
-  if format == "openr1" and options.solution != "generation":
+  if known.read is openr1 and options.solution != "generation":
     others = ()
-  return (named.question, named.answer, named.trace, named.id, *others)
+  further = (name for name in (named.gold, named.task_field) if name)
+  return (named.question, named.answer, named.trace, named.id, *further, *others)
 
 
 def with_final(fields: Fields, final: str) -> Fields:

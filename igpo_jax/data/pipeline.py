@@ -42,6 +42,7 @@ class PromptBatch:
       end of the trace; None where the answer was not found.
     row_id: u32[P], derived from the record and the epoch, for randomness of each row's own.
     real: bool[P], False on rows that only fill up the last batch of an evaluation.
+    tasks: names of the tasks of all records of the stream, the same on every process.
   """
 
   tokens: np.ndarray
@@ -51,6 +52,7 @@ class PromptBatch:
   answer_spans: list[tuple[int, int] | None]
   row_id: np.ndarray
   real: np.ndarray
+  tasks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +298,7 @@ class PromptStream(_Stream):
     super().__init__(
       records, tokenizer, batch_size, buckets, seed, process_index, process_count, embedding_rows
     )
+    self.tasks = tuple(sorted({item.record.task for item in self._items} - {""}))
 
   def _keep(self, item: _Item) -> bool:
     keep = super()._keep(item)
@@ -340,6 +343,7 @@ class PromptStream(_Stream):
       answer_spans=[i.answer_span for i in items],
       row_id=_row_ids(items, rows),
       real=np.array(real, bool),
+      tasks=self.tasks,
     )
 
 

@@ -20,9 +20,13 @@ class Record:
     id: unique within its source and stable between runs.
     prompt: chat messages, the last one the user's question.
     trace: ground-truth reasoning ending in the answer; "" where there is none.
-    answer: the gold answer, as a grader takes it; "" where there is none.
+    answer: the gold answer as text; "" where there is none.
     answer_span: characters [start, end) of the final answer inside `trace`, or
       None where it is not known; what the span covers is never hinted (docs/method.md#exploration).
+    task: the name of its task, for runs with several (`reward.verifier` = "task", metrics by
+      task); "" where it was not said.
+    gold: what its verifier needs where a text does not say it, as plain JSON values, such as
+      {"numbers": [3, 7, 2], "target": 23}; None: the answer is all.
   """
 
   id: str
@@ -30,6 +34,8 @@ class Record:
   trace: str
   answer: str
   answer_span: tuple[int, int] | None = None
+  task: str = ""
+  gold: Any = None
 
   @property
   def question(self) -> str:

@@ -1,4 +1,4 @@
-"""Records by URI: jsonl:, csv:, parquet:, hf:, tfds:, synthetic:, and what users register.
+"""Records by URI: jsonl:, csv:, parquet:, hf:, tfds:, synthetic:, mix:, and what users register.
 
   jsonl:/data/gsm8k/train.jsonl?format=gsm8k&strip_calculator=true
   csv:/data/problems.csv?question=problem&answer=target
@@ -6,6 +6,7 @@
   hf:openai/gsm8k?name=main&split=train&format=gsm8k
   tfds:gsm8k/train?data_dir=/data/tfds
   synthetic:chains?split=train&n=1000
+  mix:synthetic:chains?n=1000 | synthetic:countdown?n=500
 
 What follows "?" are options; `load_records` takes the same as keyword arguments, which
 win. A row that cannot be used is counted by reason, never dropped in silence.
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 from igpo_jax.data import formats, tables
 from igpo_jax.data.records import Message, Record
+from igpo_jax.data.task_registry import Task, task_with
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import find_files
 
@@ -74,8 +76,7 @@ def load_records(uri: str, **options: Any) -> Loaded:
   Args:
     uri: NAME:REST?option=value&...; see the module's examples.
     **options: as in the URI, and winning over it. Common to all built-in sources but
-      synthetic: format, question, answer, trace, id, system, template, limit, final,
-      strip_calculator, solution (`formats.Options` explains the last three).
+      synthetic and mix: format, limit, system, template, and those of `formats.Options`.
 
   Returns:
     Records in the order of the source, and counts of the rows that were left out.
@@ -102,10 +103,12 @@ def stream_records(uri: str, **options: Any) -> Stream:
     UserError: as `load_records`; what is wrong with a row when that row is reached.
   """
   name, colon, rest = uri.partition(":")
+  if colon and name == MIX:
+    return _mixed(rest, options)
   if not colon or name not in _SOURCES:
     raise UserError(
       f"no data source for {uri!r}: expected one of"
-      f" {', '.join(f'{known}:' for known in sorted(_SOURCES))}"
+      f" {', '.join(f'{known}:' for known in sorted([*_SOURCES, MIX]))}"
     )
   path, _, query = rest.partition("?")
   merged: dict[str, Any] = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) | options
@@ -122,6 +125,34 @@ def stream_records(uri: str, **options: Any) -> Stream:
   return Stream(loaded.records, dict(loaded.dropped))
 
 
+MIX = "mix"  # mix:URI | URI | ...: the records of several sources, one source after the other
+_BAR = " | "
+
+
+def _mixed(rest: str, options: dict[str, Any]) -> Stream:
+  """The records of each source in turn; `options` go to all of them.
+
+  An id that an earlier source has is told apart by the number of its source: "ID#2".
+  """
+  uris = [uri.strip() for uri in rest.split(_BAR)]
+  if not all(uris):
+    raise UserError(f"{MIX}:{rest}: expected {MIX}:URI{_BAR}URI, and as many more as you like")
+  dropped: collections.Counter[str] = collections.Counter()
+  parts = [stream_records(uri, **options) for uri in uris]  # what is wrong with one shows at once
+
+  def records() -> Iterator[Record]:
+    ids: set[str] = set()
+    for number, part in enumerate(parts, start=1):
+      for record in part:
+        if record.id in ids:
+          record = dataclasses.replace(record, id=f"{record.id}#{number}")
+        ids.add(record.id)
+        yield record
+      dropped.update(part.dropped)
+
+  return Stream(records(), dropped)
+
+
 FILE_SOURCES = ("jsonl", "csv", "parquet")  # what follows the colon is a path or a pattern
 
 
@@ -132,9 +163,15 @@ def check_files(uri: str) -> None:
     UserError: a source that is unknown, or a missing file; says what to get from where.
   """
   name, colon, rest = uri.partition(":")
+  if colon and name == MIX:
+    for part in rest.split(_BAR):
+      check_files(part.strip())
+    return
   if not colon or name not in _SOURCES:
     load_records(uri)  # says which sources there are
   path, _, query = rest.partition("?")
+  if name == SYNTHETIC:
+    _generator(path)
   if name in FILE_SOURCES:
     find_files(path, _origin(dict(urllib.parse.parse_qsl(query))))
 
@@ -181,12 +218,12 @@ def read_rows(
   Args:
     rows: dicts of plain values.
     name: of the source; ids are "name/key" or "name/row number".
-    format: one of `formats.FORMATS`.
+    format: one of `formats.FORMATS`, or another name of its data set (`data.names`).
     limit: stop after so many usable records.
     system, template: see `Prompting`.
     **options: `formats.Options`.
   """
-  if format not in formats.FORMATS:
+  if formats.find_format(format) is None:
     raise UserError(f"unknown format {format!r}: expected one of {', '.join(formats.FORMATS)}")
   limit = None if limit in (None, "") else _integer("limit", limit)
   dropped: collections.Counter[str] = collections.Counter()
@@ -204,7 +241,7 @@ def _records(
   settings: formats.Options,
   dropped: collections.Counter[str],
 ) -> Iterator[Record]:
-  reader = formats.FORMATS[format]
+  reader = formats.find_format(format)
   settings = reader.with_names(settings)
   questions: set[str] = set()
   ids: set[str] = set()
@@ -215,9 +252,10 @@ def _records(
     first = row if first is None else first
     try:
       fields = formats.with_final(reader.read(row, settings), settings.final)
+      gold, task = formats.gold_of(row, settings), formats.task_of(row, settings)
       if not fields.question:
         raise formats.Drop("no question")
-      if not fields.answer and reader.needs_answer:
+      if not fields.answer and gold is None and reader.needs_answer:
         raise formats.Drop("no answer")
       if reader.unique_questions and fields.question in questions:
         raise formats.Drop("question seen before")
@@ -235,6 +273,8 @@ def _records(
       trace=fields.trace,
       answer=fields.answer,
       answer_span=fields.answer_span,
+      task=task,
+      gold=gold,
     )
   if not ids and first is not None:
     raise UserError(
@@ -285,7 +325,7 @@ def _name_of(pattern: str) -> str:
 
 
 def _origin(options: dict[str, Any]) -> str:
-  known = formats.FORMATS.get(options.get("format", "plain"))
+  known = formats.find_format(options.get("format", "plain"))
   return known.origin if known else ""
 
 
@@ -312,7 +352,7 @@ def _columns(options: Mapping[str, Any]) -> tuple[str, ...] | None:
   """The columns that the options' format reads; None: `read_rows` will find fault with them."""
   format = options.get("format", "plain")
   known = {field.name for field in dataclasses.fields(formats.Options)}
-  if format not in formats.FORMATS:
+  if formats.find_format(format) is None:
     return None
   return formats.columns(
     format, formats.Options(**{name: options[name] for name in known & set(options)})
@@ -341,23 +381,37 @@ def _load_tfds(
   return read_rows(rows, path, **({"format": builders.format_of(name)} | options))
 
 
-@register_source("synthetic")
-def _load_synthetic(
-  name: str, split: str = "train", n: int | str = 1000, seed: int | str = 0, **options: Any
-) -> Loaded:
-  from igpo_jax.data import maps, synthetic
+SYNTHETIC = "synthetic"
 
-  tasks = {"chains": synthetic.make_records, "maps": maps.make_records}
-  name = name or "chains"
-  if name not in tasks:
-    raise UserError(f"synthetic: no task {name!r}; known: {', '.join(tasks)}")
-  records = tasks[name](
+
+def _generator(name: str) -> Task:
+  """The task of `synthetic:NAME`; a `UserError` names those there are."""
+  return task_with("make_records", name or "chains", SYNTHETIC)
+
+
+@register_source(SYNTHETIC)
+def _load_synthetic(
+  name: str,
+  split: str = "train",
+  n: int | str = 1000,
+  seed: int | str = 0,
+  system: str = "",
+  template: str = "{question}",
+  **options: Any,
+) -> Loaded:
+  task = _generator(name)
+  prompting = Prompting(system, template)
+  records = task.make_records(
     split,
     _integer("n", n),
     _integer("seed", seed),
     **{key: _number_if(value) for key, value in options.items()},
   )
-  return Loaded(list(records), {})
+  if prompting != Prompting():
+    records = [
+      dataclasses.replace(r, prompt=prompting.messages(r.question, r.prompt[:-1])) for r in records
+    ]
+  return Loaded([dataclasses.replace(r, task=r.task or task.name) for r in records], {})
 
 
 def _number_if(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tokenizers of characters and of SentencePiece, and loading any tokenizer from a directory.
+"""Tokenizers of characters, words and SentencePiece; loading any tokenizer from a directory.
 
 All tokenizers have one interface (`tokenizer_base.Tokenizer`), so the rest of the program does not
 depend on the kind. Tokenizers of Hugging Face are in `hf_tokenizer`. Needs no jax.
@@ -7,12 +7,13 @@ depend on the kind. Tokenizers of Hugging Face are in `hf_tokenizer`. Needs no j
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from igpo_jax.data import maps, synthetic
 from igpo_jax.data.records import ROLES, Message
+from igpo_jax.data.task_registry import task_with
 from igpo_jax.data.tokenizer_base import (
   DESCRIPTION_FILE,
   HF_FILE,
@@ -26,7 +27,8 @@ from igpo_jax.data.tokenizer_base import (
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import mend, read_object
 
-ALPHABETS = {"char": synthetic.ALPHABET, "char:maps": maps.ALPHABET}  # of generated tasks
+CHAR, WORDS = "char", "words"  # char:NAME, words:NAME: of a generated task; "char" is char:chains
+OWN_KINDS = (CHAR, WORDS)  # types of a description file that are read here
 
 
 class CharTokenizer(Tokenizer):
@@ -70,10 +72,60 @@ class CharTokenizer(Tokenizer):
     return ids + self.encode(prefill.text)
 
   def save(self, directory: epath.PathLike) -> None:
-    write_description(directory, {"type": "char", "alphabet": self.alphabet})
+    write_description(directory, {"type": CHAR, "alphabet": self.alphabet})
 
   def _decode_text(self, ids: list[int]) -> str:
     return "".join(self.alphabet[i - 3] for i in ids)
+
+
+class WordTokenizer(Tokenizer):
+  """One token per word, words being what blanks part; for generated tasks told in sentences.
+
+  Ids: 0 end of text (and padding), 1 mask, 2 end of a turn, then the words in their order. Texts
+  have one space between two words: then `decode(encode(text)) == text`.
+
+  Worked example, words ("a", "bus", "."): encode("a bus .") is [3, 4, 5].
+  """
+
+  EOS, MASK, TURN = 0, 1, 2
+
+  def __init__(self, words: Sequence[str]):
+    words = tuple(words)
+    if not words or len(set(words)) != len(words):
+      raise UserError(f"the {len(words)} words of a tokenizer are none, or one is there twice")
+    odd = [word for word in words if word.split() != [word]]
+    if odd:
+      raise UserError(f"the word {odd[0]!r} of a tokenizer is empty or has a blank in it")
+    self.words = words
+    self._ids = {word: 3 + k for k, word in enumerate(words)}
+    self.vocab_size = 3 + len(words)
+    self.mask_id, self.eos_id, self.pad_id = self.MASK, self.EOS, self.EOS
+    self.stop_ids = (self.EOS,)
+    self.turn_id = self.EOS
+    self.special_ids = frozenset((self.EOS, self.MASK, self.TURN))
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    found = list(re.finditer(r"\S+", text))
+    try:
+      ids = [self._ids[match.group()] for match in found]
+    except KeyError as error:
+      raise UserError(
+        f"the word {error.args[0]!r} of {text[:40]!r} is not one of this tokenizer's"
+        f" {len(self.words)} words"
+      ) from None
+    return ids, [match.span() for match in found]
+
+  def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    ids, prefill = [], split_prefill(messages)
+    for message in prefill.messages:
+      ids += [*self.encode(message["content"]), self.TURN]
+    return ids + self.encode(prefill.text)
+
+  def save(self, directory: epath.PathLike) -> None:
+    write_description(directory, {"type": WORDS, "words": list(self.words)})
+
+  def _decode_text(self, ids: list[int]) -> str:
+    return " ".join(self.words[i - 3] for i in ids)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -210,28 +262,39 @@ def has_tokenizer(directory: epath.PathLike) -> bool:
   """True if `load_tokenizer(directory)` would find a tokenizer."""
   directory = epath.Path(directory)
   return directory.is_dir() and (
-    read_object(directory / DESCRIPTION_FILE, missing={}).get("type") == "char"
+    read_object(directory / DESCRIPTION_FILE, missing={}).get("type") in OWN_KINDS
     or directory.joinpath(HF_FILE).exists()
     or _find_sentencepiece(directory) is not None
   )
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-  """The character tokenizer of a generated task, such as "char", or `load_tokenizer(spec)`.
+  """The tokenizer of one or several generated tasks, or `load_tokenizer(spec)`.
+
+  Args:
+    spec: "char:NAME" for the characters of a task, "words:NAME" for its words, "char:A+B" for
+      those of several tasks, "char" for "char:chains"; or a path.
 
   Raises:
-    UserError: as `load_tokenizer`.
+    UserError: no such task, one that is not written in characters (or words); else as
+      `load_tokenizer`.
   """
-  if spec in ALPHABETS:
-    return CharTokenizer(ALPHABETS[spec])
-  return load_tokenizer(spec)
+  kind, _, names = spec.partition(":")
+  if kind not in OWN_KINDS or (kind == WORDS and not names):
+    return load_tokenizer(spec)
+  attribute = "alphabet" if kind == CHAR else "words"
+  tasks = [
+    task_with(attribute, name, f"tokenizer {spec}") for name in (names or "chains").split("+")
+  ]
+  pieces = tuple(dict.fromkeys(piece for task in tasks for piece in getattr(task, attribute)))
+  return CharTokenizer("".join(pieces)) if kind == CHAR else WordTokenizer(pieces)
 
 
 def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
   """Reads a tokenizer from a directory, or from the directory of a file.
 
-  It looks for, in this order: a character tokenizer that this program wrote, `tokenizer.json`
-  (Hugging Face), and a SentencePiece `.model`.
+  It looks for, in this order: a character or word tokenizer that this program wrote,
+  `tokenizer.json` (Hugging Face), and a SentencePiece `.model`.
 
   Raises:
     UserError: there is no such path, it has none of these files, or one cannot be read.
@@ -244,8 +307,11 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
       return SentencePieceTokenizer(path.read_bytes())
     path = path.parent
   description = read_object(path / DESCRIPTION_FILE, missing={})
-  if description.get("type") == "char":
+  if description.get("type") == CHAR:
     return CharTokenizer(description.get("alphabet", ""))
+  if description.get("type") == WORDS:
+    words = description.get("words")
+    return WordTokenizer([str(word) for word in words] if isinstance(words, list) else ())
   if (path / HF_FILE).exists():
     from igpo_jax.data import hf_tokenizer
 

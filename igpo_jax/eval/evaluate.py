@@ -32,6 +32,7 @@ from igpo_jax.io.jsonl import Row
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.parallel.sharding import num_shards
+from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.types import LM, Params
 
@@ -206,8 +207,23 @@ def evaluate(
     rows = [generations.rows[k] for k in keys]
     k = setting.samples
     groups = [rows[i : i + k] for i in range(0, len(rows), k)]
-    summary = [summarize(groups, scorer.same_answer)]
+    summary = [summarize(groups, scorer.same_answer) | _by_task(problems[::k], groups)]
   return share(summary)[0]
+
+
+def _by_task(problems: Sequence[Problem], groups: Sequence[Sequence[Row]]) -> dict[str, float]:
+  """ "TASK/accuracy" of each task, where the problems are of several.
+
+  Args:
+    problems: one for each group.
+    groups: the rows of each problem's completions.
+  """
+  correct: dict[str, list[float]] = {}
+  for problem, rows in zip(problems, groups, strict=True):
+    correct.setdefault(problem.record.task, []).extend(row["correct"] for row in rows)
+  if len(correct) < 2:
+    return {}
+  return {f"{task}/accuracy": sum(c) / len(c) for task, c in sorted(correct.items()) if task}
 
 
 class Evaluation:
@@ -283,6 +299,7 @@ class Evaluation:
         "compute_dtype": self.config.model.dtype,
         "verifier": "math" if setting.rules else self.config.reward.verifier,
         **self._extraction(setting),
+        **self._tasks(setting, problems),
         "seed": self.config.seed,
       },
     )
@@ -304,6 +321,12 @@ class Evaluation:
     """How answers are found, where that is neither the protocol's nor the default."""
     extraction = self.config.reward.extraction
     return {"extraction": extraction} if extraction and not setting.rules else {}
+
+  def _tasks(self, setting: Setting, problems: Sequence[Problem]) -> dict[str, list[str]]:
+    """The tasks of the problems, where they decide which verifier grades."""
+    if setting.rules or self.config.reward.verifier != registry.BY_TASK:
+      return {}
+    return {"tasks": sorted({problem.record.task for problem in problems})}
 
   def _scorer(self, setting: Setting) -> contextlib.AbstractContextManager[Scorer]:
     """The protocol's grader, or the run's."""

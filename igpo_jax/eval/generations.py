@@ -76,10 +76,11 @@ class Generations:
 
 
 def records_digest(records: Iterable[Record]) -> str:
-  """A digest of the problems' ids, prompts and answers, in their order."""
+  """A digest of the problems' ids, prompts, answers and golds, in their order."""
   digest = hashlib.blake2s(digest_size=8)
   for record in records:
-    digest.update(json.dumps([record.id, record.prompt, record.answer]).encode())
+    gold = [] if record.gold is None else [record.gold]
+    digest.update(json.dumps([record.id, record.prompt, record.answer, *gold]).encode())
   return digest.hexdigest()
 
 

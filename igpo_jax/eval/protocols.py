@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.data.names import one_name
 from igpo_jax.data.records import Message, Record
 from igpo_jax.errors import UserError
+from igpo_jax.plugins import known_values
 from igpo_jax.rewards import answers
 
 PLAIN = "plain"  # the name of config.eval.protocol = "": prompts and settings of the config
@@ -155,11 +158,43 @@ def _opencompass_block() -> Protocol:
   }
 
 
-PROTOCOLS: dict[str, Protocol] = {
-  "igpo": _igpo(),
-  "d1": _d1(),
-  "opencompass_block": _opencompass_block(),
-}
+PROTOCOLS: dict[str, Protocol] = {}
+
+
+def register_protocol(name: str, protocol: Mapping[str, Setting | Sequence[Setting]]) -> None:
+  """Makes `eval.protocol=name` run its benchmarks as the protocol says.
+
+  Args:
+    name: anything but "", which stands for the config's own settings, and "plain".
+    protocol: benchmark -> its setting, or several that differ in length. The items of `data.eval`
+      are named after the benchmarks.
+
+  Raises:
+    ValueError: the name is taken or reserved, no benchmark, or two settings of one length.
+  """
+  if name in ("", PLAIN) or name in PROTOCOLS:
+    raise ValueError(
+      f"protocol {name!r} is {'already registered' if name in PROTOCOLS else 'kept'}"
+    )
+  settings = {
+    one_name(benchmark): (chosen,) if isinstance(chosen, Setting) else tuple(chosen)
+    for benchmark, chosen in protocol.items()
+  }
+  if not settings:
+    raise ValueError(f"protocol {name!r} defines no benchmark")
+  for benchmark, chosen in settings.items():
+    lengths = [setting.sampler.gen_length for setting in chosen]
+    if not lengths or len(set(lengths)) < len(lengths):
+      raise ValueError(
+        f"protocol {name!r}: {benchmark}: one setting for each length, not {lengths}"
+      )
+  PROTOCOLS[name] = settings
+
+
+register_protocol("igpo", _igpo())
+register_protocol("d1", _d1())
+register_protocol("opencompass_block", _opencompass_block())
+known_values("eval.protocol", lambda: PROTOCOLS)
 
 
 class Task(NamedTuple):
@@ -254,6 +289,7 @@ def _settings(protocol: str, benchmark: str) -> tuple[Setting, ...]:
       f"config: eval.protocol={protocol!r} is not one of {', '.join(PROTOCOLS)}, or '' for the"
       " config's own settings"
     )
+  benchmark = one_name(benchmark)
   if benchmark not in PROTOCOLS[protocol]:
     raise UserError(
       f"config: protocol {protocol!r} defines {', '.join(PROTOCOLS[protocol])}, not"

@@ -23,8 +23,18 @@ def value_tokens(text: str, answer: str, offsets: Sequence[Span]) -> list[Span]:
     answer: the gold answer.
     offsets: characters [start, end) of each token of the trace.
   """
+  return overlapping_tokens(value_spans(text, answer), offsets)
+
+
+def overlapping_tokens(spans: Sequence[Span], offsets: Sequence[Span]) -> list[Span]:
+  """Token ranges [start, end) that overlap each of some ranges of characters.
+
+  Args:
+    spans: characters [start, end), such as those of `rewards.registry.shown_spans`.
+    offsets: characters [start, end) of each token.
+  """
   ranges = []
-  for start, end in value_spans(text, answer):
+  for start, end in spans:
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
     if inside:
       ranges.append((inside[0], inside[-1] + 1))

@@ -13,8 +13,6 @@ from igpo_jax.config import RewardConfig
 from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
-from igpo_jax.rewards import countdown as _countdown  # noqa: F401  registers its verifier
-from igpo_jax.rewards import sudoku as _sudoku  # noqa: F401  registers its verifier
 from igpo_jax.rewards.math import equivalence
 from igpo_jax.rewards.pool import Pool
 from igpo_jax.rewards.registry import RewardFn, Verdict, register_reward, register_verifier
@@ -61,8 +59,9 @@ class Scorer:
   """Verifies completions and sums the reward parts.
 
   Args:
-    verifier: "math" (mathematical equality of the final answer, in worker
-      processes), "exact", "countdown", "sudoku", or a registered name.
+    verifier: "math" (mathematical equality of the final answer, in worker processes), another
+      registered name, such as "exact" or "countdown", or "task": each record by the verifier of
+      its own task (`registry.verifier_of`).
     parts: part name -> weight. "correct" is 1.0 for a correct completion.
     workers: worker processes of the "math" verifier; None: one per core.
     timeout: seconds that one item may take in a worker.
@@ -72,7 +71,8 @@ class Scorer:
     UserError: an unknown verifier, part or rule.
 
   Attributes:
-    pool: the worker processes; None for a verifier that runs in this process.
+    pool: the worker processes; None for a verifier that runs in this process. With "task" they
+      are started when the first record needs them.
   """
 
   def __init__(
@@ -83,7 +83,9 @@ class Scorer:
     timeout: float = 5.0,
     rules: tuple[str, ...] = answers.DEFAULT_RULES,
   ):
-    self._verify = None if verifier == registry.POOLED else registry.verifier(verifier)
+    if verifier not in (registry.POOLED, registry.BY_TASK):
+      registry.verifier(verifier)
+    self.verifier = verifier
     weights = dict(parts) if parts is not None else {"correct": 1.0}
     self._parts = {name: (registry.reward(name), weight) for name, weight in weights.items()}
     unknown = [rule for rule in rules if rule not in answers.RULES]
@@ -92,7 +94,8 @@ class Scorer:
         f"rewards: no extraction rule {unknown[0]!r}; known: {', '.join(answers.RULES)}"
       )
     self._rules = tuple(rules)
-    self.pool = None if self._verify else Pool(workers, timeout)
+    self._workers, self._timeout = workers, timeout
+    self.pool: Pool | None = Pool(workers, timeout) if verifier == registry.POOLED else None
     self._cache: collections.OrderedDict[tuple[str, str], tuple[str, bool]] = (
       collections.OrderedDict()
     )
@@ -113,12 +116,13 @@ class Scorer:
     if len(completions) != len(records):
       raise ValueError(f"{len(completions)} completions for {len(records)} records")
     completions, records = list(completions), list(records)
-    if self._verify:
-      verdicts = [self._verify(*row) for row in zip(completions, records, strict=True)]
-      return PendingScores(lambda: self._score(completions, records, verdicts, weighted))
     waiting: dict[tuple[str, str], concurrent.futures.Future] = {}
-    rows = []
+    rows: list[Verdict | tuple[str | None, tuple[str, str]]] = []
     for completion, record in zip(completions, records, strict=True):
+      name = registry.verifier_of(record, self.verifier)
+      if name != registry.POOLED:
+        rows.append(registry.verifier(name)(completion, record))
+        continue
       extracted = answers.find_answer(completion, self._rules)
       key = (record.answer, extracted or "")
       rows.append((extracted, key))
@@ -126,16 +130,19 @@ class Scorer:
         continue
       quick = equivalence.quick(*key)
       if quick is None:
-        waiting[key] = self.pool.submit(*key)
+        waiting[key] = self._compared(key)
       else:
         self._remember(key, quick)
 
     def finish() -> Scores:
       late = {key: future.result() for key, future in waiting.items()}
       verdicts = []
-      for extracted, key in rows:
-        status, correct = late.get(key) or self._cache.get(key) or ("unparseable", False)
-        verdicts.append(Verdict(correct, extracted, status))
+      for row in rows:
+        if not isinstance(row, Verdict):
+          extracted, key = row
+          status, correct = late.get(key) or self._cache.get(key) or ("unparseable", False)
+          row = Verdict(correct, extracted, status)
+        verdicts.append(row)
       for key, outcome in late.items():
         if outcome[0] != "timeout":  # may be the machine's fault: worth another try
           self._remember(key, outcome)
@@ -143,16 +150,25 @@ class Scorer:
 
     return PendingScores(finish)
 
+  def _compared(self, key: tuple[str, str]) -> concurrent.futures.Future:
+    """The comparison of (gold, answer) in a worker."""
+    if self.pool is None:
+      self.pool = Pool(self._workers, self._timeout)
+    return self.pool.submit(*key)
+
   def same_answer(self, first: str, second: str) -> bool:
-    """Whether two extracted answers are one answer; waits for the workers if need be."""
+    """Whether two extracted answers are one answer; waits for the workers if need be.
+
+    Only "math" looks further than at the characters.
+    """
     if first.strip() == second.strip():
       return True
-    if self.pool is None:
+    if self.verifier != registry.POOLED:
       return False
     key = (first, second)
     outcome = self._cache.get(key) or equivalence.quick(*key)
     if outcome is None:
-      outcome = self.pool.submit(*key).result()
+      outcome = self._compared(key).result()
     if outcome[0] != "timeout":
       self._remember(key, outcome)
     return outcome[1]
@@ -160,16 +176,17 @@ class Scorer:
   def equal_themselves(self, golds: Sequence[str]) -> list[bool]:
     """Whether each gold answer equals itself: one that does not cannot be answered.
 
-    Verifiers other than "math" are not asked: for them it is True of every answer.
+    Only "math" is asked: with another verifier it is True of every answer. With "task" the golds
+    should be those of records that "math" grades.
     """
-    if self.pool is None:
+    if self.verifier not in (registry.POOLED, registry.BY_TASK):
       return [True] * len(golds)
     known = {gold: self._cache.get((gold, gold)) for gold in golds}
     late = {}
     for gold, outcome in known.items():
       outcome = outcome or equivalence.quick(gold, gold)
       if outcome is None:
-        late[gold] = self.pool.submit(gold, gold)
+        late[gold] = self._compared((gold, gold))
       else:
         known[gold] = outcome
     known |= {gold: future.result() for gold, future in late.items()}
@@ -228,32 +245,3 @@ def make_scorer(reward: RewardConfig) -> Scorer:
     reward.timeout,
     rules or answers.DEFAULT_RULES,
   )
-
-
-@register_verifier("exact", reads_golds=True)
-def _exact(completion: str, record: Record) -> Verdict:
-  """The text after the last "=>", or else after the last "#### ", is the gold answer."""
-  extracted = answers.extract_marked(completion)
-  if extracted is None:
-    extracted = answers.extract_marked(completion, "#### ")
-  status = "ok" if extracted else "unparseable"
-  return Verdict(bool(extracted) and extracted == record.answer.strip(), extracted, status)
-
-
-@register_reward("correct")
-def _correct(completion: str, record: Record, verdict: Verdict) -> float:
-  del completion, record
-  return float(verdict.correct)
-
-
-@register_reward("answer_tag")
-def _answer_tag(completion: str, record: Record, verdict: Verdict) -> float:
-  del record, verdict
-  text = answers.truncate(completion)
-  return float(text.count("<answer>") == 1 and text.rstrip().endswith("</answer>"))
-
-
-@register_reward("boxed")
-def _boxed(completion: str, record: Record, verdict: Verdict) -> float:
-  del record, verdict
-  return float(bool(answers.extract_boxed(answers.truncate(completion))))

@@ -25,12 +25,12 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from igpo_jax import cli
+from igpo_jax import cli, plugins
 from igpo_jax.config.fields import Count, Natural, NonNegative, Positive, Range, number
 from igpo_jax.data import sources
-from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, open_tokenizer
+from igpo_jax.data.tokenizer import CharTokenizer, Tokenizer, WordTokenizer, open_tokenizer
 from igpo_jax.errors import UserError
-from igpo_jax.rewards import answers
+from igpo_jax.rewards import answers, registry
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rewrite import lengths, prompts, trim
 from igpo_jax.rewrite.client import ChatClient, completions_url
@@ -60,7 +60,7 @@ def make_parser() -> cli.ArgumentParser:
   )
   add("--source", help="records with traces, by URI (docs/data.md)")
   add("--output", type=pathlib.Path, help="JSONL of accepted traces; a data source of its own")
-  add("--tokenizer", help="directory of the model that is to be trained, char or char:maps")
+  add("--tokenizer", help="directory of the model that is to be trained, or char:TASK")
   add(
     "--max_tokens", type=number(AtLeastTwo), default=1500, help="of an accepted trace (%(default)s)"
   )
@@ -74,7 +74,14 @@ def make_parser() -> cli.ArgumentParser:
   add("--limit", type=number(Count), help="look at no more than the first so many records")
   add("--dry_run", action="store_true", help="show what would be asked, ask nothing")
   add("--report", action="store_true", help="only write the report of an output that exists")
-  add("--verifier", choices=("math", "exact"), default="math", help="how answers are compared")
+  add(
+    "--verifier",
+    metavar="NAME",
+    default="math",
+    help=f"how answers are compared: {', '.join(registry.verifier_names())}, one that a plug-in"
+    f" registers, or {registry.BY_TASK}: each record by the verifier of its task (%(default)s)",
+  )
+  plugins.add_argument(parser)
   add("--workers", type=number(Count), help="grading processes (one per core)")
   add("--concurrency", type=number(Count), default=16, help="requests in flight (%(default)s)")
   group = parser.add_argument_group("rewrite")
@@ -118,7 +125,8 @@ def make_parser() -> cli.ArgumentParser:
   group.add_argument(
     "--rules",
     default="english",
-    help="whose notation to trim by; chains and maps are the generated tasks' (%(default)s)",
+    help=f"whose notation to trim by: {', '.join(trim.rule_names())}, or one that a plug-in"
+    " registers (%(default)s)",
   )
   return parser
 
@@ -142,6 +150,8 @@ def check(args: argparse.Namespace) -> None:
   if args.endpoint is not None:
     completions_url(args.endpoint)
   trim.rules(args.rules)
+  if args.verifier not in (registry.POOLED, registry.BY_TASK):
+    registry.verifier(args.verifier)
 
 
 def read_key(name: str) -> str:
@@ -162,7 +172,11 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
   """What decides the rows of an output."""
-  probe = tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else PROBE
+  probe = PROBE
+  if isinstance(tokenizer, CharTokenizer):
+    probe = tokenizer.alphabet
+  elif isinstance(tokenizer, WordTokenizer):
+    probe = " ".join(tokenizer.words)
   ids = hashlib.blake2s(repr(tokenizer.encode(probe)).encode(), digest_size=4).hexdigest()
   settings = {
     "mode": args.mode,
@@ -221,7 +235,12 @@ class Bar:
 
 
 async def align(
-  args: argparse.Namespace, key: str, journal: Journal, tokenizer: Tokenizer, bar: Bar
+  args: argparse.Namespace,
+  key: str,
+  source: sources.Stream,
+  journal: Journal,
+  tokenizer: Tokenizer,
+  bar: Bar,
 ) -> int:
   """Decides every record; returns the number of the signal that ended it early, else 0."""
   rules = ("boxed",) if args.mode == "rewrite" else answers.DEFAULT_RULES
@@ -250,7 +269,6 @@ async def align(
 
     for number in (signal.SIGINT, signal.SIGTERM):
       loop.add_signal_handler(number, asked_to_stop, number)
-    source = sources.stream_records(args.source)
     await engine.run(source, args.limit)
     if not len(journal) and not received:
       raise UserError(
@@ -269,6 +287,7 @@ def write_report(output: pathlib.Path, windows: list[int]) -> None:
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
   args = make_parser().parse_args(argv)
+  plugins.load_files(args.plugins)
   check(args)
   if args.report:
     write_report(args.output, args.window)
@@ -279,11 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   key = read_key(args.key_env) if args.mode == "rewrite" else ""
   tokenizer = open_tokenizer(args.tokenizer)
+  source = sources.stream_records(args.source)
   notes = {"endpoint": args.endpoint} if args.mode == "rewrite" else {}
   with Journal(args.output, settings_of(args, tokenizer), notes) as journal:
     bar = Bar(journal, args)
     with bar.bar:
-      stopped = asyncio.run(align(args, key, journal, tokenizer, bar))
+      stopped = asyncio.run(align(args, key, source, journal, tokenizer, bar))
   decided = len(journal)
   counts = f" ({sources.describe(journal.reasons)})" if journal.rejected else ""
   print(f"accepted {journal.accepted} of {decided}, rejected {journal.rejected}{counts}")

@@ -164,6 +164,8 @@ class Engine:
   async def _decide(self, record: Record) -> None:
     row = {"id": record.id, "question": record.question, "answer": record.answer,
            "source_tokens": self.judge.count(record.trace)}  # fmt: skip
+    row |= {"task": record.task} if record.task else {}
+    row |= {"gold": record.gold} if record.gold is not None else {}
     if not record.trace:
       return self._reject(row, [NO_TRACE])
     if not await self.judge.gradable(record):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
+from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer
 
 # Why a trace is not accepted; rejects are counted under these.
@@ -51,7 +52,7 @@ class Judge:
 
   async def gradable(self, record: Record) -> bool:
     """Whether the gold answer equals itself: if not, no rewriting can be accepted."""
-    if self.scorer.pool is None:
+    if registry.verifier_of(record, self.scorer.verifier) != registry.POOLED:
       return True
     status, correct, _ = await self._grade(rf"\boxed{{{record.answer}}}", record)
     return correct or status == "timeout"
@@ -72,7 +73,10 @@ class Judge:
     if extracted is None:
       return Verdict(NO_ANSWER, r"Your solution has no final answer in \boxed{}.", tokens)
     if not correct:
-      said = f"Your solution ends in {extracted}, but the final answer is {record.answer}."
+      right = f"but the final answer is {record.answer}"
+      if record.gold is not None:  # of several answers that are right, the record has one or none
+        right = "which is not right"
+      said = f"Your solution ends in {extracted}, {right}."
       return Verdict(WRONG if status == "ok" else UNREADABLE, said, tokens)
     if tokens > self.max_tokens:
       return Verdict(TOO_LONG, f"Your solution has {tokens} tokens; {limit}.", tokens)

@@ -3,7 +3,7 @@
 It takes text away and writes none: reflections go, the last derivation and the answer stay,
 and what is still too long loses its first sentences. A trace that rambles in other words
 than `REFLECTIONS` knows stays as it is. Rules for other languages or notations are
-registered by name.
+registered by name; those of a task belong to the task (`igpo_jax.tasks`).
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ import bisect
 import re
 from collections.abc import Callable
 
-from igpo_jax.data import maps, spans, synthetic
+from igpo_jax.data import spans
+from igpo_jax.data.task_registry import Count, TrimRules, all_tasks, find_task
 from igpo_jax.errors import UserError
 
-Count = Callable[[str], int]
-Rules = Callable[[str, str, Count, int], str]
-_RULES: dict[str, Rules] = {}
+_RULES: dict[str, TrimRules] = {}
 
 
-def register_rules(name: str) -> Callable[[Rules], Rules]:
+def register_rules(name: str) -> Callable[[TrimRules], TrimRules]:
   """Makes `--rules=name` call the decorated `fn(trace, answer, count, max_tokens) -> str`.
 
   `count(text)` is the number of tokens; "" stands for a trace that cannot be trimmed.
   """
 
-  def register(function: Rules) -> Rules:
+  def register(function: TrimRules) -> TrimRules:
     _RULES[name] = function
     return function
 
   return register
 
 
-def rules(name: str) -> Rules:
-  """The rules of that name; a `UserError` names those there are."""
-  if name not in _RULES:
-    raise UserError(f"--rules: {name!r} is not one of {', '.join(sorted(_RULES))}")
-  return _RULES[name]
+def rule_names() -> list[str]:
+  """Every name that --rules may have: those registered here, and tasks that have rules."""
+  return sorted([*_RULES, *(task.name for task in all_tasks() if task.trim)])
+
+
+def rules(name: str) -> TrimRules:
+  """The rules of that name, or of the task of that name; a `UserError` names those there are."""
+  task = find_task(name)
+  found = _RULES.get(name) or (task.trim if task else None)
+  if found is None:
+    raise UserError(f"--rules: {name!r} is not one of {', '.join(rule_names())}")
+  return found
 
 
 # A sentence that begins so thinks about the solution instead of giving it.
@@ -170,17 +176,3 @@ def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
   text = lambda first: ("".join(kept[first:]) + ending).strip()
   fits = lambda first: count(text(first)) <= max_tokens
   return text(bisect.bisect_left(range(len(kept) - 1), True, key=fits))
-
-
-@register_rules("chains")
-def trim_chain(trace: str, answer: str, count: Count, max_tokens: int) -> str:
-  """The generated task's traces (`data.synthetic`) without their detours."""
-  del answer, count, max_tokens
-  return synthetic.without_detours(trace)
-
-
-@register_rules("maps")
-def trim_maps(trace: str, answer: str, count: Count, max_tokens: int) -> str:
-  """The other generated task's traces (`data.maps`) without their detours."""
-  del answer, count, max_tokens
-  return maps.without_detours(trace)

@@ -19,9 +19,10 @@ from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.hints.inject import hinted_group
-from igpo_jax.hints.leak import segments, value_spans, value_tokens
+from igpo_jax.hints.leak import overlapping_tokens, segments
 from igpo_jax.parallel.mesh import over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
+from igpo_jax.rewards.registry import shown_spans
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import host_advantages
 from igpo_jax.rl.methods import objective_of
@@ -160,7 +161,8 @@ class Explorer:
     forbidden = []
     if cfg.hints.hide_answer_value:
       _, offsets = self.tokenizer.encode_with_offsets(record.trace)
-      forbidden = value_tokens(record.trace, record.answer, offsets)
+      shown = shown_spans(record.trace, record, cfg.reward.verifier)
+      forbidden = overlapping_tokens(shown, offsets)
     rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 0])
     return hinted_group(
       batch.traces[group], batch.answer_spans[group], cfg.rl.group_size,
@@ -200,10 +202,10 @@ class Explorer:
     """How many hinted canvases show the answer's value in a run of hint tokens."""
     shown = 0
     for row, group in enumerate(wrong):
-      answer = batch.records[group].answer
+      record, verifier = batch.records[group], self.config.reward.verifier
       for tokens, hinted in zip(extra.completion[row], extra.hinted[row], strict=True):
         runs = [self.tokenizer.decode(tokens[a:b], stop=False) for a, b in segments(hinted)]
-        shown += any(value_spans(run, answer) for run in runs)
+        shown += any(shown_spans(run, record, verifier) for run in runs)
     return shown
 
   def _metrics(self, batch, own, mixed, extra, wrong, replaced, advantages) -> dict[str, float]:
@@ -230,8 +232,19 @@ class Explorer:
       "timeout": (status.count("timeout"), p * g),
       "no_trace": (sum(len(trace) == 0 for trace in batch.traces), p),
     }
+    for task in batch.tasks if len(batch.tasks) > 1 else ():
+      of = np.array([record.task == task for record in batch.records])
+      groups = of.sum()
+      sums |= {
+        f"rl/{task}/reward": (own.reward[of].sum(), groups * g),
+        f"rl/{task}/accuracy": (own.correct[of].sum(), groups * g),
+        f"rl/{task}/all_wrong_before": (of[wrong].sum(), groups),
+        f"rl/{task}/all_wrong_after": ((~mixed.correct[of].any(axis=1)).sum(), groups),
+      }
     totals = over_processes(np.array(list(sums.values()), np.float64), np.sum)
-    return {name: float(a / max(b, 1)) for name, (a, b) in zip(sums, totals, strict=True)}
+    means = {name: (a / max(b, 1), b) for name, (a, b) in zip(sums, totals, strict=True)}
+    # A step without a prompt of some task says nothing of it.
+    return {name: float(mean) for name, (mean, b) in means.items() if b or "/" not in name}
 
   def _rows(self, batch, own: Samples, extra: Samples | None, wrong, source) -> list[dict]:
     """One dict per completion, those first that show what inpainting did.

@@ -93,8 +93,9 @@ def sampled(records: Sequence[Record], most: int = MOST_GRADED) -> list[Record]:
 def check_answers(records: Sequence[Record], scorer: Scorer) -> Golds:
   """Grades the gold answers only, for records whose traces are not trained on."""
   chosen = sampled(records)
-  equal = scorer.equal_themselves([record.answer for record in chosen])
-  wrong = [record for record, same in zip(chosen, equal, strict=True) if not same]
+  mathematical = [r for r in chosen if registry.verifier_of(r, scorer.verifier) == POOLED]
+  equal = scorer.equal_themselves([record.answer for record in mathematical])
+  wrong = [record for record, same in zip(mathematical, equal, strict=True) if not same]
   examples = tuple(f"{record.id}: {record.answer!r:.60}" for record in wrong[:SHOWN])
   return Golds(len(chosen), len(records), len(wrong), examples=examples)
 

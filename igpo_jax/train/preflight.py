@@ -7,12 +7,13 @@ seconds of a run. The stages get the records that were read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from igpo_jax.config import Config
+from igpo_jax.config import Config, RewardConfig
 from igpo_jax.convert.open import open_source
 from igpo_jax.data.pipeline import (
   BROKEN_TEXT,
@@ -67,9 +68,11 @@ class Inputs:
       self.rl = rl_stream(config, tokenizer, records)
       for line in describe_rl(config, self.rl):
         tell(line)
-      graded = _graded(lambda: golds.check_traces(records, scorer, config.reward))
-      tell(f"rl: {graded}")
-      check_floor(config, graded)
+      for name, some in by_verifier(records, config.reward):
+        reward = dataclasses.replace(config.reward, verifier=name)
+        graded = _graded(lambda some=some, r=reward: golds.check_traces(some, scorer, r))
+        tell(f"rl: {graded}" if name == config.reward.verifier else f"rl, {name}: {graded}")
+        check_floor(dataclasses.replace(config, reward=reward), graded)
     for task in plan(config):
       self._check_task(config, task, tokenizer, scorer)
 
@@ -200,6 +203,18 @@ def _broken(stage: str, stream: SFTStream | PromptStream) -> list[str]:
 
 def _joined(lengths: tuple[int, ...]) -> str:
   return ", ".join(map(str, lengths))
+
+
+def by_verifier(records: list[Record], reward: RewardConfig) -> list[tuple[str, list[Record]]]:
+  """The records that each verifier grades; with `reward.verifier` = "task" there may be several.
+
+  Raises:
+    UserError: a record that no verifier can be told for.
+  """
+  groups: dict[str, list[Record]] = {}
+  for record in records:
+    groups.setdefault(registry.verifier_of(record, reward.verifier), []).append(record)
+  return sorted(groups.items())
 
 
 def check_floor(config: Config, graded: golds.Golds) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 from etils import epath
 
 from igpo_jax.data.builders import math_files
+from igpo_jax.data.names import one_name
 from igpo_jax.data.tables import Row, plain_value
 from igpo_jax.errors import UserError
 
 BUILDERS = {
-  builder.name: builder
+  one_name(builder.name): builder
   for builder in (
     math_files.Metamathqa,
     math_files.Openr1Math,
@@ -31,8 +32,8 @@ BUILDERS = {
 
 def format_of(name: str) -> str:
   """The format (`formats.FORMATS`) of a dataset's rows."""
-  if name in BUILDERS:
-    return BUILDERS[name].FORMAT
+  if one_name(name) in BUILDERS:
+    return BUILDERS[one_name(name)].FORMAT
   return "gsm8k" if name == "gsm8k" else "plain"
 
 
@@ -42,7 +43,7 @@ def read(
   """Yields the rows of a dataset, which is prepared if it is not yet.
 
   Args:
-    name: one of `BUILDERS`, or a dataset of TFDS.
+    name: one of `BUILDERS`, another name of its data set (`data.names`), or a dataset of TFDS.
     split: in TFDS's notation, slices included ("train[:100]").
     data_dir: folder of prepared datasets; None is TFDS's default.
     manual_dir: folder of the downloaded files; None is `data_dir`/downloads/manual.
@@ -63,14 +64,15 @@ def read(
 def _prepared(name: str, data_dir: str | None, manual_dir: str | None) -> Any:
   import tensorflow_datasets as tfds
 
-  if name in BUILDERS:
-    builder = BUILDERS[name](data_dir=data_dir, file_format="array_record")
+  ours = BUILDERS.get(one_name(name))
+  if ours:
+    builder = ours(data_dir=data_dir, file_format="array_record")
   else:
     builder = _library_builder(name, data_dir)
   if (builder.data_path / "dataset_info.json").exists():
     return builder
   config = tfds.download.DownloadConfig()
-  if name in BUILDERS:
+  if ours:
     directory = manual_dir or epath.Path(builder.data_dir_root) / "downloads" / "manual"
     config.manual_dir = epath.Path(directory)
     builder.check_files(config.manual_dir)

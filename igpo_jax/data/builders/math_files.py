@@ -111,9 +111,9 @@ class Math500(FilesBuilder, skip_registration=True):
   """MATH-500: the 500 held-out problems of the MATH dataset that are in common use."""
 
   FILES: ClassVar = {"test": "test.jsonl"}
-  FORMAT = "math"
+  FORMAT = "math500"
   TEXT = ("unique_id", "problem", "solution", "answer")
-  MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("math500", "math")
+  MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("math500", "math500")
 
 
 class Amc23(FilesBuilder, skip_registration=True):

@@ -1,4 +1,4 @@
-"""The task of the claims study: follow a chain of maps over letters, one letter a step.
+"""Letter maps, the task of the claims study: follow a chain of maps over letters, a letter a step.
 
     problem  k301     start at k, apply map 3, then map 0, then map 1
     trace    fT=>w    map 3 takes k to f, map 0 takes f to T; the answer: map 1 takes T to w
@@ -18,7 +18,7 @@ its own. That is what the study needs (docs/results.md says why):
 
 Verbose traces (`detours`) write a step out before its result ("k3=f"), put a wrong letter
 down and take it back ("g-f"), or state a letter twice ("f=f"). Without them they are the
-concise ones again.
+concise ones again. The task is also called `maps`: `synthetic:maps`, `char:maps`, `--rules=maps`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ import string
 import numpy as np
 
 from igpo_jax.data.records import Record
-from igpo_jax.data.synthetic import option_number, split_of
-from igpo_jax.errors import UserError
+from igpo_jax.data.task_registry import Task, register_task
+from igpo_jax.tasks import common
+from igpo_jax.tasks.common import option_number, split_of
 
+NAME = "letter_maps"
 LETTERS = string.ascii_letters
 ALPHABET = LETTERS + string.digits + "=>-"
 
@@ -110,8 +112,7 @@ def make_records(
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
   """
-  if split not in ("train", "test"):
-    raise UserError(f"synthetic: split {split!r} is not one of train, test")
+  common.check_split(split)
   steps = option_number("steps", steps, int, 1, 64)
   maps = option_number("maps", maps, int, 1, 10)
   table = option_number("table", table, int, 0, 2**31)
@@ -154,7 +155,20 @@ def make_records(
       trace=trace,
       answer=LETTERS[answer],
       answer_span=(trace.index("=>"), len(trace)),
+      task=NAME,
     )
   if len(records) < n:
-    raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
+    raise common.too_few(n)
   return list(records.values())
+
+
+register_task(
+  Task(
+    NAME,
+    verifier="exact",
+    make_records=make_records,
+    alphabet=ALPHABET,
+    trim=lambda trace, answer, count, max_tokens: without_detours(trace),
+    aliases=("maps",),
+  )
+)

@@ -10,16 +10,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.data import maps, synthetic
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.hints.inject import hint_canvas
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.tasks import letter_maps
+from igpo_jax.tasks.common import split_of
 
 examples = functools.partial(hypothesis.settings, deadline=None, derandomize=True)
 
-COUNT = len(maps.LETTERS)
+COUNT = len(letter_maps.LETTERS)
 MAPS, DOUBTFUL = 4, 0.2
 # Every way to write a trace that ends in the right answer.
 RIGHT = ("", "noise=0.4", "noise=1", "detours=1", "detours=3&steps=2", "detours=2&noise=0.3")
@@ -31,10 +32,11 @@ def load(options=""):
 
 def hand(record, table=0, wrong=None):
   """The letters that a problem passes through; `wrong` transitions go where it says."""
-  right, at, path = maps.tables(table, MAPS), maps.LETTERS.index(record.question[0]), []
+  right, path = letter_maps.tables(table, MAPS), []
+  at = letter_maps.LETTERS.index(record.question[0])
   for m in map(int, record.question[1:]):
     at = (wrong or {}).get((m, at), right[m, at])
-    path.append(maps.LETTERS[at])
+    path.append(letter_maps.LETTERS[at])
   return "".join(path)
 
 
@@ -50,7 +52,7 @@ def records():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return CharTokenizer(maps.ALPHABET)
+  return CharTokenizer(letter_maps.ALPHABET)
 
 
 def test_the_same_options_give_the_same_records_and_a_seed_others(records):
@@ -70,20 +72,20 @@ def test_train_and_test_are_disjoint_whatever_the_seed(records):
   for seed in range(3):
     test = load_records(f"synthetic:maps?split=test&n=200&seed={seed}").records
     assert not {r.question for r in test} & {r.question for r in records}
-    assert all(synthetic.split_of(r.question) == "test" for r in test)
-  assert all(synthetic.split_of(r.question) == "train" for r in records)
+    assert all(split_of(r.question) == "test" for r in test)
+  assert all(split_of(r.question) == "train" for r in records)
 
 
 @examples(max_examples=30)
 @hypothesis.given(st.integers(0, 2**31), st.integers(1, 10))
 def test_every_map_is_a_permutation(table, number):
-  tables = maps.tables(table, number)
+  tables = letter_maps.tables(table, number)
   assert tables.shape == (number, COUNT)
   assert (np.sort(tables, axis=1) == np.arange(COUNT)).all()
 
 
 def test_another_table_has_other_permutations():
-  same = maps.tables(0, MAPS) == maps.tables(1, MAPS)
+  same = letter_maps.tables(0, MAPS) == letter_maps.tables(1, MAPS)
   assert same.mean() < 0.1
   assert all(hand(r, table=1)[-1] == r.answer for r in load("table=1"))
 
@@ -106,13 +108,13 @@ def test_the_answers_letter_stands_nowhere_before_the_answer(options):
 @hypothesis.given(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, COUNT - 1))
 def test_no_detour_shows_the_answer_even_where_it_is_the_start(seed, steps, answer):
   rng = np.random.default_rng(seed)
-  others = [x for x in maps.LETTERS if x != maps.LETTERS[answer]]
+  others = [x for x in letter_maps.LETTERS if x != letter_maps.LETTERS[answer]]
   path = "".join(others[i] for i in rng.integers(len(others), size=steps - 1))
-  path += maps.LETTERS[answer]
+  path += letter_maps.LETTERS[answer]
   problem = path[-1] + "".join(map(str, rng.integers(MAPS, size=steps)))
-  trace = maps.with_detours(problem, path, 3.0, rng)
+  trace = letter_maps.with_detours(problem, path, 3.0, rng)
   assert trace.endswith(f"=>{path[-1]}") and trace.count(path[-1]) == 1
-  assert maps.without_detours(trace) == f"{path[:-1]}=>{path[-1]}"
+  assert letter_maps.without_detours(trace) == f"{path[:-1]}=>{path[-1]}"
 
 
 @pytest.mark.parametrize("options", RIGHT)
@@ -139,7 +141,7 @@ def test_the_span_covers_the_end_and_its_trace_is_graded_correct(options):
     start, end = record.answer_span
     assert record.trace[start:end] == f"=>{record.answer}" and end == len(record.trace)
     assert record.trace.count("=>") == 1
-  other = lambda letter: maps.LETTERS[maps.LETTERS.index(letter) - 1]
+  other = lambda letter: letter_maps.LETTERS[letter_maps.LETTERS.index(letter) - 1]
   with Scorer("exact") as scorer:
     right = scorer([r.trace for r in records], records)
     wrong = scorer([r.trace[:-1] + other(r.answer) for r in records], records)
@@ -153,14 +155,14 @@ def test_the_span_covers_the_end_and_its_trace_is_graded_correct(options):
 @examples(max_examples=30)
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 10), st.integers(0, 1000))
 def test_doubtful_transitions_are_so_many_and_their_targets_wrong(table, number, promille):
-  wrong = maps.wrong_targets(table, number, promille / 1000)
+  wrong = letter_maps.wrong_targets(table, number, promille / 1000)
   assert len(wrong) == round(promille / 1000 * number * COUNT)
-  right = maps.tables(table, number)
+  right = letter_maps.tables(table, number)
   assert all(0 <= to < COUNT and to != right[pair] for pair, to in wrong.items())
 
 
 def test_with_certain_slips_exactly_the_doubtful_transitions_go_wrong(records):
-  wrong = maps.wrong_targets(0, MAPS, DOUBTFUL)
+  wrong = letter_maps.wrong_targets(0, MAPS, DOUBTFUL)
   slipped = load(f"doubtful={DOUBTFUL}&slips=1")
   for record, right in zip(slipped, records, strict=True):
     assert written(record) == hand(record, wrong=wrong)
@@ -171,12 +173,12 @@ def test_with_certain_slips_exactly_the_doubtful_transitions_go_wrong(records):
 
 
 def test_a_slip_is_taken_with_its_probability_and_only_where_it_is_doubtful():
-  right, wrong = maps.tables(0, MAPS), maps.wrong_targets(0, MAPS, DOUBTFUL)
+  right, wrong = letter_maps.tables(0, MAPS), letter_maps.wrong_targets(0, MAPS, DOUBTFUL)
   taken = []
   for record in load(f"doubtful={DOUBTFUL}&slips=0.7"):
-    at = maps.LETTERS.index(record.question[0])
+    at = letter_maps.LETTERS.index(record.question[0])
     for m, letter in zip(map(int, record.question[1:]), written(record), strict=True):
-      to = maps.LETTERS.index(letter)
+      to = letter_maps.LETTERS.index(letter)
       if (m, at) in wrong:
         assert to in (wrong[m, at], right[m, at])
         taken.append(to == wrong[m, at])
@@ -208,21 +210,21 @@ def test_noise_replaces_its_share_of_letters_and_leaves_the_rest_right(share, re
 def test_detours_taken_away_leave_the_concise_trace(records):
   verbose = load("detours=1")
   for long, short in zip(verbose, records, strict=True):
-    assert maps.without_detours(long.trace) == short.trace
+    assert letter_maps.without_detours(long.trace) == short.trace
   assert np.mean([len(r.trace) for r in verbose]) > 1.5 * len(records[0].trace)
-  assert all(maps.without_detours(r.trace) == r.trace for r in records)
+  assert all(letter_maps.without_detours(r.trace) == r.trace for r in records)
 
 
 def test_detours_taken_away_leave_the_slips(records):
-  wrong = maps.wrong_targets(0, MAPS, DOUBTFUL)
+  wrong = letter_maps.wrong_targets(0, MAPS, DOUBTFUL)
   for record in load(f"doubtful={DOUBTFUL}&slips=1&detours=1"):
     path = hand(record, wrong=wrong)
-    assert maps.without_detours(record.trace) == f"{path[:-1]}=>{path[-1]}"
+    assert letter_maps.without_detours(record.trace) == f"{path[:-1]}=>{path[-1]}"
 
 
 def test_detours_are_of_every_kind():
   text = "\n".join(r.trace for r in load("detours=1"))
-  assert maps.without_detours("k3=fg-T=T=>w") == "fT=>w"
+  assert letter_maps.without_detours("k3=fg-T=T=>w") == "fT=>w"
   for kind in (r"[A-Za-z]\d=[A-Za-z]", r"[A-Za-z]-", r"([A-Za-z])=\1"):
     assert len(set(re.findall(kind, text))) > 10, kind
 
@@ -242,7 +244,7 @@ def test_problems_do_not_hang_on_how_their_traces_are_written(options, records):
 )
 def test_every_text_is_in_the_tokenizers_alphabet(options, tokenizer):
   for record in load(options):
-    assert set(record.question + record.trace + record.answer) <= set(maps.ALPHABET)
+    assert set(record.question + record.trace + record.answer) <= set(letter_maps.ALPHABET)
     assert tokenizer.decode(tokenizer.encode(record.trace)) == record.trace
     assert tokenizer.decode(tokenizer.encode(record.question)) == record.question
     tokenizer.encode_prompt(record.prompt)
@@ -280,5 +282,5 @@ def test_options_that_cannot_be_are_told(options, complaint):
 
 
 def test_an_unknown_task_is_told_with_those_there_are():
-  with pytest.raises(UserError, match="known: chains, maps"):
+  with pytest.raises(UserError, match="no task 'map'; known: chains, countdown, letter_maps"):
     load_records("synthetic:map")

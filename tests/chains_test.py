@@ -10,12 +10,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from igpo_jax.data import synthetic
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.hints.leak import value_spans, value_tokens
 from igpo_jax.rewards.score import Scorer
+from igpo_jax.tasks import chains
+from igpo_jax.tasks.common import split_of
 
 examples = functools.partial(hypothesis.settings, deadline=None, derandomize=True)
 
@@ -40,8 +41,8 @@ def test_train_and_test_are_disjoint_whatever_the_seed(records):
   for seed in range(3):
     test = load_records(f"synthetic:chains?split=test&n=200&seed={seed}").records
     assert not {r.question for r in test} & {r.question for r in records}
-    assert all(synthetic.split_of(r.question) == "test" for r in test)
-  assert all(synthetic.split_of(r.question) == "train" for r in records)
+    assert all(split_of(r.question) == "test" for r in test)
+  assert all(split_of(r.question) == "train" for r in records)
 
 
 def test_the_trace_ends_in_the_answer_and_the_span_covers_it(records):
@@ -69,14 +70,14 @@ def test_no_answer_is_right_by_luck(records):
 
 
 def test_every_text_is_in_the_tokenizers_alphabet(records):
-  tokenizer = CharTokenizer(synthetic.ALPHABET)
+  tokenizer = CharTokenizer(chains.ALPHABET)
   for record in records:
     assert tokenizer.decode(tokenizer.encode(record.trace)) == record.trace
     tokenizer.encode_prompt(record.prompt)
 
 
 def test_hiding_the_value_hides_every_place_before_the_answer_that_shows_it(records):
-  tokenizer = CharTokenizer(synthetic.ALPHABET)
+  tokenizer = CharTokenizer(chains.ALPHABET)
   shown = 0
   for record in records:
     ids, offsets = tokenizer.encode_with_offsets(record.trace)
@@ -93,11 +94,11 @@ def test_hiding_the_value_hides_every_place_before_the_answer_that_shows_it(reco
 @examples(max_examples=30)
 @hypothesis.given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 10**6))
 def test_the_difficulty_knob_is_the_number_of_steps(low, more, seed):
-  records = synthetic.make_records("train", 5, seed, min_steps=low, max_steps=low + more)
+  records = chains.make_records("train", 5, seed, min_steps=low, max_steps=low + more)
   for record in records:
     steps = record.trace[: record.answer_span[0]].split()
     assert low <= len(steps) <= low + more
-    assert synthetic.solve(record.question) == (record.trace, record.answer)
+    assert chains.solve(record.question) == (record.trace, record.answer)
 
 
 @pytest.mark.parametrize(
@@ -120,5 +121,5 @@ def test_options_that_cannot_be_are_told(options, complaint):
 
 
 def test_an_unknown_task_is_told():
-  with pytest.raises(UserError, match="no task 'sudoku'"):
-    load_records("synthetic:sudoku")
+  with pytest.raises(UserError, match="no task 'chess'"):
+    load_records("synthetic:chess")

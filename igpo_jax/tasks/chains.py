@@ -1,7 +1,6 @@
-"""Generated problems with a reasoning trace and a verifiable answer, at any difficulty.
+"""Chains: a number and a list of steps that change it digit by digit, with no carry.
 
-The task `chains` (another is in data/maps.py): a number and a list of steps that change it
-digit by digit, with no carry. The trace restates the number after every step, then the answer:
+The trace restates the number after every step, then the answer:
 
     prompt   352+417^250_918          trace   769 769 718 =>718
     +417     add, each digit held at 9        ^250   the larger of the two digits
@@ -30,18 +29,19 @@ before its result, a wrong number is put down and taken back, a number is stated
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 
 import numpy as np
 
 from igpo_jax.data.records import Record
-from igpo_jax.errors import UserError
+from igpo_jax.data.task_registry import Task, register_task
+from igpo_jax.tasks import common
+from igpo_jax.tasks.common import option_number, split_of
 
+NAME = "chains"
 ALPHABET = "0123456789+-^_=> "
 SUMMANDS_BELOW = 5
-TEST_SHARE = 10  # one problem in ten belongs to the test split
 
 
 def apply_step(number: str, sign: str, operand: str) -> str:
@@ -100,39 +100,7 @@ def without_detours(trace: str) -> str:
   return " ".join(word for word in trace.split() if re.fullmatch(r"\d+|=>\d+", word))
 
 
-def split_of(problem: str) -> str:
-  """ "test" for one problem in ten, by a hash of its text, else "train"."""
-  digest = hashlib.blake2s(problem.encode(), digest_size=4).digest()
-  return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
-
-
 SIGNS = {"add": "+", "sub": "-", "max": "^", "min": "_"}
-
-
-def _signs(option: str, names: str) -> str:
-  """The signs of a comma-separated list of kinds of steps."""
-  kinds = [kind.strip() for kind in names.split(",")]
-  for kind in kinds:
-    if kind not in SIGNS:
-      raise UserError(f"synthetic: {option}={names!r}: {kind!r} is not one of {', '.join(SIGNS)}")
-  return "".join(SIGNS[kind] for kind in kinds)
-
-
-def option_number(option: str, value, kind, low, high):
-  """An option of a source's URI as an int or a float (`kind`) within [low, high].
-
-  Raises:
-    UserError: it is no number, out of range, or not whole where an int is asked for.
-  """
-  try:
-    number = kind(value)
-  except (ValueError, OverflowError) as error:
-    raise UserError(f"synthetic: {option}: {error}") from None
-  if kind is int and number != float(value):
-    raise UserError(f"synthetic: {option}={value} is not a whole number")
-  if not low <= number <= high:
-    raise UserError(f"synthetic: {option}={number} is not in [{low}, {high}]")
-  return number
 
 
 def make_records(
@@ -170,17 +138,14 @@ def make_records(
   Raises:
     UserError: an unknown split, or options out of range.
   """
-  if split not in ("train", "test"):
-    raise UserError(f"synthetic: split {split!r} is not one of train, test")
-  low = option_number("min_steps", min_steps, int, 1, 1000)
-  high = option_number("max_steps", max_steps, int, 1, 1000)
-  if low > high:
-    raise UserError(f"synthetic: min_steps={low}, max_steps={high}: need 1 <= min <= max")
+  common.check_split(split)
+  low, high = common.option_range("min_steps", min_steps, "max_steps", max_steps, 1, 1000)
   digits = option_number("digits", digits, int, 1, 6)
   share = option_number("rare_share", rare_share, float, 0, 1)
   skip_share = option_number("skip_share", skip_share, float, 0, 1)
   detours = option_number("detours", detours, float, 0, 10)
-  common, rare = _signs("ops", ops), _signs("rare", rare)
+  usual = common.option_names("ops", ops, SIGNS)
+  rare = common.option_names("rare", rare, SIGNS)
 
   winding = np.random.default_rng([seed, round(detours * 1000)])
   rng = np.random.default_rng([seed, low, high, digits, round(share * 1000)])
@@ -189,11 +154,11 @@ def make_records(
   while len(records) < n:
     tries += 1
     if tries > 100 * n + 1000:
-      raise UserError(f"synthetic: fewer than {n} distinct problems with these options")
+      raise common.too_few(n)
     number = lambda below: "".join(str(digit) for digit in rng.integers(0, below, digits))
     problem = number(10)
     for _ in range(rng.integers(low, high + 1)):
-      kinds = rare if rng.random() < share else common
+      kinds = rare if rng.random() < share else usual
       sign = kinds[rng.integers(len(kinds))]
       # Small summands, or most digits would end at 0 or 9 and luck would count.
       problem += sign + number(SUMMANDS_BELOW if sign in "+-" else 10)
@@ -209,5 +174,17 @@ def make_records(
       trace=trace,
       answer=answer,
       answer_span=(trace.index("=>"), len(trace)),
+      task=NAME,
     )
   return list(records.values())
+
+
+register_task(
+  Task(
+    NAME,
+    verifier="exact",
+    make_records=make_records,
+    alphabet=ALPHABET,
+    trim=lambda trace, answer, count, max_tokens: without_detours(trace),
+  )
+)

@@ -1,0 +1,282 @@
+r"""Sudoku of any size up to 9x9: fill the empty cells; no row, column or box repeats a digit.
+
+    prompt   0321 1204 2143 3402      rows of digits, 0 stands for an empty cell
+    trace    11:123>4;23:124>3...;\boxed{4321 1234 2143 3412}
+
+A step of a trace is "cell: reason > digit". The cell is its row and its column, counted from 1. The
+reason is either the digits that its row, column and box have already ("123" leaves 4 alone), or the
+unit in which no other empty cell can take the digit: r, c or b for its row, column or box.
+
+The gold is what the verifier needs, `{"puzzle": "0321...", "solution": "4321..."}`, two strings of
+digits, row by row. The verifier reads the digits in the completion's last `<answer>` or box,
+whatever stands between them. Records of a file may carry the gold as a field `gold`, or as a JSON
+object in the place of the answer (docs/data.md).
+
+The knob of difficulty is the number of empty cells; every puzzle can be filled by such steps alone,
+so it has one solution. Train and test problems are disjoint: the split is a hash of the solution,
+so that no test problem has the grid of a training problem.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+
+import numpy as np
+
+from igpo_jax.data.records import Record
+from igpo_jax.data.task_registry import Task, register_task
+from igpo_jax.data.values import Span
+from igpo_jax.errors import UserError
+from igpo_jax.rewards import answers, registry
+from igpo_jax.tasks import common
+
+NAME = "sudoku"
+ALPHABET = "0123456789 :;>rc\\boxed{}"
+BOXES = {4: (2, 2), 6: (2, 3), 8: (2, 4), 9: (3, 3)}  # size: rows and columns of a box
+MAX_LENGTH = 2000  # characters of an answer
+LABEL = 2  # digits between two rows of a shown grid that may be a row's label
+
+
+# --- the verifier ------------------------------------------------------------------------
+
+
+def _gold(record: Record) -> tuple[str, str]:
+  """The puzzle and its solution, as strings of digits."""
+  gold = record.answer if record.gold is None else record.gold
+  try:
+    gold = json.loads(gold) if isinstance(gold, str) else gold
+    puzzle, solution = (re.sub(r"\s", "", gold[key]) for key in ("puzzle", "solution"))
+    if len(puzzle) != len(solution) or not re.fullmatch("[0-9]+", puzzle + solution):
+      raise ValueError("puzzle and solution differ in size or hold something else than digits")
+    return puzzle, solution
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f'sudoku: the gold of record {record.id!r} must be JSON with "puzzle" '
+      f'and "solution", equally long strings of digits: {gold!r:.80}'
+    ) from error
+
+
+def _answer(completion: str) -> str | None:
+  text = answers.truncate(completion)
+  found = answers.extract_tag(text) or answers.extract_boxed(text)
+  if not found or len(found) > MAX_LENGTH:
+    return None
+  return "".join(re.findall("[0-9]", found)) or None
+
+
+def shown_solutions(text: str, record: Record) -> list[Span]:
+  """Characters [start, end) where a text has the whole solution, row by row.
+
+  What is no digit may stand anywhere in it, and a label of up to two digits before each row.
+  """
+  _, solution = _gold(record)
+  side = round(len(solution) ** 0.5)
+  if side * side != len(solution):
+    side = len(solution)
+  rows = [solution[k : k + side] for k in range(0, len(solution), side)]
+  places = [match.start() for match in re.finditer("[0-9]", text)]
+  digits = "".join(text[at] for at in places)
+  found = []
+  start = digits.find(rows[0])
+  while start >= 0:
+    end = start + len(rows[0])
+    for row in rows[1:]:
+      at = digits.find(row, end, end + LABEL + len(row))
+      if at < 0:
+        break
+      end = at + len(row)
+    else:
+      found.append((places[start], places[end - 1] + 1))
+    start = digits.find(rows[0], start + 1)
+  return found
+
+
+@registry.register_verifier(NAME, reads_golds=True, shown=shown_solutions)
+def verify(completion: str, record: Record) -> registry.Verdict:
+  """Correct: every cell is the solution's, the given ones included, and there are no others."""
+  _, solution = _gold(record)
+  extracted = _answer(completion)
+  status = registry.OK if extracted else registry.UNPARSEABLE
+  return registry.Verdict(extracted == solution, extracted, status)
+
+
+@registry.register_reward("sudoku_cells")
+def right_cells(completion: str, record: Record, verdict: registry.Verdict) -> float:
+  """The share of the empty cells that were filled in rightly, in [0, 1]."""
+  del completion
+  puzzle, solution = _gold(record)
+  empty = [at for at, cell in enumerate(puzzle) if cell == "0"]
+  given = (verdict.extracted or "")[: len(solution)]
+  right = sum(given[at : at + 1] == solution[at] for at in empty)
+  return right / len(empty) if empty else float(verdict.correct)
+
+
+# --- the solver --------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def units(size: int) -> dict[str, list[list[int]]]:
+  """The cells (row * size + column) of every row "r", column "c" and box "b" of a grid."""
+  high, wide = BOXES[size]
+  cells = [divmod(cell, size) for cell in range(size * size)]
+  kinds = {
+    "r": lambda row, column: row,
+    "c": lambda row, column: column,
+    "b": lambda row, column: (row // high) * (size // wide) + column // wide,
+  }
+  return {
+    name: [
+      [cell for cell, place in enumerate(cells) if unit(*place) == number] for number in range(size)
+    ]
+    for name, unit in kinds.items()
+  }
+
+
+@functools.lru_cache
+def unit_of(size: int) -> dict[str, list[list[int]]]:
+  """For each kind of unit and each cell, the cells of the unit that it lies in."""
+  return {
+    kind: [next(u for u in made if cell in u) for cell in range(size * size)]
+    for kind, made in units(size).items()
+  }
+
+
+def seen_by(grid: list[int], cell: int, size: int) -> set[int]:
+  """The digits that the row, column and box of a cell have."""
+  return {grid[c] for of in unit_of(size).values() for c in of[cell]} - {0}
+
+
+def fill(puzzle: str, size: int) -> list[tuple[int, str, int]] | None:
+  """(cell, reason, digit) for every empty cell, in the order in which they follow; None: stuck.
+
+  The first cell, row by row, with one digit left comes before cells that are the only place of a
+  digit in a unit.
+  """
+  grid, steps = [int(digit) for digit in puzzle], []
+  while 0 in grid:
+    step = _single(grid, size) or _only_place(grid, size)
+    if step is None:
+      return None
+    steps.append(step)
+    grid[step[0]] = step[2]
+  return steps
+
+
+def _single(grid: list[int], size: int) -> tuple[int, str, int] | None:
+  for cell, digit in enumerate(grid):
+    seen = set() if digit else seen_by(grid, cell, size)
+    if not digit and len(seen) == size - 1:
+      (left,) = set(range(1, size + 1)) - seen
+      return cell, "".join(map(str, sorted(seen))), left
+  return None
+
+
+def _only_place(grid: list[int], size: int) -> tuple[int, str, int] | None:
+  open_to = {
+    cell: set(range(1, size + 1)) - seen_by(grid, cell, size)
+    for cell, digit in enumerate(grid)
+    if not digit
+  }
+  for cell, digits in open_to.items():
+    for kind, of in unit_of(size).items():
+      others = set().union(*(open_to.get(c, set()) for c in of[cell] if c != cell))
+      alone = digits - others
+      if alone:
+        return cell, kind, min(alone)
+  return None
+
+
+def random_solution(size: int, rng: np.random.Generator) -> str:
+  """A full grid, by a search that tries digits in a random order, cell by cell."""
+  grid = [0] * (size * size)
+
+  def place(cell: int) -> bool:
+    if cell == len(grid):
+      return True
+    seen = seen_by(grid, cell, size)
+    for digit in rng.permutation(size) + 1:
+      if int(digit) not in seen:
+        grid[cell] = int(digit)
+        if place(cell + 1):
+          return True
+    grid[cell] = 0
+    return False
+
+  place(0)
+  return "".join(map(str, grid))
+
+
+# --- the generator -----------------------------------------------------------------------
+
+
+def make_records(
+  split: str,
+  n: int,
+  seed: int = 0,
+  size: int | str = 4,
+  min_empty: int | str = 4,
+  max_empty: int | str = 6,
+) -> list[Record]:
+  """Distinct problems of one split, the same on every machine.
+
+  Args:
+    split: "train" or "test".
+    n: how many.
+    seed: of the generator.
+    size: digits of a row: 4, 6, 8 or 9.
+    min_empty, max_empty: the number of empty cells is uniform in this range, up to half of them.
+      The knob of difficulty: a trace has a step for each.
+
+  Raises:
+    UserError: an unknown split, options out of range, or too few such problems.
+  """
+  common.check_split(split)
+  size = common.option_number("size", size, int, 4, 9)
+  if size not in BOXES:
+    raise UserError(f"synthetic: size={size} is not one of {', '.join(map(str, BOXES))}")
+  low, high = common.option_range(
+    "min_empty", min_empty, "max_empty", max_empty, 1, size * size // 2
+  )
+
+  rng = np.random.default_rng([seed, size, low, high])
+  records: dict[str, Record] = {}
+  for _ in range(100 * n + 1000):
+    if len(records) == n:
+      break
+    solution = random_solution(size, rng)
+    if common.split_of(solution) != split:
+      continue
+    puzzle, wanted = list(solution), rng.integers(low, high + 1)
+    for cell in rng.permutation(size * size):
+      if puzzle.count("0") == wanted:
+        break
+      kept, puzzle[cell] = puzzle[cell], "0"
+      if fill("".join(puzzle), size) is None:
+        puzzle[cell] = kept
+    key = "".join(puzzle)
+    if puzzle.count("0") != wanted or key in records:
+      continue
+    steps = [f"{c // size + 1}{c % size + 1}:{why}>{digit}" for c, why, digit in fill(key, size)]
+    answer = _in_rows(solution, size)
+    trace = ";".join([*steps, f"\\boxed{{{answer}}}"])
+    records[key] = Record(
+      id=key,
+      prompt=({"role": "user", "content": _in_rows(key, size)},),
+      trace=trace,
+      answer=answer,
+      answer_span=(trace.index("\\boxed"), len(trace)),
+      task=NAME,
+      gold={"puzzle": key, "solution": solution},
+    )
+  if len(records) < n:
+    raise common.too_few(n)
+  return list(records.values())
+
+
+def _in_rows(cells: str, size: int) -> str:
+  return " ".join(cells[k : k + size] for k in range(0, len(cells), size))
+
+
+register_task(Task(NAME, verifier=NAME, make_records=make_records, alphabet=ALPHABET))
