@@ -86,25 +86,25 @@ def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) ->
   """
   from jax.numpy import dtype
 
-  cfg = config.model
-  item = dtype(cfg.dtype).itemsize
-  heads = (cfg.n_heads + cfg.kv_heads) * cfg.head_size
-  weights = cfg.n_layers * cfg.d_model * (2 * heads + 3 * cfg.mlp_hidden)
-  weights += 2 * cfg.d_model * cfg.vocab_size
+  model = config.model
+  item = dtype(model.dtype).itemsize
+  heads = (model.n_heads + model.kv_heads) * model.head_size
+  weights = model.n_layers * model.d_model * (2 * heads + 3 * model.mlp_hidden)
+  weights += 2 * model.d_model * model.vocab_size
   tokens = program.rows * program.positions * tensor / chips
-  passing = cfg.n_layers * (4 * cfg.d_model + (2 * heads + 3 * cfg.mlp_hidden) / tensor)
+  passing = model.n_layers * (4 * model.d_model + (2 * heads + 3 * model.mlp_hidden) / tensor)
   return int(program.forwards * item * (weights / tensor + 2 * tokens * passing))
 
 
 def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> bool:
   """Whether a collective moves logits (values of the vocabulary) and not rows of a weight."""
-  cfg = config.model
-  vocab = {cfg.vocab_size, cfg.vocab_size // chips_tensor}
+  model = config.model
+  vocab = {model.vocab_size, model.vocab_size // chips_tensor}
   if collective.kind == "all-reduce" or not vocab & set(collective.dims):
     return False
   rest = [d for d in collective.dims if d not in vocab and d != 1]
-  weights = {cfg.d_model // n for n in range(1, cfg.d_model + 1) if cfg.d_model % n == 0}
-  return not (len(rest) == 1 and rest[0] in weights | {cfg.lora.rank})
+  weights = {model.d_model // n for n in range(1, model.d_model + 1) if model.d_model % n == 0}
+  return not (len(rest) == 1 and rest[0] in weights | {model.lora.rank})
 
 
 def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any
   }
 
 
-def table(report: dict[str, Any]) -> str:
+def report_table(report: dict[str, Any]) -> str:
   """The report as a Markdown table."""
   columns = ("program", "memory, GiB a chip", "of it arguments", "temporaries", "beside it",
              "to spare", "PFLOP", "received, GiB a chip", "least seconds (bound by)")  # fmt: skip
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     print(layout_table(abstract_params(config, abstract_mesh(config.mesh, chips))))
     return
   report = report_on(config, topology, FLAGS.programs)
-  print(table(report), file=sys.stderr)
+  print(report_table(report), file=sys.stderr)
   print(json.dumps(report))
 
 

@@ -28,7 +28,7 @@ from igpo_jax.inference.requests import (
   canvas_with_hints,
   check_row,
   make_request,
-  read_rows,
+  read_requests,
 )
 from igpo_jax.inference.settings import describe
 from igpo_jax.outputs import output_file
@@ -64,7 +64,7 @@ def rows_of(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     raise UserError("--output goes with --input; a single answer goes to standard output")
   given: dict[str, Any] = {} if args.template is None else {"template": args.template}
   check_row({"prompt": "", "hints": args.hint, **given}, "command line")
-  rows = read_rows(args.input) if args.input else [("command line", {"prompt": args.prompt})]
+  rows = read_requests(args.input) if args.input else [("command line", {"prompt": args.prompt})]
   return [
     (where, {**row, **given, "hints": [*row.get("hints", ()), *args.hint]}) for where, row in rows
   ]

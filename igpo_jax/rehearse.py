@@ -368,21 +368,21 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
   from igpo_jax.train.memory import gib
 
   config, lines = facts["config"], []
-  cfg, bucket = config.checkpoint, max(facts["steps"])
-  minutes = getattr(cfg, "minutes", 0)
+  checkpoint, bucket = config.checkpoint, max(facts["steps"])
+  minutes = getattr(checkpoint, "minutes", 0)
   for stage in facts["steps"][bucket]:
     step = step_seconds(facts, stage, bucket)
-    lost = step and step * cfg.every
-    if minutes and (step or not cfg.every):
+    lost = step and step * checkpoint.every
+    if minutes and (step or not checkpoint.every):
       lost = min(lost or float("inf"), 60 * minutes + (step or 0))
     often = " or ".join(
       f"every {number:g} {unit}"
-      for number, unit in ((cfg.every, "steps"), (minutes, "minutes"))
+      for number, unit in ((checkpoint.every, "steps"), (minutes, "minutes"))
       if number
     )
     lines.append(
       f"checkpoints  {stage}: {gib(facts['checkpoint'])} each, {often or 'at the end only'}, the "
-      f"last {cfg.keep} kept"
+      f"last {checkpoint.keep} kept"
     )
     if lost:
       lines.append(f"             a kill without notice loses at most {_time(lost)} of work")

@@ -96,7 +96,7 @@ def rows_of(*problems):
 
 def test_summary_by_hand():
   same = lambda a, b: a == b
-  out = metrics.summarize(rows_of("7777", "7512", "3377", "??7?", "1111"), same)
+  out = metrics.benchmark_metrics(rows_of("7777", "7512", "3377", "??7?", "1111"), same)
   assert out["n"] == 5 and out["samples"] == 4
   assert out["accuracy"] == pytest.approx(8 / 20)
   assert out["stderr"] == pytest.approx(statistics.pstdev([1, 0.25, 0.5, 0.25, 0]) / math.sqrt(5))
@@ -105,4 +105,4 @@ def test_summary_by_hand():
   # 7 alone; 7 named first; 3 named first; unreadable answers abstain; never right.
   assert out["majority@4"] == pytest.approx(3 / 5)
   assert out["unparseable"] == pytest.approx(3 / 20) and out["timeout"] == 0
-  assert not any("@" in name for name in metrics.summarize(rows_of("7", "3"), same))
+  assert not any("@" in name for name in metrics.benchmark_metrics(rows_of("7", "3"), same))

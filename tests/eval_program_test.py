@@ -18,7 +18,7 @@ from igpo_jax import main
 from igpo_jax.config import freeze, load_config_file
 from igpo_jax.errors import UserError
 from igpo_jax.train import run
-from igpo_jax.train.report import summarize, table
+from igpo_jax.train.report import summary_of, summary_table
 from igpo_jax.train.setup import Model
 from tests import tiny_config
 from tests.eval_rows import TASK, read, rows_file
@@ -79,7 +79,7 @@ def test_the_table_shows_interval_samples_and_the_published_number():
             "pass@16": 0.6, "majority@16": 0.3, "protocol": "igpo", "published": 0.145,
             "published_source": "arXiv 2509.10396"}  # fmt: skip
   row = {"stage": "eval", "step": 0} | {f"eval/amc/{k}": v for k, v in result.items()}
-  text = table(summarize([row]))
+  text = summary_table(summary_of([row]))
   assert "| amc, evaluated, protocol igpo, avg@16 | 0.200 | 0.100 to 0.300 | 0.050 | 40 |" in text
   assert "| amc, majority@16 | 0.300 |" in text
   assert "| amc, published for LLaDA-8B-Instruct (arXiv 2509.10396) | 0.145 |" in text

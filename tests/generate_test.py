@@ -237,7 +237,7 @@ def test_lines_end_where_json_lines_end_and_nowhere_else(model, tmp_path, capsys
   # What the command wrote it can read again.
   again = tmp_path / "again.jsonl"
   run(capsys, model, f"--input={out}", f"--output={again}")
-  assert [row["prompt"] for _, row in requests.read_rows(again)] == prompts
+  assert [row["prompt"] for _, row in requests.read_requests(again)] == prompts
 
 
 # --- output -------------------------------------------------------------------------------

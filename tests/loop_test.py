@@ -26,7 +26,7 @@ from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train import loop
 from igpo_jax.train.lock import Holder, WorkdirLock
 from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
-from igpo_jax.train.report import draw_curves, summarize, table
+from igpo_jax.train.report import draw_curves, summary_of, summary_table
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.sft import is_spent
 from igpo_jax.train.stop import Stopped, StopSignal
@@ -627,14 +627,14 @@ ROWS = [
 
 
 def test_the_summary_is_of_last_evaluations_and_means_over_steps():
-  summary = summarize(ROWS)
+  summary = summary_of(ROWS)
   assert summary["eval"]["init/t"]["accuracy"] == 0.1
   assert summary["eval"]["rl/t"]["accuracy"] == 0.3 and summary["eval"]["rl/t"]["n"] == 9
   assert summary["rl"]["all_wrong_before"] == 0.75
   assert summary["rl"]["all_wrong_after"] == 0.25
   assert summary["rl"]["reward"] == 0.2  # a null is left out
   assert summary["steps"] == {"init": 0, "rl": 2}
-  text = table(summary)
+  text = summary_table(summary)
   assert "| t, after RL | 0.300 |" in text
   assert "| groups all wrong, after inpainting | 0.250 |" in text
 

@@ -13,7 +13,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from igpo_jax.config import LogConfig
-from igpo_jax.train.report import draw_curves, summarize, table
+from igpo_jax.train.report import draw_curves, summary_of, summary_table
 from igpo_jax.train.runlog import RunLog
 
 
@@ -162,7 +162,7 @@ def test_an_evaluation_with_other_settings_is_not_joined_to_the_line(
   lines = drawn(rows, tmp_path, monkeypatch)
   assert lines["t"] == ([0, 40, 45], True, "o")
   assert lines[f"t: {words}"] == ([45], False, "s") and len(lines) == 2
-  others = [line for line in table(summarize(rows)).splitlines() if "unlike" in line]
+  others = [line for line in summary_table(summary_of(rows)).splitlines() if "unlike" in line]
   (line,) = others
   assert f"unlike the others: {words}" in line and "| 0.900 |" in line
 
@@ -181,7 +181,7 @@ def test_two_kinds_of_other_settings_have_two_markers_and_benchmarks_are_apart(
 def test_evaluations_of_the_same_settings_are_one_line_of_all_stages(tmp_path, monkeypatch):
   rows = [*TRAINED, evaluated("eval", 0, 0.9)]
   assert drawn(rows, tmp_path, monkeypatch) == {"t": ([0, 40, 45, 45], True, "o")}
-  assert "unlike" not in table(summarize(rows))
+  assert "unlike" not in summary_table(summary_of(rows))
 
 
 def test_rows_of_an_earlier_version_are_compared_by_what_they_name(tmp_path, monkeypatch):
@@ -193,4 +193,4 @@ def test_rows_of_an_earlier_version_are_compared_by_what_they_name(tmp_path, mon
 
 def test_the_summary_has_nothing_of_an_evaluation_before_the_last():
   rows = [evaluated("rl", 1, 0.1, samples=2, **{"pass@2": 0.5}), evaluated("rl", 2, 0.2)]
-  assert "pass@2" not in summarize(rows)["eval"]["rl/t"]
+  assert "pass@2" not in summary_of(rows)["eval"]["rl/t"]

@@ -38,7 +38,7 @@ CASES = [
    {"trace_ids": np.ones((2, 2), np.int32), "answer_span": 3}),
   (hinted_group,
    {"trace_ids": np.ones(4, np.int32), "answer_span": None, "group_size": 2, "gen_length": 6,
-    "cfg": HintConfig(), "rng": RNG, "mask_id": 9},
+    "hints": HintConfig(), "rng": RNG, "mask_id": 9},
    {"trace_ids": np.ones(4, np.float32)}),
 ]  # fmt: skip
 WRONG = [(f, good, name, bad) for f, good, wrongs in CASES for name, bad in wrongs.items()]

@@ -85,7 +85,7 @@ def test_only_line_ends_end_a_row(tmp_path, char):
   assert [r["question"] for _, r in text.read_objects(epath.Path(path))] == [f"a{char}b"] * 2
   assert len(list(grade.read_generations(path))) == 2
   path.write_text(json.dumps({"prompt": f"a{char}b"}, ensure_ascii=char < " ") + "\n", "utf-8")
-  assert [row for _, row in requests.read_rows(path)] == [{"prompt": f"a{char}b"}]
+  assert [row for _, row in requests.read_requests(path)] == [{"prompt": f"a{char}b"}]
   assert jsonl.row_file(path).read() == [{"prompt": f"a{char}b"}]
   jsonl.row_file(path).cut()
   assert jsonl.row_file(path).read() == [{"prompt": f"a{char}b"}]

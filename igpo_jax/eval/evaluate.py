@@ -26,7 +26,7 @@ from igpo_jax.diffusion.completions import row_keys, sample_rows
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
 from igpo_jax.eval.generations import Generations, params_digest, records_digest
-from igpo_jax.eval.metrics import summarize
+from igpo_jax.eval.metrics import benchmark_metrics
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.io.jsonl import Row
 from igpo_jax.parallel.distributed import share
@@ -177,7 +177,7 @@ def evaluate(
   generations: Generations,
   progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
-  """The metrics of one benchmark (`metrics.summarize`). Rows that are on disk are not made again.
+  """The metrics of one benchmark (`benchmark_metrics`). Rows on disk are not made again.
 
   Args:
     setting: sampler and number of samples.
@@ -207,7 +207,7 @@ def evaluate(
     rows = [generations.rows[k] for k in keys]
     k = setting.samples
     groups = [rows[i : i + k] for i in range(0, len(rows), k)]
-    summary = [summarize(groups, scorer.same_answer) | _by_task(problems[::k], groups)]
+    summary = [benchmark_metrics(groups, scorer.same_answer) | _by_task(problems[::k], groups)]
   return share(summary)[0]
 
 

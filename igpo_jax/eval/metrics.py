@@ -94,7 +94,7 @@ def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:
   return {"accuracy": mean, "stderr": math.sqrt(variance / n), "low": low, "high": high}
 
 
-def summarize(
+def benchmark_metrics(
   problems: Sequence[Sequence[Mapping[str, Any]]], same: Callable[[str, str], bool]
 ) -> dict[str, float]:
   """All metrics of one benchmark.

@@ -100,14 +100,14 @@ def hinted_group(
   answer_span: tuple[int, int] | None,
   group_size: int,
   gen_length: int,
-  cfg: HintConfig,
+  hints: HintConfig,
   rng: np.random.Generator,
   mask_id: int,
   forbidden: Sequence[Chunk] = (),
 ) -> tuple[Int32[np.ndarray, "G L"], Bool[np.ndarray, "G L"]]:
   """G hinted canvases, each with a ratio eta ~ U[ratio_low, ratio_high] and chunks of its own.
 
-  Arguments as `hint_canvas`; `cfg` has the ratios, the chunk lengths and the placement.
+  Arguments as `hint_canvas`; `hints` has the ratios, the chunk lengths and the placement.
 
   Returns:
     (tokens i32[G,L], hinted bool[G,L]).
@@ -117,13 +117,13 @@ def hinted_group(
       trace_ids,
       answer_span,
       gen_length,
-      float(rng.uniform(cfg.ratio_low, cfg.ratio_high)),
-      (cfg.chunk_min, cfg.chunk_max),
+      float(rng.uniform(hints.ratio_low, hints.ratio_high)),
+      (hints.chunk_min, hints.chunk_max),
       rng,
       mask_id,
-      cfg.placement,
-      forbidden if cfg.hide_answer_value else (),
-      cfg.leak_answer,
+      hints.placement,
+      forbidden if hints.hide_answer_value else (),
+      hints.leak_answer,
     )
     for _ in range(group_size)
   ]

@@ -166,7 +166,7 @@ def batch_arrays(
   return tokens, fixed, valid
 
 
-def read_rows(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
+def read_requests(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
   """(position for messages, row) of each row of a JSONL file or a JSON array.
 
   Raises:

@@ -41,7 +41,7 @@ class Answer:
 def generate(
   pre: Pretrained,
   requests: Sequence[Request],
-  cfg: SamplerConfig,
+  sampler: SamplerConfig,
   key: jax.Array,
   batch_size: int = 8,
 ) -> Iterator[Answer]:
@@ -52,7 +52,7 @@ def generate(
   Args:
     pre: the model.
     requests: see `requests.make_request`.
-    cfg: the sampler.
+    sampler: the sampler.
     key: one PRNG key.
     batch_size: requests per batch.
 
@@ -63,13 +63,13 @@ def generate(
   for start in range(0, len(requests), batch_size):
     batch = list(requests[start : start + batch_size])
     missing = batch_size - len(batch)
-    arrays = batch_arrays(batch + batch[-1:] * missing, cfg.gen_length, pre.tokenizer)
+    arrays = batch_arrays(batch + batch[-1:] * missing, sampler.gen_length, pre.tokenizer)
     keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(np.arange(batch_size) + start)
-    out = denoise(pre.lm, pre.params, Canvas(*arrays), keys, cfg)
+    out = denoise(pre.lm, pre.params, Canvas(*arrays), keys, sampler)
     if not np.asarray(out.finite)[: len(batch)].all():
       raise UserError(NOT_A_NUMBER)
-    tokens = np.asarray(out.tokens)[:, -cfg.gen_length :]
-    steps = np.asarray(out.commit_step)[:, -cfg.gen_length :]
+    tokens = np.asarray(out.tokens)[:, -sampler.gen_length :]
+    steps = np.asarray(out.commit_step)[:, -sampler.gen_length :]
     for row in range(len(batch)):
       yield Answer(pre.tokenizer.decode(tokens[row]), tokens[row], steps[row])
 

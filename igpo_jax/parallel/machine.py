@@ -74,28 +74,28 @@ def modelled(hardware: str, devices: int, processes: int = 1) -> Machine:
   )
 
 
-def hardware_of(cfg: MeshConfig) -> str:
+def hardware_of(config: MeshConfig) -> str:
   """The hardware that a config is for: the chip of `mesh.slice`, or `mesh.hardware`; "" for any.
 
   Raises:
     UserError: an unknown name.
   """
-  if cfg.slice:
-    return find_slice(cfg.slice).topology.partition(":")[0]
-  if cfg.hardware:
-    find_hardware(cfg.hardware)
-  return cfg.hardware
+  if config.slice:
+    return find_slice(config.slice).topology.partition(":")[0]
+  if config.hardware:
+    find_hardware(config.hardware)
+  return config.hardware
 
 
-def check_machine(cfg: MeshConfig, machine: Machine) -> None:
+def check_machine(config: MeshConfig, machine: Machine) -> None:
   """Checks that a run has the devices that its config is for: their platform and their number.
 
   Raises:
     UserError: it has others; the message says which are there and what to do.
   """
-  hardware = hardware_of(cfg)
+  hardware = hardware_of(config)
   platform = find_hardware(hardware)[0] if hardware else ""
-  named = f"mesh.slice={cfg.slice}" if cfg.slice else f"mesh.hardware={cfg.hardware}"
+  named = f"mesh.slice={config.slice}" if config.slice else f"mesh.hardware={config.hardware}"
   if platform and platform != machine.platform:
     install = {"gpu": "the [cuda] extra", "tpu": "the [tpu] extra"}.get(platform)
     missing = f"install {install} where there is one (docs/launch.md), " if install else ""
@@ -104,8 +104,8 @@ def check_machine(cfg: MeshConfig, machine: Machine) -> None:
       f"{machine.platform} device(s) here: {missing}choose a preset for this machine, or give "
       "--config.mesh.slice= --config.mesh.hardware= to run on what there is"
     )
-  fewest = int(np.prod(SLICES[cfg.slice].mesh)) if cfg.slice else cfg.devices
-  if machine.devices < fewest or (cfg.slice and machine.devices != fewest):
+  fewest = int(np.prod(SLICES[config.slice].mesh)) if config.slice else config.devices
+  if machine.devices < fewest or (config.slice and machine.devices != fewest):
     raise UserError(
       f"config: {named} is sized for {fewest} devices, and there are {machine.devices}: choose a "
       "preset for fewer or more, such as gpu, or give --config.mesh.devices=0 "
@@ -113,17 +113,17 @@ def check_machine(cfg: MeshConfig, machine: Machine) -> None:
     )
 
 
-def claim_memory(cfg: MeshConfig, environment: dict[str, str] | None = None) -> None:
+def claim_memory(config: MeshConfig, environment: dict[str, str] | None = None) -> None:
   """Raises the share of a GPU's memory that jax allocates from its default of 75%.
 
   Does nothing if the config is not for GPUs, or if the user has set the share. Call it before jax
   looks for its devices.
 
   Args:
-    cfg: the config's mesh.
+    config: the config's mesh.
     environment: where the share is set; None is the environment of this process.
   """
   environment = os.environ if environment is None else environment
-  hardware = hardware_of(cfg)
+  hardware = hardware_of(config)
   if hardware and find_hardware(hardware)[0] == "gpu" and not set(MEMORY_SHARE) & set(environment):
     environment[MEMORY_SHARE[0]] = str(GPU_SHARE)

@@ -161,26 +161,28 @@ def _check_resolved(count: int, name: str) -> None:
     )
 
 
-def _sizes(cfg: MeshConfig) -> tuple[int, int, int]:
+def _sizes(config: MeshConfig) -> tuple[int, int, int]:
   """Sizes of (data, fsdp, tensor): those of the TPU slice that the config names, or its own."""
-  return find_slice(cfg.slice).mesh if cfg.slice else (cfg.data, cfg.fsdp, cfg.tensor)
+  if config.slice:
+    return find_slice(config.slice).mesh
+  return config.data, config.fsdp, config.tensor
 
 
-def configured_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
+def configured_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   """The mesh of a config, over all devices or the given ones.
 
   Raises:
     UserError: an unknown slice, or sizes that do not fit the devices.
   """
-  return make_mesh(*_sizes(cfg), devices=devices)
+  return make_mesh(*_sizes(config), devices=devices)
 
 
-def abstract_mesh(cfg: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
+def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
   """The mesh of a config for `num_devices` devices that need not exist.
 
   Shardings over it tell where arrays would live; no array can be placed on it.
   """
-  shape = mesh_shape(*_sizes(cfg), num_devices)
+  shape = mesh_shape(*_sizes(config), num_devices)
   return jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

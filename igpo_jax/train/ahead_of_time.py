@@ -148,7 +148,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     config: with `model.vocab_size` set.
     mesh: a mesh of real devices, of fake devices, or of a topology's.
   """
-  cfg, lm = config.model, make_lm(config.model)
+  model, lm = config.model, make_lm(config.model)
   params = abstract_params(config, mesh)
   trainable, frozen = lora.split(params)
   rows = NamedSharding(mesh, partition_spec(("act_batch",)))
@@ -171,7 +171,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
       mesh,
       lambda: update.trace(state, frozen, tokens, flag, array(jnp.bool_, batch, length), key),
       (),
-      training_flops(config, forward_flops(cfg, batch, total, total, length, read=length)),
+      training_flops(config, forward_flops(model, batch, total, total, length, read=length)),
       _passes(config) * config.sft.micro_batches,
       batch // config.sft.micro_batches,
       total,
@@ -188,12 +188,12 @@ def _passes(config: Config) -> int:
 
 
 def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[str, Program]:
-  cfg, rl, sampler = config.model, config.rl, config.sampler
+  model, rl, sampler = config.model, config.rl, config.sampler
   p, g, length = rl.prompts_per_step, rl.group_size, sampler.gen_length
   bucket = config.data.prompt_buckets[-1]
   total = bucket + length
   trainable, frozen = lora.split(params)
-  compute = jnp.dtype(cfg.dtype)
+  compute = jnp.dtype(model.dtype)
   readable = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, compute, sharding=x.sharding), params
   )
@@ -234,8 +234,9 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     jax.eval_shape(policy.totals, rollout, keys(p), number),
   )
   scores = RolloutScores(old, of_views(draws) if reference is not None else None, old, totals)
-  read = forward_flops(cfg, read_rows, total, total, length, read=length)
-  step = forward_flops(cfg, sampled, total, total, sampler.block_length, read=sampler.block_length)
+  read = forward_flops(model, read_rows, total, total, length, read=length)
+  width = sampler.block_length
+  step = forward_flops(model, sampled, total, total, width, read=width)
 
   # Memory besides a program's own arguments: the state, the reference's own parameters, and the
   # policy's copy in the compute dtype, if there is one.

@@ -63,9 +63,9 @@ class Run:
 
   def checkpoints(self, stage: str) -> Checkpoints:
     """The checkpoints of a stage. A collective."""
-    cfg = self.config.checkpoint
-    scores = from_first(lambda: self.log.values(stage, cfg.best_metric))
-    return Checkpoints(self.workdir / "checkpoints" / stage, cfg.keep, dict(scores))
+    checkpoint = self.config.checkpoint
+    scores = from_first(lambda: self.log.values(stage, checkpoint.best_metric))
+    return Checkpoints(self.workdir / "checkpoints" / stage, checkpoint.keep, dict(scores))
 
   def is_taken_over(self) -> bool:
     """True if this process has seen that another run has taken the workdir over."""
@@ -104,19 +104,19 @@ def due(every: int, done: int, total: int) -> bool:
 
 
 def should_save(
-  cfg: CheckpointConfig, done: int, total: int, metrics: dict, evaluating: bool = False
+  checkpoint: CheckpointConfig, done: int, total: int, metrics: dict, evaluating: bool = False
 ) -> bool:
   """Whether to save a checkpoint: at the interval, at the end, and if `best_metric` is measured.
 
   Args:
-    cfg: the options.
+    checkpoint: the options.
     done, total: steps done, and of the stage.
     metrics: metrics of this step.
     evaluating: whether an evaluation follows this step.
   """
-  best = cfg.best_metric
+  best = checkpoint.best_metric
   measured = bool(best) and (best in metrics or (evaluating and best.startswith("eval/")))
-  return due(cfg.every, done, total) or measured
+  return due(checkpoint.every, done, total) or measured
 
 
 def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
@@ -136,13 +136,13 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     UserError: no checkpoint can be read, the disk is full, or another run has taken the workdir
       over.
   """
-  cfg, best = run.config, run.config.checkpoint.best_metric
+  config, best = run.config, run.config.checkpoint.best_metric
   checkpoints = run.checkpoints(stage.name)
   done, state, waiting = resume(run, stage, checkpoints, state)
   # Steps that are made again for what the next stage starts from have their rows already.
   log = None if is_behind(run, stage.name) else run.log
   saved, saved_at = done, time.monotonic()
-  profiler = Profiler(run.workdir / "profile" / stage.name, cfg.log.profile_steps)
+  profiler = Profiler(run.workdir / "profile" / stage.name, config.log.profile_steps)
   run.progress.begin(stage.name, stage.steps, done, stage.programs)
 
   def save(note: dict[str, Any]) -> None:
@@ -182,30 +182,31 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
         done, shown = n + 1, {}
         evaluating = log is not None and due(stage.eval_every, done, stage.steps)
         row: dict[str, Any] = {}
-        if evaluating or (log is not None and due(cfg.log.every, done, stage.steps)):
+        if evaluating or (log is not None and due(config.log.every, done, stage.steps)):
           metrics = jax.device_get(metrics)
           row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
           row |= {"time/step_seconds": time.perf_counter() - began, **device_memory()}
           shown = {k: float(metrics[k]) for k in stage.shown if k in metrics}
-          skipped = metrics["skipped_in_a_row"] >= cfg.log.max_skipped
+          skipped = metrics["skipped_in_a_row"] >= config.log.max_skipped
           if skipped or not evaluating:
             run.log.metrics(stage.name, done, row)
           if skipped:
             raise NonFinite(
-              f"{stage.name}: {cfg.log.max_skipped} updates in a row had a loss or gradient "
+              f"{stage.name}: {config.log.max_skipped} updates in a row had a loss or gradient "
               f"that is not finite (last at step {done}); see {run.log.metrics_path}"
             )
-        wanted = log is not None and cfg.log.samples_every
-        if samples and wanted and due(cfg.log.samples_every, done, stage.steps):
-          run.log.samples(stage.name, done, samples, cfg.log.samples_per_step)
+        wanted = log is not None and config.log.samples_every
+        if samples and wanted and due(config.log.samples_every, done, stage.steps):
+          run.log.samples(stage.name, done, samples, config.log.samples_per_step)
         score(row)
         waiting = plain(row) if evaluating else None
-        stopping, late, lost = stop.agreed(is_late(cfg.checkpoint, saved_at), run.is_taken_over())
+        late, lost = is_late(config.checkpoint, saved_at), run.is_taken_over()
+        stopping, late, lost = stop.agreed(late, lost)
         if lost:
           raise UserError(
             f"{run.workdir} was taken over by another run (see docs/several_hosts.md)"
           )
-        if stopping or late or should_save(cfg.checkpoint, done, stage.steps, row, evaluating):
+        if stopping or late or should_save(config.checkpoint, done, stage.steps, row, evaluating):
           save({"row": waiting} if waiting else {})
         run.progress.step(done, time.perf_counter() - began, shown)
         if stopping:
@@ -224,12 +225,12 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   return state
 
 
-def is_late(cfg: CheckpointConfig, saved_at: float) -> bool:
+def is_late(checkpoint: CheckpointConfig, saved_at: float) -> bool:
   """Whether the last checkpoint is `checkpoint.minutes` old, by the clock of process 0.
 
   A collective: all processes get the same answer.
   """
-  late = cfg.minutes > 0 and time.monotonic() - saved_at >= 60 * cfg.minutes
+  late = checkpoint.minutes > 0 and time.monotonic() - saved_at >= 60 * checkpoint.minutes
   return late and jax.process_index() == 0
 
 

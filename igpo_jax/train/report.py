@@ -25,7 +25,7 @@ RL_MEANS = (
 )
 
 
-def summarize(rows: list[Row]) -> dict[str, Any]:
+def summary_of(rows: list[Row]) -> dict[str, Any]:
   """The summary of a run, from its metric rows.
 
   Returns:
@@ -99,7 +99,7 @@ STAGE_LABELS = {
 }
 
 
-def table(summary: dict[str, Any]) -> str:
+def summary_table(summary: dict[str, Any]) -> str:
   """The summary as a small Markdown table."""
   lines = [
     "| held-out accuracy | value | 95% interval | standard error | problems |",
@@ -213,8 +213,8 @@ def _accuracies(ax, rows) -> None:
 
 def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
   """Writes summary.json, table.md and curves.png; returns the summary."""
-  summary = summarize(rows)
+  summary = summary_of(rows)
   workdir.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-  workdir.joinpath("table.md").write_text(table(summary) + "\n")
+  workdir.joinpath("table.md").write_text(summary_table(summary) + "\n")
   draw_curves(rows, workdir / "curves.png")
   return summary

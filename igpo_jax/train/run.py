@@ -25,7 +25,7 @@ from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import Inputs
 from igpo_jax.train.progress import track
-from igpo_jax.train.report import table, write_report
+from igpo_jax.train.report import summary_table, write_report
 from igpo_jax.train.rl import train_rl
 from igpo_jax.train.room import check_room
 from igpo_jax.train.runlog import RunLog, print_once
@@ -91,7 +91,7 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   summary = {}
   if jax.process_index() == 0:
     summary = write_report(log.rows, workdir)
-    print(table(summary))
+    print(summary_table(summary))
     print_once(
       f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl"
     )

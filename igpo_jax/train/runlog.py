@@ -65,14 +65,14 @@ class RunLog:
 
   Args:
     workdir: made if there is none.
-    cfg: says which logs are written.
+    options: says which logs are written.
 
   Attributes:
     rows: the rows of metrics.jsonl on process 0; [] on the others.
   """
 
-  def __init__(self, workdir: epath.Path, cfg: LogConfig):
-    self.cfg, self.workdir = cfg, workdir
+  def __init__(self, workdir: epath.Path, options: LogConfig):
+    self.options, self.workdir = options, workdir
     self.metrics_path = workdir / "metrics.jsonl"
     self.rows: list[Row] = []
     self._writes = jax.process_index() == 0
@@ -84,15 +84,15 @@ class RunLog:
     for file in (self._metrics, self._samples):
       file.cut()  # half a row at the end would run into the next one
     self.rows = self._metrics.read()
-    if cfg.tensorboard and can_append(workdir):
+    if options.tensorboard and can_append(workdir):
       from tensorboardX import SummaryWriter
 
       self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-    elif cfg.tensorboard:
+    elif options.tensorboard:
       print_once(
         f"no TensorBoard files: {workdir} cannot be appended to; metrics.jsonl has the numbers"
       )
-    if cfg.wandb:
+    if options.wandb:
       try:
         import wandb
       except ImportError:
@@ -101,7 +101,7 @@ class RunLog:
         ) from None
       folder = str(workdir) if can_append(workdir) else None
       self._wandb = wandb.init(
-        project=cfg.wandb_project, dir=folder, id=_wandb_id(workdir), resume="allow"
+        project=options.wandb_project, dir=folder, id=_wandb_id(workdir), resume="allow"
       )
       # Not wandb's own count of calls, which a continued run cannot set back.
       self._wandb.define_metric("*", step_metric="global_step")
