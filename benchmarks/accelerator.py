@@ -1,4 +1,4 @@
-"""LLaDA-8B on one accelerator: what each program of an RL step takes, in one table.
+"""LLaDA-8B on one accelerator: time and memory of each program of an RL step, in one table.
 
     python -m benchmarks.accelerator [--torch=DIR] [--seconds=480] [--output=FILE]
         [--rows=64] [--prompt=256] [--gen_length=256] [--block_length=32] [--steps=128]
@@ -11,8 +11,8 @@ it, every implementation of attention is checked against float32, gradients incl
 
 The whole command keeps to --seconds, 8 minutes, which are meant for an H100 or H200. Denoising
 costs the same in every block, so a run measures as many blocks as its time allows and
-extrapolates to all; the column "measured" says from how many. What no time is left for, and
-what fails, has a line that says so, and the exit code is 1.
+extrapolates to all; the column "measured" says from how many. A part that fails, or for which no
+time is left, has a line that says so, and the exit code is 1.
 
 --torch=DIR also times the PyTorch code for LLaDA that you put there, first and in a process of
 its own (benchmarks/torch_llada.py says which files it looks for).
@@ -67,14 +67,15 @@ class Line:
   """One line of the table.
 
   Attributes:
-    name: of the part.
-    seconds: of the whole part, extrapolated if `measured` says so.
-    tokens: completion tokens it makes or reads.
-    measured: what was timed.
-    flops_per_second: products that it needs by its seconds; None where they are not counted.
-    bytes: that the compiler plans for the program, its arguments included.
-    compile_seconds: before the first run.
-    problem: why there is nothing else; "" if there is.
+    name: name of the part.
+    seconds: time of the whole part, extrapolated if `measured` says so.
+    tokens: number of completion tokens that the part samples or reads.
+    measured: a text on what was timed.
+    flops_per_second: FLOPs of the products that the part needs, divided by its seconds; None if
+      they are not counted.
+    bytes: memory that the compiler plans for the program, including its arguments.
+    compile_seconds: time of the compilation, before the first run.
+    problem: why the part has no numbers; "" if it has.
   """
 
   name: str
@@ -88,11 +89,11 @@ class Line:
 
 
 class Budget:
-  """Wall seconds from the start of the command, shared out over the parts.
+  """A budget of wall seconds, from the start of the command, that is divided among the parts.
 
   Args:
-    seconds: of all.
-    parts: how many there are.
+    seconds: of all parts together.
+    parts: number of parts.
   """
 
   def __init__(self, seconds: float, parts: int):
@@ -103,7 +104,7 @@ class Budget:
     return self.end - time.monotonic()
 
   def next_part(self) -> float | None:
-    """Seconds for the measurements of the next part, None where there are none."""
+    """Seconds for the measurements of the next part; None if no time is left."""
     self.parts -= 1
     free = self.left - (self.parts + 1) * COMPILE_SECONDS
     return free / (self.parts + 1) if free > 0 else None

@@ -1,8 +1,8 @@
-"""What the benchmarks share: the model, the machine's peak, interleaved timing, JSON.
+"""Parts that all benchmarks use: the model, the machine's peak, interleaved timing, JSON.
 
-A figure is only comparable with others of its own run: so every benchmark measures, in
-the same process, how fast this machine multiplies matrices, and takes its cases in
-turns (A B C A B C ...), so that a machine that slows down slows all of them.
+A number can only be compared with others of its own run. So every benchmark measures in the same
+process how fast the machine multiplies matrices, and takes its cases in turns (A B C A B C ...), so
+that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ACCELERATOR_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (16_384, 4096, 12_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Options that every benchmark takes."""
+  """Adds the options that every benchmark takes."""
   parser.add_argument("--model", choices=sorted(MODELS), default="bench")
   parser.add_argument("--dtype", help="compute and parameters; default: the model's own")
   parser.add_argument("--attention", help="see ModelConfig.attention; default: the model's own")
@@ -111,21 +111,22 @@ class MatmulPeak:
 
   @property
   def flops_per_second(self) -> float:
-    """The fastest of all."""
+    """The highest FLOPs per second of all samples."""
     return max(self.best.values())
 
 
 def matmul_peak(args: argparse.Namespace, config: ModelConfig) -> MatmulPeak:
-  """For the run's compute dtype; of a small product only where the model is "tiny"."""
+  """The peak for the run's compute dtype. If the model is "tiny", it is that of a small product."""
   return MatmulPeak(config.dtype, ((64, 64, 64),) if args.model == "tiny" else None)
 
 
 class CompileCounter:
-  """Counts the programs that XLA compiles, and the seconds it takes, from now on.
+  """Counts the programs that XLA compiles from now on, and the seconds that it takes.
 
   Attributes:
-    count, seconds: of all.
-    names: how many were compiled of each function.
+    count: number of programs.
+    seconds: seconds of all compilations.
+    names: function -> number of its programs.
   """
 
   EVENT = "/jax/core/compile/backend_compile_duration"
@@ -145,11 +146,11 @@ class CompileCounter:
 def time_cases(
   cases: dict[str, Callable[[], Any]], repeats: int, peak: MatmulPeak, counter: CompileCounter
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-  """(Seconds of each case, facts of the run for its JSON). Compile the cases before.
+  """(seconds of each case, facts of the run for its JSON). Compile the cases before.
 
-  The cases are taken in turns, every other round backwards, so that none always runs in the
-  wake of the same one. The facts are the machine's peak in the same minutes, and the
-  compilations, those while timing (none, if the cases were warm) apart.
+  The cases are taken in turns, and every other round backwards, so that a case does not always run
+  after the same other one. The facts are the machine's peak in these minutes and the number of
+  compilations; those while timing are counted on their own (none if the cases were warm).
   """
   before = counter.count
   seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -170,11 +171,11 @@ def time_cases(
 
 
 def compile_facts(lower, *args, **kwargs) -> tuple[Any, dict[str, float]]:
-  """Compiles ahead of time: (the compiled program, seconds and bytes it took and takes).
+  """Compiles ahead of time: (the compiled program, {seconds of compilation, bytes of memory, ...}).
 
   Args:
     lower: a jitted function, or the `lower` of one.
-    *args, **kwargs: what it is lowered for.
+    *args, **kwargs: the arguments that it is lowered for.
   """
   began = time.perf_counter()
   compiled = getattr(lower, "lower", lower)(*args, **kwargs).compile()
@@ -193,7 +194,7 @@ def compile_facts(lower, *args, **kwargs) -> tuple[Any, dict[str, float]]:
 
 
 def peak_memory() -> dict[str, int]:
-  """The process's peak resident bytes, and the device's where it keeps count."""
+  """Peak resident bytes of the process, and peak bytes of the device if it counts them."""
   unit = 1 if sys.platform == "darwin" else 1024
   facts = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
   stats = jax.devices()[0].memory_stats()
@@ -203,7 +204,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def machine() -> dict[str, Any]:
-  """Where this ran."""
+  """Facts about the machine and the versions, for the JSON."""
   cpu = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():
@@ -222,7 +223,7 @@ def machine() -> dict[str, Any]:
 
 
 def emit(result: dict[str, Any], output: str | None = None) -> None:
-  """Prints one JSON object with the machine's facts; also writes it where asked."""
+  """Prints one JSON object with the machine's facts; --output=FILE also writes it."""
   text = json.dumps({**result, "memory": peak_memory(), "machine": machine()}, indent=2)
   print(text)
   if output:
@@ -230,7 +231,7 @@ def emit(result: dict[str, Any], output: str | None = None) -> None:
 
 
 def count_parameters(params: Any) -> int:
-  """Numbers in a tree of parameters."""
+  """The number of parameters in a tree."""
   return sum(x.size for x in jax.tree.leaves(params))
 
 
