@@ -124,12 +124,12 @@ class Rollout:
     advantages: f32[P,G].
   """
 
-  prompt: Int32[AnyArray, "P Tp"]
-  prompt_valid: Bool[AnyArray, "P Tp"]
-  completion: Int32[AnyArray, "P G L"]
-  hinted: Bool[AnyArray, "P G L"]
-  commit_step: Int32[AnyArray, "P G L"]
-  advantages: Float32[AnyArray, "P G"]
+  prompt: Int32[Array, "P Tp"]
+  prompt_valid: Bool[Array, "P Tp"]
+  completion: Int32[Array, "P G L"]
+  hinted: Bool[Array, "P G L"]
+  commit_step: Int32[Array, "P G L"]
+  advantages: Float32[Array, "P G"]
 
 
 @flax.struct.dataclass

@@ -6,6 +6,10 @@ functions. Here each of them is seen to refuse an argument of a wrong shape or d
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +20,7 @@ from igpo_jax.config import HintConfig
 from igpo_jax.hints.inject import hint_canvas, hinted_group
 from igpo_jax.ops.masked import masked_mean, masked_sum, topk_mask
 from igpo_jax.ops.token_stats import token_stats
+from tests.paths import REPO
 
 F, I, B = jnp.float32, jnp.int32, jnp.bool_  # noqa: E741
 ones = lambda dtype, *shape: jnp.ones(shape, dtype)
@@ -58,3 +63,12 @@ def test_another_shape_or_dtype_is_refused(function, arguments, name, wrong):
 def test_shapes_are_checked_while_a_program_is_traced():
   with pytest.raises(TypeCheckError):
     jax.jit(masked_mean)(ones(F, 2, 3), ones(B, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pyright"), reason="pyright is not installed")
+def test_pyright_finds_no_fault_in_the_parts_that_pyproject_lists():
+  done = subprocess.run(
+    ["pyright", "--project", REPO, "--pythonpath", sys.executable], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout

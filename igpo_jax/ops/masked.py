@@ -49,4 +49,4 @@ def topk_mask(
   """
   order = jnp.argsort(jnp.where(allowed, -values, jnp.inf), axis=-1, stable=True)
   rank = jnp.argsort(order, axis=-1, stable=True)
-  return allowed & (rank < k[:, None])
+  return jnp.asarray(allowed) & (rank < k[:, None])
