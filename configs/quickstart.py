@@ -5,7 +5,7 @@
 The preset `smoke` goes the same way in well under a minute, with fewer steps and problems:
 it shows that everything runs, and its accuracy says nothing.
 
-Six digit-wise steps on a three-digit number (igpo_jax/data/synthetic.py). The SFT traces
+Six digit-wise steps on a three-digit number (igpo_jax/tasks/chains.py). The SFT traces
 are careless: they forget 65% of the additions, so after SFT about half of the groups on
 problems with many additions are all wrong. The RL problems bring correct traces, of which
 chunks are hinted; the answer's value never is. Where the numbers differ from the paper's

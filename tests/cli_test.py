@@ -360,6 +360,24 @@ def test_help_has_every_flag_and_every_option_with_its_default(config_file, caps
   assert "  rl.steps = 3    (a whole number, at least 0; default 100)\n" in told
 
 
+def test_help_names_what_is_registered_and_what_the_config_file_registers(config_file, capsys):
+  text = " ".join(said_by(capsys, "--help").split())
+  assert "Known: countdown, exact, math, sudoku, task." in text
+  assert "Known: igpo, d1, opencompass_block." in text
+  own = """
+  from igpo_jax.config import SamplerConfig
+  from igpo_jax.eval.protocols import Setting, register_protocol
+  from igpo_jax.rewards.score import Verdict, register_verifier
+
+  register_verifier("always")(lambda completion, record: Verdict(True, completion, "ok"))
+  register_protocol("brief", {"test": Setting(SamplerConfig(8, 8, 8))})
+"""
+  file = config_file(GOOD + own)
+  told = " ".join(said_by(capsys, f"--config={file}:tiny", "--help").split())
+  assert "Known: always, countdown, exact, math, sudoku, task." in told
+  assert "Known: igpo, d1, opencompass_block, brief." in told
+
+
 def test_the_config_is_printed_as_the_workdir_will_hold_it(config_file, capsys):
   path = config_file(GOOD)
   text = said_by(capsys, f"--config={path}:tiny", "--config.rl.inner_updates=2", "--print-config")

@@ -16,7 +16,7 @@ from igpo_jax.data.tokenizer import CharTokenizer, train_sentencepiece
 from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import Evaluation, in_words, make_stream, problems_of
 from igpo_jax.eval.generations import params_digest
-from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan
+from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan, register_protocol
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.tasks.chains import ALPHABET
@@ -105,6 +105,27 @@ def test_a_plan_names_every_length_once():
   ]  # fmt: skip
   config.eval.lengths = (256,)
   assert [task.name for task in plan(freeze(config))] == ["gsm8k@256", "math500@256"]
+
+
+def test_a_protocol_of_a_users_own_is_planned_and_named_among_those_there_are():
+  short, long = (
+    Setting(SamplerConfig(gen_length=length, block_length=8, steps=8), template="{question}!")
+    for length in (8, 16)
+  )
+  register_protocol("mine", {"gsm8k": (short, long), "amc23": short})
+  config = eval_config(f"gsm8k={TASK}", f"amc={TASK}", protocol="mine")
+  assert [task.name for task in plan(freeze(config))] == ["gsm8k@8", "gsm8k@16", "amc"]
+  assert plan(freeze(config))[2].setting.messages("1+1")[0]["content"] == "1+1!"
+  config.eval.protocol = "yours"
+  with pytest.raises(UserError, match="is not one of igpo, d1, opencompass_block, mine"):
+    plan(freeze(config))
+  for name in ("mine", "igpo", "plain", ""):
+    with pytest.raises(ValueError, match=r"already registered|reserved"):
+      register_protocol(name, {"gsm8k": short})
+  with pytest.raises(ValueError, match=r"gsm8k: one setting for each length, not \[8, 8\]"):
+    register_protocol("twice", {"gsm8k": (short, short)})
+  with pytest.raises(ValueError, match="defines no benchmark"):
+    register_protocol("none", {})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
     python -m benchmarks.claims --claim=3 --workdir=runs/claims [--seeds=5]
     python -m benchmarks.claims --all --smoke --workdir=DIR
 
-Every run is a whole training run of this package (SFT, then RL) on `synthetic:maps`, from
+Every run is a whole training run of this package (SFT, then RL) on `synthetic:letter_maps`, from
 configs written in code (benchmarks/claims/arms.py); claims share runs. Interrupted in any
 way, it goes on where it was and ends with the same tables. Writes claimN.md, claimN.png and
 results.json to the workdir and prints the tables: mean and 95% interval (Student's t) over

@@ -12,11 +12,11 @@ from typing import Any
 
 from igpo_jax.config import Config, default_config, freeze
 
-STEPS, MAPS = 10, 2  # of a problem, and of the task (igpo_jax/data/maps.py)
+STEPS, MAPS = 10, 2  # of a problem, and of the task (igpo_jax/tasks/letter_maps.py)
 WINDOW = 14  # positions that RL samples; a concise trace has 12 tokens and its end
 LONG = 32  # positions that verbose traces are padded to
 DETOURS = 0.3  # of the verbose traces: 19 tokens on average, one in twenty fits the window
-TASK = "synthetic:maps?steps={steps}&maps={maps}&table={table}"
+TASK = "synthetic:letter_maps?steps={steps}&maps={maps}&table={table}"
 CARELESS = "&doubtful=0.35&slips=0.7"
 
 
@@ -64,7 +64,7 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   task = TASK.format(steps=4 if smoke else STEPS, maps=MAPS, table=seed)
   records = 200 if smoke else 20_000
   train = f"{task}&split=train&n={records}"
-  config.data.tokenizer = "char:maps"
+  config.data.tokenizer = "char:letter_maps"
   config.data.sft = f"{train}&seed={10 * seed + 1}{CARELESS}{SFT[spec.sft]}"
   config.data.rl = f"{train}&seed={10 * seed + 2}{spec.rl}"
   config.data.eval = (f"test={task}&split=test&n={16 if smoke else 512}&seed={10 * seed + 3}",)

@@ -167,9 +167,9 @@ class DataConfig:
   Attributes:
     sft, rl: sources of the two training stages.
     eval: benchmark name -> source, as "name=uri" strings.
-    tokenizer: a directory, "char" or "char:maps" (built in: the characters of the
-      sources synthetic:chains and synthetic:maps), or "sentencepiece:VOCAB_SIZE" (trained
-      on the sft source at the first run and kept in the workdir).
+    tokenizer: a directory; "char:TASK" or "words:TASK", the characters or words of a generated
+      task ("char:A+B": of several; "char": of chains); or "sentencepiece:VOCAB_SIZE" (trained on
+      the sft source at the first run and kept in the workdir).
     prompt_buckets: prompt lengths that programs are compiled for, in tokens. A slice of the rollout
       (`rl.sample_slices`) and every other batch is padded to the smallest that fits.
   """
@@ -196,7 +196,8 @@ class RewardConfig:
   """Which verifier decides `correct`, and which weighted parts make the reward.
 
   Attributes:
-    verifier: "math", "exact", "countdown", "sudoku", or a registered name (docs/grading.md).
+    verifier: "math", "exact" or another registered name (docs/grading.md), or "task": each record
+      is graded by the verifier of its own task (docs/data.md).
     parts: (name, weight) of each part of the reward; "correct" is the verdict itself.
     extraction: where "math" looks for the answer: some of boxed, tag, hashes, phrase and
       last_number, separated by commas, the preferred one first; "": as `igpo_jax.grade` does.
@@ -221,9 +222,9 @@ class EvalConfig:
   """Evaluation through the same sampler (docs/evaluation.md).
 
   Attributes:
-    protocol: "igpo", "d1", "opencompass_block" (eval/protocols.py): prompts, lengths,
-      temperature, samples and grading are the protocol's, and the items of `data.eval`
-      are named after its benchmarks. "": the config's own, as follows.
+    protocol: name of a registered protocol (eval/protocols.py): prompts, lengths, temperature,
+      samples and grading are the protocol's, and the items of `data.eval` are named after its
+      benchmarks. "": the config's own, as follows.
     lengths: those of the protocol's completion lengths that are run; (): all.
     examples: solved examples for a protocol that shows some, as "name=uri" strings.
     batch_size: rows of a batch, rounded up to a multiple of devices and processes. 0: chosen to

@@ -173,9 +173,8 @@ def register_protocol(name: str, protocol: Mapping[str, Setting | Sequence[Setti
     ValueError: the name is taken or reserved, no benchmark, or two settings of one length.
   """
   if name in ("", PLAIN) or name in PROTOCOLS:
-    raise ValueError(
-      f"protocol {name!r} is {'already registered' if name in PROTOCOLS else 'kept'}"
-    )
+    taken = "already registered" if name in PROTOCOLS else "reserved"
+    raise ValueError(f"protocol {name!r} is {taken}")
   settings = {
     one_name(benchmark): (chosen,) if isinstance(chosen, Setting) else tuple(chosen)
     for benchmark, chosen in protocol.items()
