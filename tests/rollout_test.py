@@ -541,7 +541,7 @@ def test_what_is_learnt_divides_into_micro_batches(micro_batches):
   rl = dataclasses.replace(CONFIG.rl, micro_batches=micro_batches)
   explore_with = explorer(dataclasses.replace(CONFIG, rl=rl))
   for live in range(P + 1):
-    groups = explore_with._groups_to_learn(np.arange(P)[:, None] < live)
+    groups = explore_with._groups_to_update(np.arange(P)[:, None] < live)
     assert len(groups) % micro_batches == 0 and len(groups) >= live
 
 
