@@ -1,7 +1,7 @@
 """The policy gradient of one group: the plain way against the programs that train.
 
     python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen_length=128]
-        [--repeats=3] [--cases=plain,plain_completion,ours]
+        [--repeats=3] [--cases=plain,plain_completion,ours] [--estimators=all] [--most_forwards=8]
 
 Mean-field likelihoods, forward and backward, without the optimizer. `plain` is how the
 method is usually written: G masked rows through the model, logits at every position,
@@ -9,6 +9,10 @@ log-softmax, gather, entropy. `plain_completion` applies the head to the complet
 `ours` is `PolicyPrograms.gradient`: all masked rows of a group are the same row, so one
 goes through the model, and its logits are never all held. Prints one JSON object: seconds,
 compiled temporaries, utilisation, and how far the gradients are apart (relative L2).
+
+`--estimators` also times `PolicyPrograms.gradient` with other estimators, by name or "all", and
+reports seconds and memory as multiples of mean_field's (`ours`), and forward passes a completion.
+Estimators with more than `--most_forwards` of these are left out, and listed.
 
 The head's random weights are made larger, `SHARPER` times: with weights as they are drawn
 every entropy is ln V less a little, the last hint token that the entropy filter keeps and the
@@ -29,12 +33,20 @@ import optax
 
 from benchmarks import common
 from igpo_jax import cli
-from igpo_jax.config import Config, ModelConfig, ObjectiveConfig, RLConfig
+from igpo_jax.config import (
+  Config,
+  ModelConfig,
+  ObjectiveConfig,
+  RLConfig,
+  SamplerConfig,
+  registry,
+)
 from igpo_jax.errors import UserError
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.models.llada import make_lm
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.rl.hint_filter import hints_to_keep
+from igpo_jax.rl.methods import forwards_of
 from igpo_jax.rl.objectives.clipped import policy_loss
 from igpo_jax.rl.region import loss_region
 from igpo_jax.train.policy_update import make_policy_programs
@@ -42,6 +54,30 @@ from igpo_jax.types import LM, Rollout
 
 SHARPER = 4.0  # logits of standard deviation 4: entropies differ by tenths of a nat
 CASES = ("plain", "plain_completion", "ours")
+STEPS = 16  # of the sampler that the rollout's commit steps stand for, at most
+
+
+def steps_of(length: int) -> int:
+  """The most denoising steps up to `STEPS` that share out over the positions."""
+  return next(n for n in range(min(STEPS, length), 0, -1) if length % n == 0)
+
+
+def chosen_estimators(
+  args: argparse.Namespace, config: Config
+) -> tuple[dict[str, float], list[str]]:
+  """(Estimator -> forward passes a completion, those that would take too many)."""
+  known = [name for name in registry.classes("estimator") if name != "mean_field"]
+  names = known if args.estimators == "all" else list(filter(None, args.estimators.split(",")))
+  for name in names:
+    registry.find("estimator", name)
+  count = {name: forwards_of(with_estimator(config, name)).per_completion(args.group)
+           for name in names}  # fmt: skip
+  kept = {name: n for name, n in count.items() if n <= args.most_forwards}
+  return kept, [name for name in names if name not in kept]
+
+
+def with_estimator(config: Config, name: str) -> Config:
+  return dataclasses.replace(config, rl=dataclasses.replace(config.rl, estimator=name))
 
 
 def make_rollout(model: ModelConfig, group: int, prompt: int, length: int) -> Rollout:
@@ -49,12 +85,14 @@ def make_rollout(model: ModelConfig, group: int, prompt: int, length: int) -> Ro
   keys = jax.random.split(jax.random.key(1), 4)
   shape = (1, group, length)
   hinted = jax.random.uniform(keys[3], shape) < 0.2
+  steps = steps_of(length)
+  committed = jax.random.permutation(keys[3], jnp.arange(length) * steps // length)
   return Rollout(
     prompt=common.random_prompts(keys[0], 1, prompt, model.vocab_size),
     prompt_valid=jnp.ones((1, prompt), bool),
     completion=jax.random.randint(keys[1], shape, 1, model.vocab_size - 1, jnp.int32),
     hinted=hinted,
-    commit_step=jnp.where(hinted, -1, 0),
+    commit_step=jnp.where(hinted, -1, committed),
     advantages=jax.random.normal(keys[2], (1, group)),
   )
 
@@ -121,6 +159,8 @@ def main() -> None:
   parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
   parser.add_argument("--gen_length", type=int, default=128)
   parser.add_argument("--cases", default=",".join(CASES))
+  parser.add_argument("--estimators", default="", help='names, or "all"; they need the case "ours"')
+  parser.add_argument("--most_forwards", type=float, default=8.0, help="of a completion")
   args = parser.parse_args()
   names = args.cases.split(",")
   for name in names:
@@ -129,7 +169,15 @@ def main() -> None:
 
   model = common.model_config(args)
   group, length, total = args.group, args.gen_length, args.prompt + args.gen_length
-  config = Config(stages=(), model=model, rl=RLConfig(prompts_per_step=1, group_size=group))
+  if args.estimators and "ours" not in names:
+    raise cli.UserError('--estimators: they are compared with the case "ours": add it to --cases')
+  config = Config(
+    stages=(),
+    model=model,
+    rl=RLConfig(prompts_per_step=1, group_size=group),
+    sampler=SamplerConfig(length, length, steps_of(length)),
+  )
+  estimators, left_out = chosen_estimators(args, config)
   lm = make_lm(model)
   params = jax.jit(lm.init)(jax.random.key(0))
   params["head"] = jax.tree.map(lambda x: SHARPER * x, params["head"])
@@ -149,9 +197,14 @@ def main() -> None:
     else:
       jitted[name] = plain_gradient(lm, config.objective, name == "plain_completion")
       arguments[name] = (params, rollout, scores.old[0, 0, 0], scores.ref[0, 0, 0])
+  for name in estimators:
+    other_programs = make_policy_programs(lm, optax.identity(), with_estimator(config, name))
+    other_scores = other_programs.score(other, other, rollout, row_keys)
+    jitted[name] = other_programs.gradient
+    arguments[name] = (params, {}, rollout, other_scores, row_keys, jnp.int32(1))
   counter = common.CompileCounter()
   cases, results, gradients, losses = {}, {}, {}, {}
-  for name in names:
+  for name in [*names, *estimators]:
     compiled, results[name] = common.compile_facts(jitted[name], *arguments[name])
     cases[name] = lambda run=compiled, given=arguments[name]: run(*given)
     loss, *_, gradients[name] = cases[name]()
@@ -159,8 +212,12 @@ def main() -> None:
   peak = common.matmul_peak(args, model)
   seconds, facts = common.time_cases(cases, args.repeats, peak, counter)
 
-  for name in names:
+  for name in [*names, *estimators]:
     rows = 1 if name == "ours" else group
+    if name in estimators:
+      forwards = forwards_of(with_estimator(config, name))
+      rows = forwards.shared + group * forwards.own
+      results[name]["forwards_per_completion"] = estimators[name]
     head = total if name == "plain" else length
     # Backward: the gradient of each product's input and of its weights.
     flops = 3 * forward_flops(model, rows, total, total, head, read=total)
@@ -171,7 +228,7 @@ def main() -> None:
       "utilisation": flops / times["median"] / peak.flops_per_second,
       "loss": losses[name],
     }
-    if name != names[0]:
+    if name != names[0] and name in names:
       results[name]["gradient_distance_to_first"] = distance(gradients[name], gradients[names[0]])
   ours = results.get("ours", {})
   ratios = {
@@ -181,6 +238,15 @@ def main() -> None:
     }
     for name in names
     if ours and name != "ours"
+  }
+  in_ours = lambda name, what: results[name][what] / ours[what]
+  compared = {
+    name: {
+      "seconds": results[name]["seconds"]["median"] / ours["seconds"]["median"],
+      "temp_bytes": in_ours(name, "temp_bytes"),
+      "forwards": estimators[name] * group,
+    }
+    for name in estimators
   }
   common.emit(
     {
@@ -194,6 +260,8 @@ def main() -> None:
       "filter_margin": filter_margin(lm, params, rollout, config.objective),
       "cases": results,
       "ratios": ratios,
+      "to_mean_field": compared,
+      "too_many_forwards": left_out,
       **facts,
     },
     args.output,

@@ -62,14 +62,18 @@ def test_a_case_that_cannot_be_is_told(case):
 def test_update_at_a_tiny_size(monkeypatch, capsys):
   """The gradient is that of the plain way, written out with all rows and all logits."""
   sizes = "--model=tiny --group=4 --prompt=6 --gen-length=16 --repeats=1".split()
-  out = run(update, monkeypatch, capsys, *sizes, "--cases=plain,ours")
-  plain, ours = out["cases"].values()
+  options = "--cases=plain,ours", "--estimators=coupled,random_ratio", "--most_forwards=1"
+  out = run(update, monkeypatch, capsys, *sizes, *options)
+  plain, ours, ratio = out["cases"].values()
   assert ours["gradient_distance_to_first"] < 1e-5
   assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5) and ours["loss"] != 0
   assert ours["temp_bytes"] < 0.5 * plain["temp_bytes"]
   whole = forward_flops(TINY_MODEL, 4, 22, 22, head_positions=22)
   one = forward_flops(TINY_MODEL, 1, 22, 22, head_positions=16)
   assert (plain["flops"], ours["flops"]) == (3 * whole, 3 * one)
+  assert ratio["flops"] == 3 * forward_flops(TINY_MODEL, 4, 22, 22, head_positions=16)
+  assert list(out["to_mean_field"]) == ["random_ratio"] and out["too_many_forwards"] == ["coupled"]
+  assert out["to_mean_field"]["random_ratio"]["forwards"] == 4
   assert out["compilations_while_timing"] == 0
 
 
