@@ -24,6 +24,7 @@ from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import row_file
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train import loop
+from igpo_jax.train.guards import Guards
 from igpo_jax.train.lock import Holder, WorkdirLock
 from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
 from igpo_jax.train.report import draw_curves, summary_of, summary_table
@@ -643,3 +644,36 @@ def test_the_summary_is_of_last_evaluations_and_means_over_steps():
 def test_curves_are_drawn_of_whatever_there_is(rows, tmp_path):
   draw_curves(rows, epath.Path(tmp_path / "curves.png"))
   assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- stop rules ---------------------------------------------------------------------------
+
+
+def test_a_stop_rule_saves_first_and_ends_the_run_after_its_patience(tmp_path):
+  """The value is 1, 3, 6, 10, 15, 21: above 5 from step 3 on, for the second time at step 4."""
+  rules = {"stop_when": ("rl/value > 5", "sft/loss < 1"), "stop_patience": 2}
+  run = make_run(tmp_path, every=100, **rules)
+  with pytest.raises(UserError, match=r"rl: stopped at step 4: rl/value=10 is above 5, 2 times"):
+    run_stage(run, counting_stage(), fresh())
+  assert make_run(tmp_path).checkpoints("rl").latest() == 4
+  assert [row["step"] for row in written(tmp_path)[0]] == [1, 2, 3, 4]
+  # Without the rule, which may be changed, it goes on from there.
+  state = run_stage(make_run(tmp_path), counting_stage(), fresh())
+  assert float(state.params) == 21
+
+
+def test_a_value_between_ends_a_rules_row_and_other_stages_rules_do_not_count():
+  guards = Guards(
+    LogConfig(stop_when=("rl/kl < 1", "eval/t/accuracy < 0.5"), stop_patience=2), "rl"
+  )
+  reasons = [guards.reason({"rl/kl": value}) for value in (0.5, 2.0, 0.5, float("nan"))]
+  assert reasons[:3] == ["", "", ""] and "rl/kl=nan is below 1" in reasons[3]
+  assert not Guards(LogConfig(stop_when=("rl/kl < 1",)), "sft").rules
+  with pytest.raises(UserError, match="there is no metric 'rl/kl'; rl has rl/loss"):
+    guards.reason({"rl/loss": 1.0})
+
+
+@pytest.mark.parametrize("rule", ["rl/kl", "rl/kl >= 2", "rl/kl > many", "rl/kl > nan", "> 2"])
+def test_a_rule_that_cannot_be_read_is_told(rule):
+  with pytest.raises(UserError, match=r"log\.stop_when: .* should be METRIC < NUMBER"):
+    LogConfig(stop_when=(rule,))

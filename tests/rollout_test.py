@@ -18,7 +18,7 @@ from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
-from igpo_jax.rl.rollout import Explorer
+from igpo_jax.rl.rollout import Explorer, num_replacements, repeated_tokens
 from igpo_jax.rl.sampling import (
   Cut,
   DeviceClock,
@@ -568,3 +568,13 @@ def test_all_wrong_groups_give_no_gradient_at_all_unless_they_are_inpainted(none
   )
   assert gradient_norm(only(none)) == 0
   assert gradient_norm(only(inpaint)) > 1e-3
+
+
+def test_repeated_tokens_are_counted_through_the_stop_token():
+  completion = np.array([[5, 5, 5, 0, 0, 0], [5, 6, 6, 7, 8, 9]])
+  assert repeated_tokens(completion, np.array([4, 6])) == (2 + 1, 3 + 5)
+
+
+def test_as_many_are_replaced_as_are_correct_up_to_a_share_of_the_group():
+  assert [num_replacements(k, 0.5, 8) for k in (0, 1, 4, 5, 8)] == [0, 1, 4, 4, 4]
+  assert num_replacements(9, 0.7, 10) == 7  # in binary 0.7 * 10 is a little less

@@ -41,6 +41,7 @@ from igpo_jax.config.run import (
   RewardConfig,
   RLConfig,
   SFTConfig,
+  stop_rule,
 )
 from igpo_jax.config.tree import check, default_config, freeze
 
@@ -78,4 +79,5 @@ __all__ = [
   "full_dtype",
   "load_config_file",
   "require",
+  "stop_rule",
 ]

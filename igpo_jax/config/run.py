@@ -7,6 +7,8 @@ them (docs/method.md#defaults).
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from igpo_jax.config import registry
@@ -288,6 +290,27 @@ class CheckpointConfig:
     check_section(self, "checkpoint")
 
 
+def stop_rule(text: str) -> tuple[str, bool, float]:
+  """(metric, whether the rule holds above the limit, limit) of a rule of `log.stop_when`.
+
+  Example: stop_rule("rl/entropy < 0.01") == ("rl/entropy", False, 0.01).
+
+  Raises:
+    UserError: the text is no such rule.
+  """
+  match = re.fullmatch(r"\s*([\w/.@-]+)\s*([<>])\s*([-+\d.eE]+)\s*", text)
+  try:
+    limit = float(match[3]) if match else math.nan
+  except ValueError:
+    limit = math.nan
+  require(
+    math.isfinite(limit),
+    f"log.stop_when: {text!r} should be METRIC < NUMBER or METRIC > NUMBER, such as "
+    "'rl/repeated > 0.9'",
+  )
+  return match[1], match[2] == ">", limit
+
+
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
   """What is written besides metrics.jsonl.
@@ -302,6 +325,9 @@ class LogConfig:
       of the workdir.
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
+    stop_when: rules such as "rl/repeated > 0.9" or "rl/entropy < 0.01" about a metric of
+      metrics.jsonl: where one holds, the state is saved and the run stops.
+    stop_patience: a rule has to hold in so many logged rows in a row.
     profile_steps: number of steps of each stage of which an xprof trace is written to
       WORKDIR/profile; 0: none. The first two steps of a start, which compile, are left out.
   """
@@ -313,10 +339,14 @@ class LogConfig:
   wandb: bool = False
   wandb_project: str = "igpo_jax"
   max_skipped: Count = 5
+  stop_when: tuple[str, ...] = ()
+  stop_patience: Count = 3
   profile_steps: Natural = 0
 
   def __post_init__(self):
     check_section(self, "log")
+    for rule in self.stop_when:
+      stop_rule(rule)
 
 
 AxisSize = Annotated[int, Range(1, also=-1)]

@@ -69,6 +69,20 @@ class Exploration:
   rows: list[dict[str, Any]]
 
 
+def repeated_tokens(completion: np.ndarray, length: np.ndarray) -> tuple[int, int]:
+  """(Tokens that are the same as the one before them, tokens that have one before them.)
+
+  A policy that has collapsed says one token over and over: then nearly all are.
+
+  Args:
+    completion: i32[...,L].
+    length: i32[...], tokens of each through its first stop token; later ones do not count.
+  """
+  counted = np.arange(1, completion.shape[-1]) < length[..., None]
+  same = completion[..., 1:] == completion[..., :-1]
+  return int((same & counted).sum()), int(counted.sum())
+
+
 class Explorer:
   """Makes rollouts with one of three explorations.
 
@@ -230,6 +244,7 @@ class Explorer:
       "length": (length.sum(), p * g),
       "unparseable": (status.count("unparseable"), p * g),
       "timeout": (status.count("timeout"), p * g),
+      "repeated": repeated_tokens(own.completion, length),
       "no_trace": (sum(len(trace) == 0 for trace in batch.traces), p),
     }
     for task in batch.tasks if len(batch.tasks) > 1 else ():

@@ -22,11 +22,16 @@ from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from igpo_jax.config import CheckpointConfig, Config
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.distributed import from_first
+from igpo_jax.train.guards import Guards
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.progress import Profiler, Progress, device_memory
 from igpo_jax.train.runlog import RunLog, plain, print_once
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import Params, TrainState
+
+
+class Collapsed(UserError):
+  """A rule of `log.stop_when` held; the state was saved first."""
 
 
 class NonFinite(RuntimeError):
@@ -132,6 +137,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
 
   Raises:
     NonFinite: `log.max_skipped` updates in a row were skipped. The last checkpoint is kept.
+    Collapsed: a rule of `log.stop_when` held. The state was saved before.
     SystemExit: a signal asked to stop. The state was saved before.
     UserError: no checkpoint can be read, the disk is full, or another run has taken the workdir
       over.
@@ -143,6 +149,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   log = None if is_behind(run, stage.name) else run.log
   saved, saved_at = done, time.monotonic()
   profiler = Profiler(run.workdir / "profile" / stage.name, config.log.profile_steps)
+  guards = Guards(config.log, stage.name)
   run.progress.begin(stage.name, stage.steps, done, stage.programs)
 
   def save(note: dict[str, Any]) -> None:
@@ -214,6 +221,13 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
         if evaluating:
           evaluate(row)
           waiting = None
+        if row and guards.rules:
+          why = guards.reason(row)
+          # One process decides: seconds and memory are not the same on all of them.
+          if why := from_first(lambda why=why: why):
+            if saved != done:
+              save({})
+            raise Collapsed(f"{stage.name}: stopped at step {done}: {why}; {stop.next_start}")
     except Stopped as stopped:
       if saved != done:
         save({"row": waiting} if waiting else {})

@@ -178,9 +178,10 @@ def make_policy_programs(
       out = objective.sums(policy, before, reference, batch, totals, kept)
       added = {name: value.astype(jnp.float32) for name, value in out.sums.items()}
       added |= policy_sums(policy, before, batch, kept)
+      most = out.most | policy_most(policy, before, batch)
       if out.denominator is not None:
         added["denominator"] = jax.lax.stop_gradient(out.denominator)
-      return out.numerator, Sums(added, out.most)
+      return out.numerator, Sums(added, most)
 
     def kept_positions(policy: Estimate, before: Estimate | None, batch: Batch) -> Array:
       of_old = before is not None and config.objective.filter_entropy == "old"
@@ -203,7 +204,7 @@ def make_policy_programs(
   def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
     loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u)
     state, metrics = apply_gradient(state, optimizer, loss, grads)
-    shared = policy_metrics(sums.added)
+    shared = policy_metrics(sums.added, sums.most)
     return state, metrics | shared | objective.metrics(sums.added, sums.most)
 
   out = (shardings, None)
@@ -231,6 +232,8 @@ def policy_sums(
   if old is not None:
     views = policy.views.scored
     ratio = jnp.exp(jnp.where(views, policy.logp - old.logp, 0.0))
+    every = views & batch.region[:, None]
+    sums |= {"ratio2": masked_sum(ratio**2, every)}
     for name, where in (("hint", batch.hinted), ("own", ~batch.hinted)):
       at = views & (batch.region & where)[:, None]
       sums |= {
@@ -241,9 +244,25 @@ def policy_sums(
   return {k: jax.lax.stop_gradient(v).astype(jnp.float32) for k, v in sums.items()}
 
 
-def policy_metrics(sums: dict[str, Array]) -> dict[str, Array]:
-  """Metrics from `policy_sums`, added over micro-batches.
+def policy_most(policy: Estimate, old: Estimate | None, batch: Batch) -> dict[str, Array]:
+  """Extremes for metrics that every method has; the least as the greatest of its negative."""
+  scored = batch.region & policy.scored
+  mean = masked_sum(policy.token_entropy, scored, axis=-1) / jnp.maximum(
+    jnp.sum(scored, axis=-1), 1
+  )
+  most = {"-entropy": jnp.max(jnp.where(jnp.any(scored, axis=-1), -mean, -jnp.inf))}
+  if old is not None:
+    every = policy.views.scored & batch.region[:, None]
+    most["ratio"] = jnp.exp(jnp.max(jnp.where(every, policy.logp - old.logp, -jnp.inf)))
+  return jax.tree.map(jax.lax.stop_gradient, most)
 
+
+def policy_metrics(sums: dict[str, Array], most: dict[str, Array]) -> dict[str, Array]:
+  """Metrics from `policy_sums` and `policy_most`, gathered over micro-batches.
+
+  entropy_floor is the least mean entropy of a completion, largest_ratio the greatest of all
+  exp(log pi - log pi_old). effective_share is the effective sample size of these ratios as a share
+  of their number, (sum)^2 / (n sum of squares): 1 on policy, 1/n where one of them is all.
   hint_ratio and own_ratio are means of exp(log pi - log pi_old) over what is read of hint tokens
   and of the others; hint_logp and own_logp their mean log-probabilities in nats.
   """
@@ -253,7 +272,11 @@ def policy_metrics(sums: dict[str, Array]) -> dict[str, Array]:
     "entropy": share("entropy", "region"),
     "hint_entropy": share("hint_entropy", "hints"),
   }
+  metrics["entropy_floor"] = -most["-entropy"]
   if "hint_reads" in sums:
+    total, count = (sums[f"hint_{x}"] + sums[f"own_{x}"] for x in ("ratio", "reads"))
+    metrics["largest_ratio"] = most["ratio"]
+    metrics["effective_share"] = total**2 / jnp.maximum(count * sums["ratio2"], 1e-30)
     for name in ("hint", "own"):
       metrics |= {
         f"{name}_{what}": share(f"{name}_{what}", f"{name}_reads") for what in ("ratio", "logp")
