@@ -96,7 +96,9 @@ def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> 
   Raises:
     UserError: a row that cannot be graded, none at all, or an output that cannot be written.
   """
-  counts = dict.fromkeys(("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0)
+  counts: dict[str, int] = dict.fromkeys(
+    ("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0
+  )
   labelled = True
   with output_file(output, source=generations) as file:
     rows = list(read_generations(generations, scorer.verifier))

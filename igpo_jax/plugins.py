@@ -57,4 +57,4 @@ def load_files(files: Sequence[str]) -> None:
   for file in files:
     if not pathlib.Path(file).is_file():
       raise UserError(f"--plugins={file}: no such file")
-    load_python_file(file, "plugins")
+    load_python_file(pathlib.Path(file), "plugins")

@@ -419,9 +419,17 @@ def find_format(name: str) -> Format | None:
   return FORMATS.get(one_name(name))
 
 
+def format_named(name: str) -> Format:
+  """As `find_format`; a `UserError` names the formats that there are."""
+  found = find_format(name)
+  if found is None:
+    raise UserError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+  return found
+
+
 def columns(format: str, options: Options) -> tuple[str, ...]:
   """The columns that a format uses. Only they are read, since the others may be large."""
-  known = find_format(format)
+  known = format_named(format)
   named = known.with_names(options)
   others = known.others
   if known.read is openr1 and options.solution != "generation":

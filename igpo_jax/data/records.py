@@ -76,8 +76,10 @@ def _message(item: Any) -> Message:
 
 def _joined(parts: Any) -> str | None:
   """The text of a list of parts; None if one is something else, such as an image."""
-  texts = [
-    part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-    for part in parts
-  ]
-  return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+  texts = []
+  for part in parts:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+      return None
+    texts.append(text)
+  return "".join(texts)

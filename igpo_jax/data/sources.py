@@ -223,8 +223,7 @@ def read_rows(
     system, template: see `Prompting`.
     **options: `formats.Options`.
   """
-  if formats.find_format(format) is None:
-    raise UserError(f"unknown format {format!r}: expected one of {', '.join(formats.FORMATS)}")
+  formats.format_named(format)  # before the first row is asked for
   limit = None if limit in (None, "") else _integer("limit", limit)
   dropped: collections.Counter[str] = collections.Counter()
   prompting = Prompting(system, template)
@@ -241,7 +240,7 @@ def _records(
   settings: formats.Options,
   dropped: collections.Counter[str],
 ) -> Iterator[Record]:
-  reader = formats.find_format(format)
+  reader = formats.format_named(format)
   settings = reader.with_names(settings)
   questions: set[str] = set()
   ids: set[str] = set()
@@ -401,6 +400,7 @@ def _load_synthetic(
 ) -> Loaded:
   task = _generator(name)
   prompting = Prompting(system, template)
+  assert task.make_records is not None  # `_generator` looked
   records = task.make_records(
     split,
     _integer("n", n),

@@ -181,10 +181,10 @@ class Scorer:
     """
     if self.verifier not in (registry.POOLED, registry.BY_TASK):
       return [True] * len(golds)
-    known = {gold: self._cache.get((gold, gold)) for gold in golds}
+    known: dict[str, tuple[str, bool]] = {}
     late = {}
-    for gold, outcome in known.items():
-      outcome = outcome or equivalence.quick(gold, gold)
+    for gold in set(golds):
+      outcome = self._cache.get((gold, gold)) or equivalence.quick(gold, gold)
       if outcome is None:
         late[gold] = self._compared((gold, gold))
       else:

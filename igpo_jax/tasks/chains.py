@@ -77,7 +77,7 @@ def with_detours(problem: str, trace: str, mean: float, rng: np.random.Generator
   number that is wrong in one digit and taken back ("469-"), or the result once more ("=769").
   """
   words, steps = trace.split(), re.findall(r"[-+^_]\d+", problem)
-  before, out = re.match(r"\d+", problem).group(), []
+  before, out = re.split(r"[-+^_]", problem)[0], []
   for number, step in zip(words, steps, strict=False):
     checks = []
     for _ in range(rng.poisson(mean)):

@@ -277,18 +277,23 @@ def write_trace(
   dead_ends: float = 0.0,
   rng: np.random.Generator | None = None,
 ) -> tuple[str, str]:
-  """The trace of a problem that can be solved, and its answer.
+  """The trace of a problem, and its answer.
 
   Args:
     numbers: in order of size.
     dead_ends: so many steps that lead nowhere before each that leads on, on average.
-    rng: chooses them.
+    rng: chooses them; needed where `dead_ends` is above 0.
+
+  Raises:
+    ValueError: the problem has no solution by such steps.
   """
   steps = solve(numbers, target, signs)
+  if steps is None:
+    raise ValueError(f"{numbers} cannot make {target}")
   pieces, left = [], numbers
   for step in steps:
     dead = []
-    if dead_ends:
+    if dead_ends and rng is not None:
       dead = _dead_ends(left, target, signs)
       dead = [dead[k] for k in rng.permutation(len(dead))[: rng.poisson(dead_ends)]]
     pieces += [_written(s, after(left, s)) + "x" for s in dead]
@@ -348,10 +353,11 @@ def make_records(
     if len(records) == n:
       break
     given = [int(x) for x in rng.integers(1, largest + 1, size=rng.integers(low, high + 1))]
-    numbers = left = tuple(sorted(given))
+    numbers: tuple[int, ...] = tuple(sorted(given))
+    left = numbers
     while len(left) > 1 and (steps := possible_steps(left, signs)):
       left = after(left, steps[rng.integers(len(steps))])
-    target = left[0]
+    target = max(left)  # the one that is left
     key = f"{','.join(map(str, numbers))}={target}"
     if len(left) > 1 or key in records or common.split_of(key) != split:
       continue

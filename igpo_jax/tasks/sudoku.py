@@ -248,17 +248,17 @@ def make_records(
     solution = random_solution(size, rng)
     if common.split_of(solution) != split:
       continue
-    puzzle, wanted = list(solution), rng.integers(low, high + 1)
+    key, wanted, followed = solution, rng.integers(low, high + 1), []
     for cell in rng.permutation(size * size):
-      if puzzle.count("0") == wanted:
+      if key.count("0") == wanted:
         break
-      kept, puzzle[cell] = puzzle[cell], "0"
-      if fill("".join(puzzle), size) is None:
-        puzzle[cell] = kept
-    key = "".join(puzzle)
-    if puzzle.count("0") != wanted or key in records:
+      emptier = key[:cell] + "0" + key[cell + 1 :]
+      steps = fill(emptier, size)
+      if steps is not None:
+        key, followed = emptier, steps
+    if key.count("0") != wanted or key in records:
       continue
-    steps = [f"{c // size + 1}{c % size + 1}:{why}>{digit}" for c, why, digit in fill(key, size)]
+    steps = [f"{c // size + 1}{c % size + 1}:{why}>{digit}" for c, why, digit in followed]
     answer = _in_rows(solution, size)
     trace = ";".join([*steps, f"\\boxed{{{answer}}}"])
     records[key] = Record(
