@@ -46,8 +46,7 @@ from igpo_jax.config import Config, DataConfig, LoRAConfig, RLConfig, SamplerCon
 from igpo_jax.convert.families import hf_config
 from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.errors import UserError
-from igpo_jax.models import attention
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import attention, make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.train.ahead_of_time import programs

@@ -26,8 +26,8 @@ from igpo_jax.config import ModelConfig, SamplerConfig
 from igpo_jax.diffusion.network import cached_widths, overhang
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
+from igpo_jax.models import make_lm
 from igpo_jax.models.flops import forward_flops
-from igpo_jax.models.llada import make_lm
 from igpo_jax.types import Canvas
 
 OPTIONS = {  # of a case: the sampler's option, and its type

@@ -42,8 +42,8 @@ from igpo_jax.config import (
   registry,
 )
 from igpo_jax.errors import UserError
+from igpo_jax.models import make_lm
 from igpo_jax.models.flops import forward_flops
-from igpo_jax.models.llada import make_lm
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.rl.hint_filter import hints_to_keep
 from igpo_jax.rl.methods import forwards_of

@@ -22,6 +22,7 @@ def get_config():
 
   config = llada_8b.get_config()
   model = config.model
+  model.family = "illada"
   model.n_kv_heads = 8
   model.mlp_hidden = 14336
   model.vocab_size = 155136

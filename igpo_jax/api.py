@@ -14,7 +14,7 @@ from igpo_jax.config import (
 from igpo_jax.convert.pretrained import Pretrained, load_pretrained
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.hints.inject import hint_canvas
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.rl.advantages import group_advantages
 from igpo_jax.rl.objectives.clipped import policy_loss
 from igpo_jax.types import LM, Canvas

@@ -29,12 +29,30 @@ AnyArray = jax.Array | np.ndarray  # on the devices or on the host
 Params = Any  # a nested dict of arrays: what `lm.init` returns and an optimizer updates
 
 
+class Routing(NamedTuple):
+  """Which experts worked on which position, in every layer that has experts.
+
+  Attributes:
+    probabilities: f32[N,B,T,X], each expert's score.
+    experts: i32[N,B,T,k], the chosen ones, the best first.
+  """
+
+  probabilities: Array
+  experts: Array
+
+
 class LM(NamedTuple):
   """A masked diffusion language model as pure functions over its parameters.
 
   `hidden` stops before the head, `head` is applied to the positions whose logits are needed, and
   `logits` does both. So the caller decides for how many positions the vocabulary's cost is paid.
   A NamedTuple of functions and ints is hashable, so an LM can be a static argument of `jax.jit`.
+
+  Which state predicts which token: what `hidden` returns for position k predicts the token of
+  position k, and so do the logits, whatever the model is. Where the network itself predicts one
+  position ahead (`shift` is 1: Dream), `hidden` hands out its state of position k - 1 for k, and
+  its own state for position 0. So a caller shifts nothing. Only a call on a window has to begin
+  `left_context` positions before what it reads.
 
   Attributes:
     init: `init(key) -> params`.
@@ -59,6 +77,20 @@ class LM(NamedTuple):
     eos_id: id of the end of text; it also pads finished completions.
     stop_ids: tokens that end a completion, `eos_id` first.
     vocab_size: V, the width of the logits.
+    shift: 1 if the network predicts the token after each position, 0 if that of its own.
+    left_context: how many positions before the first one that is read a window has to begin
+      (as many as there are, at the beginning of the canvas).
+    block_length: 0: every position sees all that are valid. Else the model is block-causal: a
+      position sees those up to the end of its own block of so many positions, counted from the
+      row's first valid one. Hints further to the right are then not seen.
+    hidden_of_two: of a block-causal model: `hidden_of_two(params, noisy i32[B,T],
+      clean i32[B,T], valid bool[B,T] = None) -> h [B,T,D]` of the noisy positions, each of which
+      sees its own noisy block and the clean ones before it: what decoding would show it, for all
+      blocks at once. None for others. Takes `dropout_key=` as `hidden` does.
+    routed: of a model with experts: `routed(params, tokens, valid = None) -> (h, Routing)`: what
+      `hidden` gives, and where the tokens went. None for others. Takes `dropout_key=`, too, and
+      of a block-causal model `clean=`: then what `hidden_of_two` gives, and [N,B,2T,...].
+    router_loss: the weight of the load-balancing loss (ops/load_balance.py) in fine-tuning.
   """
 
   init: Callable[..., Params]
@@ -72,6 +104,12 @@ class LM(NamedTuple):
   eos_id: int
   stop_ids: tuple[int, ...]
   vocab_size: int
+  shift: int = 0
+  left_context: int = 0
+  block_length: int = 0
+  hidden_of_two: Callable[..., Array] | None = None
+  routed: Callable[..., tuple[Array, Routing]] | None = None
+  router_loss: float = 0.0
 
 
 @flax.struct.dataclass

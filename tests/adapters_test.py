@@ -16,13 +16,13 @@ import safetensors.numpy
 from etils import epath
 
 from igpo_jax.config import Config, LoRAConfig, ModelConfig
-from igpo_jax.convert import families, open, peft
+from igpo_jax.convert import open, peft
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.inference.settings import find_run
-from igpo_jax.models import lora
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import FAMILIES, lora, make_lm
+from igpo_jax.models.families import model_config
 from tests.convert_helpers import (
   GOLDENS,
   SHAPES,
@@ -35,6 +35,7 @@ from tests.convert_helpers import (
 )
 
 BASE = GOLDENS / "llada_tiny_gqa"
+BASE_CONFIG = open.open_source(BASE).config
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 512)
 
 
@@ -60,7 +61,7 @@ def test_peft_round_trip_keeps_every_bit(tmp_path, dtype):
   theirs, ours = (json.loads((d / "adapter_config.json").read_text()) for d in (source, back))
   for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora"):
     assert ours[key] == theirs[key]
-  assert peft.read_config(back, "llada") == peft.read_config(source, "llada")
+  assert peft.read_config(back, BASE_CONFIG) == peft.read_config(source, BASE_CONFIG)
 
 
 def test_adapters_survive_orbax(tmp_path):
@@ -117,7 +118,8 @@ def test_the_delta_is_that_of_peft(tmp_path):
 ])  # fmt: skip
 def test_target_modules_mean_what_peft_means(tmp_path, modules, expected):
   directory = write_peft(tmp_path / "peft", target_modules=modules)
-  assert peft.read_config(directory, "llada").targets == expected
+  one_layer = dataclasses.replace(BASE_CONFIG, n_layers=1)
+  assert peft.read_config(directory, one_layer).targets == expected
 
 
 @pytest.mark.parametrize("modules, excluded, expected", [
@@ -133,7 +135,7 @@ def test_target_modules_mean_what_peft_means(tmp_path, modules, expected):
 ])  # fmt: skip
 def test_exclude_modules_mean_what_peft_means(tmp_path, modules, excluded, expected):
   directory = write_peft(tmp_path / "peft", target_modules=modules, exclude_modules=excluded)
-  assert peft.read_config(directory, "llada", layers=3).targets == expected
+  assert peft.read_config(directory, BASE_CONFIG).targets == expected
 
 
 def test_an_adapter_with_exclude_modules_is_the_one_without(tmp_path):
@@ -174,7 +176,7 @@ def test_adapters_that_took_their_start_out_of_the_base_are_refused(tmp_path, st
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
 def test_adapters_that_left_the_base_alone_load_whatever_they_began_with(tmp_path, start):
   directory = write_peft(tmp_path / "peft", init_lora_weights=start)
-  assert peft.read_config(directory, "llada", layers=3).rank == 4
+  assert peft.read_config(directory, BASE_CONFIG).rank == 4
 
 
 @pytest.mark.parametrize("option, value", [
@@ -205,15 +207,18 @@ def test_options_of_other_versions_of_peft_that_are_off_are_no_hindrance(tmp_pat
   assert load_pretrained(BASE, adapter=directory).config.lora.rank == 4
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
-@pytest.mark.parametrize("targets", ["blocks/ff_out", "head", "blocks/.*", "blocks/(q|v)_proj"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+  "targets", ["blocks/(.*/)?ff_out", "blocks/.*|head", ".*blocks/.*", "blocks/(q|v|qkv)_proj"]
+)
 def test_our_targets_survive_the_trip_through_peft(tmp_path, family, targets):
   cfg = LoRAConfig(rank=4, alpha=8.0, targets=targets)
-  peft.write_config(tmp_path, cfg, family, "base")
-  found = peft.read_config(tmp_path, family)
-  names = peft.linear_layers(families.FAMILIES[family])
-  tree = {"head": {"kernel": 0}, "blocks": {}}
-  tree["blocks"] = {n.removeprefix("blocks/"): {"kernel": 0} for n in names if n != "head"}
+  tiny = {**FAMILIES[family].tiny, "tie_embeddings": False}
+  model = model_config(family, tiny, vocab_size=16, lora=cfg)
+  peft.write_config(tmp_path, model, "base")
+  found = peft.read_config(tmp_path, model)
+  plain = dataclasses.replace(model, lora=LoRAConfig())
+  tree = jax.eval_shape(make_lm(plain).init, jax.random.key(0))
   assert lora.find_targets(tree, found) == lora.find_targets(tree, cfg)
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from igpo_jax.config import MeshConfig, ModelConfig
 from igpo_jax.errors import UserError
-from igpo_jax.models import attention
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import attention, make_lm
 from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
 
 ROWS = 2

@@ -163,7 +163,7 @@ MISTAKES = [
   ("sampler.temperature", -1.0, "sampler.temperature"),
   ("sampler.cfg_scale", -0.5, "sampler.cfg_scale"),
   ("sampler.threshold", 1.5, "sampler.threshold=1.5 must be in"),
-  ("sampler.remasking", "entropy", "sampler.remasking='entropy' is not one of"),
+  ("sampler.remasking", "margin", "sampler.remasking='margin' is not one of"),
   ("sampler.early_stop", "always", "sampler.early_stop"),
   ("sampler.cache", "suffix", "sampler.cache='suffix' is not one of none, prefix, dual"),
   ("hints.ratio_low", 0.7, "hints.ratio_low=0.7 is above hints.ratio_high=0.6"),

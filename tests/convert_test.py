@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -23,14 +24,16 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_jax.config import ModelConfig, freeze
+from igpo_jax.config import LoRAConfig, freeze
 from igpo_jax.convert import arrays as arrays_lib
-from igpo_jax.convert import families, open, writers
+from igpo_jax.convert import open, writers
 from igpo_jax.convert.__main__ import parse_size
 from igpo_jax.convert.arrays import OrbaxArrays
+from igpo_jax.convert.entries import Entry, entries
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.errors import UserError
+from igpo_jax.models import FAMILIES
 from tests.convert_helpers import (
   GOLDENS,
   MODELS,
@@ -86,9 +89,7 @@ def test_small_blocks_change_nothing(hf, tmp_path, monkeypatch):
   orbax = convert(hf, tmp_path / "orbax")
   back = convert(orbax, tmp_path / "back")
   assert_same_bits(load(back), load(hf))
-  chunk, inner = writers.chunk_shapes(
-    families.entries("llada", open.open_source(hf).config)[0], np.dtype(np.float32)
-  )
+  chunk, inner = writers.chunk_shapes(entries(open.open_source(hf).config)[0], np.dtype(np.float32))
   assert chunk == inner == [1, 64]
 
 
@@ -237,7 +238,7 @@ def test_metadata_that_leads_nowhere_helps_nobody(hf):
        limit=st.integers(1, 400), transposed=st.booleans())  # fmt: skip
 def test_blocks_cover_every_element_once(rows, columns, layers, limit, transposed):
   shape = (layers, rows, columns)
-  entry = families.Entry(("blocks", "x"), shape, tuple(map(str, range(layers))), True, transposed)
+  entry = Entry(("blocks", "x"), shape, tuple(map(str, range(layers))), True, transposed)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writers, "BLOCK_BYTES", limit)
     seen = np.zeros(shape, int)
@@ -250,10 +251,10 @@ def test_blocks_cover_every_element_once(rows, columns, layers, limit, transpose
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
 def test_shards_hold_every_tensor_once_and_are_not_too_large(rows, limit):
-  entries = [families.Entry((str(i),), (n,), (str(i),), False, False) for i, n in enumerate(rows)]
-  dtypes = {entry.name: np.dtype(np.float32) for entry in entries}
-  shards = writers.plan_shards(entries, dtypes, 4 * limit)
-  assert sorted(t.key for s in shards.values() for t in s) == sorted(e.name for e in entries)
+  made = [Entry((str(i),), (n,), (str(i),), False, False) for i, n in enumerate(rows)]
+  dtypes = {entry.name: np.dtype(np.float32) for entry in made}
+  shards = writers.plan_shards(made, dtypes, 4 * limit)
+  assert sorted(t.key for s in shards.values() for t in s) == sorted(e.name for e in made)
   assert all(sum(t.nbytes for t in s) <= 4 * limit or len(s) == 1 for s in shards.values())
 
 
@@ -341,14 +342,14 @@ def test_options_that_change_the_mathematics_are_refused_by_name(hf):
     assert text in str(error.value)
 
 
-@pytest.mark.parametrize("option", sorted(families.LLADA.required))
+@pytest.mark.parametrize("option", sorted(FAMILIES["llada"].required))
 def test_no_required_option_is_forgotten(hf, option):
   edit_config(hf, **{option: "something else"})
   with pytest.raises(UserError, match=f"{option}='something else' is not supported"):
     open.open_source(hf)
 
 
-@pytest.mark.parametrize("option", sorted(families.LLADA.stated))
+@pytest.mark.parametrize("option", sorted(FAMILIES["llada"].stated))
 def test_an_option_with_another_published_default_must_be_stated(hf, option):
   config = json.loads((hf / "config.json").read_text())
   del config[option]
@@ -418,7 +419,8 @@ def test_the_default_rotation_in_the_words_of_transformers_5(tmp_path, family, c
 
 
 @pytest.mark.parametrize("change, message", [
-  ({"model_type": "dream"}, "model_type 'dream' is not one of illada, llada"),
+  ({"model_type": "gemma"}, "model_type 'gemma' is not one of Dream, a2d-llama, "),
+  ({"model_type": "qwen3"}, "is an autoregressive model: .* --as-diffusion"),
   ({"mask_token_id": None}, "mask_token_id is missing"),
   ({"n_heads": 5}, "multiple"),
 ])  # fmt: skip
@@ -433,7 +435,7 @@ def illada_directory(directory, tied, head_copy=False):
   directory.mkdir()
   theirs = json.loads((GOLDENS / "llada_tiny_gqa" / "config.json").read_text())
   tensors = safetensors.numpy.load_file(GOLDENS / "llada_tiny_gqa" / "model.safetensors")
-  llada, illada = (families.FAMILIES[name] for name in ("llada", "illada"))
+  llada, illada = (FAMILIES[name] for name in ("llada", "illada"))
   config = {
     illada.fields[ours]: theirs[llada.fields[ours]]
     for ours in illada.fields
@@ -525,11 +527,10 @@ def test_presets_have_the_published_number_of_parameters(preset, count):
   spec.loader.exec_module(module)
   preset_config = module.get_config()
   preset_config.data.rl = "jsonl:train.jsonl"
-  freeze(preset_config)  # its options go together
-  model = preset_config.model
-  config = ModelConfig(**{k: v for k, v in model.items() if k != "lora"})
-  entries = families.entries(preset.removesuffix("_8b"), config)
-  assert sum(entry.size for entry in entries) == count
+  config = freeze(preset_config).model  # its options go together
+  config = dataclasses.replace(config, lora=LoRAConfig())
+  assert config.family == preset.removesuffix("_8b")
+  assert sum(entry.size for entry in entries(config)) == count
 
 
 def test_a_tokenizer_of_another_model_is_refused(hf):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.models import make_lm
 from igpo_jax.models.flops import forward_flops, product_flops
-from igpo_jax.models.llada import make_lm
 
 CONFIG = ModelConfig(d_model=12, n_layers=3, n_heads=3, mlp_hidden=20, vocab_size=24)
 

@@ -24,7 +24,7 @@ from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.inference import draw, requests, session
 from igpo_jax.inference.settings import find_model, override, settings_of
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.outputs import output_file
 from igpo_jax.train.workdir import as_json
 from tests.convert_helpers import copy_tiny

@@ -19,7 +19,7 @@ from igpo_jax import cli
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import ModelConfig, OptimizerConfig, default_config, freeze
 from igpo_jax.errors import UserError
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.parallel import distributed
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings

@@ -14,9 +14,8 @@ import pytest
 
 from igpo_jax.config import LoRAConfig, ModelConfig
 from igpo_jax.errors import UserError
-from igpo_jax.models import lora
+from igpo_jax.models import lora, make_lm
 from igpo_jax.models.layers import Linear
-from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
 

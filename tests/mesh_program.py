@@ -24,8 +24,7 @@ from igpo_jax.config import (
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.diffusion import network
 from igpo_jax.diffusion.completions import prompt_keys
-from igpo_jax.models import lora
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import lora, make_lm
 from igpo_jax.parallel.hlo import collectives
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings

@@ -17,7 +17,7 @@ from igpo_jax import main as program
 from igpo_jax.config import Config, Count, ModelConfig, freeze, load_config_file, registry
 from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.rl.estimate import estimate, groups_of, sizes_of, views_of
 from igpo_jax.rl.estimators import Estimator, Forwards, Views, register_estimator
 from igpo_jax.rl.methods import estimator_of, forwards_of, rows_per_prompt, views_kept

@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from igpo_jax.convert.pretrained import load_pretrained
-from igpo_jax.models import llada
+from igpo_jax.models import make_lm, network
 from tests.paths import REPO
 
 GOLDENS = REPO / "tests" / "goldens"
@@ -74,7 +74,7 @@ def residual_after(pre, num_blocks, tokens):
     return next_method(*args, **kwargs)
 
   shorter = jax.tree.map(lambda x: x[:num_blocks], pre.params["blocks"])
-  model = llada.Transformer(dataclasses.replace(pre.config, n_layers=num_blocks))
+  model = network.Transformer(dataclasses.replace(pre.config, n_layers=num_blocks))
   with nn.intercept_methods(record):
     model.apply({"params": {**pre.params, "blocks": shorter}}, tokens, None)
   return seen[0]
@@ -128,7 +128,7 @@ def interleaved_rope(x, sin, cos):
 def test_a_wrong_convention_would_be_noticed(pre, golden, wrong, monkeypatch):
   config, params, floor = pre.config, pre.params, 1.0
   if wrong == "rope":
-    monkeypatch.setattr(llada, "apply_rope", interleaved_rope)
+    monkeypatch.setattr(network, "apply_rope", interleaved_rope)
   elif wrong == "theta":
     config = dataclasses.replace(config, rope_theta=1e4)
   elif wrong == "swap":
@@ -137,18 +137,18 @@ def test_a_wrong_convention_would_be_noticed(pre, golden, wrong, monkeypatch):
     params = {**params, "blocks": blocks}
   else:
     config, floor = dataclasses.replace(config, rms_norm_eps=1e-6), 1.5 * ATOL
-  assert error(llada.make_lm(config), params, golden) > floor
+  assert error(make_lm(config), params, golden) > floor
 
 
 def test_grouped_heads_in_the_wrong_order_would_be_noticed(monkeypatch):
-  attend = llada.attend
+  attend = network.attend
 
-  def tiled(q, k, v, valid, implementation):
+  def tiled(q, k, v, valid, *rest):
     repeats = (1, 1, q.shape[2] // k.shape[2], 1)
-    return attend(q, jnp.tile(k, repeats), jnp.tile(v, repeats), valid, implementation)
+    return attend(q, jnp.tile(k, repeats), jnp.tile(v, repeats), valid, *rest)
 
   pre = load_pretrained(GOLDENS / "llada_tiny_gqa", dtype="float32")
-  monkeypatch.setattr(llada, "attend", tiled)
+  monkeypatch.setattr(network, "attend", tiled)
   assert error(pre.lm, pre.params, np.load(GOLDENS / "llada_tiny_gqa" / "golden.npz")) > 1.0
 
 

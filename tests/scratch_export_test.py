@@ -13,7 +13,7 @@ import pytest
 from igpo_jax.config import Config, ModelConfig
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.errors import UserError
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from tests.convert_helpers import convert, save_run
 
 TOKENIZER = CharTokenizer("0123456789+=> ")

@@ -27,8 +27,7 @@ from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.diffusion.corrupt import mask_rows
 from igpo_jax.errors import UserError
 from igpo_jax.main import train
-from igpo_jax.models import lora
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import lora, make_lm
 from igpo_jax.parallel.machine import here
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewrite import __main__ as rewrite

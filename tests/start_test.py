@@ -24,8 +24,7 @@ from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer, load_tokenizer
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
-from igpo_jax.models import lora
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import lora, make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import check_divides, tree_shardings
 from igpo_jax.train.run import train

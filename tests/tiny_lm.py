@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.convert.pretrained import load_pretrained
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.types import LM
 from tests.paths import REPO
 

@@ -19,10 +19,15 @@ from igpo_jax.config.fields import (
 )
 from igpo_jax.config.file import load_config_file
 from igpo_jax.config.method import (
+  RUN_CHOOSES,
+  WEIGHTS_FIX,
+  Architecture,
   Dtype,
   HintConfig,
   LoRAConfig,
   ModelConfig,
+  ModelRun,
+  MoEConfig,
   ObjectiveConfig,
   SamplerConfig,
   check_dtype,
@@ -46,7 +51,10 @@ from igpo_jax.config.run import (
 from igpo_jax.config.tree import check, default_config, freeze
 
 __all__ = [
+  "RUN_CHOOSES",
   "STAGES",
+  "WEIGHTS_FIX",
+  "Architecture",
   "CheckpointConfig",
   "Config",
   "Count",
@@ -58,7 +66,9 @@ __all__ = [
   "LoRAConfig",
   "LogConfig",
   "MeshConfig",
+  "MoEConfig",
   "ModelConfig",
+  "ModelRun",
   "Natural",
   "NonNegative",
   "ObjectiveConfig",

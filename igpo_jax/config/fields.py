@@ -177,8 +177,11 @@ def number(kind: Any) -> Callable[[str], Any]:
 
 @functools.cache
 def descriptions(cls: type) -> dict[str, str]:
-  """Option -> its description in the "Attributes:" of the class's docstring."""
+  """Option -> what the docstring's "Attributes:" say of it, the base classes' among them."""
   out: dict[str, str] = {}
+  for base in cls.__bases__:
+    if dataclasses.is_dataclass(base):
+      out |= descriptions(base)
   names: list[str] = []
   _, _, text = (inspect.getdoc(cls) or "").partition("Attributes:\n")
   for line in text.splitlines():

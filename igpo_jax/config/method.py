@@ -86,63 +86,137 @@ def check_dtype(name: Any, option: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The transformer (docs/method.md#model). `vocab_size`, `mask_id`, `eos_id` and `stop_ids`
-  come from the tokenizer when a model is made from scratch, and from config.json
-  when weights are loaded.
+class MoEConfig:
+  """The experts of a mixture-of-experts model, for the families that have some.
 
   Attributes:
-    d_model: width of the residual stream; a multiple of `n_heads`.
+    experts: of each layer; 0: the model has none.
+    experts_per_token: how many of them work on a token.
+    expert_hidden: hidden width of an expert.
+    shared_hidden: hidden width of the part that works on every token; 0: there is none.
+    dense_layers: so many layers, the first ones, have one MLP of `model.mlp_hidden` instead.
+    groups, groups_kept: a token's experts are chosen from its `groups_kept` best of `groups`
+      groups; 0: from all of them.
+    scale: the weights of a token's experts are multiplied with it.
+  """
+
+  experts: Natural = 0
+  experts_per_token: Natural = 0
+  expert_hidden: Natural = 0
+  shared_hidden: Natural = 0
+  dense_layers: Natural = 0
+  groups: Natural = 0
+  groups_kept: Natural = 0
+  scale: Positive = 1.0
+
+  def __post_init__(self):
+    check_section(self, "model.moe")
+    require(
+      self.experts_per_token <= self.experts,
+      f"model.moe.experts_per_token={self.experts_per_token} of model.moe.experts={self.experts}",
+    )
+    require(
+      not self.groups or self.experts % self.groups == 0,
+      f"model.moe.experts={self.experts} is not a multiple of model.moe.groups={self.groups}",
+    )
+    require(
+      self.groups_kept <= self.groups,
+      f"model.moe.groups_kept={self.groups_kept} of model.moe.groups={self.groups}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What the weights fix (docs/method.md#model).
+
+  Weights that are loaded bring all of it. `vocab_size`, `mask_id`, `eos_id` and `stop_ids` come
+  from the tokenizer when a model is made from scratch.
+
+  Attributes:
+    family: which network it is: a name out of models/families.py.
+    d_model: width of the residual stream; a multiple of `n_heads` unless there is a `head_dim`.
     n_layers: transformer blocks.
     n_heads: query heads.
     n_kv_heads: key-value heads; divides `n_heads`. 0: as many as `n_heads`.
+    head_dim: size of a head; 0: `d_model / n_heads`.
     mlp_hidden: hidden width of the SwiGLU.
     vocab_size: rows of the embedding; 0: the tokenizer's.
     mask_id, eos_id: ids of the absorbing token and of the end of text.
     stop_ids: ids that end a completion; (): `eos_id` alone.
     rope_theta: base of the rotary position frequencies.
+    rotary_share: the share of each head that is rotated.
     rms_norm_eps: added to the mean square in every norm.
     tie_embeddings: the head is the embedding, transposed.
-    dtype: of computations.
-    param_dtype: that parameters are kept in.
-    remat: what the backward pass computes again to save memory: "none"; "full", every
-      block; "dots", all but the matrix products.
-    shard_sequence: positions of the residual stream lie over the mesh's tensor axis.
-    attention: implementation; "auto" takes the fastest for the platform (models/attention.py).
-    lora: low-rank adapters.
+    shift_logits: the network predicts the token of a position one position before it. For
+      families that have both kinds of models.
+    attention_block: of a block-causal model: positions of a block; 0: the family's.
+    moe: experts.
   """
 
+  family: str = "llada"
   d_model: Count = 96
   n_layers: Count = 3
   n_heads: Count = 4
   n_kv_heads: Natural = 0
+  head_dim: Natural = 0
   mlp_hidden: Count = 256
   vocab_size: Natural = 0
   mask_id: Natural = 0
   eos_id: Natural = 0
   stop_ids: tuple[Natural, ...] = ()
   rope_theta: Positive = 500_000.0
+  rotary_share: Annotated[float, Range(0, 1, above=True)] = 1.0
   rms_norm_eps: Positive = 1e-5
   tie_embeddings: bool = False
+  shift_logits: bool = False
+  attention_block: Natural = 0
+  moe: MoEConfig = MoEConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRun:
+  """What a run chooses, whatever the weights are.
+
+  Attributes:
+    dtype: of computations.
+    param_dtype: that parameters are kept in.
+    remat: what the backward pass computes again to save memory: "none"; "full", every
+      block; "dots", all but the matrix products.
+    shard_sequence: positions of the residual stream lie over the mesh's tensor axis.
+    attention: implementation; "auto" takes the fastest for the platform (models/attention.py).
+    expert_products: how a token meets its experts: "ragged", grouped products of the tokens of
+      each expert; "dense", every expert on every token, its plain twin (models/moe.py).
+    router_loss: weight of the load-balancing loss in fine-tuning; 0: none.
+    lora: low-rank adapters.
+  """
+
   dtype: Dtype = "float32"
   param_dtype: Dtype = "float32"
   remat: Literal["none", "full", "dots"] = "none"
   shard_sequence: bool = False
   attention: Literal["einsum", "dot_product", "splash", "auto"] = "einsum"
+  expert_products: Literal["ragged", "dense"] = "ragged"
+  router_loss: NonNegative = 0.0
   lora: LoRAConfig = LoRAConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ModelRun, Architecture):
+  """The transformer: what its weights fix, and what a run chooses.
+
+  `Architecture` and `ModelRun` describe the options.
+  """
 
   def __post_init__(self):
     for name in ("dtype", "param_dtype"):  # one name, however it was written
       object.__setattr__(self, name, full_dtype(getattr(self, name)))
     check_section(self, "model")
     require(
-      self.d_model % self.n_heads == 0,
+      self.head_dim or self.d_model % self.n_heads == 0,
       f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}",
     )
-    require(
-      self.head_size % 2 == 0,
-      f"model.d_model / model.n_heads = {self.head_size} must be even (RoPE)",
-    )
+    name = "model.head_dim" if self.head_dim else "model.d_model / model.n_heads"
+    require(self.rotary_size % 2 == 0, f"{name} = {self.rotary_size} must be even (RoPE)")
     require(
       self.n_heads % self.kv_heads == 0,
       f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.kv_heads}",
@@ -150,11 +224,20 @@ class ModelConfig:
 
   @property
   def head_size(self) -> int:
-    return self.d_model // self.n_heads
+    return self.head_dim or self.d_model // self.n_heads
 
   @property
   def kv_heads(self) -> int:
     return self.n_kv_heads or self.n_heads
+
+  @property
+  def rotary_size(self) -> int:
+    """How many numbers of a head are rotated."""
+    return int(self.head_size * self.rotary_share)
+
+
+WEIGHTS_FIX = tuple(field.name for field in dataclasses.fields(Architecture))
+RUN_CHOOSES = tuple(field.name for field in dataclasses.fields(ModelRun))
 
 
 def check_trainable(model: ModelConfig, stages: tuple[str, ...]) -> None:
@@ -181,9 +264,25 @@ class SamplerConfig:
     block_length: positions of a block; must divide gen_length.
     steps: denoising steps over all blocks; a multiple of the number of blocks.
     temperature: 0 is argmax; T samples from softmax(logits / T).
-    remasking: which candidates are committed first: the most confident, or at random.
+    remasking: which candidates are committed first: "low_confidence", those whose choice is
+      likeliest under the plain softmax (LLaDA); "random"; "sequential", from left to right. Of
+      the distribution that is sampled from, with `temperature` and `top_p` (Dream):
+      "maskgit_plus", those whose choice is likeliest; "topk_margin", whose two likeliest
+      tokens are furthest apart; "entropy", whose entropy is least. "origin": every candidate
+      by itself, with the chance that the linear schedule gives it.
+    alg_temp: above 0: candidates are drawn with weights exp(value / alg_temp) of what
+      `remasking` ranks them by, in place of the best (Dream).
+    top_p: tokens are chosen from the likeliest ones that have this share of the probability.
+    schedule: how the masks of a block are shared out over its steps: "even" (LLaDA: the first
+      steps have one more), "linear" (Dream: what is left times 1 - s / t, cut off),
+      "rounded" (dllm: the same to the nearest number), "full_block" (SDAR, LLaDA2: as if all
+      of the block were masks).
     cfg_scale: classifier-free guidance, logits = un + (scale + 1) (cond - un).
     threshold: also commit every candidate whose confidence exceeds it.
+    edit_threshold: positions of the active block that are filled, and no hints, are replaced
+      where the model's choice is another one and its confidence exceeds this (LLaDA2.1); a block
+      that is full is edited until nothing changes. None: what is filled stays.
+    edit_passes: most calls for a block that is full.
     factor: also commit the n surest, n the largest with (n + 1) (1 - c_(n)) < factor.
     cache: "none" recomputes every position at every step, and is exact; "prefix" keeps
       what lies before the active block, "dual" all but the block (diffusion/network.py).
@@ -192,7 +291,8 @@ class SamplerConfig:
     batch_sizes: how many static batch sizes are compiled, each half of the one before:
       rows that are finished leave the batch between blocks.
     early_stop: "row": a row whose finished block is all end-of-text is filled with
-      it; "batch": only when all rows are (official code); "none": never.
+      it; "stop_token": a row that has any stop token in a finished block (SDAR); "batch": only
+      when all rows are all end-of-text (official code); "none": never.
     allow_mask: the mask token may be chosen (official code).
     suppress_eos: candidates that are stop tokens are committed last.
   """
@@ -201,14 +301,21 @@ class SamplerConfig:
   block_length: Count = 32
   steps: Count = 128
   temperature: NonNegative = 0.0
-  remasking: Literal["low_confidence", "random"] = "low_confidence"
+  remasking: Literal[
+    "low_confidence", "random", "sequential", "maskgit_plus", "topk_margin", "entropy", "origin"
+  ] = "low_confidence"
+  alg_temp: NonNegative = 0.0
+  top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+  schedule: Literal["even", "linear", "rounded", "full_block"] = "even"
   cfg_scale: NonNegative = 0.0
   threshold: Annotated[float, Range(0, 1, above=True)] | None = None
+  edit_threshold: Annotated[float, Range(0, 1)] | None = None
+  edit_passes: Count = 16
   factor: Positive | None = None
   cache: Literal["none", "prefix", "dual"] = "none"
   refresh_every: Natural = 0
   batch_sizes: Count = 1
-  early_stop: Literal["row", "batch", "none"] = "row"
+  early_stop: Literal["row", "stop_token", "batch", "none"] = "row"
   allow_mask: bool = False
   suppress_eos: bool = False
 
@@ -228,6 +335,12 @@ class SamplerConfig:
       self.threshold is None or self.factor is None,
       f"sampler.threshold={self.threshold} and sampler.factor={self.factor} are two rules for "
       "one thing: give one of them",
+    )
+    require(
+      self.remasking != "origin"
+      or (self.schedule == "even" and self.threshold is self.factor is None and not self.alg_temp),
+      "sampler.remasking='origin' fills every position by chance: sampler.schedule, threshold, "
+      "factor and alg_temp have no part in it",
     )
     require(
       not self.refresh_every or self.cache != "none",

@@ -1,7 +1,8 @@
 """The command: `python -m igpo_jax.convert --source=DIR --target=DIR`.
 
 From a Hugging Face directory to an Orbax checkpoint, and from an Orbax checkpoint
-or a step of a training run back to Hugging Face; --to says otherwise.
+or a step of a training run back to Hugging Face; --to says otherwise. With --as-diffusion
+from an autoregressive Llama or Qwen to a Hugging Face directory of this program's own.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ def make_parser() -> cli.ArgumentParser:
                       "default: the run's init_from")  # fmt: skip
   parser.add_argument("--code", help="directory with the PyTorch code of LLaDA "
                       "(modeling_llada.py): copied along, and named in config.json")  # fmt: skip
+  parser.add_argument("--as-diffusion", action="store_true",
+                      help="make of an autoregressive Llama or Qwen a diffusion model, to be "
+                      "fine-tuned: attention both ways, and a mask token")  # fmt: skip
+  parser.add_argument("--mask_token", help="with --as-diffusion: a token that the vocabulary has "
+                      "and no text uses, or a new one (<|mask|>)")  # fmt: skip
+  parser.add_argument("--shift_logits", choices=("true", "false"),
+                      help="with --as-diffusion: whether the model goes on predicting one "
+                      "position ahead (true)")  # fmt: skip
   parser.add_argument("--merge_lora", action="store_true", help="add adapters into their kernels")
   parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
   parser.add_argument("--dry_run", action="store_true",
@@ -70,6 +79,10 @@ def main(argv: list[str] | None = None) -> None:
   args = make_parser().parse_args(argv)
   shard_bytes = parse_size(args.max_shard_size)
   dtype = check_dtype(args.dtype, "--dtype") if args.dtype else None
+  if not args.as_diffusion and (args.mask_token or args.shift_logits):
+    raise UserError("--mask_token and --shift_logits go with --as-diffusion")
+  if args.as_diffusion and (args.adapter or args.base):
+    raise UserError("--as-diffusion takes a whole model: merge adapters first")
   if not epath.Path(args.source).exists():
     raise UserError(f"no such directory: {args.source}")
   cli.say(f"convert: {args.source}: loading jax")
@@ -77,13 +90,19 @@ def main(argv: list[str] | None = None) -> None:
   import jax
   import numpy as np
 
-  from igpo_jax.convert import open, transfer
+  from igpo_jax.convert import as_diffusion, open, transfer
 
   jax.config.update("jax_platforms", "cpu")  # nothing here computes on an accelerator
+  if args.as_diffusion:
+    source = as_diffusion.open_as_diffusion(
+      args.source, args.mask_token or "", args.shift_logits != "false"
+    )
+  else:
+    source = open.open_source(args.source, adapter=args.adapter, base=args.base)
   plan = transfer.make_plan(
-    open.open_source(args.source, adapter=args.adapter, base=args.base),
+    source,
     args.target,
-    to=args.to,
+    to=args.to or ("hf" if args.as_diffusion else None),
     dtype=np.dtype(dtype) if dtype else None,
     merge_lora=args.merge_lora,
     max_shard_bytes=shard_bytes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from igpo_jax.convert.families import Entry
+from igpo_jax.convert.entries import Entry
 from igpo_jax.convert.safetensors_io import Reader, raise_problems
 from igpo_jax.errors import UserError
 
@@ -171,7 +172,7 @@ class SafetensorsArrays(Arrays):
             copy_bits(target[first - rows.start : last - rows.start],
                       cast(piece, target.dtype, key))  # fmt: skip
 
-    _each_layer(entry.stacked, entry.shape, indices, outs, fill)
+    each_part(entry.shape[: entry.stacked], indices, outs, fill)
 
   def check(self) -> None:
     for key, name in self._copies.items():
@@ -204,26 +205,33 @@ def _runs(wanted: Sequence[range], step: int) -> Iterator[tuple[int, int]]:
     done = max(done, rows.stop)
 
 
-def _each_layer(
-  stacked: bool,
-  shape: Sequence[int],
+def each_part(
+  stack: Sequence[int],
   indices: Sequence[Index],
   outs: Sequence[np.ndarray],
   fill: Callable[[int, list[tuple[Index, np.ndarray]]], None],
 ) -> None:
-  """`fill(layer, [(index within it, its part of an out)])` for each layer, several at a time."""
-  if not stacked:
-    fill(0, list(zip(indices, outs, strict=True)))
-    return
-  layers: dict[int, list[tuple[Index, np.ndarray]]] = {}
+  """`fill(number, [(index within it, its part of an out)])` for each part, several at a time.
+
+  Args:
+    stack: the sizes of the first axes, along which the parts lie: layers, and experts. Parts are
+      numbered along them; of no axis there is one part.
+    indices: of the whole array.
+    outs: of the shapes of `indices`.
+  """
+  parts: dict[int, list[tuple[Index, np.ndarray]]] = {}
   for index, out in zip(indices, outs, strict=True):
-    for place, layer in enumerate(range(*index[0].indices(shape[0]))):
-      layers.setdefault(layer, []).append((index[1:], out[place]))
-  if len(layers) == 1:
-    fill(*next(iter(layers.items())))
+    ranges = [range(*s.indices(n)) for s, n in zip(index, stack, strict=False)]
+    for place in itertools.product(*(range(len(r)) for r in ranges)):
+      number = 0
+      for n, size, r in zip(place, stack, ranges, strict=True):
+        number = number * size + r[n]
+      parts.setdefault(number, []).append((index[len(stack) :], out[place]))
+  if len(parts) == 1:
+    fill(*next(iter(parts.items())))
     return
   with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
-    list(pool.map(fill, layers.keys(), layers.values()))
+    list(pool.map(fill, parts.keys(), parts.values()))
 
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) of every axis
@@ -273,16 +281,18 @@ class OrbaxArrays(Arrays):
 
   def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
     shape, what = self.shapes[name], f"{self.directory}: {name}"
-    stacked = len(shape) > 2  # kernels, layers first; the rest is read in one piece
+    # Kernels layer by layer, and their experts one by one; the rest is read in one piece.
+    stack = shape[:-2]
 
-    def fill(layer: int, parts: list[tuple[Index, np.ndarray]]) -> None:
-      at, inner = ((slice(layer, layer + 1),), shape[1:]) if stacked else ((), shape)
+    def fill(number: int, parts: list[tuple[Index, np.ndarray]]) -> None:
+      at = tuple(slice(int(n), int(n) + 1) for n in np.unravel_index(number, stack))
+      inner = shape[len(stack) :]
       wanted = [
         tuple(s.indices(n)[:2] for s, n in zip(index, inner, strict=True)) for index, _ in parts
       ]
       for box, members in _boxes(wanted):
         data = self.read(name, (*at, *(slice(*bounds) for bounds in box)))
-        data = data[0] if stacked else data
+        data = data.reshape(data.shape[len(stack) :])
         for k in members:
           inside = tuple(
             slice(start - first, stop - first)
@@ -291,7 +301,7 @@ class OrbaxArrays(Arrays):
           out = parts[k][1]
           copy_bits(out, cast(data[inside], out.dtype, what))
 
-    _each_layer(stacked, shape, indices, outs, fill)
+    each_part(stack, indices, outs, fill)
 
   def read(self, name: str, index: Index) -> np.ndarray:
     try:
@@ -338,10 +348,11 @@ class MergedArrays(Arrays):
       self._arrays.read_into(name, indices, outs)
       return
     shape, rank = self.shapes[name], self._arrays.shapes[pair[0]][-1]
-    scale, stacked = np.float32(self._alpha / rank), len(shape) > 2
+    scale, stack = np.float32(self._alpha / rank), shape[:-2]
 
-    def fill(layer: int, parts: list[tuple[Index, np.ndarray]]) -> None:
-      whole = lambda index: (slice(layer, layer + 1), *index) if stacked else index
+    def fill(number: int, parts: list[tuple[Index, np.ndarray]]) -> None:
+      at = tuple(slice(int(n), int(n) + 1) for n in np.unravel_index(number, stack))
+      whole = lambda index: (*at, *index)
       ranks = slice(0, rank)
       wanted = [[i for i, _ in parts], [(i[0], ranks) for i, _ in parts],
                 [(ranks, i[1]) for i, _ in parts]]  # fmt: skip
@@ -353,13 +364,13 @@ class MergedArrays(Arrays):
           for i in indices
         ]
         self._arrays.read_into(array, indices, arrays)
-        read.append([x[0] if stacked else x for x in arrays])
+        read.append([x.reshape(x.shape[len(stack) :]) for x in arrays])
       for (_, out), kernel, a, b in zip(parts, *read, strict=True):
         delta = np.matmul(a.astype(np.float32), b.astype(np.float32)) * scale
         merged = kernel.astype(np.float32) + delta
         copy_bits(out, cast(merged, out.dtype, f"{name} with its adapters"))
 
-    _each_layer(stacked, shape, indices, outs, fill)
+    each_part(stack, indices, outs, fill)
 
 
 def check_arrays(arrays: Arrays, entries: Iterable[Entry], where: Any) -> None:

@@ -1,209 +1,26 @@
-"""Model families by config.json: what it says in our terms, and the names of its tensors.
+"""What a config.json says in our terms, by the family of the model, and the way back.
 
 A family is recognised by `model_type`, never by the name of a directory. An option
 that would change the mathematics is either understood or refused by name; an
-option that this list does not know is refused too, unless it is known to be inert.
+option that the family does not know is refused too, unless it is known to be inert.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import jax
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.convert.safetensors_io import raise_problems
 from igpo_jax.errors import UserError
-from igpo_jax.models.llada import make_lm
-from igpo_jax.models.lora import ADAPTER_LEAVES
-
-PEFT_PREFIX = "base_model.model."  # how PEFT names the module it wraps
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One of our parameters and the Hugging Face tensors it is made of.
-
-  Attributes:
-    path: where it sits in the parameter tree, for example ("blocks", "q_proj", "kernel").
-    shape: its shape, layers first where stacked.
-    keys: one key, or one per layer.
-    stacked: True if `keys` are layers along the first axis.
-    transposed: True for kernels: theirs are [out, in], ours [in, out].
-  """
-
-  path: tuple[str, ...]
-  shape: tuple[int, ...]
-  keys: tuple[str, ...]
-  stacked: bool
-  transposed: bool
-
-  @property
-  def name(self) -> str:
-    return "/".join(self.path)
-
-  @property
-  def slice_shape(self) -> tuple[int, ...]:
-    """Our shape of what one key holds."""
-    return self.shape[1:] if self.stacked else self.shape
-
-  @property
-  def hf_shape(self) -> tuple[int, ...]:
-    """Their shape of what one key holds."""
-    return self.slice_shape[::-1] if self.transposed else self.slice_shape
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A published architecture that our transformer computes exactly.
-
-  Attributes:
-    model_type: the value of config.json's key of that name.
-    fields: our ModelConfig field -> their key.
-    defaults: values of our fields where config.json has none.
-    required: option -> the only values under which the mathematics is ours.
-    stated: those of `required` that must be present, because the published code's
-      default for them is something else.
-    inert: options that do not change what the network computes at evaluation.
-    top, block: our parameter -> their key; `{}` is the layer.
-  """
-
-  model_type: str
-  fields: Mapping[str, str]
-  defaults: Mapping[str, Any]
-  required: Mapping[str, tuple[Any, ...]]
-  stated: frozenset[str]
-  inert: frozenset[str]
-  top: Mapping[str, str]
-  block: Mapping[str, str]
-
-
-_BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
-
-LLADA = Family(
-  model_type="llada",
-  fields={
-    "d_model": "d_model",
-    "n_layers": "n_layers",
-    "n_heads": "n_heads",
-    "n_kv_heads": "n_kv_heads",
-    "mlp_hidden": "mlp_hidden_size",
-    "vocab_size": "embedding_size",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_embeddings": "weight_tying",
-    "mask_id": "mask_token_id",
-    "eos_id": "eos_token_id",
-  },
-  defaults={},
-  required={
-    "activation_type": ("silu",),
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "bias_for_layer_norm": (False, None),
-    "block_group_size": (1,),
-    "block_type": ("llama",),
-    "clip_qkv": (None,),
-    "include_bias": (False,),
-    "include_qkv_bias": (False, None),
-    "input_emb_norm": (False,),
-    "layer_norm_type": ("rms",),
-    "layer_norm_with_affine": (True,),
-    "multi_query_attention": (None, False),
-    "rope": (True,),
-    # False rotates in bf16: a difference of rounding that we do not reproduce.
-    "rope_full_precision": (True,),
-    "scale_logits": (False,),
-  },
-  stated=frozenset({"activation_type", "block_type", "include_bias", "layer_norm_type", "rope"}),
-  inert=frozenset({
-    "alibi_bias_max", "attention_dropout", "attention_layer_norm_with_affine",
-    "embedding_dropout", "flash_attention", "init_cutoff_factor", "init_device", "init_fn",
-    "init_std", "max_sequence_length", "mlp_ratio", "pad_token_id", "precision",
-    "residual_dropout", "use_cache", "vocab_size",
-  }),
-  top={
-    "wte/embedding": "model.transformer.wte.weight",
-    "ln_f/scale": "model.transformer.ln_f.weight",
-    "head/kernel": "model.transformer.ff_out.weight",
-  },
-  block={
-    **{f"{name}/kernel": f"model.transformer.blocks.{{}}.{name}.weight"
-       for name in _BLOCK_LINEARS},
-    **{f"{name}/scale": f"model.transformer.blocks.{{}}.{name}.weight"
-       for name in ("attn_norm", "ff_norm")},
-  },
-)  # fmt: skip
-
-ILLADA = Family(
-  model_type="illada",
-  fields={
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "mlp_hidden": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "mask_id": "mask_token_id",
-    "eos_id": "eos_token_id",
-  },
-  # The published config.json names no mask token; its generate.py uses 5, "<[MASK]>".
-  # The Hugging Face writer leaves tie_word_embeddings out where it is true.
-  defaults={"mask_id": 5, "tie_embeddings": True},
-  required={
-    "attention_bias": (False,),
-    "hidden_act": ("silu",),
-    "layer_norm_eps": (None,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-  },
-  stated=frozenset(),
-  inert=frozenset({
-    "attention_dropout", "head_dim", "initializer_range", "max_position_embeddings",
-    "pad_token_id", "pretraining_tp", "resid_pdrop", "use_cache",
-  }),
-  top={
-    "wte/embedding": "model.embed_tokens.weight",
-    "ln_f/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-  },
-  block={
-    "attn_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "q_proj/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "k_proj/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "v_proj/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "attn_out/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "ff_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "ff_proj/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "up_proj/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "ff_out/kernel": "model.layers.{}.mlp.down_proj.weight",
-  },
-)  # fmt: skip
-
-# The released code, which Hugging Face's Auto classes load where config.json names it.
-CODE_FILES = ("configuration_llada.py", "modeling_llada.py")
-AUTO_MAP = {
-  "AutoConfig": "configuration_llada.LLaDAConfig",
-  "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-  "AutoModel": "modeling_llada.LLaDAModelLM",
-}
-
-FAMILIES = {family.model_type: family for family in (LLADA, ILLADA)}
+from igpo_jax.models.families import FAMILIES, check
+from igpo_jax.models.families import model_config as make_config
+from igpo_jax.models.family import Family
 
 # Keys that any config.json may carry and that no network reads.
 _METADATA = frozenset({
   "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version",
+  "transformers.js_config",
   "tie_word_embeddings",  # read where a family says so
   # The Hugging Face base class: special tokens, labels, what its calls return.
   "bos_token_id", "eot_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
@@ -240,8 +57,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # What a value has to be: in words, and as a test. JSON's true is no number here.
 _Kind = tuple[str, Callable[[Any], bool]]
 _SIZE: _Kind = ("a whole number from 1", lambda v: type(v) is int and 1 <= v <= 10**8)
+_NATURAL: _Kind = ("a whole number from 0", lambda v: type(v) is int and 0 <= v <= 10**8)
 _LAYERS: _Kind = ("a whole number from 1 to 9999", lambda v: type(v) is int and 1 <= v <= 9999)
 _NUMBER: _Kind = ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30)
+_SHARE: _Kind = ("a number above 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1)
 _SWITCH: _Kind = ("true or false", lambda v: type(v) is bool)
 _ID: _Kind = ("a token id, a whole number from 0", lambda v: type(v) is int and v >= 0)
 _IDS: _Kind = (
@@ -253,13 +72,25 @@ _KINDS: Mapping[str, _Kind] = {
   "n_layers": _LAYERS,
   "n_heads": _SIZE,
   "n_kv_heads": _SIZE,
+  "head_dim": _NATURAL,
   "mlp_hidden": _SIZE,
   "vocab_size": _SIZE,
   "rope_theta": _NUMBER,
+  "rotary_share": _SHARE,
   "rms_norm_eps": _NUMBER,
   "tie_embeddings": _SWITCH,
+  "shift_logits": _SWITCH,
+  "attention_block": _SIZE,
   "mask_id": _ID,
   "eos_id": _IDS,
+  "moe.experts": _SIZE,
+  "moe.experts_per_token": _SIZE,
+  "moe.expert_hidden": _SIZE,
+  "moe.shared_hidden": _NATURAL,
+  "moe.dense_layers": _NATURAL,
+  "moe.groups": _NATURAL,
+  "moe.groups_kept": _NATURAL,
+  "moe.scale": _NUMBER,
 }
 
 
@@ -270,20 +101,36 @@ def find_family(hf_config: Mapping[str, Any], where: Any) -> Family:
     UserError: its model_type is none that is known here.
   """
   kind = hf_config.get("model_type")
-  if not isinstance(kind, str) or kind not in FAMILIES:
-    raise UserError(
-      f"{where}: model_type {kind!r} is not one of {', '.join(sorted(FAMILIES))}; "
-      "this model computes something else"
-    )
-  return FAMILIES[kind]
+  found = [
+    family
+    for family in FAMILIES.values()
+    if kind in family.model_types and family.marks <= hf_config.keys()
+  ]
+  if found:
+    return max(found, key=lambda family: len(family.marks))
+  known = sorted({name for family in FAMILIES.values() for name in family.model_types})
+  causal = next((f for f in FAMILIES.values() if kind and kind == f.autoregressive), None)
+  hint = (
+    "; it is an autoregressive model: python -m igpo_jax.convert --as-diffusion makes one of it "
+    "that can be fine-tuned"
+    if causal
+    else ""
+  )
+  raise UserError(
+    f"{where}: model_type {kind!r} is not one of {', '.join(known)}; this model computes "
+    f"something else{hint}"
+  )
 
 
-def model_config(hf_config: Mapping[str, Any], where: Any) -> ModelConfig:
+def read_config(
+  hf_config: Mapping[str, Any], where: Any, mask_id: Callable[[], int | None] = lambda: None
+) -> ModelConfig:
   """What a config.json says, as a ModelConfig (float32; the caller chooses dtypes).
 
   Args:
     hf_config: the parsed config.json.
     where: the file, for messages.
+    mask_id: asked for the mask token where config.json names none.
 
   Raises:
     UserError: an unknown model_type, a missing value, or options that change the
@@ -302,13 +149,14 @@ def model_config(hf_config: Mapping[str, Any], where: Any) -> ModelConfig:
     for key in hf_config
     if key not in known and not key.startswith("_")  # private to the library that wrote it
   ]
-  values = _values(family, hf_config, problems)
+  values = _values(family, hf_config, mask_id, problems)
+  values |= family.derive(hf_config, problems)
   if not problems:
     problems += _contradictions(family, hf_config, values)
   raise_problems(where, problems)
   eos = values.pop("eos_id")
   stop_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-  return ModelConfig(**values, eos_id=stop_ids[0], stop_ids=stop_ids)
+  return make_config(family.name, values, eos_id=stop_ids[0], stop_ids=stop_ids)
 
 
 def _plain_rotation(hf_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -336,18 +184,25 @@ def _plain_rotation(hf_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[
   return out, problems
 
 
-def _values(family: Family, hf_config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def _values(
+  family: Family,
+  hf_config: Mapping[str, Any],
+  mask_id: Callable[[], int | None],
+  problems: list[str],
+) -> dict[str, Any]:
   """Our fields; adds to `problems` what is missing or of a wrong kind."""
   values = {ours: hf_config.get(theirs) for ours, theirs in family.fields.items()}
   names = dict(family.fields)
-  if values["vocab_size"] is None:  # the embedding has vocab_size rows then
-    values["vocab_size"], names["vocab_size"] = hf_config.get("vocab_size"), "vocab_size"
-  if values["n_kv_heads"] is None:
-    values["n_kv_heads"], names["n_kv_heads"] = values["n_heads"], names["n_heads"]
+  instead = {"n_kv_heads": family.fields["n_heads"], **family.instead}
+  for ours, theirs in instead.items():
+    if values[ours] is None:
+      values[ours], names[ours] = hf_config.get(theirs), theirs
+  if values["mask_id"] is None and "mask_id" not in family.defaults:
+    values["mask_id"] = mask_id()
   for ours, default in family.defaults.items():
     values[ours] = default if values[ours] is None else values[ours]
   ratio = hf_config.get("mlp_ratio")
-  if values["mlp_hidden"] is None and _NUMBER[1](ratio) and _SIZE[1](values["d_model"]):
+  if values.get("mlp_hidden", 1) is None and _NUMBER[1](ratio) and _SIZE[1](values["d_model"]):
     values["mlp_hidden"], names["mlp_hidden"] = int(ratio * values["d_model"]), "mlp_ratio"
   for ours, value in values.items():
     what, fits = _KINDS[ours]
@@ -364,19 +219,23 @@ def _contradictions(
   """What cannot be, of values that are each of the right kind."""
   theirs, problems = family.fields, []
   size, heads, kv_heads = (values[k] for k in ("d_model", "n_heads", "n_kv_heads"))
-  if size % heads:
+  of_its_own = values.get("head_dim")
+  if not of_its_own and size % heads:
     problems.append(f"{theirs['d_model']}={size} is not a multiple of {theirs['n_heads']}={heads}")
-  elif size // heads % 2:
+  elif not of_its_own and size // heads % 2:
     problems.append(f"{theirs['d_model']} / {theirs['n_heads']}={size // heads} should be even")
   if heads % kv_heads:
     problems.append(
       f"{theirs['n_heads']}={heads} is not a multiple of {theirs['n_kv_heads']}={kv_heads}"
     )
   head_dim = hf_config.get("head_dim")
-  if head_dim is not None and (type(head_dim) is not int or head_dim * heads != size):
-    problems.append(
-      f"head_dim={head_dim!r} is not {theirs['d_model']} / {theirs['n_heads']}={size / heads:g}"
-    )
+  if "head_dim" not in theirs and head_dim is not None:
+    if type(head_dim) is not int or head_dim * heads != size:
+      problems.append(
+        f"head_dim={head_dim!r} is not {theirs['d_model']} / {theirs['n_heads']}={size / heads:g}"
+      )
+  elif of_its_own and int(of_its_own * values.get("rotary_share", 1)) % 2:
+    problems.append(f"{theirs['head_dim']}={of_its_own}: what is rotated of it should be even")
   rows, eos = values["vocab_size"], values["eos_id"]
   stops = eos if isinstance(eos, list) else [eos]
   for name, ids in ((theirs["mask_id"], [values["mask_id"]]), (theirs["eos_id"], stops)):
@@ -385,78 +244,50 @@ def _contradictions(
     ]
   if values["mask_id"] in stops:
     problems.append(f"{theirs['mask_id']} and {theirs['eos_id']} are both {values['mask_id']}")
+  experts = {k.removeprefix("moe."): v for k, v in values.items() if k.startswith("moe.")}
+  if experts.get("experts_per_token", 0) > experts.get("experts", 0):
+    problems.append(
+      f"{theirs['moe.experts_per_token']}={experts['experts_per_token']} of "
+      f"{theirs['moe.experts']}={experts['experts']}"
+    )
+  if experts.get("groups") and experts["experts"] % experts["groups"]:
+    problems.append(
+      f"{theirs['moe.experts']}={experts['experts']} is not a multiple of "
+      f"{theirs['moe.groups']}={experts['groups']}"
+    )
+  if experts.get("groups_kept", 0) > experts.get("groups", 0):
+    problems.append(
+      f"{theirs['moe.groups_kept']}={experts['groups_kept']} of "
+      f"{theirs['moe.groups']}={experts['groups']}"
+    )
   return problems
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-  """A LLaDA config.json for a model that was trained from scratch here.
+  """A config.json for a model that was trained from scratch here.
 
   It has the keys of the released one, so that the released code reads it, but for `auto_map`:
   that names the files of the code, which are not there.
   """
+  family = check(config)
   stop_ids = config.stop_ids or (config.eos_id,)
-  sizes = {theirs: getattr(config, ours) for ours, theirs in LLADA.fields.items()}
+  sizes = {theirs: _field(config, ours) for ours, theirs in family.fields.items()}
   out = {
-    **{option: allowed[0] for option, allowed in LLADA.required.items() if option != "clip_qkv"},
+    **{option: allowed[0] for option, allowed in family.required.items() if allowed[0] is not None},
     **sizes,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm_with_affine": True,
-    "embedding_dropout": 0.0,
-    "eos_token_id": stop_ids[0],
-    "flash_attention": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "max_sequence_length": 4096,
-    "mlp_ratio": 4,
-    "model_type": LLADA.model_type,
-    "n_kv_heads": config.kv_heads,
+    **family.written,
+    family.fields["eos_id"]: stop_ids[0],
+    "model_type": family.model_types[0],
+    family.fields["n_kv_heads"]: config.kv_heads,
     "pad_token_id": config.eos_id,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "use_cache": False,
     "vocab_size": config.vocab_size,
   }
+  if "head_dim" in family.fields:
+    out[family.fields["head_dim"]] = config.head_size
   return dict(sorted(out.items()))
 
 
-@functools.lru_cache(maxsize=8)
-def entries(family_name: str, config: ModelConfig) -> tuple[Entry, ...]:
-  """Every parameter with its keys, in the order of the tree.
-
-  With `config.lora.rank` the adapters are among them, under the names that PEFT
-  gives them; without, this is the base model.
-  """
-  family = FAMILIES[family_name]
-  shapes = jax.eval_shape(lambda: make_lm(config).init(jax.random.key(0)))
-  out = []
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    path = tuple(k.key for k in key_path)
-    stacked = path[0] == "blocks"
-    adapter = path[-1] in ADAPTER_LEAVES
-    name = "/".join((*path[:-1], "kernel") if adapter else path)
-    pattern = family.block[name.removeprefix("blocks/")] if stacked else family.top[name]
-    if adapter:
-      part = {"lora_a": "lora_A", "lora_b": "lora_B"}[path[-1]]
-      pattern = f"{PEFT_PREFIX}{pattern.removesuffix('weight')}{part}.weight"
-    keys = tuple(pattern.format(n) for n in range(config.n_layers)) if stacked else (pattern,)
-    out.append(Entry(path, tuple(leaf.shape), keys, stacked, adapter or path[-1] == "kernel"))
-  return tuple(out)
-
-
-def split_entries(all_entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-  """(base, adapters)."""
-  is_adapter = lambda entry: entry.path[-1] in ADAPTER_LEAVES
-  return (
-    tuple(e for e in all_entries if not is_adapter(e)),
-    tuple(e for e in all_entries if is_adapter(e)),
-  )
-
-
-def tied_copies(family_name: str, config: ModelConfig) -> dict[str, str]:
-  """Keys that a file may hold although one of our parameters stands for them: key -> name."""
-  head = FAMILIES[family_name].top["head/kernel"]
-  return {head: "wte/embedding"} if config.tie_embeddings else {}
+def _field(config: ModelConfig, name: str) -> Any:
+  """One of our fields; "moe.experts" is of the section moe."""
+  section, _, inner = name.rpartition(".")
+  return getattr(getattr(config, section) if section else config, inner)

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from igpo_jax.checkpoint import absolute
-from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.config import LoRAConfig, ModelConfig, MoEConfig
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.convert import families, peft
 from igpo_jax.convert.arrays import (
@@ -22,11 +22,13 @@ from igpo_jax.convert.arrays import (
   UnionArrays,
   check_arrays,
 )
+from igpo_jax.convert.entries import Entry, entries, split_entries, tied_copies
 from igpo_jax.convert.safetensors_io import Reader
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import resolved
 from igpo_jax.io.text import read_object
+from igpo_jax.models.families import find
 
 CONFIG_FILE = "config.json"
 PARAMS_DIR = "params"  # of a directory that this package wrote
@@ -62,23 +64,25 @@ class Source:
       conversion must not write over.
     base: what a PEFT export says that its adapters belong to.
     left_out: (name, reason) of what is in the directory and does not travel.
+    rewritten: name -> what one of `files` holds in place of what it held.
   """
 
   kind: str
   directory: epath.Path
   hf_config: Mapping[str, Any]
   config: ModelConfig
-  entries: tuple[families.Entry, ...]
+  entries: tuple[Entry, ...]
   arrays: Arrays
   files: tuple[epath.Path, ...]
   tokenizer: epath.Path | None
   inputs: tuple[epath.Path, ...]
   base: str
   left_out: tuple[tuple[str, str], ...] = ()
+  rewritten: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
-  @property
-  def family(self) -> str:
-    return self.hf_config["model_type"]
+  def with_config(self, config: ModelConfig, arrays: Arrays) -> Source:
+    """The same files as another model, which has these arrays."""
+    return dataclasses.replace(self, config=config, entries=entries(config), arrays=arrays)
 
   def merged(self) -> Source:
     """The same model without adapters: each is added to its kernel when that is read.
@@ -89,7 +93,7 @@ class Source:
       return self
     config = dataclasses.replace(self.config, lora=LoRAConfig())
     arrays = MergedArrays(self.arrays, self.config.lora.alpha)
-    base, _ = families.split_entries(self.entries)
+    base, _ = split_entries(self.entries)
     return dataclasses.replace(self, config=config, entries=base, arrays=arrays)
 
 
@@ -164,6 +168,16 @@ def _extra_files(
   return tuple(files), tuple(left_out)
 
 
+def _read_config(path: epath.Path, hf_config: Mapping[str, Any]) -> ModelConfig:
+  """The ModelConfig of a directory; its tokenizer tells the mask where config.json does not."""
+
+  def mask_id() -> int | None:
+    directory = _tokenizer_in(path)
+    return tokenizer_lib.load_tokenizer(directory).mask_id if directory else None
+
+  return families.read_config(hf_config, path / CONFIG_FILE, mask_id)
+
+
 def _tokenizer_in(*directories: epath.Path) -> epath.Path | None:
   return next((d for d in directories if tokenizer_lib.has_tokenizer(d)), None)
 
@@ -179,22 +193,30 @@ def _open_hf(path: epath.Path) -> Source:
       if step.name.isdigit()
     )
     raise UserError(f"{path} is a run, not a model: give one of {', '.join(steps) or 'no steps'}")
-  config = families.model_config(hf_config, path / CONFIG_FILE)
-  family = families.find_family(hf_config, path / CONFIG_FILE)
+  return open_hf(path, hf_config)
+
+
+def open_hf(path: epath.Path, hf_config: Mapping[str, Any], rows: int = 0) -> Source:
+  """A Hugging Face directory, read as this config.json says.
+
+  Args:
+    rows: that the stored embedding has; 0: as many as `hf_config` says.
+
+  Raises:
+    UserError: as `open_source`.
+  """
+  config = _read_config(path, hf_config)
+  config = dataclasses.replace(config, vocab_size=rows) if rows else config
   reader = Reader(path)
-  arrays = SafetensorsArrays(
-    reader,
-    families.entries(family.model_type, config),
-    families.tied_copies(family.model_type, config),
-    family.fields["tie_embeddings"],
-  )
+  tied_by = find(config.family).fields["tie_embeddings"]
+  arrays = SafetensorsArrays(reader, entries(config), tied_copies(config), tied_by)
   files, left_out = _extra_files(path)
   return Source(
     kind="hf",
     directory=path,
     hf_config=hf_config,
     config=config,
-    entries=families.entries(family.model_type, config),
+    entries=entries(config),
     arrays=arrays,
     files=files,
     tokenizer=_tokenizer_in(path),
@@ -206,21 +228,20 @@ def _open_hf(path: epath.Path) -> Source:
 
 def _open_orbax(path: epath.Path) -> Source:
   hf_config = read_json(path / CONFIG_FILE)
-  config, base = families.model_config(hf_config, path / CONFIG_FILE), str(absolute(path))
+  config, base = _read_config(path, hf_config), str(absolute(path))
   if (path / peft.CONFIG_FILE).exists():
-    adapters = peft.read_config(path, hf_config["model_type"], config.n_layers)
+    adapters = peft.read_config(path, config)
     config = dataclasses.replace(config, lora=adapters)
     base = peft.base_of(path) or base
-  entries = families.entries(hf_config["model_type"], config)
   arrays = OrbaxArrays(path / PARAMS_DIR)
-  check_arrays(arrays, entries, path)
+  check_arrays(arrays, entries(config), path)
   files, left_out = _extra_files(path)
   return Source(
     kind="orbax",
     directory=path,
     hf_config=hf_config,
     config=config,
-    entries=entries,
+    entries=entries(config),
     arrays=arrays,
     files=tuple(f for f in files if f.name != peft.CONFIG_FILE),
     tokenizer=_tokenizer_in(path),
@@ -233,15 +254,14 @@ def _open_orbax(path: epath.Path) -> Source:
 def _with_adapter(source: Source, adapter: epath.Path) -> Source:
   if source.config.lora.rank:
     raise UserError(f"{source.directory} has adapters already; merge them first")
-  cfg, reader = peft.open_adapter(adapter, source.family, source.config.n_layers)
+  cfg, reader = peft.open_adapter(adapter, source.config)
   config = dataclasses.replace(source.config, lora=cfg)
-  entries = families.entries(source.family, config)
-  _, added = families.split_entries(entries)
+  _, added = split_entries(entries(config))
   arrays = UnionArrays(source.arrays, SafetensorsArrays(reader, added))
   return dataclasses.replace(
     source,
     config=config,
-    entries=entries,
+    entries=entries(config),
     arrays=arrays,
     inputs=(*source.inputs, adapter, adapter / peft.CONFIG_FILE, adapter / peft.WEIGHTS_FILE),
     # Only a Hugging Face directory is of use to PEFT.
@@ -278,15 +298,14 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
     arrays = UnionArrays(origin.arrays, state)
   elif not any(name.endswith("lora_a") for name in state.shapes):
     config = dataclasses.replace(config, lora=LoRAConfig())
-  entries = families.entries(hf_config["model_type"], config)
-  check_arrays(arrays, entries, path)
+  check_arrays(arrays, entries(config), path)
   inputs = (path, workdir / CONFIG_FILE, *files, *([tokenizer] if tokenizer else []))
   return Source(
     kind="training",
     directory=path,
     hf_config=hf_config,
     config=config,
-    entries=entries,
+    entries=entries(config),
     arrays=arrays,
     files=files,
     tokenizer=tokenizer,
@@ -320,6 +339,7 @@ def _run_model(run: Mapping[str, Any], file: epath.Path) -> ModelConfig:
   try:
     model = {k: tuple(v) if isinstance(v, list) else v for k, v in run["model"].items()}
     model["lora"] = LoRAConfig(**model.get("lora", {}))
+    model["moe"] = MoEConfig(**model.get("moe", {}))
     return ModelConfig(**model)
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{file}: its model is damaged or of another version: {error}") from error

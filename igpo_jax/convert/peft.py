@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
-from igpo_jax.config import LoRAConfig
-from igpo_jax.convert import families
+from igpo_jax.config import LoRAConfig, ModelConfig
+from igpo_jax.convert.entries import fill, key_pattern, layers_of
 from igpo_jax.convert.safetensors_io import Reader, raise_problems
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import read_object
+from igpo_jax.models import lora, make_lm
+from igpo_jax.models.families import find
+from igpo_jax.models.network import stack_sizes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,28 +43,30 @@ _READ = frozenset({
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def module_name(family: families.Family, path: str) -> str:
+def module_name(family: str, path: str) -> str:
   """Their name of our linear layer, for example "model.transformer.blocks.{}.q_proj"."""
-  if path.startswith("blocks/"):
-    key = family.block[f"{path.removeprefix('blocks/')}/kernel"]
-  else:
-    key = family.top[f"{path}/kernel"]
-  return key.removesuffix(".weight")
+  return key_pattern(family, f"{path}/kernel").removesuffix(".weight")
 
 
-def linear_layers(family: families.Family) -> list[str]:
-  """Our names of all linear layers of a family."""
-  names = [f"blocks/{n}" for n in family.block] + list(family.top)
-  return [name.removesuffix("/kernel") for name in names if name.endswith("/kernel")]
+def linear_layers(base: ModelConfig) -> list[str]:
+  """Our names of all linear layers of a model, its head among them even if it is tied."""
+  model = make_lm(dataclasses.replace(base, lora=LoRAConfig()))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  names = {"/".join(path) for path in lora.linear_layers(shapes)} | {"head"}
+  family = find(base.family)
+  # In the order of a block, which is that of the family's table.
+  known = [f"{stack}/{name}" for stack, table in (
+    ("first_blocks", family.first_block), ("blocks", family.block)) for name in table]  # fmt: skip
+  ordered = [name.removesuffix("/kernel") for name in (*known, *family.top)]
+  return [name for name in ordered if name in names]
 
 
-def read_config(directory: epath.PathLike, family_name: str, layers: int = 1) -> LoRAConfig:
+def read_config(directory: epath.PathLike, base: ModelConfig) -> LoRAConfig:
   """The adapter's options in our terms.
 
   Args:
     directory: holds adapter_config.json.
-    family_name: of the base.
-    layers: how many the base has.
+    base: the model that it is for.
 
   Raises:
     UserError: no such file, or an option that changes what an adapter computes.
@@ -90,11 +97,10 @@ def read_config(directory: epath.PathLike, family_name: str, layers: int = 1) ->
       "one of it with path_initial_model_for_weight_conversion"
     )
   raise_problems(file, problems)
-  family = families.FAMILIES[family_name]
   return LoRAConfig(
     rank=theirs["r"],
     alpha=float(theirs["lora_alpha"]),
-    targets=_our_targets(theirs, family, layers, file),
+    targets=_our_targets(theirs, base, file),
     dropout=float(theirs.get("lora_dropout") or 0.0),
   )
 
@@ -149,29 +155,27 @@ def _matches(modules: str | list[str] | None, module: str) -> bool:
   return any(module == m or module.endswith(f".{m}") for m in modules or ())
 
 
-def _our_targets(
-  theirs: Mapping[str, Any], family: families.Family, layers: int, where: epath.Path
-) -> str:
+def _our_targets(theirs: Mapping[str, Any], base: ModelConfig, where: epath.Path) -> str:
   """Our regular expression for PEFT's target_modules less its exclude_modules.
 
   "all-linear" means all but the head.
   """
   targets, excluded = theirs["target_modules"], theirs.get("exclude_modules")
   everything = isinstance(targets, str) and targets.lower() == "all-linear"
-  head = module_name(family, "head")
+  head = module_name(base.family, "head")
 
   def adapted(module: str) -> bool:
     wanted = module != head if everything else _matches(targets, module)
     return wanted and not _matches(excluded, module)
 
   found, partly = [], []
-  for name in linear_layers(family):
-    pattern = module_name(family, name)
-    count = sum(adapted(pattern.format(n)) for n in range(layers))
-    if count == layers:
+  for name in linear_layers(base):
+    modules = fill(module_name(base.family, name), base, name.partition("/")[0])
+    count = sum(map(adapted, modules))
+    if count == len(modules):
       found.append(name)
     elif count:
-      partly.append(f"{name} in {count} of {layers} layers")
+      partly.append(f"{name} in {count} of {len(modules)} layers")
   if partly:
     raise UserError(
       f"{where}: target_modules={targets!r} and exclude_modules={excluded!r} adapt "
@@ -183,15 +187,15 @@ def _our_targets(
   return "|".join(found)
 
 
-def hf_config(cfg: LoRAConfig, family_name: str, base: str) -> dict[str, Any]:
-  """An adapter_config.json that PEFT reads.
+def hf_config(model: ModelConfig, base: str) -> dict[str, Any]:
+  """An adapter_config.json that PEFT reads, for the adapters of a model.
 
   target_modules is a regular expression over whole names: in LLaDA both a block's
   down projection and the head end in "ff_out", so a list could not tell them apart.
   """
-  family = families.FAMILIES[family_name]
-  names = [n for n in linear_layers(family) if re.fullmatch(cfg.targets, n)]
-  modules = [re.escape(module_name(family, n)).replace(r"\{\}", r"\d+") for n in names]
+  cfg = model.lora
+  names = [n for n in linear_layers(model) if re.fullmatch(cfg.targets, n)]
+  modules = [_pattern(model, name) for name in names]
   return {
     "base_model_name_or_path": base,
     "bias": "none",
@@ -210,20 +214,27 @@ def hf_config(cfg: LoRAConfig, family_name: str, base: str) -> dict[str, Any]:
   }
 
 
-def write_config(directory: epath.PathLike, cfg: LoRAConfig, family_name: str, base: str) -> None:
+def _pattern(model: ModelConfig, name: str) -> str:
+  """A regular expression for their names of one of our linear layers, in all its layers."""
+  module, stack = re.escape(module_name(model.family, name)), name.partition("/")[0]
+  layer = r"\d+"
+  if len(stack_sizes(model)) > 1:
+    layer = f"({'|'.join(map(str, layers_of(model, stack)))})"
+  return module.replace(r"\{\}", layer).replace(r"\{expert\}", r"\d+")
+
+
+def write_config(directory: epath.PathLike, model: ModelConfig, base: str) -> None:
   """Writes adapter_config.json."""
-  text = json.dumps(hf_config(cfg, family_name, base), indent=2) + "\n"
+  text = json.dumps(hf_config(model, base), indent=2) + "\n"
   epath.Path(directory).joinpath(CONFIG_FILE).write_text(text)
 
 
-def open_adapter(
-  directory: epath.PathLike, family_name: str, layers: int
-) -> tuple[LoRAConfig, Reader]:
-  """An adapter's options and its tensors, for a base with so many layers.
+def open_adapter(directory: epath.PathLike, base: ModelConfig) -> tuple[LoRAConfig, Reader]:
+  """An adapter's options and its tensors, for a base.
 
   Raises:
     UserError: a missing or damaged file, or an unsupported option.
   """
   directory = epath.Path(directory)
-  cfg = read_config(directory, family_name, layers)
+  cfg = read_config(directory, base)
   return cfg, Reader(directory, single_file=WEIGHTS_FILE)

@@ -16,7 +16,7 @@ from igpo_jax.convert import open
 from igpo_jax.convert.arrays import Arrays
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
-from igpo_jax.models.llada import make_lm
+from igpo_jax.models import make_lm
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import check_divides, tree_shardings
 from igpo_jax.types import LM, Params
@@ -78,13 +78,24 @@ def load_source(
     check_tokenizer(tokenizer, config, source.tokenizer)
     stops = dict.fromkeys((*config.stop_ids, *tokenizer.stop_ids))
     config = dataclasses.replace(config, stop_ids=tuple(stops))
-  lm = make_lm(config)
-  shardings = None if mesh is None else tree_shardings(lm.logical_axes(), mesh)
-  if shardings is not None:
-    check_divides(jax.eval_shape(lm.init, jax.random.key(0)), shardings)
+  lm, shardings = laid_out(config, mesh)
   source.arrays.check()
   params = read_params(source, np.dtype(dtype), shardings)
   return Pretrained(lm, params, tokenizer, config)
+
+
+def laid_out(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> tuple[LM, Any]:
+  """(the model, the shardings of its parameters, which divide over the mesh; None without one).
+
+  Raises:
+    UserError: a parameter that does not divide, or a family that there is not.
+  """
+  lm = make_lm(config)
+  if mesh is None:
+    return lm, None
+  shardings = tree_shardings(lm.logical_axes(), mesh)
+  check_divides(jax.eval_shape(lm.init, jax.random.key(0)), shardings)
+  return lm, shardings
 
 
 def fitting_mesh(source: open.Source) -> jax.sharding.Mesh | None:
@@ -92,12 +103,11 @@ def fitting_mesh(source: open.Source) -> jax.sharding.Mesh | None:
 
   Says on stderr which devices stay idle. None where there is one device.
   """
-  lm = make_lm(source.config)
-  shapes, count = jax.eval_shape(lm.init, jax.random.key(0)), jax.device_count()
+  count = jax.device_count()
   for used in range(count, 0, -1):
     mesh = make_mesh(data=1, fsdp=used, devices=jax.devices()[:used])
     try:
-      check_divides(shapes, tree_shardings(lm.logical_axes(), mesh))
+      laid_out(source.config, mesh)
     except UserError:
       continue
     if used < count:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from igpo_jax.convert import THREADS, families, peft, writers
+from igpo_jax.convert import THREADS, peft, writers
+from igpo_jax.convert.entries import Entry, split_entries
 from igpo_jax.convert.open import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
 from igpo_jax.errors import UserError
+from igpo_jax.models.families import FAMILIES, find
 
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what config.json calls the dtype of its tensors
 
@@ -38,7 +40,7 @@ class Plan:
   source: Source
   target: epath.Path
   to: str
-  entries: tuple[families.Entry, ...]
+  entries: tuple[Entry, ...]
   dtypes: Mapping[str, np.dtype]
   shards: Mapping[str, list[writers.Tensor]]
 
@@ -131,7 +133,7 @@ def make_plan(
   source = source.merged() if merge_lora else source
   entries = source.entries
   if to == "peft":
-    entries = families.split_entries(entries)[1]
+    entries = split_entries(entries)[1]
   is_adapter = lambda entry: entry.path[-1].startswith("lora_")
   dtypes = {
     e.name: dtype if dtype and (to == "peft" or not is_adapter(e)) else source.arrays.dtypes[e.name]
@@ -150,16 +152,21 @@ def make_plan(
 
 def _with_code(source: Source, code: epath.Path) -> Source:
   """The source with the released code among its files, and `auto_map` in its config.json."""
-  if source.family != families.LLADA.model_type:
-    raise UserError(f"--code is LLaDA's; {source.directory} is of model_type {source.family!r}")
-  missing = [name for name in families.CODE_FILES if not (code / name).exists()]
+  family = find(source.config.family)
+  if not family.code_files:
+    raise UserError(
+      f"--code: {source.directory} is of the family {family.name!r}, whose released code this "
+      f"program does not know; of {', '.join(f.name for f in FAMILIES.values() if f.code_files)} "
+      "it does"
+    )
+  missing = [name for name in family.code_files if not (code / name).exists()]
   if missing:
     raise UserError(f"--code={code} has no {' and no '.join(missing)}")
-  kept = [f for f in source.files if f.name not in families.CODE_FILES]
+  kept = [f for f in source.files if f.name not in family.code_files]
   return dataclasses.replace(
     source,
-    hf_config={**source.hf_config, "auto_map": families.AUTO_MAP},
-    files=(*kept, *(code / name for name in families.CODE_FILES)),
+    hf_config={**source.hf_config, "auto_map": dict(family.auto_map)},
+    files=(*kept, *(code / name for name in family.code_files)),
     inputs=(*source.inputs, code),
   )
 
@@ -246,10 +253,11 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
   if plan.to != "peft":
     # Small files first: a problem with them should not come after the large ones.
     for file in source.files:
-      (directory / file.name).write_bytes(file.read_bytes())  # they may lie in two places
+      data = source.rewritten.get(file.name) or file.read_bytes()
+      (directory / file.name).write_bytes(data)  # they may lie in two places
     (directory / CONFIG_FILE).write_bytes(_config_bytes(plan))
   if source.config.lora.rank:
-    peft.write_config(directory, source.config.lora, source.family, source.base)
+    peft.write_config(directory, source.config, source.base)
   if plan.to == "orbax":
     args = (plan.entries, plan.dtypes, source.arrays, progress, threads)
     writers.write_orbax(directory / PARAMS_DIR, *args)
@@ -261,7 +269,7 @@ def _config_bytes(plan: Plan) -> bytes:
   """config.json as it was, byte for byte, but for the dtype where that changes."""
   source = plan.source
   hf_config = dict(source.hf_config)
-  base, _ = families.split_entries(plan.entries)
+  base, _ = split_entries(plan.entries)
   stored = {source.arrays.dtypes[entry.name].name for entry in base}
   written = {plan.dtypes[entry.name].name for entry in base}
   if written != stored and len(written) == 1:

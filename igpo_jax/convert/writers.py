@@ -29,7 +29,7 @@ from igpo_jax.convert.arrays import (
   file_store,
   part_shape,
 )
-from igpo_jax.convert.families import Entry
+from igpo_jax.convert.entries import Entry
 
 BLOCK_BYTES = 16 * 2**20
 INNER_PARTS = 16  # a reader of 1/16 of the rows of a chunk need not read the rest
@@ -39,10 +39,10 @@ Progress = Callable[[int], Any]  # told the bytes of each block once it is writt
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Rows start:stop of the tensor of one layer (of the only tensor, if not stacked)."""
+  """Rows start:stop of the tensor of one key: of one layer, or one expert of a layer."""
 
   entry: Entry
-  layer: int
+  number: int
   start: int
   stop: int
 
@@ -54,7 +54,7 @@ class Block:
       inner = (slice(0, self.entry.slice_shape[0]), rows)
     else:
       inner = (rows, *(slice(0, n) for n in self.entry.slice_shape[1:]))
-    return (slice(self.layer, self.layer + 1), *inner) if self.entry.stacked else inner
+    return (*self.entry.part(self.number), *inner)
 
 
 def block_rows(entry: Entry, dtype: np.dtype) -> int:
@@ -65,12 +65,12 @@ def block_rows(entry: Entry, dtype: np.dtype) -> int:
   return math.ceil(rows / parts)
 
 
-def blocks(entry: Entry, dtype: np.dtype, layers: Iterable[int]) -> Iterator[Block]:
-  """All blocks of some layers, in the order of the bytes of a safetensors file."""
+def blocks(entry: Entry, dtype: np.dtype, numbers: Iterable[int]) -> Iterator[Block]:
+  """All blocks of some of an entry's keys, in the order of the bytes of a safetensors file."""
   step = block_rows(entry, dtype)
-  for layer in layers:
+  for number in numbers:
     for start in range(0, entry.hf_shape[0], step):
-      yield Block(entry, layer, start, min(start + step, entry.hf_shape[0]))
+      yield Block(entry, number, start, min(start + step, entry.hf_shape[0]))
 
 
 def read_block(arrays: Arrays, block: Block, dtype: np.dtype) -> np.ndarray:
@@ -103,7 +103,7 @@ class Tensor:
 
   key: str
   entry: Entry
-  layer: int
+  number: int
   dtype: np.dtype
 
   @property
@@ -119,12 +119,12 @@ def plan_shards(
   A tensor larger than that gets a file to itself. One file has the plain name.
   """
   tensors = [
-    Tensor(key, entry, layer, dtypes[entry.name])
+    Tensor(key, entry, number, dtypes[entry.name])
     for entry in entries
-    for layer, key in enumerate(entry.keys)
+    for number, key in enumerate(entry.keys)
   ]
   # Stable: what is not in a layer first, then layer by layer, as a model is read.
-  tensors.sort(key=lambda t: t.layer if t.entry.stacked else -1)
+  tensors.sort(key=lambda t: t.entry.part(t.number)[0].start if t.entry.stacked else -1)
   shards: list[list[Tensor]] = [[]]
   for tensor in tensors:
     if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_bytes:
@@ -151,9 +151,9 @@ def write_safetensors(
         {t.key: (t.dtype, t.entry.hf_shape) for t in shards[name]}
       ))  # fmt: skip
       for tensor in shards[name]:
-        for block in blocks(tensor.entry, tensor.dtype, [tensor.layer]):
+        for block in blocks(tensor.entry, tensor.dtype, [tensor.number]):
           part = read_block(arrays, block, tensor.dtype)
-          part = part[0] if tensor.entry.stacked else part
+          part = part.reshape(part.shape[tensor.entry.stacked :])
           part = part.T if tensor.entry.transposed else part
           data = np.empty(part.shape, part.dtype)
           copy_bits(data, part)
@@ -179,7 +179,8 @@ def chunk_shapes(entry: Entry, dtype: np.dtype) -> tuple[list[int], list[int]]:
   inner = list(chunk)
   if entry.transposed and chunk[0] % INNER_PARTS == 0:
     inner[0] = chunk[0] // INNER_PARTS
-  return ([1, *chunk], [1, *inner]) if entry.stacked else (chunk, inner)
+  one = [1] * entry.stacked
+  return [*one, *chunk], [*one, *inner]
 
 
 def array_spec(directory: epath.Path, entry: Entry, dtype: np.dtype) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from igpo_jax.diffusion.noisy import noisy_hidden
 from igpo_jax.ops.masked import masked_sum
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.types import LM, Array, Params
@@ -22,11 +23,12 @@ def nelbo_sum(
     dropout_key: of the adapters' dropout; None turns it off.
 
   Returns:
-    f32[].
+    f32[]; of a model with experts with the load-balancing loss times `lm.router_loss`, once for
+    each row.
   """
-  dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-  h, _ = lm.hidden(params, noisy, valid, **dropout)
+  h, penalty = noisy_hidden(lm, params, noisy, tokens, valid, dropout_key)
   read = lambda x: x[:, -response.shape[1] :]
   logp, _ = token_stats(lambda x: lm.head(params, x), read(h), read(tokens)[:, None])
   per_row = masked_sum(-logp[:, 0], read(masked), axis=1) / p
-  return jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
+  nelbo = jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
+  return nelbo + len(noisy) * penalty if lm.router_loss else nelbo

@@ -1,4 +1,4 @@
-"""Bidirectional attention over grouped key-value heads, in three implementations.
+"""Attention over grouped key-value heads, in three implementations.
 
     einsum       plain JAX, the reference for the other two; scores [B,H,t,T] exist
     dot_product  jax.nn.dot_product_attention: cuDNN's fused kernel on GPU in 16 bits
@@ -30,9 +30,14 @@ SPLASH_BLOCKS = (512, 256, 128)  # of queries and keys; the chip's vectors have 
 
 
 def attend(
-  q: Array, k: Array, v: Array, valid: Array | None, implementation: str = "einsum"
+  q: Array,
+  k: Array,
+  v: Array,
+  valid: Array | None,
+  implementation: str = "einsum",
+  visible: Array | None = None,
 ) -> Array:
-  """Bidirectional attention; every query sees every valid key.
+  """Attention; every query sees every valid key, or those of them that are visible to it.
 
   Args:
     q: [B,t,H,E] queries.
@@ -40,13 +45,22 @@ def attend(
     v: [B,T,K,E] values.
     valid: bool[B,T], False on keys nobody may see; None where all are valid.
     implementation: "einsum", "dot_product", "splash" or "auto".
+    visible: bool[B or 1,t,T], which keys each query sees; None: all. The fused kernels take
+      none, so that with one "auto" and "dot_product" are "einsum".
 
   Returns:
-    [B,t,H,E]. A row without any valid key gets the mean of its values, not NaN.
+    [B,t,H,E]. A query that sees no key gets the mean of the values, not NaN.
 
   Raises:
     UserError: the platform has no such implementation.
   """
+  if visible is not None:
+    if implementation == "splash":
+      raise UserError(
+        "config: model.attention='splash' cannot hide keys from some queries, which a "
+        "block-causal model needs: use 'auto', 'dot_product' or 'einsum'"
+      )
+    return einsum(q, k, v, valid, visible)
   if implementation == "auto":
     implementation = BEST.get(platform(), "einsum")
   if implementation == "splash":
@@ -74,7 +88,9 @@ def platform() -> str:
   return program_for.value or known
 
 
-def einsum(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+def einsum(
+  q: Array, k: Array, v: Array, valid: Array | None, visible: Array | None = None
+) -> Array:
   """See `attend`. Softmax in float32."""
   b, t, h, e = q.shape
   kv_heads = k.shape[2]
@@ -87,6 +103,9 @@ def einsum(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
   scores = jnp.einsum("bkqe,bkse->bkqs", q, k, preferred_element_type=jnp.float32)
   if valid is not None:
     scores = scores + jnp.where(valid, 0.0, HIDDEN)[:, None, None, :]
+  if visible is not None:
+    hide = jnp.where(visible, 0.0, HIDDEN)[:, None]  # [B,1,t,T]
+    scores = scores + jnp.tile(hide, (1, 1, h // kv_heads, 1))
   highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.exp(scores - highest)
   total = jnp.sum(weights, axis=-1, keepdims=True)

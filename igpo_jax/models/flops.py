@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 
 from igpo_jax.config import ModelConfig
+from igpo_jax.models.families import check
+from igpo_jax.models.network import stack_sizes
 
 
 def product_flops(positions: int, fan_in: int, fan_out: int) -> int:
@@ -48,6 +50,7 @@ def forward_flops(
   """
   read = queries if read is None else read
   heads, kv_heads = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
+  sizes, fused = stack_sizes(cfg), check(cfg).design(cfg).fused_qkv
 
   def linear(name: str, positions: int, fan_in: int, fan_out: int) -> int:
     total = product_flops(rows * positions, fan_in, fan_out)
@@ -55,17 +58,37 @@ def forward_flops(
       total += product_flops(rows * positions, cfg.lora.rank, fan_in + fan_out)
     return total
 
-  def layer(outputs: int) -> int:
+  def mlp(name: str, positions: int, hidden: int) -> int:
     return (
-      linear("blocks/q_proj", outputs, cfg.d_model, heads)
-      + linear("blocks/k_proj", queries, cfg.d_model, kv_heads)
-      + linear("blocks/v_proj", queries, cfg.d_model, kv_heads)
+      linear(f"{name}ff_proj", positions, cfg.d_model, hidden)
+      + linear(f"{name}up_proj", positions, cfg.d_model, hidden)
+      + linear(f"{name}ff_out", positions, hidden, cfg.d_model)
+    )
+
+  def experts(stack: str, outputs: int) -> int:
+    return (
+      product_flops(rows * outputs, cfg.d_model, cfg.moe.experts)
+      + mlp(f"{stack}/experts/", outputs * cfg.moe.experts_per_token, cfg.moe.expert_hidden)
+      + mlp(f"{stack}/shared_", outputs, cfg.moe.shared_hidden)
+    )
+
+  def layer(stack: str, outputs: int) -> int:
+    if fused:
+      projections = linear(f"{stack}/qkv_proj", queries, cfg.d_model, heads + 2 * kv_heads)
+    else:
+      projections = (
+        linear(f"{stack}/q_proj", outputs, cfg.d_model, heads)
+        + linear(f"{stack}/k_proj", queries, cfg.d_model, kv_heads)
+        + linear(f"{stack}/v_proj", queries, cfg.d_model, kv_heads)
+      )
+    routed = cfg.moe.experts and stack == "blocks"
+    return (
+      projections
       + 2 * product_flops(rows * outputs, keys, heads)  # scores, and the mean of the values
-      + linear("blocks/attn_out", outputs, heads, cfg.d_model)
-      + linear("blocks/ff_proj", outputs, cfg.d_model, cfg.mlp_hidden)
-      + linear("blocks/up_proj", outputs, cfg.d_model, cfg.mlp_hidden)
-      + linear("blocks/ff_out", outputs, cfg.mlp_hidden, cfg.d_model)
+      + linear(f"{stack}/attn_out", outputs, heads, cfg.d_model)
+      + (experts(stack, outputs) if routed else mlp(f"{stack}/", outputs, cfg.mlp_hidden))
     )
 
   head = linear("head", head_positions, cfg.d_model, cfg.vocab_size)
-  return (cfg.n_layers - 1) * layer(queries) + layer(read) + head
+  whole = sum((size - (name == "blocks")) * layer(name, queries) for name, size in sizes.items())
+  return whole + layer("blocks", read) + head

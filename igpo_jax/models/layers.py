@@ -1,8 +1,8 @@
-"""The parts of a LLaDA block: RMSNorm, linear layers, rotary embedding.
+"""The parts of a transformer block: RMSNorm, linear layers, rotary embedding.
 
-The conventions are those of the released weights (docs/method.md#model): half-rotation RoPE
-on absolute positions, grouped key-value heads repeated in place, no biases, and
-softmax, norms and RoPE in float32 whatever the compute dtype.
+The conventions are those of the released weights (docs/method.md#model): half-rotation RoPE,
+grouped key-value heads repeated in place, and softmax, norms and RoPE in float32 whatever
+the compute dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def low_rank(x: Array, a: Array, b: Array, alpha: float) -> Array:
 
 
 class Linear(nn.Module):
-  """y = x W without bias; W is [in, out] with logical axes `axes`.
+  """y = x W, plus a bias where `use_bias`; W is [in, out] with logical axes `axes`.
 
   Where the parameters hold `lora_a` and `lora_b` beside the kernel, their product is
   added (models/lora.py puts them there); without them this is the base model.
@@ -80,6 +80,7 @@ class Linear(nn.Module):
   param_dtype: jnp.dtype
   init_scale: float = 1.0
   lora: LoRAConfig = LoRAConfig()
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -97,28 +98,42 @@ class Linear(nn.Module):
     # In the parameters' own layout after the cast: what is gathered is in the compute
     # dtype, and the gradient is reduced straight into this layout, never whole.
     kernel = constrain(kernel.astype(self.dtype), *self.axes)
-    if not self.has_variable("params", "lora_a"):
+    adapted = self.has_variable("params", "lora_a")
+    if not adapted and not self.use_bias:
       return jnp.dot(x, kernel).reshape(*rows, self.features)
     y = dot_f32(x, kernel)
-    if self.lora.dropout and self.has_rng("dropout"):
-      x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
-    a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-    y = (y + low_rank(x, a, b, self.lora.alpha)).astype(self.dtype)
-    return y.reshape(*rows, self.features)
+    if self.use_bias:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+      bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+      y = y + bias.astype(self.dtype).astype(jnp.float32)
+    if adapted:
+      if self.lora.dropout and self.has_rng("dropout"):
+        x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
+      a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+      y = y + low_rank(x, a, b, self.lora.alpha)
+    return y.astype(self.dtype).reshape(*rows, self.features)
 
 
-def rope_tables(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:
-  """Sines and cosines f32[T,E] for positions i32[T]; the two halves are equal."""
-  exponent = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-  angles = positions.astype(jnp.float32)[:, None] * (1.0 / theta**exponent)[None, :]
+def rope_tables(positions: Array, size: int, theta: float) -> tuple[Array, Array]:
+  """Sines and cosines f32[...,T,size] for positions i32[...,T]; the two halves are equal."""
+  exponent = jnp.arange(0, size, 2, dtype=jnp.float32) / size
+  angles = positions.astype(jnp.float32)[..., None] * (1.0 / theta**exponent)[None, :]
   angles = jnp.concatenate([angles, angles], axis=-1)
   return jnp.sin(angles), jnp.cos(angles)
 
 
 def apply_rope(x: Array, sin: Array, cos: Array) -> Array:
-  """Rotates the halves of each head of x [B,T,H,E] by tables f32[T,E], in float32."""
+  """Rotates the halves of each head of x [B,T,H,E], in float32.
+
+  The tables are f32[T,S], or f32[B,T,S] where rows count positions of their own. If S is less
+  than E the first S numbers of a head are rotated, and the others left as they are.
+  """
+  size = sin.shape[-1]
+  if size < x.shape[-1]:
+    return jnp.concatenate([apply_rope(x[..., :size], sin, cos), x[..., size:]], axis=-1)
   x32 = x.astype(jnp.float32)
   first, second = jnp.split(x32, 2, axis=-1)
   rotated = jnp.concatenate([-second, first], axis=-1)
-  out = x32 * cos[None, :, None, :] + rotated * sin[None, :, None, :]
+  of_heads = lambda table: table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :]
+  out = x32 * of_heads(cos) + rotated * of_heads(sin)
   return out.astype(x.dtype)

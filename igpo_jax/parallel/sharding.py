@@ -28,6 +28,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "mlp": "tensor",
+  "qkv": "tensor",  # queries, keys and values as one product
+  "experts": "fsdp",
+  "expert_embed": None,
   "norm": None,
   "lora_rank": None,
   "lora_fan": ("fsdp", "tensor"),  # an adapter's other dimension, whatever the kernel's is

@@ -234,9 +234,14 @@ def _read(
     canvas = jnp.where(masked.reshape(p * g, length), lm.mask_id, rows)
     targets = rows[:, None]
     hide = None if prompt_masked is None else prompt_masked.reshape(p * g, -1)
+  known = prompt
   if hide is not None:
     prompt = jnp.where(hide & valid, lm.mask_id, prompt)
-  h, _ = lm.hidden(params, *join(prompt, valid, canvas))
+  tokens, seen = join(prompt, valid, canvas)
+  if lm.block_length and not shared:  # it sees clean blocks before a noisy one
+    h = lm.hidden_of_two(params, tokens, join(known, valid, rows)[0], seen)
+  else:
+    h, _ = lm.hidden(params, tokens, seen)
   head = lambda x: lm.head(params, x)
   if temperature != 1.0:
     head = lambda x: lm.head(params, x) / temperature

@@ -24,10 +24,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from igpo_jax.config import Config, ModelConfig
 from igpo_jax.diffusion.completions import sample_rows
-from igpo_jax.models import lora
+from igpo_jax.models import lora, make_lm
 from igpo_jax.models.attention import program_for
 from igpo_jax.models.flops import forward_flops
-from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
 from igpo_jax.rl.methods import forwards_of, objective_of, rows_per_prompt, views_kept

@@ -12,9 +12,17 @@ import numpy as np
 import optax
 from etils import epath
 
-from igpo_jax.config import Config, LoRAConfig, ModelConfig, OptimizerConfig
+from igpo_jax.cli import say
+from igpo_jax.config import (
+  RUN_CHOOSES,
+  WEIGHTS_FIX,
+  Config,
+  LoRAConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
 from igpo_jax.convert.open import Source, open_source
-from igpo_jax.convert.pretrained import check_tokenizer, read_params
+from igpo_jax.convert.pretrained import check_tokenizer, laid_out, read_params
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import describe, load_records
 from igpo_jax.data.tokenizer import (
@@ -26,9 +34,8 @@ from igpo_jax.data.tokenizer import (
 )
 from igpo_jax.errors import UserError
 from igpo_jax.models import lora
-from igpo_jax.models.llada import make_lm
 from igpo_jax.parallel.distributed import agree, from_first
-from igpo_jax.parallel.sharding import check_divides, replicated, tree_shardings
+from igpo_jax.parallel.sharding import replicated
 from igpo_jax.types import LM, Array, Params, TrainState
 
 
@@ -173,7 +180,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
         f"config: model.vocab_size={model_config.vocab_size} is less than the "
         f"{tokenizer.vocab_size} tokens of the tokenizer; 0 takes their number"
       )
-    lm, shardings = _laid_out(model_config, mesh)
+    lm, shardings = laid_out(model_config, mesh)
     params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(config.seed))
     return Model(lm, params, shardings, tokenizer)
 
@@ -181,13 +188,13 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
   check_tokenizer(tokenizer, source.config, _tokenizer_of(config))
   source = with_lora(source, config.model.lora)
   brings_adapters = source.config.lora.rank > 0
-  run = ("dtype", "param_dtype", "remat", "attention", "shard_sequence", "lora")
+  _tell_what_weights_fix(config.model, source)
   model_config = dataclasses.replace(
     source.config,
     stop_ids=tuple(dict.fromkeys((*source.config.stop_ids, *stop_ids))),
-    **{name: getattr(config.model, name) for name in run},
+    **{name: getattr(config.model, name) for name in RUN_CHOOSES},
   )
-  lm, shardings = _laid_out(model_config, mesh)
+  lm, shardings = laid_out(model_config, mesh)
   source.arrays.check()
   params = read_params(source, np.dtype(model_config.param_dtype), shardings)
   if model_config.lora.rank and not brings_adapters:
@@ -197,12 +204,16 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
   return Model(lm, params, shardings, tokenizer)
 
 
-def _laid_out(model_config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[LM, Any]:
-  """(the model, the shardings of its parameters), which divide over the mesh."""
-  lm = make_lm(model_config)
-  shardings = tree_shardings(lm.logical_axes(), mesh)
-  check_divides(jax.eval_shape(lm.init, jax.random.key(0)), shardings)
-  return lm, shardings
+def _tell_what_weights_fix(asked: ModelConfig, source: Source) -> None:
+  """Says which options of the config are not the weights', and so have no effect."""
+  unset = ModelConfig()
+  other = [
+    f"model.{name}={getattr(asked, name)!r} (they have {getattr(source.config, name)!r})"
+    for name in WEIGHTS_FIX
+    if getattr(asked, name) not in (getattr(unset, name), getattr(source.config, name))
+  ]
+  if other and jax.process_index() == 0:
+    say(f"config: the weights of init_from={source.directory} decide, not {', '.join(other)}")
 
 
 def learning_rate(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:

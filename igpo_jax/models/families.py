@@ -1,0 +1,95 @@
+"""The table of model families, and the way from a config to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from igpo_jax.config import ModelConfig, MoEConfig
+from igpo_jax.errors import UserError
+from igpo_jax.models import a2d, dream, illada, llada, llada2, llada_moe, sdar
+from igpo_jax.models.family import Family
+from igpo_jax.models.network import make_network
+from igpo_jax.types import LM
+
+FAMILIES: Mapping[str, Family] = {
+  family.name: family
+  for family in (
+    llada.FAMILY,
+    illada.FAMILY,
+    dream.FAMILY,
+    a2d.QWEN2,
+    a2d.QWEN3,
+    a2d.LLAMA,
+    llada_moe.FAMILY,
+    sdar.FAMILY,
+    llada2.FAMILY,
+  )
+}
+
+# Options that some families have and others have not.
+NOT_EVERYWHERE = ("head_dim", "rotary_share", "shift_logits", "attention_block", "moe",
+                  "expert_products", "router_loss")  # fmt: skip
+
+
+def find(name: str) -> Family:
+  """The family of a name.
+
+  Raises:
+    UserError: there is none.
+  """
+  if name not in FAMILIES:
+    raise UserError(f"config: model.family={name!r} is not one of {', '.join(FAMILIES)}")
+  return FAMILIES[name]
+
+
+def check(config: ModelConfig) -> Family:
+  """The family of a model, which has all the options that the config sets.
+
+  Raises:
+    UserError: no such family, or options that it has not: they would be ignored in silence.
+  """
+  family = find(config.family)
+  unset = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+  strange = [
+    name
+    for name in NOT_EVERYWHERE
+    if name not in family.reads and getattr(config, name) != unset[name]
+  ]
+  if strange:
+    told = ", ".join(f"model.{name}" for name in strange)
+    raise UserError(f"config: {told}: the model family {family.name!r} has no such option")
+  if "moe" in family.reads and not config.moe.experts_per_token:
+    raise UserError(
+      f"config: model.family={family.name!r} needs model.moe.experts, experts_per_token and "
+      "expert_hidden"
+    )
+  return family
+
+
+@functools.lru_cache(maxsize=32)
+def make_lm(config: ModelConfig) -> LM:
+  """The model's pure functions.
+
+  The same config gives the same object, so jitted programs that take an `LM`
+  as a static argument are shared between callers.
+
+  Raises:
+    UserError: as `check`.
+  """
+  return make_network(config, check(config).design(config))
+
+
+def model_config(name: str, fields: Mapping[str, Any], **more: Any) -> ModelConfig:
+  """A ModelConfig of a family from fields as `Family.published` and `tiny` have them.
+
+  Args:
+    name: of the family.
+    fields: by name; "moe.experts" is of the section moe.
+    **more: further fields.
+  """
+  experts = {k.removeprefix("moe."): v for k, v in fields.items() if k.startswith("moe.")}
+  rest = {k: v for k, v in fields.items() if not k.startswith("moe.")}
+  return ModelConfig(**{"family": name, "moe": MoEConfig(**experts), **rest, **more})

@@ -1,0 +1,62 @@
+"""What most families' Hugging Face directories share: the keys of Llama, Qwen and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FIELDS = {
+  "d_model": "hidden_size",
+  "n_layers": "num_hidden_layers",
+  "n_heads": "num_attention_heads",
+  "n_kv_heads": "num_key_value_heads",
+  "mlp_hidden": "intermediate_size",
+  "vocab_size": "vocab_size",
+  "rope_theta": "rope_theta",
+  "rms_norm_eps": "rms_norm_eps",
+  "tie_embeddings": "tie_word_embeddings",
+  "mask_id": "mask_token_id",
+  "eos_id": "eos_token_id",
+}
+REQUIRED: Mapping[str, tuple[Any, ...]] = {
+  "attention_bias": (False, None),
+  "hidden_act": ("silu",),
+  "mlp_bias": (False, None),
+  "rope_scaling": (None,),
+  "use_sliding_window": (False, None),
+}
+INERT = frozenset({
+  "attention_dropout", "initializer_range", "max_position_embeddings", "pad_token_id",
+  "pretraining_tp", "use_cache", "max_window_layers", "sliding_window", "use_mrope",
+})  # fmt: skip
+TOP = {
+  "wte/embedding": "model.embed_tokens.weight",
+  "ln_f/scale": "model.norm.weight",
+  "head/kernel": "lm_head.weight",
+}
+ATTENTION = {
+  "attn_norm/scale": "model.layers.{}.input_layernorm.weight",
+  "q_proj/kernel": "model.layers.{}.self_attn.q_proj.weight",
+  "k_proj/kernel": "model.layers.{}.self_attn.k_proj.weight",
+  "v_proj/kernel": "model.layers.{}.self_attn.v_proj.weight",
+  "attn_out/kernel": "model.layers.{}.self_attn.o_proj.weight",
+  "ff_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+}
+QKV_BIASES = {
+  f"{name}_proj/bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in "qkv"
+}
+QK_NORMS = {
+  f"{name}_norm/scale": f"model.layers.{{}}.self_attn.{name}_norm.weight" for name in "qk"
+}
+
+
+def mlp(where: str, prefix: str = "") -> dict[str, str]:
+  """The keys of a SwiGLU: `mlp("mlp.experts.{expert}", "experts/")`."""
+  names = {"ff_proj": "gate_proj", "up_proj": "up_proj", "ff_out": "down_proj"}
+  return {
+    f"{prefix}{ours}/kernel": f"model.layers.{{}}.{where}.{theirs}.weight"
+    for ours, theirs in names.items()
+  }
+
+
+MLP = mlp("mlp")

@@ -1,0 +1,230 @@
+"""Experts: a router sends every token to a few of many small MLPs.
+
+    h [B,t,D] -> scores of X experts -> the k best, and their weights -> sum of weight * expert(h)
+
+No token is dropped and no expert has a limit: the B t k pairs of a token and an expert are
+sorted by expert, and each expert multiplies its own rows (`jax.lax.ragged_dot`). The plain twin
+lets every expert work on every token and gives most of them the weight 0.
+
+Over a mesh every device works on its own rows. Experts lie over its fsdp axis and are gathered
+layer by layer, as other weights are; their hidden units are shared out over its tensor axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from igpo_jax.config import ModelConfig, MoEConfig
+from igpo_jax.models import family
+from igpo_jax.models.layers import dot_f32, low_rank
+from igpo_jax.parallel.sharding import constrain, num_shards, partition_spec
+from igpo_jax.types import Array, Params
+
+KERNEL_AXES = {
+  "ff_proj": ("experts", "expert_embed", "mlp"),
+  "up_proj": ("experts", "expert_embed", "mlp"),
+  "ff_out": ("experts", "mlp", "expert_embed"),
+}
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Choice(NamedTuple):
+  """A router's decision.
+
+  Attributes:
+    probabilities: f32[...,X], the scores of all experts, before any bias.
+    experts: i32[...,k], the chosen ones, the best first.
+    weights: f32[...,k], what each of them counts.
+  """
+
+  probabilities: Array
+  experts: Array
+  weights: Array
+
+
+def route(logits: Array, router: family.Router, moe: MoEConfig, bias: Array | None) -> Choice:
+  """Chooses the experts of every token, in float32.
+
+  Args:
+    logits: f32[...,X].
+    router, moe: the family's rule, and its sizes.
+    bias: f32[X], added to the scores by which experts are chosen; None: nothing is.
+
+  Example: softmax scores 0.5, 0.3, 0.2 and k = 2 give experts 0 and 1 with weights 0.5 and 0.3,
+  or 0.625 and 0.375 if they are renormalised.
+  """
+  if router.scores == "sigmoid":
+    scores = jax.nn.sigmoid(logits)
+  else:
+    scores = jax.nn.softmax(logits, axis=-1)
+  ranked = scores if bias is None else scores + bias
+  if moe.groups:
+    grouped = ranked.reshape(*ranked.shape[:-1], moe.groups, -1)
+    # A group is as good as its two best experts together.
+    worth = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    _, kept = jax.lax.top_k(worth, moe.groups_kept)
+    in_kept = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=bool), axis=-2)
+    ranked = jnp.where(in_kept[..., None], grouped, LOWEST).reshape(ranked.shape)
+  _, experts = jax.lax.top_k(ranked, moe.experts_per_token)
+  weights = jnp.take_along_axis(scores, experts, axis=-1)
+  if router.renormalise:
+    weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+  return Choice(scores, experts, weights * moe.scale)
+
+
+class RouterScores(nn.Module):
+  """h -> f32[...,X]: one linear layer whose result is not rounded."""
+
+  config: ModelConfig
+  router: family.Router
+
+  @nn.compact
+  def __call__(self, h: Array) -> tuple[Array, Array | None]:
+    c = self.config
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    # No "kernel": adapters are for the products between tokens and weights, not for choices.
+    weights = self.param(
+      "scores",
+      nn.with_logical_partitioning(init, ("embed", None)),
+      (h.shape[-1], c.moe.experts),
+      jnp.dtype(c.param_dtype),
+    )
+    bias = None
+    if self.router.bias:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+      bias = self.param("bias", zeros, (c.moe.experts,), jnp.dtype(c.param_dtype))
+      bias = bias.astype(jnp.float32)
+    dtype = jnp.dtype(c.dtype)
+    rows = h.reshape(-1, h.shape[-1]).astype(dtype)
+    logits = dot_f32(rows, constrain(weights.astype(dtype), "embed", None))
+    return logits.reshape(*h.shape[:-1], -1), bias
+
+
+class ExpertKernel(nn.Module):
+  """The kernels [X,in,out] of one linear layer of all experts, with their adapters if any."""
+
+  config: ModelConfig
+  axes: tuple[str, str, str]
+  fan_in: int
+  fan_out: int
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self) -> Params:
+    c = self.config
+    init = nn.initializers.variance_scaling(
+      self.init_scale, "fan_in", "truncated_normal", batch_axis=(0,)
+    )
+    shape = (c.moe.experts, self.fan_in, self.fan_out)
+    kernel = self.param(
+      "kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.dtype(c.param_dtype)
+    )
+    out = {"kernel": constrain(kernel.astype(jnp.dtype(c.dtype)), *self.axes)}
+    for name in ("lora_a", "lora_b"):
+      if self.has_variable("params", name):
+        out[name] = self.get_variable("params", name)
+    return out
+
+
+class Experts(nn.Module):
+  """sum over a token's experts of weight * ff_out(silu(ff_proj(h)) * up_proj(h))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, h: Array, choice: Choice) -> Array:
+    c, d = self.config, h.shape[-1]
+    sizes = {"ff_proj": (d, c.moe.expert_hidden), "up_proj": (d, c.moe.expert_hidden),
+             "ff_out": (c.moe.expert_hidden, d)}  # fmt: skip
+    kernels = {
+      name: ExpertKernel(
+        c, KERNEL_AXES[name], *size, 1.0 / (2 * c.n_layers) if name == "ff_out" else 1.0, name=name
+      )()
+      for name, size in sizes.items()
+    }
+    compute = {"ragged": ragged, "dense": dense}[c.expert_products]
+    compute = functools.partial(compute, alpha=c.lora.alpha)
+    return on_own_rows(compute, h, choice, kernels)
+
+
+def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
+  """`compute(h, experts, weights, kernels)` on every device of the mesh in context, of its rows
+  and its share of the hidden units; what the devices of a row have is added up."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return compute(h, choice.experts, choice.weights, kernels).astype(h.dtype)
+  rows = partition_spec(("act_batch",))[0]
+  if h.shape[0] % num_shards("act_batch", mesh=mesh):
+    rows = None  # too few rows to share: whole on every device
+  hidden = partition_spec(("mlp",))[0]
+  of_row, spec = PartitionSpec(rows, None, None), {}
+  for name, tree in kernels.items():
+    inner, outer = (hidden, None) if name == "ff_out" else (None, hidden)
+    place = {"kernel": (inner, outer), "lora_a": (inner, None), "lora_b": (None, outer)}
+    spec[name] = {leaf: PartitionSpec(None, *place[leaf]) for leaf in tree}
+  # One more axis, over which the parts lie: their sum is the compiler's.
+  part = lambda *args: compute(*args)[None]
+  parts = jax.shard_map(
+    part,
+    in_specs=(of_row, of_row, of_row, spec),
+    out_specs=PartitionSpec(hidden, rows, None, None),
+    check_vma=False,
+  )(h, choice.experts, choice.weights, kernels)
+  return jnp.sum(parts, axis=0).astype(h.dtype)
+
+
+def ragged(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
+  """f32[B,t,D]; every expert multiplies the rows that were sent to it."""
+  b, t, d = h.shape
+  count, k = kernels["ff_proj"]["kernel"].shape[0], experts.shape[-1]
+  flat = experts.reshape(-1)  # i32[B*t*k]
+  order = jnp.argsort(flat, stable=True)
+  sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
+  rows = h.reshape(-1, d)[order // k]
+
+  def linear(x, name):
+    return grouped_linear(x, kernels[name], sizes, alpha)
+
+  out = linear(jax.nn.silu(linear(rows, "ff_proj")) * linear(rows, "up_proj"), "ff_out")
+  back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(b, t, k, d)
+  return jnp.einsum("btkd,btk->btd", back, weights, preferred_element_type=jnp.float32)
+
+
+def grouped_linear(x: Array, tree: Params, sizes: Array, alpha: float) -> Array:
+  """Rows x [R,in], sorted by expert, times each one's kernel: [R,out] in the dtype of x."""
+  f32 = {"preferred_element_type": jnp.float32}
+  y = jax.lax.ragged_dot(x, tree["kernel"], sizes, **f32)
+  if "lora_a" in tree:
+    a, b = tree["lora_a"].astype(x.dtype), tree["lora_b"].astype(x.dtype)
+    inner = jax.lax.ragged_dot(x, a, sizes, **f32) * (alpha / a.shape[-1])
+    y = y + jax.lax.ragged_dot(inner.astype(x.dtype), b, sizes, **f32)
+  return y.astype(x.dtype)
+
+
+def dense(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
+  """The twin of `ragged`: f32[B,t,D], every expert works on every token."""
+  count = kernels["ff_proj"]["kernel"].shape[0]
+  given = jnp.sum(jax.nn.one_hot(experts, count) * weights[..., None], axis=-2)  # [B,t,X]
+
+  def one(total, expert):
+    tree, weight = expert
+    linear = lambda x, name: _linear(x, tree[name], alpha)
+    y = linear(jax.nn.silu(linear(h, "ff_proj")) * linear(h, "up_proj"), "ff_out")
+    return total + weight[..., None] * y.astype(jnp.float32), None
+
+  zero = jnp.zeros(h.shape, jnp.float32)
+  return jax.lax.scan(one, zero, (kernels, jnp.moveaxis(given, -1, 0)))[0]
+
+
+def _linear(x: Array, tree: Params, alpha: float) -> Array:
+  """x [B,t,in] times the kernel of one expert, in the dtype of x."""
+  y = dot_f32(x, tree["kernel"])
+  if "lora_a" in tree:
+    y = y + low_rank(x, tree["lora_a"], tree["lora_b"], alpha)
+  return y.astype(x.dtype)
