@@ -16,7 +16,7 @@ import scipy.stats
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion import network, sampler
 from igpo_jax.diffusion.sampler import denoise
-from igpo_jax.diffusion.schedule import commits_at, forwards_needed
+from igpo_jax.diffusion.schedule import commit_table, commits_at, forwards_needed
 from igpo_jax.errors import UserError
 from igpo_jax.types import Canvas
 from tests.denoise_twin import twin_row
@@ -126,6 +126,15 @@ TWINS = {
   "suppress_eos": options(suppress_eos=True, steps=12),
   "allow_mask": options(allow_mask=True),
   "allow_mask_temperature": options(allow_mask=True, temperature=1.0, steps=12),
+  "in_order": options(
+    remasking="sequential", schedule="full_block", steps=9, early_stop="stop_token"
+  ),
+  "margin": options(
+    remasking="topk_margin", schedule="linear", steps=12, temperature=0.9, top_p=0.7
+  ),
+  "entropy": options(remasking="entropy", schedule="rounded", steps=9, alg_temp=0.5),
+  "maskgit_plus": options(remasking="maskgit_plus", temperature=1.1, alg_temp=0.3, top_p=0.8),
+  "origin": options(remasking="origin", steps=12, temperature=0.7),
   "all": options(
     threshold=0.7, cfg_scale=0.5, temperature=0.7, early_stop="row", suppress_eos=True, steps=12
   ),
@@ -213,6 +222,31 @@ def test_fixed_tokens_never_change_and_masks_are_committed_once(seed, name):
         first = block * cfg.steps_per_block
         counts = [(out.commit_step[row, inside] == first + i).sum() for i in range(2)]
         assert counts == [had // 2 + (had % 2 > 0), had // 2]
+
+
+@examples(max_examples=60)
+@hypothesis.given(
+  st.sampled_from(["linear", "rounded", "full_block"]), st.integers(1, 40), st.integers(1, 40)
+)
+def test_a_tabulated_schedule_commits_every_mask_in_steps_that_each_commit_some(name, most, steps):
+  table = commit_table(name, most, steps)
+  np.testing.assert_array_equal(table.sum(axis=1), np.arange(most + 1))
+  done = np.cumsum(table == 0, axis=1) > 0
+  assert (table[done] == 0).all()
+  masked = np.array([0, most])
+  assert forwards_needed(masked, steps, name, most) == (table[most] > 0).sum()
+  assert (commits_at(masked, steps, 0, name, most) == table[masked, 0]).all()
+
+
+def test_dreams_schedule_by_hand():
+  """Its time ends at 0.001: the first of 24 steps would commit 0.999 of a token, so none."""
+  assert commit_table("linear", 24, 24)[24].tolist() == [1] * 22 + [2, 0]
+  # 12 masks in 5 steps: 12 x 0.1998 = 2.4, 10 x 0.2497 = 2.5, 8 x 0.333 = 2.7, 6 x 0.499 = 2.99
+  assert commit_table("linear", 12, 5)[12].tolist() == [2, 2, 2, 2, 4]
+  # dllm rounds, halves to the even number: 5 x 1/4 = 1.25, 4 x 1/3 = 1.33, 3 x 1/2 = 1.5, 1
+  assert commit_table("rounded", 5, 4)[5].tolist() == [1, 1, 2, 1]
+  # SDAR: 4 positions in 3 steps are 2, 1, 1, of which 3 masks need the first two.
+  assert commit_table("full_block", 4, 3)[3].tolist() == [2, 1, 0]
 
 
 def test_a_fixed_mask_token_stays():

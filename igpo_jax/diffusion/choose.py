@@ -21,6 +21,10 @@ def choose(
   keys: Array,
   places: Array,
   gumbel: Array | None = None,
+  chance: Array | None = None,
+  uniform: Array | None = None,
+  editable: Array | None = None,
+  old: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """Decides a step for w positions of each row (docs/method.md#sampling).
 
@@ -35,26 +39,46 @@ def choose(
     keys: key[B] of this step.
     places: i32[B,w], names of the positions, ascending: what their noise is drawn for.
     gumbel: f32[B,w,V] standard noise in place of what `keys` would give; for tests.
+    chance: f32[], with which "origin" fills each candidate.
+    uniform: f32[B,w], the same for what "origin" draws.
+    editable: bool[B,w], what may be replaced though it is filled.
+    old: i32[B,w], what it is filled with.
 
   Returns:
     (commit bool[B,w], chosen tokens i32[B,w], finite bool[B,w]: the logits give
     probabilities, which NaN and infinity do not).
   """
-  scores = logits
+  kept = logits
+  if cfg.top_p < 1:
+    if not cfg.allow_mask:
+      kept = logits.at[..., lm.mask_id].set(-jnp.inf)
+    kept = keep_likeliest(kept, cfg.top_p, cfg.temperature)
+  scores = kept
   if cfg.temperature > 0:
     if gumbel is None:
       draw = lambda k: jax.random.gumbel(k, logits.shape[2:], jnp.float32, mode="high")
       gumbel = at_places(draw, keys, places, 0)
-    scores = logits + cfg.temperature * gumbel
+    scores = kept + cfg.temperature * gumbel
   chosen = argmax_last(scores, None if cfg.allow_mask else lm.mask_id)
 
   # The probability of the choice under the plain softmax: no noise, nothing suppressed.
   picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   log_confidence = picked - jax.nn.logsumexp(logits, axis=-1)
-  if cfg.remasking == "random":
+  if cfg.remasking == "origin":
+    if uniform is None:
+      uniform = at_places(jax.random.uniform, keys, places, 1)
+    return candidates & (uniform < chance), chosen, jnp.isfinite(log_confidence)
+  if cfg.remasking == "low_confidence":
+    rank_by = log_confidence if not cfg.alg_temp else jnp.exp(log_confidence)
+  elif cfg.remasking == "random":
     rank_by = at_places(jax.random.uniform, keys, places, 1)
+  elif cfg.remasking == "sequential":
+    rank_by = jnp.broadcast_to(-places.astype(jnp.float32), candidates.shape)
   else:
-    rank_by = log_confidence
+    rank_by = sureness(cfg.remasking, kept / (cfg.temperature or 1.0), chosen)
+  if cfg.alg_temp:  # the best of noisy values: a draw without replacement
+    draw = lambda k: jax.random.gumbel(k, (), jnp.float32, mode="high")
+    rank_by = rank_by / cfg.alg_temp + at_places(draw, keys, places, 2)
   if cfg.suppress_eos:
     stops = jnp.isin(chosen, jnp.asarray(lm.stop_ids))
     rank_by = jnp.where(stops, rank_by - 1e4, rank_by)  # last, but still in order
@@ -66,7 +90,41 @@ def choose(
   if cfg.factor is not None:
     sure = factor_count(log_confidence, candidates, cfg.factor)
     commit |= topk_mask(log_confidence, candidates, sure)
+  if editable is not None:
+    commit |= editable & (chosen != old) & (jnp.exp(log_confidence) > cfg.edit_threshold)
   return commit, chosen, jnp.isfinite(log_confidence)
+
+
+def keep_likeliest(logits: Array, share: float, temperature: float) -> Array:
+  """`logits` f32[...,V], -inf but for the likeliest tokens that have `share` of the probability.
+
+  The token that completes the share stays, so one always does. Under softmax(logits /
+  temperature), of temperature 0 as of 1.
+
+  Example: probabilities 0.5, 0.3, 0.2 and share 0.6 keep the first two.
+  """
+  p = jax.nn.softmax(logits / (temperature or 1.0), axis=-1)
+  falling = -jnp.sort(-p, axis=-1)
+  before = jnp.cumsum(falling, axis=-1) - falling
+  last = jnp.sum(before < share, axis=-1, keepdims=True) - 1
+  return jnp.where(p >= jnp.take_along_axis(falling, last, axis=-1), logits, -jnp.inf)
+
+
+def sureness(rule: str, logits: Array, chosen: Array) -> Array:
+  """How sure each position is, f32[...], under softmax(logits) f32[...,V]; higher is surer.
+
+  Args:
+    rule: "maskgit_plus": the probability of the chosen token; "topk_margin": that of the
+      likeliest less that of the second; "entropy": the negative entropy, with 1e-10 added
+      before the logarithm, as Dream's code has it.
+  """
+  p = jax.nn.softmax(logits, axis=-1)
+  if rule == "maskgit_plus":
+    return jnp.take_along_axis(p, chosen[..., None], axis=-1)[..., 0]
+  if rule == "topk_margin":
+    first, second = jnp.split(jax.lax.top_k(p, 2)[0], 2, axis=-1)
+    return (first - second)[..., 0]
+  return jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
 
 
 def at_places(draw, keys: Array, places: Array, stream: int) -> Array:

@@ -11,6 +11,10 @@
     prefix     cached   cached    fresh     fresh
     dual       cached   cached    fresh     cached
 
+A window of a network that predicts one position ahead begins one position earlier
+(`LM.left_context`). Of a block-causal model "dual" is exact: what is cached of earlier blocks
+is what it would be, and nothing sees the later ones.
+
 (Fast-dLLM, arXiv 2505.22618.) Hints in later blocks are tokens like any other: their
 keys and values are in the cache. Positions that are not `valid` are never seen.
 """
@@ -31,7 +35,23 @@ HEAD_PROGRAMS = 4  # widths that the head and the choice are compiled for, and
 FEW_LOGITS = 2**17  # how many logits a call has at least for that to pay
 
 
-def cached_widths(cfg: SamplerConfig) -> tuple[int, ...]:
+def span(cfg: SamplerConfig, lm: LM | None = None) -> int:
+  """How many columns of the canvas the active block lies in, over all rows.
+
+  A block-causal model counts blocks from each row's own first position, so that those of
+  different rows begin in different columns.
+  """
+  if lm is None or not lm.block_length:
+    return cfg.block_length
+  return min(2 * cfg.block_length - 1, cfg.gen_length)
+
+
+def num_blocks(cfg: SamplerConfig, lm: LM | None = None) -> int:
+  """How many blocks a row may have in the canvas: one more where they need not begin with it."""
+  return cfg.num_blocks + (lm is not None and lm.block_length > 1)
+
+
+def cached_widths(cfg: SamplerConfig, lm: LM | None = None) -> tuple[int, ...]:
   """How many positions, from the active block on, a call with a cache sees in each block.
 
   A program is compiled for each different one, so with "prefix" they are few: with more
@@ -40,16 +60,18 @@ def cached_widths(cfg: SamplerConfig) -> tuple[int, ...]:
   Example: "prefix", of 8 blocks: 8, 8, 6, 6, 4, 4, 2, 2 blocks.
   """
   if cfg.cache != "prefix":
-    return (cfg.block_length,) * cfg.num_blocks
+    return (span(cfg, lm),) * num_blocks(cfg, lm)
   unit = -(-cfg.num_blocks // PREFIX_PROGRAMS)
   left = np.arange(cfg.num_blocks, 0, -1)
   return tuple(int(n) * cfg.block_length for n in -(-left // unit) * unit)
 
 
-def overhang(cfg: SamplerConfig) -> int:
+def overhang(cfg: SamplerConfig, lm: LM | None = None) -> int:
   """Positions past the end of the canvas that the widest call of some block reaches."""
+  if lm is not None and lm.block_length:
+    return 0  # `region` stays inside
   ends = [block * cfg.block_length + w for block, w in enumerate(cached_widths(cfg))]
-  return max(ends) - cfg.gen_length
+  return max(ends) - cfg.gen_length + (0 if lm is None else lm.left_context)
 
 
 def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: int) -> Any:
@@ -57,12 +79,18 @@ def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: in
   if cfg.cache == "none":
     return None
   rows = 2 * rows if cfg.cfg_scale else rows
-  return lm.init_cache(params, rows, length + overhang(cfg))
+  return lm.init_cache(params, rows, length + overhang(cfg, lm))
 
 
-def region(cfg: SamplerConfig, length: int, block: Array) -> tuple[Array | int, int]:
+def region(
+  cfg: SamplerConfig, length: int, block: Array, lm: LM | None = None
+) -> tuple[Array | int, int]:
   """(start, width) of the positions whose logits a step needs."""
   first = length - cfg.gen_length
+  if lm is not None and lm.block_length:
+    width = span(cfg, lm)
+    start = first + (block + 1) * cfg.block_length - width
+    return jnp.clip(start, first, length - width), width
   if cfg.allow_mask and cfg.cache == "none":
     # The model may have left masks in earlier blocks; they compete again.
     return first, cfg.gen_length
@@ -95,20 +123,23 @@ def block_hidden(
     (h [C,B,width,D] of `region`, cache); C is 2 with guidance, the unconditional input
     last, else 1.
   """
-  start, width = region(cfg, tokens.shape[1], block)
+  start, width = region(cfg, tokens.shape[1], block, lm)
   inputs = 1
   if cfg.cfg_scale:
     # The unconditional input hides all that was given: prompt and hints.
     tokens = jnp.concatenate([tokens, jnp.where(fixed, lm.mask_id, tokens)])
     valid, inputs = jnp.concatenate([valid, valid]), 2
   if cfg.cache != "none":
-    past_end = ((0, 0), (0, overhang(cfg)))
+    past_end = ((0, 0), (0, overhang(cfg, lm)))
     valid = jnp.pad(valid, past_end)
   if seen is None:
     h, cache = lm.hidden(params, tokens, valid, cache=cache, read=(start, width))
   else:
-    window = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, past_end), start, seen, axis=1)
-    h, cache = lm.hidden(params, window, valid, start=start, cache=cache, read=(0, width))
+    begin = jnp.maximum(start - lm.left_context, 0) if lm.left_context else start
+    seen += lm.left_context
+    window = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, past_end), begin, seen, axis=1)
+    read = (start - begin if lm.left_context else 0, width)
+    h, cache = lm.hidden(params, window, valid, start=begin, cache=cache, read=read)
   return h.reshape(inputs, -1, *h.shape[1:]), cache
 
 

@@ -31,10 +31,11 @@ from igpo_jax.diffusion.network import (
   head_logits,
   head_widths,
   init_cache,
+  num_blocks,
   overhang,
   region,
 )
-from igpo_jax.diffusion.schedule import commits_at, forwards_needed
+from igpo_jax.diffusion.schedule import commits_at, forwards_needed, unmasking_chances
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.token_ids import check_ids
@@ -45,7 +46,7 @@ NOT_A_NUMBER = (
   "damaged, or too large for the dtype of the computation"
 )
 
-NoiseFn = Callable[[int, tuple[int, int, int]], Array]
+NoiseFn = Callable[[int, tuple[int, ...]], Array]
 
 
 def denoise(
@@ -67,16 +68,19 @@ def denoise(
       own where results must not depend on a row's place in the batch.
     cfg: see `SamplerConfig`.
     noise: for tests. `noise(call, (B, T, V))` gives the standard Gumbel noise of the
-      call-th forward, in place of what `key` would give.
+      call-th forward, in place of what `key` would give; with `cfg.remasking="origin"`
+      `noise(call, (B, T))` gives the uniform draws by which positions are filled.
 
   Returns:
     The filled canvas, the step at which each position was committed (-1 where
     fixed), the number of calls of the network, and whether its logits were numbers.
 
   Raises:
-    UserError: shapes that do not fit, a canvas shorter than the completion, or token ids that
-      the model has no embedding for (not looked at inside `jax.jit`).
+    UserError: shapes that do not fit, a canvas shorter than the completion, token ids that
+      the model has no embedding for (not looked at inside `jax.jit`), or options that a
+      block-causal model has no place for.
   """
+  check_sampler(lm, cfg)
   b, t = canvas.tokens.shape
   if canvas.fixed.shape != (b, t) or canvas.valid.shape != (b, t):
     raise UserError(
@@ -93,9 +97,27 @@ def denoise(
   noise_table = None
   if noise is not None:
     # Tabulated up front, so that `noise` may be any function of Python integers.
-    calls = [jnp.asarray(noise(c, (b, t, lm.vocab_size)), jnp.float32) for c in range(cfg.steps)]
+    shape = (b, t) if cfg.remasking == "origin" else (b, t, lm.vocab_size)
+    most = num_blocks(cfg, lm) * cfg.steps_per_block
+    calls = [jnp.asarray(noise(c, shape), jnp.float32) for c in range(most)]
     noise_table = jnp.stack(calls)
   return _denoise(lm, params, canvas, keys, cfg, noise_table)
+
+
+def check_sampler(lm: LM, cfg: SamplerConfig) -> None:
+  """Raises `UserError` where a model cannot be sampled from like this."""
+  if not lm.block_length:
+    return
+  if cfg.block_length != lm.block_length:
+    raise UserError(
+      f"sampler.block_length={cfg.block_length}: this model is block-causal and has blocks of "
+      f"{lm.block_length} positions; set it to that"
+    )
+  if cfg.cache == "prefix" or cfg.allow_mask:
+    raise UserError(
+      "sampler.cache='prefix' and sampler.allow_mask are for models whose positions see all "
+      "others; this one is block-causal: sampler.cache='dual' is exact for it"
+    )
 
 
 def _row_keys(key: Array, rows: int) -> Array:
@@ -120,6 +142,8 @@ class _Rows:
   finite: Array  # bool[B], all logits so far were numbers
   keys: Array  # key[B]
   number: Array  # i32[B], the row's place in the canvas
+  passes: Array | None = None  # i32[B], calls since the active block was full, where it is edited
+  settled: Array | None = None  # bool[B], the last of them changed nothing
 
 
 class _Count(NamedTuple):
@@ -147,7 +171,7 @@ def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   b, t = canvas.tokens.shape
-  params = lm.unstack(params, t + overhang(cfg))
+  params = lm.unstack(params, t + overhang(cfg, lm))
   rows = _Rows(
     tokens=constrain(canvas.tokens, "act_batch", "act_length"),
     commit_step=jnp.full((b, t), -1, jnp.int32),
@@ -159,12 +183,12 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   )
   zero = jnp.int32(0)
   count = _Count(zero, zero, jnp.bool_(False))
-  sizes, widths = batch_sizes(b, cfg), cached_widths(cfg)
+  sizes, widths = batch_sizes(b, cfg), cached_widths(cfg, lm)
   programs = list(itertools.product(sizes, sorted(set(widths))))
 
   def blocks_left(state):
     block, rows, count = state
-    return (block < cfg.num_blocks) & ~count.stopped & jnp.any(_masks(lm, cfg, rows))
+    return (block < num_blocks(cfg, lm)) & ~count.stopped & jnp.any(_masks(lm, cfg, rows))
 
   def run_block(state):
     block, rows, count = state
@@ -201,7 +225,21 @@ def _masks(lm, cfg, rows: _Rows) -> Array:
   return (rows.tokens == lm.mask_id) & ~rows.fixed & (jnp.arange(t) >= t - cfg.gen_length)
 
 
-def _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel):
+def _in_block(lm, cfg, rows: _Rows, block: Array) -> tuple[Array, Array]:
+  """(bool[B or 1,T] of the block's positions, the same of those up to its end)."""
+  t = rows.tokens.shape[1]
+  position = jnp.arange(t)
+  first = t - cfg.gen_length
+  if lm.block_length:
+    number = (jnp.cumsum(rows.valid, axis=1, dtype=jnp.int32) - 1) // lm.block_length
+    number = number - number[:, first, None]
+    return (number == block) & (position >= first), number <= block
+  begin = first + block * cfg.block_length
+  end = position < begin + cfg.block_length
+  return (position >= begin) & end, end
+
+
+def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits=None):
   """Head and choice where it matters: (commit bool[B,width], chosen i32[B,width], finite bool[B]).
 
   What is committed needs no logits, on average half of a block. Each row's candidates
@@ -213,25 +251,33 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel):
     candidates: bool[B,width].
     share, keys: see `choose`.
     first: the place of the first position in the completion.
-    gumbel: f32[B,width,V] or None.
+    noise: f32[B,width,V] or, for "origin", f32[B,width]; or None.
+    chance: see `choose`.
+    edits: (editable bool[B,width], old i32[B,width]) of `choose`; None where nothing is edited.
   """
   b, width = candidates.shape
   order = jnp.argsort(~candidates, axis=1, stable=True)  # i32[B,width]
-  sizes = head_widths(b, width, lm.vocab_size)
+  sizes = [width] if edits else head_widths(b, width, lm.vocab_size)
 
   def with_width(size, h):
     at = order[:, :size]
     take = lambda x: jnp.take_along_axis(x, at, axis=1)
     some = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
-    noise = gumbel
+    given = noise
     if size < width:
       h = jax.vmap(some)(h)
-      noise = None if gumbel is None else some(gumbel)
+      given = None if noise is None else some(noise) if noise.ndim == 3 else take(noise)
     else:
       at, take = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
     logits = head_logits(lm, params, cfg, h)
     asked = take(candidates)
-    commit, chosen, finite = choose(lm, cfg, logits, asked, share, keys, first + at, noise)
+    if edits:
+      asked = asked | edits[0]
+    drawn = {"uniform" if cfg.remasking == "origin" else "gumbel": given}
+    commit, chosen, finite = choose(
+      lm, cfg, logits, take(candidates), share, keys, first + at, chance=chance,
+      **drawn, **dict(zip(("editable", "old"), edits or (), strict=False)),
+    )  # fmt: skip
     finite = jnp.all(finite | ~asked, axis=1)
     if size == width:
       return commit, chosen, finite
@@ -250,17 +296,27 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
   """All steps of one block, in which calls with a cache see `seen` positions: (rows, count)."""
   b, t = rows.tokens.shape
   per_block = cfg.steps_per_block
-  position = jnp.arange(t)
-  begin = t - cfg.gen_length + block * cfg.block_length
-  here = (position >= begin) & (position < begin + cfg.block_length)
+  editing = cfg.edit_threshold is not None
+  stride = per_block + cfg.edit_passes * editing  # numbers of steps from block to block
+  shares = (cfg.schedule, cfg.block_length)
+  here, until_end = _in_block(lm, cfg, rows, block)
   masks_of = functools.partial(_masks, lm, cfg)
   had = jnp.sum(masks_of(rows) & here, axis=1)  # i32[B]
-  needed = forwards_needed(had, per_block)
+  # By chance alone, every step may be needed.
+  needed = per_block if cfg.remasking == "origin" else forwards_needed(had, per_block, *shares)
+
+  if editing:
+    rows = rows.replace(passes=jnp.zeros(b, jnp.int32), settled=had == 0)
+    needed += cfg.edit_passes
+
+  def active(rows):
+    left = jnp.any(masks_of(rows) & here, axis=1)
+    return left | (~rows.settled & (rows.passes < cfg.edit_passes)) if editing else left
 
   def unfinished(state):
     i, rows, *_ = state
     # A threshold may finish a block before its share of steps is used up.
-    return (i < needed) & jnp.any(masks_of(rows) & here)
+    return (i < needed) & jnp.any(active(rows))
 
   def fill(rows, which, now) -> _Rows:
     rest = masks_of(rows) & which[:, None]
@@ -271,20 +327,32 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
 
   def step(state, seen=None):
     i, rows, count, cache = state
-    now = block * per_block + i
+    now = block * stride + i
     h, cache = block_hidden(
       lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, seen
     )
-    start, width = region(cfg, t, block)
+    start, width = region(cfg, t, block, lm)
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-    gumbel = None if noise_table is None else part(noise_table[count.forwards, rows.number])
+    noise = None if noise_table is None else part(noise_table[count.forwards, rows.number])
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, now)
-    candidates = part(masks_of(rows) & (position < begin + cfg.block_length))
-    share = commits_at(had, per_block, i)
+    candidates = part(masks_of(rows) & until_end)
+    share = commits_at(had, per_block, jnp.minimum(i, per_block - 1) if editing else i, *shares)
+    chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
     first = start - (t - cfg.gen_length)  # noise is named by places in the completion
-    commit, chosen, finite = _decide(lm, params, cfg, h, candidates, share, keys, first, gumbel)
+    old, edits = part(rows.tokens), None
+    if editing:
+      works, full = active(rows), ~jnp.any(masks_of(rows) & here, axis=1)
+      filled = here & ~rows.fixed & (rows.tokens != lm.mask_id)
+      edits = part(filled & works[:, None]), old
+    commit, chosen, finite = _decide(
+      lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits
+    )
+    if editing:
+      changed = jnp.any(commit, axis=1)
+      rows = rows.replace(
+        passes=rows.passes + (full & works), settled=rows.settled | (full & works & ~changed)
+      )
 
-    old = part(rows.tokens)
     new = jnp.where(commit, chosen, old)
     filled = commit & (new != lm.mask_id)  # allow_mask may commit a mask: still to do
     put = lambda x, new: constrain(
@@ -298,6 +366,11 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     count = count._replace(forwards=count.forwards + 1, refreshes=count.refreshes + (seen is None))
     if cfg.early_stop == "row":
       ends = (had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here, axis=1)
+      ends = ends & ~active(rows) if editing else ends
+      rows = fill(rows, ends, now)
+    elif cfg.early_stop == "stop_token":
+      stops = jnp.any(jnp.isin(rows.tokens, jnp.asarray(lm.stop_ids)) & here, axis=1)
+      ends = (had > 0) & stops & ~active(rows)
       rows = fill(rows, ends, now)
     return i + 1, rows, count, cache
 
@@ -316,6 +389,6 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
   steps, rows, count = jax.lax.while_loop(unfinished, once, (jnp.int32(0), rows, count))
   if cfg.early_stop == "batch":
     ends = jnp.any(had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here)
-    rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * per_block + steps - 1)
+    rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * stride + steps - 1)
     count = count._replace(stopped=ends)
   return rows, count
