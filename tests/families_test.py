@@ -1,0 +1,413 @@
+"""What every model family keeps, over the table of them: the next one is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from igpo_jax.config import (
+  LoRAConfig,
+  ModelConfig,
+  MoEConfig,
+  SamplerConfig,
+  default_config,
+  freeze,
+)
+from igpo_jax.convert.entries import entries
+from igpo_jax.convert.families import hf_config, read_config
+from igpo_jax.convert.pretrained import load_pretrained
+from igpo_jax.diffusion.sampler import denoise
+from igpo_jax.errors import UserError
+from igpo_jax.models import FAMILIES, families, lora, make_lm, moe, network
+from igpo_jax.models.family import Router
+from igpo_jax.parallel.mesh import make_mesh
+from igpo_jax.train.ahead_of_time import programs
+from igpo_jax.types import Canvas, Routing
+from tests import golden_families
+from tests.convert_helpers import assert_same_bits, convert, load
+from tests.paths import REPO, shared_path
+
+VOCAB, EOS, MASK = 24, 0, 1
+ROWS, PROMPT, LENGTH, BLOCK = 4, 6, 8, 4
+ROUTED = [name for name, family in FAMILIES.items() if "moe" in family.reads]
+BLOCK_CAUSAL = [
+  name
+  for name, family in FAMILIES.items()
+  if family.design(families.model_config(name, family.tiny)).block_length
+]
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@functools.lru_cache
+def tiny(name: str, **more):
+  """(config, lm, params) of a family's tiny model, whose choices are far from even."""
+  ids = {"vocab_size": VOCAB, "mask_id": MASK, "eos_id": EOS}
+  config = families.model_config(name, FAMILIES[name].tiny, **ids, **more)
+  lm = make_lm(config)
+  params = jax.jit(lm.init)(jax.random.key(0))
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if path[-1].key in ("scale", "embedding") else vary(path, x), params
+  )
+  return config, lm, params
+
+
+def vary(path, x):
+  """Larger weights, and biases that are not zero."""
+  seed = sum(ord(c) for key in path for c in key.key)
+  noise = 0.3 * jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
+  return noise if path[-1].key == "bias" else 2 * x
+
+
+def rows_with_hints(seed=0, length=LENGTH, left=0):
+  """A canvas with prompts of different lengths and hints in all places of the answer."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(2, VOCAB, (ROWS, PROMPT + length))
+  valid = np.arange(PROMPT + length) >= np.array([[0], [1], [2], [4]])
+  hinted = rng.random((ROWS, length)) < np.array([[0], [0.3], [0.3], [0.7]])
+  tokens[:, PROMPT:] = np.where(hinted, tokens[:, PROMPT:], MASK)
+  fixed = np.concatenate([np.ones((ROWS, PROMPT), bool), hinted], axis=1)
+  pad = lambda x, value: np.pad(x, ((0, 0), (left, 0)), constant_values=value)
+  return Canvas(pad(tokens, 7).astype(np.int32), pad(fixed, True), pad(valid, False))
+
+
+def run(name, canvas, keys=None, **options):
+  _, lm, params = tiny(name)
+  keys = jax.random.split(jax.random.key(5), ROWS) if keys is None else keys
+  cfg = SamplerConfig(
+    **{"gen_length": LENGTH, "block_length": BLOCK, "steps": 4, "early_stop": "none"} | options
+  )
+  out = denoise(lm, params, jax.tree.map(jnp.asarray, canvas), keys, cfg)
+  return jax.tree.map(np.asarray, out)
+
+
+# --- the sampler ----------------------------------------------------------------------
+
+
+@every_family
+def test_hints_stay_and_rows_are_their_own(name):
+  canvas = rows_with_hints()
+  keys = jax.random.split(jax.random.key(5), ROWS)
+  out = run(name, canvas, keys, temperature=0.7)
+  np.testing.assert_array_equal(out.tokens[canvas.fixed], canvas.tokens[canvas.fixed])
+  assert (out.tokens[~canvas.fixed] != MASK).all() and out.finite.all()
+  np.testing.assert_array_equal(out.commit_step >= 0, ~canvas.fixed)
+
+  order = np.array([2, 0, 3, 2])  # one row twice, one row gone
+  moved = run(name, jax.tree.map(lambda x: x[order], canvas), keys[order], temperature=0.7)
+  np.testing.assert_array_equal(moved.tokens, out.tokens[order])
+  np.testing.assert_array_equal(moved.commit_step, out.commit_step[order])
+
+  padded = run(name, rows_with_hints(left=3), keys, temperature=0.7)
+  np.testing.assert_array_equal(padded.tokens[:, 3 + PROMPT :], out.tokens[:, PROMPT:])
+  np.testing.assert_array_equal(padded.commit_step[:, 3:], out.commit_step)
+
+
+@every_family
+def test_a_window_reads_what_the_whole_canvas_gives(name):
+  """With a cache of this very text; a window begins `left_context` earlier than what is read."""
+  _, lm, params = tiny(name)
+  canvas = jax.tree.map(jnp.asarray, rows_with_hints(1))
+  everything, _ = lm.hidden(params, canvas.tokens, canvas.valid)
+  whole = jax.jit(lambda first: lm.hidden(params, canvas.tokens, canvas.valid, read=(first, 4),
+                  cache=lm.init_cache(params, *canvas.tokens.shape)))  # fmt: skip
+  width = 6 + lm.left_context
+
+  @jax.jit
+  def window(first, cache):
+    begin = jnp.maximum(first - lm.left_context, 0)
+    tokens = jax.lax.dynamic_slice_in_dim(canvas.tokens, begin, width, axis=1)
+    read = (first - begin, 4)
+    return lm.hidden(params, tokens, canvas.valid, start=begin, cache=cache, read=read)[0]
+
+  seen = np.asarray(canvas.valid)
+  for first in (0, 3, 7):
+    h, cache = whole(first)
+    expected = np.asarray(everything[:, first : first + 4])
+    here = seen[:, first : first + 4]
+    if lm.shift:  # the first position that is not padding is predicted by padding
+      here &= np.pad(seen, ((0, 0), (1, 0)), mode="edge")[:, first : first + 4]
+    np.testing.assert_allclose(np.asarray(h)[here], expected[here], atol=5e-5)
+    again = window(first, cache)
+    np.testing.assert_allclose(np.asarray(again)[here], expected[here], atol=5e-5)
+
+
+@every_family
+def test_a_renewed_cache_is_exact(name):
+  """Renewed at every step, or of a block-causal model at all times."""
+  canvas = rows_with_hints(2)
+  _, lm, _ = tiny(name)
+  exact = run(name, canvas)
+  often = {} if lm.block_length else {"refresh_every": 1}
+  cached = run(name, canvas, cache="dual", **often)
+  np.testing.assert_array_equal(cached.tokens, exact.tokens)
+  np.testing.assert_array_equal(cached.commit_step, exact.commit_step)
+  assert (cached.refreshes < cached.forwards) == bool(lm.block_length)
+
+
+def test_a_block_causal_model_says_what_it_has_no_place_for():
+  for options, message in (
+    ({"block_length": 8}, "has blocks of 4 positions"), ({"cache": "prefix"}, "block-causal"),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match=message):
+      run("sdar", rows_with_hints(), **options)
+
+
+# --- what the network is ----------------------------------------------------------------
+
+
+@every_family
+def test_a_shifted_model_reads_each_token_one_position_earlier(name):
+  config, lm, params = tiny(name)
+  design = families.check(config).design(config)
+  assert lm.shift == lm.left_context == design.shift
+  tokens = jnp.asarray(rows_with_hints(3).tokens)
+  logits = lm.logits(params, tokens)
+  own = network.make_network(config, dataclasses.replace(design, shift=0)).logits(params, tokens)
+  np.testing.assert_array_equal(logits[:, design.shift :], own[:, : own.shape[1] - design.shift])
+  np.testing.assert_array_equal(logits[:, 0], own[:, 0])
+
+
+@every_family
+def test_a_position_sees_what_the_model_says_it_sees(name):
+  _, lm, params = tiny(name)
+  tokens = jnp.asarray(rows_with_hints(4).tokens[:1])
+  other = tokens.at[0, 9].set(tokens[0, 9] % 20 + 2)
+  changed = jnp.abs(lm.logits(params, tokens) - lm.logits(params, other)).max(axis=-1)[0] > 1e-6
+  first = 8 if lm.block_length else 0  # position 9 lies in the block from 8 on
+  assert changed.tolist() == [k >= first for k in range(tokens.shape[1])]
+
+
+@pytest.mark.parametrize("name", BLOCK_CAUSAL)
+def test_two_copies_show_every_block_what_decoding_shows_it(name):
+  _, lm, params = tiny(name)
+  canvas = rows_with_hints(5)
+  clean = np.where(canvas.tokens == MASK, 9, canvas.tokens)
+  args = [jnp.asarray(x) for x in (canvas.tokens, clean, canvas.valid)]
+  noisy_h = np.asarray(lm.hidden_of_two(params, *args))
+  for row in range(ROWS):
+    begin = int(np.argmax(canvas.valid[row]))
+    for block in range(begin, clean.shape[1], BLOCK):
+      end = min(block + BLOCK, clean.shape[1])
+      shown = np.concatenate([clean[row, begin:block], canvas.tokens[row, block:end]])
+      h, _ = lm.hidden(params, jnp.asarray(shown[None]))
+      np.testing.assert_allclose(
+        noisy_h[row, block:end], h[0, block - begin :], atol=5e-5
+      )  # fmt: skip
+
+
+def test_options_that_a_family_has_not_are_refused():
+  for options, message in (
+    ({"family": "gpt"}, "model.family='gpt' is not one of llada"),
+    ({"moe": MoEConfig(4, 2, 8)}, "model.moe: the model family 'llada' has no such option"),
+    ({"shift_logits": True, "router_loss": 0.1}, "model.shift_logits, model.router_loss"),
+    ({"family": "llada_moe"}, "needs model.moe.experts"),
+  ):
+    with pytest.raises(UserError, match=message):
+      make_lm(ModelConfig(vocab_size=8, **options))
+
+
+# --- experts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_products_equal_every_expert_on_every_token(name, dtype):
+  cfg = LoRAConfig(rank=2, alpha=4.0, targets=".*blocks/.*")
+  config, lm, params = tiny(name, dtype=dtype, lora=cfg)
+  twin = make_lm(dataclasses.replace(config, expert_products="dense"))
+  tokens = jnp.asarray(rows_with_hints(6).tokens)
+  adapters, base = lora.split(params)
+  weigh = jax.random.normal(jax.random.key(1), (*tokens.shape, config.d_model))
+
+  def loss(model):
+    return lambda a: jnp.sum(model.hidden(lora.combine(base, a), tokens)[0] * weigh)
+
+  ours, theirs = (jax.jit(jax.value_and_grad(loss(model)))(adapters) for model in (lm, twin))
+  limit = 2e-4 if dtype == "float32" else 0.15
+  for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    scale = np.abs(np.asarray(two, np.float32)).max() + 1e-6
+    assert np.abs(np.asarray(one - two, np.float32)).max() <= limit * scale
+  experts = adapters["blocks"]["experts"]["ff_out"]
+  assert experts["lora_a"].shape[:2] == (network.stack_sizes(config)["blocks"], 8)
+
+
+def test_a_router_by_hand():
+  logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2, 0.0001]]))
+  sizes = MoEConfig(experts=4, experts_per_token=2, expert_hidden=1)
+  plain = moe.route(logits, Router(), sizes, None)
+  assert plain.experts.tolist() == [[0, 1]]
+  np.testing.assert_allclose(plain.weights, [[0.5, 0.3]], rtol=1e-3)
+  shared = moe.route(logits, Router(renormalise=True), dataclasses.replace(sizes, scale=2.5), None)
+  np.testing.assert_allclose(shared.weights, [[2.5 * 0.625, 2.5 * 0.375]], rtol=1e-3)
+  # A bias chooses and does not count; of two groups the one whose experts are better together.
+  bias = jnp.asarray([0.0, 0.0, 0.0, 1.0])
+  pushed = moe.route(logits, Router(bias=True), sizes, bias)
+  assert pushed.experts.tolist() == [[3, 0]]
+  np.testing.assert_allclose(pushed.weights, [[0.0001, 0.5]], rtol=1e-2)
+  grouped = dataclasses.replace(sizes, groups=2, groups_kept=1)
+  assert moe.route(logits, Router(), grouped, jnp.asarray([0, 0, 0.4, 0.4])).experts.tolist() == [
+    [2, 3]
+  ]
+
+
+def test_the_load_balancing_loss_by_hand():
+  even = Routing(jnp.full((1, 1, 4, 2), 0.5), jnp.asarray([0, 1, 0, 1]).reshape(1, 1, 4, 1))
+  assert float(moe.balance(even, None)[0]) == pytest.approx(1.0)
+  one = Routing(jnp.asarray([[1.0, 0.0]] * 4)[None, None], jnp.zeros((1, 1, 4, 1), int))
+  loss, load = moe.balance(one, None)
+  assert float(loss) == pytest.approx(2.0) and load.tolist() == [[1.0, 0.0]]
+  # Padding does not count.
+  probabilities = one.probabilities.at[0, 0, 3].set(jnp.asarray([0.0, 1.0]))
+  half = Routing(probabilities, one.experts.at[0, 0, 3].set(1))
+  assert float(moe.balance(half, jnp.asarray([[True, True, True, False]]))[0]) == 2.0
+  _, lm, params = tiny("llada_moe")
+  canvas = rows_with_hints(7)
+  h, routing = lm.routed(params, jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid))
+  np.testing.assert_array_equal(
+    h, lm.hidden(params, jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid))[0]
+  )
+  assert routing.experts.shape == (2, *canvas.tokens.shape, 2)
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+def write_directory(directory, config, params):
+  """A Hugging Face directory of a model that was made here."""
+  directory.mkdir()
+  tensors = {}
+  for entry in entries(config):
+    value = params
+    for key in entry.path:
+      value = value[key]
+    parts = np.asarray(value).reshape(-1, *entry.slice_shape)
+    for key, part in zip(entry.keys, parts, strict=True):
+      tensors[key] = np.ascontiguousarray(part.T if entry.transposed else part)
+  safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+  (directory / "config.json").write_text(json.dumps(hf_config(config)))
+  return directory
+
+
+@every_family
+def test_round_trips_keep_every_bit(name, tmp_path):
+  config, lm, params = tiny(name)
+  hf = write_directory(tmp_path / "hf", config, params)
+  orbax = convert(hf, tmp_path / "orbax")
+  back = convert(orbax, tmp_path / "back", "--max_shard_size=20KB")
+  assert_same_bits(load(back), load(hf))
+  assert (back / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+  pre = load_pretrained(back, dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, pre.params, params)
+  assert dataclasses.replace(pre.config, stop_ids=()) == dataclasses.replace(
+    config, n_kv_heads=config.kv_heads, head_dim=pre.config.head_dim
+  )
+  assert pre.config.head_size == config.head_size and pre.lm.shift == lm.shift
+
+
+@every_family
+def test_adapters_go_to_peft_and_back(name, tmp_path):
+  cfg = LoRAConfig(rank=2, alpha=4.0, targets="blocks/.*")
+  config, _, params = tiny(name, lora=cfg)
+  plain = dataclasses.replace(config, lora=LoRAConfig())
+  adapters, base = lora.split(params)
+  hf = write_directory(tmp_path / "hf", plain, base)
+  directory = tmp_path / "peft"
+  directory.mkdir()
+  from igpo_jax.convert import peft
+
+  tensors = {}
+  for entry in entries(config):
+    if entry.path[-1].startswith("lora_"):
+      value = adapters
+      for key in entry.path:
+        value = value[key]
+      for key, part in zip(
+        entry.keys, np.asarray(value).reshape(-1, *entry.slice_shape), strict=True
+      ):
+        tensors[key] = np.ascontiguousarray(part.T)
+  safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+  peft.write_config(directory, config, str(hf))
+  pre = load_pretrained(hf, dtype="float32", adapter=directory)
+  jax.tree.map(np.testing.assert_array_equal, lora.split(pre.params)[0], adapters)
+  back = convert(hf, tmp_path / "back", "--to=peft", f"--adapter={directory}")
+  assert_same_bits(load(back), load(directory))
+  merged = load_pretrained(
+    convert(hf, tmp_path / "merged", "--merge_lora", f"--adapter={directory}"), dtype="float32"
+  )
+  tokens = jnp.asarray(rows_with_hints(8).tokens)
+  np.testing.assert_allclose(
+    merged.lm.logits(merged.params, tokens), pre.lm.logits(pre.params, tokens), atol=1e-4
+  )
+
+
+@every_family
+def test_every_published_model_has_a_config_that_can_be_written_and_read(name):
+  for fields in FAMILIES[name].published.values():
+    config = families.model_config(name, fields)
+    again = read_config(hf_config(config), "config.json")
+    assert dataclasses.replace(again, stop_ids=(), n_kv_heads=0, head_dim=0) == dataclasses.replace(
+      config, n_kv_heads=0, head_dim=0
+    )
+    assert (again.kv_heads, again.head_size) == (config.kv_heads, config.head_size)
+
+
+# --- meshes and machines ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_mesh():
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.families_mesh_program"]
+  done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  for name, meshes in json.loads(done.stdout.splitlines()[-1]).items():
+    one = meshes.pop("one")
+    for mesh, found in meshes.items():
+      np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5, err_msg=f"{name} {mesh}")
+      np.testing.assert_allclose(
+        found["params"], one["params"], atol=1e-5, err_msg=f"{name} {mesh}"
+      )
+      assert found["tokens"] == one["tokens"], f"{name} {mesh}"
+
+
+@pytest.mark.parametrize("name", ["dream", "llada_moe", "llada2"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_programs_can_be_lowered_for_accelerators(name, platform):
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.sft": "a", "data.rl": "b", "data.prompt_buckets": (8,), "model.vocab_size": 24,
+    "model.mask_id": 1, "model.family": name, "model.dtype": "bfloat16",
+    "model.attention": "auto", "sampler.gen_length": 8, "sampler.block_length": 4,
+    "sampler.steps": 8, "rl.prompts_per_step": 4, "rl.group_size": 2, "sft.batch_size": 4,
+    **{f"model.{key}": value for key, value in FAMILIES[name].tiny.items()},
+  })  # fmt: skip
+  config, mesh = freeze(config), make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  for program in programs(config, mesh).values():
+    assert program.flops > 0 and program.lower(platform).as_text()
+
+
+# --- reference implementations ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dream", "llada_moe", "sdar", "llada2"])
+@pytest.mark.slow
+def test_the_reference_implementations_agree(name):
+  results = list(golden_families.results_of(shared_path("golden", name)))
+  assert len(results) > 20
+  assert not [str(result) for result in results if not result.passed]
