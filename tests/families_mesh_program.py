@@ -14,7 +14,7 @@ from igpo_jax.models import FAMILIES, families, lora, make_lm
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
 from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.train.setup import make_state
-from igpo_jax.train.update import make_sft_update
+from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Canvas
 
 MESHES = {

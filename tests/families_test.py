@@ -30,6 +30,7 @@ from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
 from igpo_jax.models import FAMILIES, families, lora, make_lm, moe, network
 from igpo_jax.models.family import Router
+from igpo_jax.ops.load_balance import balance
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train.ahead_of_time import programs
 from igpo_jax.types import Canvas, Routing
@@ -268,14 +269,14 @@ def test_a_router_by_hand():
 
 def test_the_load_balancing_loss_by_hand():
   even = Routing(jnp.full((1, 1, 4, 2), 0.5), jnp.asarray([0, 1, 0, 1]).reshape(1, 1, 4, 1))
-  assert float(moe.balance(even, None)[0]) == pytest.approx(1.0)
+  assert float(balance(even, None)[0]) == pytest.approx(1.0)
   one = Routing(jnp.asarray([[1.0, 0.0]] * 4)[None, None], jnp.zeros((1, 1, 4, 1), int))
-  loss, load = moe.balance(one, None)
+  loss, load = balance(one, None)
   assert float(loss) == pytest.approx(2.0) and load.tolist() == [[1.0, 0.0]]
   # Padding does not count.
   probabilities = one.probabilities.at[0, 0, 3].set(jnp.asarray([0.0, 1.0]))
   half = Routing(probabilities, one.experts.at[0, 0, 3].set(1))
-  assert float(moe.balance(half, jnp.asarray([[True, True, True, False]]))[0]) == 2.0
+  assert float(balance(half, jnp.asarray([[True, True, True, False]]))[0]) == 2.0
   _, lm, params = tiny("llada_moe")
   canvas = rows_with_hints(7)
   h, routing = lm.routed(params, jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid))

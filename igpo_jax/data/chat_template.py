@@ -53,6 +53,22 @@ def chatml_chat(messages: Sequence[Message]) -> list[Segment]:
   return [*segments, ("<|im_start|>", True), ("assistant\n", False)]
 
 
+def role_chat(messages: Sequence[Message]) -> list[Segment]:
+  """The format of LLaDA-MoE and LLaDA2, up to the assistant's header.
+
+  One user message "Hi" is "<role>HUMAN</role>Hi<|role_end|><role>ASSISTANT</role>".
+  """
+  names = {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"}
+  segments = []
+  for message in messages:
+    segments += [
+      (f"<role>{names[message['role']]}</role>", True),
+      (message["content"], False),
+      ("<|role_end|>", True),
+    ]
+  return [*segments, ("<role>ASSISTANT</role>", True)]
+
+
 def plain_chat(messages: Sequence[Message]) -> list[Segment]:
   """Lines such as "User: ...", for a vocabulary without chat tokens (a base model)."""
   lines = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]

@@ -27,7 +27,8 @@ _FILES = (
   "added_tokens.json",
   "chat_template.jinja",
 )
-_MASK_NAMES = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>", "[MASK]", "<mask>")
+_MASK_NAMES = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<|MASK|>", "<[MASK]>", "[MASK]",
+               "<mask>")  # fmt: skip
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 _EOT_NAMES = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
@@ -131,6 +132,7 @@ class HFTokenizer(base.Tokenizer):
     known = (
       (("<|start_header_id|>", "<|startoftext|>"), chat_template.llada_chat),
       (("<|im_start|>", "<|im_end|>"), chat_template.chatml_chat),
+      (("<role>", "<|role_end|>"), chat_template.role_chat),
     )
     return next(
       (chat for tokens, chat in known if all(token in self._vocabulary for token in tokens)),
