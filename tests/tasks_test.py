@@ -634,3 +634,40 @@ def test_the_golds_of_each_verifier_are_held_to_the_floor_on_their_own():
   groups = dict(preflight.by_verifier(records, RewardConfig(verifier="task")))
   assert {name: len(some) for name, some in groups.items()} == {"countdown": 24, "exact": 24}
   assert list(dict(preflight.by_verifier(records, RewardConfig(verifier="math")))) == ["math"]
+
+
+def test_rewriting_takes_plug_ins_and_keeps_task_and_gold(tmp_path):
+  """The output of a mixture is a source of its own that can be graded as the mixture was."""
+  from igpo_jax.rewrite import __main__ as rewrite
+
+  plugin = tmp_path / "own.py"
+  plugin.write_text(
+    "from igpo_jax.rewrite.trim import register_rules\n\n\n"
+    "@register_rules('last')\n"
+    "def last(trace, answer, count, max_tokens):\n"
+    "  return trace[trace.rindex('=>' if '=>' in trace else '\\\\boxed') :]\n"
+  )
+  source, out = "mix:synthetic:chains?n=6 | synthetic:countdown?n=6", tmp_path / "out.jsonl"
+  argv = ["--mode=trim", "--rules=last", f"--plugins={plugin}", "--verifier=task",
+          "--tokenizer=char:chains+countdown", f"--source={source}", f"--output={out}"]  # fmt: skip
+  assert rewrite.main(argv) == 0
+  short = load_records(f"jsonl:{out}?task_field=task").records
+  whole = {r.question: r for r in load_records(source).records}
+  assert {r.question for r in short} == set(whole)
+  for r in short:
+    of = whole[r.question]
+    assert (r.task, r.gold, r.answer) == (of.task, of.gold, of.answer)
+    assert of.trace.endswith(r.trace) and len(r.trace) < len(of.trace)
+  with Scorer(registry.BY_TASK) as scorer:
+    assert scorer([r.trace for r in short], short).correct.all()
+
+
+def test_stories_are_aligned_by_their_own_rules(tmp_path):
+  from igpo_jax.rewrite import __main__ as rewrite
+
+  out = tmp_path / "out.jsonl"
+  argv = ["--mode=trim", "--rules=stories", "--verifier=exact", "--tokenizer=words:stories",
+          "--source=synthetic:stories?n=8", f"--output={out}", "--max_tokens=19"]  # fmt: skip
+  assert rewrite.main(argv) == 0
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert {(row["source_tokens"], row["tokens"]) for row in rows} == {(78, 19)} and len(rows) == 8
