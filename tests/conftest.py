@@ -7,10 +7,7 @@ commands that they start. It is made anew for each run of pytest and removed at 
 from __future__ import annotations
 
 import atexit
-import importlib.util
-import mmap
 import os
-import pathlib
 import shutil
 import sys
 import tempfile
@@ -18,28 +15,10 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
-
-def xla_flags() -> str:
-  """XLA's options for programs that run a few times: quick to compile, slower to run.
-
-  The emitters for fusions take three quarters of what compiling takes. XLA ends the process at an
-  option that it does not know, and newer versions have no other emitters: so it is asked first.
-  """
-  flags = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-  ]
-  (jaxlib,) = importlib.util.find_spec("jaxlib").submodule_search_locations
-  for path in pathlib.Path(jaxlib).glob("libjax_common.*"):
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-      if content.find(b"\0xla_cpu_use_fusion_emitters\0") >= 0:
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-  return " ".join(flags)
-
-
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
-os.environ.setdefault("XLA_FLAGS", xla_flags())
+os.environ.setdefault(
+  "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 # Tests neither read nor write the user's cache of compiled programs. The first process makes the
 # run's own; workers of pytest-xdist and commands under test inherit its name.
 if "IGPO_TEST_CACHE" not in os.environ:

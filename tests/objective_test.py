@@ -147,6 +147,32 @@ def test_the_default_loss_by_hand():
   assert metrics["clip_fraction"] == 0
 
 
+def test_the_kl_by_hand_of_both_kinds_and_to_either_policy():
+  """Without advantages only the KL is left: row 0 keeps 3 of its 4 tokens, row 1 both of its 2."""
+  none, ref = np.zeros(2, np.float32), NEW - np.float32(0.25)
+  kinds = {"k2": lambda d: d**2 / 2, "k3": lambda d: math.exp(d) - d - 1}
+  for kl, of in kinds.items():
+    loss, metrics, _ = by_hand(advantages=none, ref=ref, beta=0.4, kl=kl)
+    assert loss == pytest.approx(0.4 * of(-0.25) * (3 / 4 + 1) / 2, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(of(-0.25), rel=1e-5)
+    d = (OLD - NEW).astype(float)
+    to_old = sum(of(d[0, k]) for k in (1, 2, 3)) / 4 + sum(of(d[1, k]) for k in (0, 1)) / 2
+    loss, _, _ = by_hand(advantages=none, ref=ref, beta=0.4, kl=kl, kl_to="old")
+    assert loss == pytest.approx(0.4 * to_old / 2, rel=1e-5)
+    loss, _, _ = by_hand(advantages=none, beta=0.4, kl=kl, kl_to="old")
+    assert loss == pytest.approx(0.4 * to_old / 2, rel=1e-5)
+
+
+def test_the_dual_clip_bounds_the_loss_of_a_bad_completion_by_hand():
+  far = np.log(np.array([[0.5] * 4, [2.0, 0.4, 0.4, 0.4]], np.float32))  # ratios 1, and 5 and 1
+  loss, _, gradient = by_hand(new=far, ratio="token", dual_clip=3.0)
+  row0, row1 = -0.5 * 3 / 4, (0.5 * 3 + 0.5) / 2
+  assert loss == pytest.approx((row0 + row1) / 2, rel=1e-6)
+  assert gradient[1, 0] == 0 and gradient[1, 1] != 0
+  free, _, _ = by_hand(new=far, ratio="token")
+  assert free == pytest.approx((row0 + (0.5 * 5 + 0.5) / 2) / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_filtered_hint_token_has_exactly_zero_gradient(ratio):
   _, _, gradient = by_hand(ratio=ratio, beta=0.3, ref=OLD)
@@ -365,7 +391,7 @@ def test_a_masked_mean_of_nothing_is_zero_and_infinities_do_not_leak():
 # --- advantages -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mean", "std", "leave_one_out"])
+@pytest.mark.parametrize("kind", ["mean", "std", "std_sample", "leave_one_out"])
 @pytest.mark.parametrize("size", [3, 6, 7])
 def test_equal_rewards_are_no_advantage_to_the_last_bit(kind, size):
   rewards = np.repeat(np.linspace(0.05, 1.3, 40, dtype=np.float32), size)

@@ -56,8 +56,14 @@ ARMS = {
 SFT = {"aligned": "", "verbose": f"&detours={DETOURS}"}  # what is added to the SFT source
 
 
-def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
-  """The config of an arm: SFT and RL; its SFT stage is the same for all arms of one `sft`."""
+def make_config(
+  arm: str, seed: int, smoke: bool = False, changes: dict[str, Any] | None = None
+) -> Config:
+  """The config of an arm: SFT and RL; its SFT stage is the same for all arms of one `sft`.
+
+  Args:
+    changes: further options, by dotted name.
+  """
   spec = ARMS[arm]
   config = default_config()
   config.seed = seed
@@ -111,7 +117,7 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   config.checkpoint.keep = 1
   config.log.tensorboard = False
   config.log.samples_every = 0
-  config.update_from_flattened_dict(spec.changes)
+  config.update_from_flattened_dict(spec.changes | (changes or {}))
   return freeze(config)
 
 

@@ -54,6 +54,12 @@ class Task:
     return self.root / f"{self.name.replace(':', '_')}.json"
 
   @property
+  def sft(self) -> str:
+    """The SFT run that it is, or starts from."""
+    stage, _, sft = self.name.partition(":")
+    return sft if stage == "sft" else ARMS[self.name].sft
+
+  @property
   def config(self) -> Config:
     stage, _, sft = self.name.partition(":")
     if stage == "sft":
@@ -88,7 +94,7 @@ def perform(task: Task) -> dict:
     result = measure(config, task.root / "sft_aligned", task.smoke)
   else:
     run = task.root / task.name
-    summary = run_arm(config, run, task.root / f"sft_{ARMS[task.name].sft}")
+    summary = run_arm(config, run, task.root / f"sft_{task.sft}")
     result = {"eval": summary["eval"], "rl": summary["rl"], **curves(run)}
   result |= {"config": as_json(config), "seconds": time.perf_counter() - began}
   write_whole(task.result, json.dumps(result) + "\n")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from typing import Annotated, Any, Literal
@@ -407,13 +408,16 @@ class ObjectiveConfig:
     ratio: "sequence" (paper: GSPO, carried to tokens so that a filtered token has
       no gradient), "token", or "sequence_official" (the authors' code).
     eps_low, eps_high: clipping range [1 - eps_low, 1 + eps_high].
-    beta: weight of the k3 KL to the reference.
+    beta: weight of the KL term.
     entropy_keep: tau, the share of a row's hint positions that stays in the loss,
       those of highest entropy; 1 keeps all.
     normalize: "row": mean over a row's positions, then over rows; "token": one mean
       over the kept tokens of the whole update batch.
     filter_entropy: whose entropy the filter goes by: that of the policy "current" at each update,
       or of the "old" one that sampled (official code).
+    kl: the KL's estimate for each token, "k3" (exp(d) - d - 1) or "k2" (d^2 / 2).
+    kl_to: the policy that the KL pulls to, the "reference" or the "old" one that sampled.
+    dual_clip: where A < 0, a token's loss is at most -dual_clip A; None: no such bound.
   """
 
   ratio: Literal["sequence", "token", "sequence_official"] = "sequence"
@@ -423,6 +427,9 @@ class ObjectiveConfig:
   entropy_keep: Share = 0.2
   normalize: Literal["row", "token"] = "row"
   filter_entropy: Literal["current", "old"] = "current"
+  kl: Literal["k3", "k2"] = "k3"
+  kl_to: Literal["reference", "old"] = "reference"
+  dual_clip: Annotated[float, Range(1, math.inf, above=True)] | None = None
 
   def __post_init__(self):
     check_section(self, "objective")

@@ -65,7 +65,7 @@ class RLConfig:
       with more views reads each of them twice.
     loss_region: which positions are in the loss: up to and including the first stop
       token, or the whole canvas.
-    advantage: "mean" (no division), "std", or "leave_one_out".
+    advantage: "mean" (no division), "std", "std_sample", or "leave_one_out" (docs/methods.md).
     eval_every: steps between evaluations; 0: only at the end.
   """
 
@@ -80,7 +80,7 @@ class RLConfig:
   objective: str = "clipped"
   views_at_once: Count = 2
   loss_region: Literal["through_eos", "all"] = "through_eos"
-  advantage: Literal["mean", "std", "leave_one_out"] = "mean"
+  advantage: Literal["mean", "std", "std_sample", "leave_one_out"] = "mean"
   eval_every: Natural = 0
 
   def __post_init__(self):

@@ -12,7 +12,9 @@ from igpo_jax.errors import UserError
 from igpo_jax.types import Array
 
 
-def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Array:
+def group_advantages(
+  rewards: Array, group_size: int, kind: str = "mean", eps: float = 1e-4, floor: float = 0.0
+) -> Array:
   """A_i = r_i - mean of its group.
 
   With K of G rewards 1 and the rest 0, rho = K/G, the advantages are exactly
@@ -21,8 +23,10 @@ def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Arr
   Args:
     rewards: f32[B], groups contiguous.
     group_size: G, divides B; at least 2.
-    kind: "mean"; "std" also divides by the group's standard deviation (+1e-4);
-      "leave_one_out" subtracts the mean of the others.
+    kind: "mean"; "std" also divides by the group's standard deviation, "std_sample" by that of a
+      sample (G - 1 below instead of G); "leave_one_out" subtracts the mean of the others.
+    eps: added to a standard deviation.
+    floor: what the sum of the two is at least taken for.
 
   Returns:
     f32[B].
@@ -30,7 +34,7 @@ def group_advantages(rewards: Array, group_size: int, kind: str = "mean") -> Arr
   Raises:
     UserError: a group size that does not divide B or is below 2, or an unknown kind.
   """
-  return _advantages(jnp, jnp.asarray(rewards, jnp.float32), group_size, kind)
+  return _advantages(jnp, jnp.asarray(rewards, jnp.float32), group_size, kind, eps, floor)
 
 
 def host_advantages(rewards: np.ndarray, group_size: int, kind: str = "mean") -> np.ndarray:
@@ -38,7 +42,14 @@ def host_advantages(rewards: np.ndarray, group_size: int, kind: str = "mean") ->
   return _advantages(np, np.asarray(rewards, np.float32), group_size, kind)
 
 
-def _advantages(xp: ModuleType, rewards: Any, group_size: int, kind: str) -> Any:
+def _advantages(
+  xp: ModuleType,
+  rewards: Any,
+  group_size: int,
+  kind: str,
+  eps: float = 1e-4,
+  floor: float = 0.0,
+) -> Any:
   if group_size < 2:
     raise UserError(f"group_size={group_size}: a group of one has no advantage; use at least 2")
   if rewards.shape[0] % group_size:
@@ -47,10 +58,13 @@ def _advantages(xp: ModuleType, rewards: Any, group_size: int, kind: str) -> Any
   equal = xp.max(groups, axis=1, keepdims=True) == xp.min(groups, axis=1, keepdims=True)
   # The mean of equal numbers is not quite that number in float32.
   centered = xp.where(equal, xp.float32(0), groups - xp.mean(groups, axis=1, keepdims=True))
-  if kind == "std":
-    centered = centered / (xp.std(groups, axis=1, keepdims=True) + xp.float32(1e-4))
+  if kind in ("std", "std_sample"):
+    spread = xp.std(groups, axis=1, keepdims=True, ddof=int(kind == "std_sample"))
+    divisor = xp.maximum(spread + xp.float32(eps), xp.float32(floor))
+    # Where all are equal nothing is divided, and eps may be 0.
+    centered = centered / xp.where(equal, xp.float32(1), divisor)
   elif kind == "leave_one_out":
     centered = centered * xp.float32(group_size / (group_size - 1))
   elif kind != "mean":
-    raise UserError(f"advantage {kind!r} is not one of mean, std, leave_one_out")
+    raise UserError(f"advantage {kind!r} is not one of mean, std, std_sample, leave_one_out")
   return centered.reshape(-1)

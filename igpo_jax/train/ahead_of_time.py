@@ -228,9 +228,10 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   )
   old_draws = 1 if objective_of(config).old_has_own_masks else draws
   old = of_views(old_draws) if has_old else None
+  one = jax.ShapeDtypeStruct(of_views(1).shape[1:], jnp.float32)
   totals = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((draws, *x.shape), x.dtype, sharding=on_all),
-    jax.eval_shape(policy.totals, rollout, keys(p), number),
+    jax.eval_shape(policy.totals, rollout, keys(p), number, (one, one)),
   )
   scores = RolloutScores(old, of_views(draws) if reference is not None else None, old, totals)
   read = forward_flops(model, read_rows, total, total, length, read=length)

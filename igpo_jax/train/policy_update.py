@@ -57,7 +57,9 @@ class PolicyPrograms(NamedTuple):
   """The jitted programs of a step's learning.
 
   Attributes:
-    totals: (rollout, keys, u i32[]) -> what the objective knows before any forward; not jitted.
+    totals: (rollout, keys, u i32[], old=None) -> what the objective knows before the policy is
+      read; not jitted. `old` is (log-probabilities, entropies) f32[P,R,G,L], for an objective with
+      `totals_need_old`.
     score: (params, ref_params or None, rollout, keys, full_batch=None) -> RolloutScores. Where
       `rollout` and `keys` are some groups of a step's batch, `full_batch` is (rollout, keys) of
       all of them: the loss is a mean over the full batch.
@@ -83,7 +85,8 @@ def scores_old(config: Config) -> bool:
   With a single inner update the policy that is trained is the one that sampled.
   """
   objective = objective_of(config)
-  return objective.needs_old and (config.rl.inner_updates > 1 or objective.old_has_own_masks)
+  once = config.rl.inner_updates > 1 or objective.old_has_own_masks or objective.totals_need_old
+  return objective.needs_old and once
 
 
 def rounds_alike(config: Config) -> bool:
@@ -120,9 +123,11 @@ def make_policy_programs(
       groups.region, groups.length, views,
     )  # fmt: skip
 
-  def totals_of(rollout: Rollout, keys, u):
+  def totals_of(rollout: Rollout, keys, u, old=None):
     groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
-    return objective.totals(batch_of(rollout, groups, views_of(estimator, groups, keys, u, sizes)))
+    views = views_of(estimator, groups, keys, u, sizes)
+    before = (Estimate(*old, views),) if objective.totals_need_old else ()
+    return objective.totals(batch_of(rollout, groups, views), *before)
 
   def score(params, ref_params, rollout: Rollout, keys, full_batch=None) -> RolloutScores:
     groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
@@ -137,7 +142,7 @@ def make_policy_programs(
         old, entropy = read_all(params, u)
       if ref_params is not None:
         ref, _ = read_all(ref_params, u)
-      return old, ref, entropy, totals_of(*(full_batch or (rollout, keys)), u)
+      return old, ref, entropy, totals_of(*(full_batch or (rollout, keys)), u, (old, entropy))
 
     old, ref, entropy, totals = jax.lax.map(of_update, jnp.arange(draws))
     if own_masks and scores_old(config):

@@ -69,6 +69,8 @@ class Objective:
     needs_reference: log-probabilities of the reference policy are computed, for `sums`.
     without_reference: how the user does without one, for messages: "; none with beta=0".
     needs_old: log-probabilities of the policy that sampled are computed, for `sums`.
+    totals_need_old: `totals` is given the old policy's estimate of the update's groups, which are
+      then all groups of the batch: `drops_zero_advantage` must be False.
     old_has_own_masks: the old policy is read under masks of its own, drawn once a rollout. A
       departure of official code: ratios are then not 1 at the first inner update.
     drops_zero_advantage: a group whose advantages are all 0 adds exactly no gradient. It is left
@@ -79,17 +81,21 @@ class Objective:
   needs_reference: bool = False
   without_reference: str = ""
   needs_old: bool = True
+  totals_need_old: bool = False
   old_has_own_masks: bool = False
   drops_zero_advantage: bool = False
 
   def __post_init__(self):
     check_section(self, f"objective.{self.name}")
 
-  def totals(self, batch: Batch) -> dict[str, Array]:
-    """Numbers of a whole update's batch that are known before any forward pass.
+  def totals(self, batch: Batch, old: Estimate | None = None) -> dict[str, Array]:
+    """Numbers of a whole update's batch that are known before the policy is read.
 
     Denominators above all: gradients of micro-batches then add up to that of the whole batch.
-    Groups that are left out of the update are in `batch`.
+
+    Args:
+      batch: also of groups that are left out of the update.
+      old: of the policy that sampled; None, or left out, unless `totals_need_old`.
     """
     raise NotImplementedError
 

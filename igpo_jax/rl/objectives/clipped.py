@@ -1,6 +1,6 @@
 """clipped: the clipped policy loss of GRPO and IGPO (docs/method.md#objective).
 
-    mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta k3_ik ]
+    mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta KL_ik ]
 
 `kept` is the loss region less the hint tokens that the entropy filter drops. The
 loss is a numerator over a denominator, and the denominator can be computed before
@@ -20,6 +20,7 @@ from igpo_jax.ops.masked import masked_mean, masked_sum
 from igpo_jax.rl.estimate import Estimate
 from igpo_jax.rl.hint_filter import entropy_filter, num_kept
 from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, register_objective
+from igpo_jax.rl.objectives.reductions import k2, k3
 from igpo_jax.types import Array
 
 
@@ -84,10 +85,13 @@ def policy_loss_sums(
   plain = ratio * advantage
   clipped = jnp.clip(ratio, 1 - cfg.eps_low, 1 + cfg.eps_high) * advantage
   per_token = -jnp.minimum(plain, clipped)
+  if cfg.dual_clip is not None:
+    bound = jnp.minimum(per_token, -cfg.dual_clip * advantage)
+    per_token = jnp.where(advantage < 0, bound, per_token)
   kl = jnp.zeros_like(logps)
-  if ref_logps is not None:
-    log_ref = jnp.where(region, ref_logps, 0.0) - logps
-    kl = jnp.exp(log_ref) - log_ref - 1
+  other = old_logps if cfg.kl_to == "old" and cfg.beta else ref_logps
+  if other is not None:
+    kl = {"k2": k2, "k3": k3}[cfg.kl](logps, jnp.where(region, other, 0.0))
     per_token = per_token + cfg.beta * kl
 
   if cfg.normalize == "row":
@@ -138,7 +142,7 @@ def policy_loss(
   Args:
     logps, entropy: f32[B,L], of the policy; gradients flow through `logps` only.
     old_logps: f32[B,L], of the policy that sampled.
-    ref_logps: f32[B,L], of the reference; None leaves the KL out.
+    ref_logps: f32[B,L], of the reference; None leaves the KL to it out.
     advantages: f32[B].
     loss_mask: bool[B,L], the loss region |o_i|, before the entropy filter.
     hinted: bool[B,L].
@@ -160,11 +164,11 @@ def policy_loss(
 class Clipped(ObjectiveConfig, Objective):
   """The clipped policy loss; its options are those of the section `objective` itself."""
 
-  without_reference = "; none is needed with objective.beta=0"
+  without_reference = "; none is needed with objective.beta=0, or objective.kl_to='old'"
 
   @property
   def needs_reference(self) -> bool:
-    return self.beta > 0
+    return self.beta > 0 and self.kl_to == "reference"
 
   @property
   def drops_zero_advantage(self) -> bool:

@@ -1,0 +1,320 @@
+"""Estimators and objectives of the field, compared on one task with one code base.
+
+    python -m benchmarks.estimators --all --workdir=runs/estimators [--jobs=2] [--seeds=5]
+    python -m benchmarks.estimators --methods=mean_field,espo,spg --workdir=runs/estimators
+    python -m benchmarks.estimators --all --smoke --workdir=DIR
+
+Every method of docs/methods.md is run with GRPO's exploration (none) and with IGPO's (inpaint),
+on the task of `benchmarks.claims`, from the same SFT checkpoint for each seed. First a learning
+rate is chosen for each of these pairs, on seeds that the study does not use: the one with the
+largest area under the accuracy curve. Then each pair is run on the study's seeds.
+
+Methods are compared at equal samples (all runs have as many RL steps) and at equal forwards: a
+run is read off where it has cost as many forward passes as the cheapest whole run. The rate is
+constant after the warm-up, so that a shorter run is a prefix of a longer one. A backward pass
+counts as two forward passes, and one more where views are read twice to save memory.
+
+Interrupted in any way, it goes on where it was. Writes table.md, methods.png and results.json to
+the workdir and prints the table: mean and 95% interval (Student's t) over seeds. `--smoke` goes
+the same way on next to nothing, to show that everything runs; its numbers say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from benchmarks.claims.arms import make_config, sft_config
+from benchmarks.claims.claims import interval
+from benchmarks.claims.runs import Task, run_all
+from igpo_jax import cli
+from igpo_jax.config import Config
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import write_whole
+from igpo_jax.rl.methods import estimator_of, forwards_of, objective_of, views_kept
+
+RATES = (3e-4, 1e-3, 3e-3)
+PILOT_SEEDS = (100, 101)
+EXPLORATIONS = {"none": "GRPO", "inpaint": "IGPO"}
+EVAL_EVERY = 4  # RL steps
+
+
+def pair(estimator: str, objective: str, **options: Any) -> dict[str, Any]:
+  """Changes of a config: `e_x` is an option x of the estimator, `o_x` of the objective."""
+  places = {"e": f"estimator.{estimator}", "o": f"objective.{objective}"}
+  if objective == "clipped":
+    places["o"] = "objective"
+  named = {f"{places[k[0]]}.{k[2:]}": v for k, v in options.items()}
+  return {"rl.estimator": estimator, "rl.objective": objective} | named
+
+
+TOKENS = {"o_ratio": "token", "o_normalize": "token", "o_eps_low": 0.5, "o_eps_high": 0.5}
+# As published where that is known, but for the learning rate; two inner updates for all.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+  "mean_field": ("mean-field, sequence ratio (IGPO)", pair("mean_field", "clipped")),
+  "coupled": ("coupled, sequence ratio", pair("coupled", "clipped")),
+  "diffu_grpo": (
+    "diffu-GRPO",
+    pair("prompt_masked", "clipped", **TOKENS, o_beta=0.04),
+  ),
+  "unigrpo": ("UniGRPO", pair("random_ratio", "clipped", o_ratio="token")),
+  "coupled_grpo": (
+    "coupled-GRPO",
+    pair("coupled_grpo", "clipped", **TOKENS, o_beta=0.01)
+    | {"rl.advantage": "leave_one_out"},
+  ),
+  "espo": (
+    "ESPO",
+    pair("elbo", "elbo_ratio") | {"rl.advantage": "leave_one_out", "rl.loss_region": "all"},
+  ),
+  "gdpo": (
+    "GDPO",
+    pair("elbo", "elbo_ratio", e_counts="gauss_legendre", e_draws=3, e_complement=False,
+         o_scale="none", o_row_weight="length", o_eps_low=0.5, o_eps_high=0.5, o_beta=0.0),
+  ),
+  "ebpo": (
+    "EBPO",
+    pair("every_block", "elbo_ratio", o_scale="none") | {"rl.advantage": "std_sample"},
+  ),
+  "bgpo": (
+    "BGPO",
+    pair("elbo", "bgpo", e_counts="response", e_draws=4, e_complement=False)
+    | {"rl.advantage": "std_sample"},
+  ),
+  "gdsd": (
+    "GDSD",
+    pair("elbo", "gdsd", o_psi=10.0) | {"rl.advantage": "leave_one_out", "rl.loss_region": "all"},
+  ),
+  "wd1": ("wd1", pair("prompt_masked", "wd1")),
+  "spg": ("SPG", pair("block_random", "spg")),
+  "stabledrl": ("StableDRL", pair("block_random", "stabledrl")),
+  "tracerl": (
+    "TraceRL, s = 4",
+    pair("trace", "trace_ppo", e_shrink=4, o_kl_to="old") | {"rl.advantage": "std"},
+  ),
+  "cj_grpo": (
+    "CJ-GRPO",
+    pair("trace", "trace_ppo", e_shrink=1, o_reduce="row", o_beta=0.0, o_dual_clip=3.0)
+    | {"rl.advantage": "std_sample"},
+  ),
+  "rldf": (
+    "RLDF",
+    pair("trace_sampled", "trace_ppo", e_score="later", o_reduce="row_step",
+         o_threshold=0.6) | {"rl.advantage": "std_sample"},
+  ),
+  "agrpo": ("AGRPO", pair("trace_sampled", "trace_ppo", o_reduce="draws", o_beta=0.0)),
+  "justgrpo": (
+    "JustGRPO",
+    pair("autoregressive", "trace_ppo", o_reduce="valid_rows", o_beta=0.0)
+    | {"rl.advantage": "std_sample", "sampler.block_length": 1},
+  ),
+}  # fmt: skip
+
+
+def config_of(exploration: str, method: str, rate: float, seed: int, smoke: bool = False) -> Config:
+  """One run's config: the claims' base, the method, a constant rate."""
+  changes = {
+    "rl.exploration": exploration,
+    "rl.eval_every": 1 if smoke else EVAL_EVERY,
+    "rl_optimizer.learning_rate": rate,
+    "rl_optimizer.schedule": "constant",
+  }
+  return make_config("igpo", seed, smoke, METHODS[method][1] | changes)
+
+
+def forwards_per_step(config: Config, all_wrong: float = 0.0) -> float:
+  """Forward passes of one completion in an RL step, for each completion that is learnt from.
+
+  Args:
+    config: of the run.
+    all_wrong: share of groups that are sampled once more.
+  """
+  objective, per_view = objective_of(config), forwards_of(config)
+  redrawn, updates = estimator_of(config).redrawn, config.rl.inner_updates
+  reads = per_view.per_completion(config.rl.group_size)
+  scored = (objective.needs_old and updates > 1) + objective.needs_reference
+  again = 1 if per_view.views > views_kept(config) else 0
+  extra = all_wrong if config.rl.exploration != "none" else 0.0
+  sampling = config.sampler.steps * (1 + extra)
+  return sampling + reads * (scored * (updates if redrawn else 1) + updates * (3 + again))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Task):
+  """A run of the study, "EXPLORATION.METHOD.RATE", or its SFT stage, "sft:aligned"."""
+
+  @property
+  def sft(self) -> str:
+    return "aligned"
+
+  @property
+  def config(self) -> Config:
+    if self.name.startswith("sft:"):
+      return sft_config("aligned", self.seed, self.smoke)
+    exploration, method, rate = self.name.split(".", 2)
+    return config_of(exploration, method, float(rate), self.seed, self.smoke)
+
+
+def name_of(exploration: str, method: str, rate: float) -> str:
+  return f"{exploration}.{method}.{rate:g}"
+
+
+def area(result: dict) -> float:
+  """Mean accuracy over a run's RL steps, by the trapezoidal rule."""
+  steps, values = (np.array(x, float) for x in zip(*result["accuracy"], strict=True))
+  if len(steps) < 2:
+    return float(values[0])
+  return float(np.sum((values[1:] + values[:-1]) / 2 * np.diff(steps)) / (steps[-1] - steps[0]))
+
+
+def cost(result: dict, config: Config) -> np.ndarray:
+  """Forward passes up to the end of each RL step, for each completion; 0 before the first."""
+  wrong = np.array(result["curves"]["rl/all_wrong_before"], float)
+  return np.concatenate([[0], np.cumsum([forwards_per_step(config, w) for w in wrong])])
+
+
+def accuracy_at(result: dict, config: Config, budget: float) -> float:
+  """Accuracy where a run has cost `budget` forward passes, between evaluations by a line."""
+  steps, values = (np.array(x) for x in zip(*result["accuracy"], strict=True))
+  return float(np.interp(budget, cost(result, config)[steps.astype(int)], values))
+
+
+def fall(result: dict) -> float:
+  """The largest fall of accuracy from the best evaluation before it."""
+  values = np.array([accuracy for _, accuracy in result["accuracy"]])
+  return float(np.max(np.maximum.accumulate(values) - values))
+
+
+def choose_rates(results: dict, pairs: Sequence[tuple[str, str]], rates, seeds) -> dict:
+  """(exploration, method) -> the rate with the largest mean area on the pilot seeds."""
+  mean = lambda pair, rate: np.mean([area(results[name_of(*pair, rate), s]) for s in seeds])
+  return {pair: max(rates, key=lambda rate, pair=pair: mean(pair, rate)) for pair in pairs}
+
+
+COLUMNS = ("equal samples", "equal forwards", "area", "largest fall", "forwards", "seconds")
+
+
+def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> list[dict]:
+  """A row for each (exploration, method): rate, and for each column its values by seed."""
+  runs = {}
+  for (exploration, method), rate in chosen.items():
+    name = name_of(exploration, method, rate)
+    configs = [config_of(exploration, method, rate, seed, smoke) for seed in seeds]
+    runs[exploration, method] = [(results[name, s], c) for s, c in zip(seeds, configs, strict=True)]
+  budget = min(cost(result, config)[-1] for pairs in runs.values() for result, config in pairs)
+  rows = []
+  for (exploration, method), pairs in runs.items():
+    values = {
+      "equal samples": [result["accuracy"][-1][1] for result, _ in pairs],
+      "equal forwards": [accuracy_at(*one, budget) for one in pairs],
+      "area": [area(result) for result, _ in pairs],
+      "largest fall": [fall(result) for result, _ in pairs],
+      "forwards": [float(cost(*one)[-1] / (len(cost(*one)) - 1)) for one in pairs],
+      "seconds": [result["step_seconds"] for result, _ in pairs],
+    }
+    rows.append({"exploration": exploration, "method": method,
+                 "rate": chosen[exploration, method], "values": values})  # fmt: skip
+  return rows
+
+
+def table(rows: list[dict], seeds: Sequence[int]) -> str:
+  """Markdown."""
+  lines = [
+    "| method | exploration | learning rate | accuracy at equal samples | at equal forwards | "
+    "area under the curve | largest fall | forwards a step | RL seconds |",
+    "|---" * 9 + "|",
+  ]
+  for row in rows:
+    cells = []
+    for column in COLUMNS:
+      mean, width = interval(row["values"][column])
+      digits = 3 if column in COLUMNS[:4] else 1
+      cells.append(f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if len(seeds) > 1 else ""))
+    lines.append(f"| {METHODS[row['method']][0]} | {EXPLORATIONS[row['exploration']]} "
+                 f"| {row['rate']:g} | {' | '.join(cells)} |")  # fmt: skip
+  return "\n".join(lines)
+
+
+def draw(rows: list[dict], seeds: Sequence[int], path: epath.Path) -> None:
+  """One picture: a line for each method, a mark for each exploration, two ways to compare."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  methods = list(dict.fromkeys(row["method"] for row in rows))
+  best = {m: max(np.mean(r["values"]["equal samples"]) for r in rows if r["method"] == m)
+          for m in methods}  # fmt: skip
+  methods.sort(key=best.get)
+  figure, panels = plt.subplots(1, 2, figsize=(9.0, 1.2 + 0.32 * len(methods)), sharey=True,
+                                layout="constrained")  # fmt: skip
+  marks = {"none": ("s", "#b35900", -0.14), "inpaint": ("o", "#1f5fa8", 0.14)}
+  for axes, column in zip(panels, COLUMNS[:2], strict=True):
+    for exploration, (mark, color, shift) in marks.items():
+      of = [row for row in rows if row["exploration"] == exploration]
+      points = [interval(row["values"][column]) for row in of]
+      axes.errorbar(
+        [mean for mean, _ in points], [methods.index(row["method"]) + shift for row in of],
+        xerr=[np.nan_to_num(width) for _, width in points], fmt=mark, color=color, capsize=2,
+        label=EXPLORATIONS[exploration],
+      )  # fmt: skip
+    axes.set_title(f"at {column}", fontsize=10)
+    axes.set_xlabel("held-out accuracy")
+    axes.set_xlim(0, 1)
+    axes.grid(alpha=0.3)
+  panels[0].set_yticks(range(len(methods)), [METHODS[m][0] for m in methods])
+  panels[1].legend(fontsize=9)
+  title = f"mean and 95% interval, n = {len(seeds)} seeds"
+  figure.suptitle(title, fontsize=10)
+  figure.savefig(path, dpi=110, metadata={"Title": title})
+  plt.close(figure)
+
+
+def main() -> None:
+  parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--methods", default="", help=f"of {','.join(METHODS)}")
+  parser.add_argument("--all", action="store_true")
+  parser.add_argument("--smoke", action="store_true", help="on next to nothing")
+  parser.add_argument("--workdir", type=epath.Path, required=True)
+  parser.add_argument("--seeds", type=int, default=0, help="default: 5")
+  parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
+  args = parser.parse_args()
+  if bool(args.methods) == args.all:
+    raise UserError("give --methods=NAME,... or --all")
+  if args.seeds < 0 or args.jobs < 1:
+    raise UserError("--seeds and --jobs must be positive")
+  methods = args.methods.split(",") if args.methods else list(METHODS)
+  for method in methods:
+    if method not in METHODS:
+      raise UserError(f"--methods: {method!r} is not one of {', '.join(METHODS)}")
+  seeds = range(args.seeds or (1 if args.smoke else 5))
+  pilots, rates = (PILOT_SEEDS[:1], RATES[:1]) if args.smoke else (PILOT_SEEDS, RATES)
+
+  def run(names: list[str], seeds: Sequence[int]) -> dict:
+    tasks = [Run(name, seed, args.workdir, args.smoke)
+             for seed in seeds for name in ("sft:aligned", *names)]  # fmt: skip
+    return run_all(tasks, args.jobs)
+
+  pairs = [(exploration, method) for method in methods for exploration in EXPLORATIONS]
+  pilot = run([name_of(*pair, rate) for pair in pairs for rate in rates], pilots)
+  chosen = choose_rates(pilot, pairs, rates, pilots)
+  results = run([name_of(*pair, rate) for pair, rate in chosen.items()], seeds)
+  rows = measure(results, chosen, seeds, args.smoke)
+  text = table(rows, seeds)
+  minutes = sum(result["seconds"] for result in [*pilot.values(), *results.values()]) / 60
+  (args.workdir / "table.md").write_text(text + "\n")
+  draw(rows, seeds, args.workdir / "methods.png")
+  report = {"seeds": list(seeds), "pilot_seeds": list(pilots), "rates": list(rates),
+            "process_minutes": minutes, "rows": rows}  # fmt: skip
+  write_whole(args.workdir / "results.json", json.dumps(report, indent=2) + "\n")
+  print(f"\n{text}\n\nAll runs took {minutes:.1f} process minutes.")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,103 @@
+"""trace_sampled: a few states of the trajectory, drawn (AGRPO, RLDF / Drift).
+
+Where `trace` reads every state, this reads `draws` of them, spread evenly over the steps of a
+group's completions. AGRPO scores what was decided at the step, RLDF all that is masked there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from igpo_jax.config import Count, Positive
+from igpo_jax.rl.estimators.base import (
+  Estimator,
+  Forwards,
+  Group,
+  Sizes,
+  Views,
+  register_estimator,
+)
+from igpo_jax.rl.estimators.subsets import spread
+from igpo_jax.rl.estimators.trajectory import Hints, add_hints, distinct_steps, with_hints
+from igpo_jax.types import Array
+
+
+@register_estimator("trace_sampled")
+@dataclasses.dataclass(frozen=True)
+class TraceSampled(Estimator):
+  """View j masks what was decided at its step or later.
+
+  Steps are those that decided a token of the completion through its first stop token.
+
+  Attributes:
+    draws: views of a completion. With more draws than steps, steps repeat.
+    score: "step" (AGRPO): the tokens that were decided at the step; "later" (RLDF): all that is
+      masked, which an objective may filter (`objective.trace_ppo.threshold`).
+    temperature: log-probabilities are of softmax(logits / temperature). AGRPO: the sampler's.
+    hints: "scored": hint tokens are read in one more view, with the whole completion masked (a
+      forward a prompt); "context": they are seen and never scored.
+  """
+
+  draws: Count = 4
+  score: Literal["step", "later"] = "step"
+  temperature: Positive = 1.0
+  hints: Hints = "scored"
+
+  def forwards(self, sizes: Sizes) -> Forwards:
+    return with_hints(self.hints, self.draws)
+
+  def views(self, group: Group, key: Array, sizes: Sizes) -> Views:
+    length = group.completion.shape[1]
+    counted = jnp.arange(length) < group.length[:, None]
+    present = distinct_steps(group.commit_step, sizes.steps, counted)  # [G,T]
+    share = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
+    # Evenly over all draws of the group, handed out at random.
+    points = spread(key, self.draws * present.shape[0])
+    points = jax.random.permutation(jax.random.fold_in(key, 1), points).reshape(self.draws, -1)
+    return self.of_steps(inverse_cdf(share, points), group)
+
+  def of_steps(self, steps: Array, group: Group, weights: Array | None = None) -> Views:
+    """The views of steps i32[R,G], with importance weights f32[R,G] if there are any."""
+    step = steps[..., None]
+    masked, current = group.commit_step >= step, group.commit_step == step
+    scored = current if self.score == "step" else masked
+    if weights is not None:
+      weights = jnp.where(scored, weights[..., None], 0.0)
+    aux = {"current": current} if self.score == "later" else {}
+    views = Views(masked=masked, scored=scored, weights=weights, aux=aux)
+    return add_hints(views, self.hints, group)
+
+
+def step_shares(value: Array, commit_step: Array, present: Array, counted: Array) -> Array:
+  """f32[G,T]: each step's share of the summed `value` of the tokens decided at it.
+
+  Args:
+    value: f32[G,L], at least 0; a row of zeros is shared out evenly.
+    commit_step: i32[G,L].
+    present: bool[G,T], the steps that may be drawn.
+    counted: bool[G,L].
+  """
+  commits = (commit_step[:, None] == jnp.arange(present.shape[1])[:, None]) & counted[:, None]
+  # A step of sure tokens can be drawn, too: its weight would be infinite else.
+  total = jnp.sum(jnp.where(commits, value[:, None], 0.0), axis=-1) + 1e-6
+  total = jnp.where(present, total, 0.0)
+  return total / jnp.maximum(jnp.sum(total, axis=1, keepdims=True), 1e-6)
+
+
+def inverse_cdf(share: Array, points: Array) -> Array:
+  """i32[R,G]: the step at which the running sum of a row's shares f32[G,T] passes points [R,G]."""
+  edges = jnp.cumsum(share, axis=1)
+  passed = jnp.sum(points[..., None] >= edges, axis=-1)
+  # Rounding may leave the last edge a little below 1.
+  last = share.shape[1] - 1 - jnp.argmax(share[:, ::-1] > 0, axis=1)
+  return jnp.minimum(passed, last).astype(jnp.int32)
+
+
+def importance(share: Array, drawn: Array, steps: Array) -> Array:
+  """f32[R,G]: how likely a step should be (`share` f32[G,T]) over how likely it was (`drawn`)."""
+  at = lambda x: jnp.take_along_axis(x, steps.T, axis=1).T
+  return at(share) / jnp.maximum(at(drawn), 1e-12)

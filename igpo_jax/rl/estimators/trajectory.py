@@ -1,0 +1,65 @@
+"""What trace estimators read off a recorded trajectory: its steps, and its hints.
+
+A completion's trajectory is the order in which the sampler decided its tokens. A hint was decided
+by nobody: its commit step is -1, as if it had been there before step 0. Every view of a later step
+therefore shows it, and the state before it is the completion with everything masked. That state is
+the same for all completions of a group, so reading the hints there takes one forward a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from igpo_jax.rl.estimators.base import Forwards, Group, Views
+from igpo_jax.types import Array
+
+Hints = Literal["scored", "context"]
+
+
+def distinct_steps(commit_step: Array, steps: int, counted: Array | None = None) -> Array:
+  """bool[G,T]: at which steps of the sampler a completion decided a token.
+
+  Args:
+    commit_step: i32[G,L]; -1 on hints, which have no step.
+    steps: T.
+    counted: bool[G,L], the tokens that count; None: all.
+  """
+  committed = commit_step[:, None] == jnp.arange(steps)[:, None]  # [G,T,L]
+  if counted is not None:
+    committed &= counted[:, None]
+  return jnp.any(committed, axis=-1)
+
+
+def merged_steps(commit_step: Array, steps: int, shrink: int) -> Array:
+  """i32[G,L]: the place of a token's step among its completion's, every `shrink` of them one.
+
+  Example: with commit steps [0, 3, 4, 9, -1] and shrink 2 the result is [0, 0, 1, 1, -1].
+  """
+  rank = jnp.cumsum(distinct_steps(commit_step, steps), axis=1) - 1  # [G,T]
+  rank = jnp.take_along_axis(rank, jnp.maximum(commit_step, 0), axis=1)
+  return jnp.where(commit_step < 0, -1, rank // shrink)
+
+
+def with_hints(hints: Hints, own: int) -> Forwards:
+  """The forwards of `own` views, and of the one that reads the hints, if there is one."""
+  return Forwards(shared=1 if hints == "scored" else 0, own=own)
+
+
+def add_hints(views: Views, hints: Hints, group: Group) -> Views:
+  """`views`, behind a first one that masks everything and scores the hints, if it is wanted.
+
+  `aux["of_hints"]` bool[R,G] says which view that is.
+  """
+  if hints == "context":
+    return views
+  first = lambda x, value: jnp.concatenate([jnp.full_like(x[:1], value), x])
+  aux = {name: first(x, 0) for name, x in views.aux.items()}
+  aux["of_hints"] = first(jnp.zeros(views.masked.shape[:2], bool), True)
+  return Views(
+    masked=first(views.masked, True),
+    scored=jnp.concatenate([group.hinted[None], views.scored]),
+    weights=None if views.weights is None else first(views.weights, 1.0),
+    aux=aux,
+  )
