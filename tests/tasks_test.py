@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from igpo_jax import plugins
 from igpo_jax.config import RewardConfig, default_config, freeze
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
@@ -25,6 +26,7 @@ from igpo_jax.hints.leak import overlapping_tokens
 from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.tasks import countdown, stories, sudoku
+from tests.paths import REPO
 
 
 def digest(records) -> str:
@@ -477,6 +479,22 @@ def test_a_task_of_a_users_own_is_found_under_its_name_everywhere():
   for name in ("zero", "nought", "chains", "maps"):
     with pytest.raises(ValueError, match=f"task '{name}' is already registered"):
       register_task(Task(name, verifier="exact"))
+
+
+def test_the_task_of_the_documents_can_be_registered_as_they_say(tmp_path):
+  text = (REPO / "docs" / "data.md").read_text()
+  (code,) = re.findall(r"<!-- task -->\n+```python\n(.*?)```", text, re.DOTALL)
+  (tmp_path / "own.py").write_text(code)
+  plugins.load_files([str(tmp_path / "own.py")])
+  records = load_records("synthetic:next?low=10&n=3").records
+  assert [(r.question, r.answer) for r in records] == [
+    ("10+1", "11"),
+    ("12+1", "13"),
+    ("14+1", "15"),
+  ]
+  tokenizer = open_tokenizer("char:next+chains")
+  assert all(tokenizer.decode(tokenizer.encode(r.trace)) == r.trace for r in records)
+  assert "next" in [task.name for task in all_tasks()]
 
 
 def test_records_of_a_mixture_are_each_graded_by_the_verifier_of_their_task():
