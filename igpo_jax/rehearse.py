@@ -179,14 +179,14 @@ def missing_files(config: Config) -> dict[str, str]:
   Raises:
     UserError: a source is of an unknown kind.
   """
-  from igpo_jax.data.sources import FILE_SOURCES, check_files
+  from igpo_jax.data.sources import check_files, reads_files
   from igpo_jax.eval.protocols import plan
 
   uris = {f"data.{s}": getattr(config.data, s) for s in config.stages if s != "eval"}
   uris |= {f"data.eval {task.name}": task.uri for task in plan(config)}
   missing = {}
   for name, uri in uris.items():
-    if uri.partition(":")[0] not in FILE_SOURCES:
+    if not reads_files(uri):
       check_files(uri)
       continue
     try:

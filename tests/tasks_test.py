@@ -17,6 +17,7 @@ from etils import epath
 
 from igpo_jax import plugins
 from igpo_jax.config import RewardConfig, default_config, freeze
+from igpo_jax.data import sources
 from igpo_jax.data.records import Record
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.task_registry import Task, all_tasks, find_task, register_task
@@ -507,6 +508,20 @@ def test_records_of_a_mixture_are_each_graded_by_the_verifier_of_their_task():
     mixed = scorer([*(r.trace for r in records), r"\boxed{x+x}"], [*records, sums])
     assert mixed.correct.all() and scorer.pool is not None
     assert not scorer([records[3].trace, records[0].trace], [records[0], records[3]]).correct.any()
+
+
+def test_the_files_of_a_mixture_are_looked_for_before_anything_is_read(tmp_path):
+  mixture = f"mix:synthetic:chains?n=3 | jsonl:{tmp_path}/none.jsonl?format=gsm8k"
+  assert sources.reads_files(mixture)
+  assert not sources.reads_files("mix:synthetic:chains | synthetic:sudoku")
+  with pytest.raises(UserError, match=r"none.jsonl.*openai/grade-school-math"):
+    sources.check_files(mixture)
+  with pytest.raises(UserError, match="no task 'chess'"):
+    sources.check_files("mix:synthetic:chains | synthetic:chess")
+  with pytest.raises(UserError, match=r"none\.jsonl"):
+    sources.stream_records(mixture)
+  with pytest.raises(UserError, match="expected mix:URI"):
+    sources.load_records("mix:synthetic:chains | ")
 
 
 @pytest.mark.parametrize(

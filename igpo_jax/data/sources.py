@@ -156,6 +156,14 @@ def _mixed(rest: str, options: dict[str, Any]) -> Stream:
 FILE_SOURCES = ("jsonl", "csv", "parquet")  # what follows the colon is a path or a pattern
 
 
+def reads_files(uri: str) -> bool:
+  """Whether a source, or a part of a mixture, reads files by their paths."""
+  name, _, rest = uri.partition(":")
+  if name == MIX:
+    return any(reads_files(part.strip()) for part in rest.split(_BAR))
+  return name in FILE_SOURCES
+
+
 def check_files(uri: str) -> None:
   """Looks whether the files of a source are there, without reading them.
 
