@@ -63,7 +63,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 def _check_class(kind: str, name: str, cls: type) -> None:
   what = f"{kind} {name!r}"
-  if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
+  if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
     raise TypeError(f"{what}: put @dataclasses.dataclass(frozen=True) below the registration")
   for field in dataclasses.fields(cls):
     if field.default is dataclasses.MISSING:

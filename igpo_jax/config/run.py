@@ -299,8 +299,9 @@ def stop_rule(text: str) -> tuple[str, bool, float]:
     UserError: the text is no such rule.
   """
   match = re.fullmatch(r"\s*([\w/.@-]+)\s*([<>])\s*([-+\d.eE]+)\s*", text)
+  metric, sign, number = match.groups() if match else ("", "", "nan")
   try:
-    limit = float(match[3]) if match else math.nan
+    limit = float(number)
   except ValueError:
     limit = math.nan
   require(
@@ -308,7 +309,7 @@ def stop_rule(text: str) -> tuple[str, bool, float]:
     f"log.stop_when: {text!r} should be METRIC < NUMBER or METRIC > NUMBER, such as "
     "'rl/repeated > 0.9'",
   )
-  return match[1], match[2] == ">", limit
+  return metric, sign == ">", limit
 
 
 @dataclasses.dataclass(frozen=True)

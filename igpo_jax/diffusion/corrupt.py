@@ -13,7 +13,7 @@ def mask_probability(t: Array, eps: float) -> Array:
   return (1 - eps) * t + eps
 
 
-def random_masks(key: Array, shape: tuple[int, int], eps: float = 0.0) -> tuple[Array, Array]:
+def random_masks(key: Array, shape: tuple[int, ...], eps: float = 0.0) -> tuple[Array, Array]:
   """Masks each position of a row independently with the row's own probability.
 
   Args:

@@ -175,11 +175,10 @@ def _read_kind(
   at_once = largest_part(count, views_at_once)
 
   def read(params, chunk):
-    of_view = lambda k: jax.tree.map(lambda x: x[k], chunk)
-    number = chunk[0].shape[0]
-    out = [
-      _read(lm, params, groups, *of_view(k), shared, estimator.temperature) for k in range(number)
-    ]
+    out = []
+    for k in range(chunk[0].shape[0]):
+      masked, prompt_masked = jax.tree.map(lambda x, k=k: x[k], chunk)
+      out.append(_read(lm, params, groups, masked, prompt_masked, shared, estimator.temperature))
     return jax.tree.map(lambda *x: jnp.stack(x), *out)
 
   if count == 0:

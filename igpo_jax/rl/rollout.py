@@ -129,44 +129,43 @@ class Explorer:
 
     # 2. All-wrong groups only: try again, with chunks of the trace in place.
     wrong = np.flatnonzero(~own.correct.any(axis=1))
-    extra, extra_groups = None, np.array([], int)
+    extra: Samples | None = None
     if cfg.rl.exploration != "none":
-      most = int(over_processes(len(wrong), np.max))
+      most = int(over_processes(np.array(len(wrong)), np.max))
       if most:
         size = self.group_sampler.padded(most)
         # Padding groups are fixed throughout: they have nothing to denoise.
-        extra_groups = np.concatenate([wrong, np.zeros(size - len(wrong), int)])
+        groups = np.concatenate([wrong, np.zeros(size - len(wrong), int)])
         canvas = np.full((size, g, length), self.lm.mask_id, np.int32)
         hinted = np.zeros((size, g, length), bool)
         if cfg.rl.exploration == "inpaint":
-          for row, group in enumerate(wrong):
+          for row, group in enumerate(wrong.tolist()):
             canvas[row], hinted[row] = self._hints(batch, group, step)
         padding = np.arange(size) >= len(wrong)
         canvas[padding], hinted[padding] = self.lm.eos_id, True
-        extra = self.group_sampler(
-          params, batch, extra_groups, canvas, hinted, keys["resample"], clock
-        )
+        extra = self.group_sampler(params, batch, groups, canvas, hinted, keys["resample"], clock)
 
     # 3. Correct ones replace wrong originals, at most lambda G of a group.
     mixed = own.copy()
     source = np.full((p, g), -1)  # which extra completion took the place; -1: none
-    for row, group in enumerate(wrong if extra is not None else []):
-      rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 1])
-      correct = rng.permutation(np.flatnonzero(extra.correct[row]))
-      correct = correct[: num_replacements(len(correct), cfg.hints.replace_fraction, g)]
-      for target, number in zip(rng.permutation(g), correct, strict=False):
-        mixed.put(group, target, extra, row, number)
-        source[group, target] = number
+    if extra is not None:
+      for row, group in enumerate(wrong.tolist()):
+        rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 1])
+        correct = rng.permutation(np.flatnonzero(extra.correct[row]))
+        correct = correct[: num_replacements(len(correct), cfg.hints.replace_fraction, g)]
+        for target, number in zip(rng.permutation(g).tolist(), correct.tolist(), strict=False):
+          mixed.put(group, target, extra, row, number)
+          source[group, target] = number
 
     # 4. To the devices: everything, and what there is to learn from.
-    arrays = self._rollout(batch, mixed)
-    groups = self._groups_to_update(arrays.advantages)
-    rollout = update_rollout = shard_rows(self.mesh, arrays)
-    if len(groups) < p:
-      update_rollout = shard_rows(self.mesh, jax.tree.map(lambda x: x[groups], arrays))
-    metrics = self._metrics(batch, own, mixed, extra, wrong, source >= 0, arrays.advantages)
+    arrays = self._arrays(batch, mixed)
+    live = self._groups_to_update(arrays["advantages"])
+    rollout = update_rollout = Rollout(**shard_rows(self.mesh, arrays))
+    if len(live) < p:
+      update_rollout = Rollout(**shard_rows(self.mesh, {k: x[live] for k, x in arrays.items()}))
+    metrics = self._metrics(batch, own, mixed, extra, wrong, source >= 0, arrays["advantages"])
     rows = self._rows(batch, own, extra, wrong, source)
-    return Exploration(rollout, update_rollout, groups, metrics, rows)
+    return Exploration(rollout, update_rollout, live, metrics, rows)
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -183,18 +182,18 @@ class Explorer:
       cfg.sampler.gen_length, cfg.hints, rng, self.lm.mask_id, forbidden,
     )  # fmt: skip
 
-  def _rollout(self, batch: PromptBatch, samples: Samples) -> Rollout:
-    """This process's rows, on the host."""
+  def _arrays(self, batch: PromptBatch, samples: Samples) -> dict[str, np.ndarray]:
+    """The arrays of this process's `Rollout`, on the host."""
     p, g = samples.reward.shape
     advantages = host_advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
-    return Rollout(
-      prompt=batch.tokens,
-      prompt_valid=batch.valid,
-      completion=samples.completion,
-      hinted=samples.hinted,
-      commit_step=samples.commit_step,
-      advantages=advantages.reshape(p, g),
-    )
+    return {
+      "prompt": batch.tokens,
+      "prompt_valid": batch.valid,
+      "completion": samples.completion,
+      "hinted": samples.hinted,
+      "commit_step": samples.commit_step,
+      "advantages": advantages.reshape(p, g),
+    }
 
   def _groups_to_update(self, advantages: np.ndarray) -> np.ndarray:
     """Which of this process's groups go into the update, in their order: i64[X].
@@ -208,7 +207,7 @@ class Explorer:
     if not self.objective.drops_zero_advantage:
       return np.arange(len(advantages))
     live = np.any(advantages != 0, axis=1)
-    most = int(over_processes(live.sum(), np.max))
+    most = int(over_processes(np.array(live.sum()), np.max))
     size = next(size for size in self.update_sizes if size >= most)
     return np.sort(np.argsort(~live, kind="stable")[:size])
 
@@ -222,14 +221,18 @@ class Explorer:
         shown += any(shown_spans(run, record, verifier) for run in runs)
     return shown
 
-  def _metrics(self, batch, own, mixed, extra, wrong, replaced, advantages) -> dict[str, float]:
+  def _metrics(
+    self, batch, own: Samples, mixed: Samples, extra: Samples | None, wrong, replaced, advantages
+  ) -> dict[str, float]:
     """Shares and means over the rows of all processes."""
     p, g = own.reward.shape
     stops = np.isin(own.completion, self.lm.stop_ids)
     length = np.where(stops.any(-1), stops.argmax(-1) + 1, own.completion.shape[-1])
-    tried = len(wrong) * g if extra is not None else 0
-    extra_correct = extra.correct[: len(wrong)].sum() if tried else 0
-    shown = self._answer_shown(batch, extra, wrong) if tried else 0
+    tried, extra_correct, shown = 0, 0, 0
+    if extra is not None and len(wrong):
+      tried = len(wrong) * g
+      extra_correct = extra.correct[: len(wrong)].sum()
+      shown = self._answer_shown(batch, extra, wrong)
     status = [s for group in own.status for s in group]
     sums = {  # name: (numerator, denominator)
       "reward": (own.reward.sum(), p * g),
@@ -282,7 +285,7 @@ class Explorer:
         for k, s in enumerate(source[group].tolist())
       ]
       again = []
-      if group in tries:
+      if extra is not None and group in tries:
         again = [
           self._row(record, extra, tries[group], k, second,
                     *(("inserted", taken[k]) if k in taken else ("dropped", None)))

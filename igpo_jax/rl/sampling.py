@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,10 +59,9 @@ class Samples:
 
   def copy(self) -> Samples:
     """A copy that `put` may change."""
-    return Samples(
-      **{name: getattr(self, name).copy() for name in self.ARRAYS},
-      **{name: [list(group) for group in getattr(self, name)] for name in self.LISTS},
-    )
+    copies: dict[str, Any] = {name: getattr(self, name).copy() for name in self.ARRAYS}
+    copies |= {name: [list(group) for group in getattr(self, name)] for name in self.LISTS}
+    return Samples(**copies)
 
   def put(self, group: int, row: int, other: Samples, other_group: int, other_row: int) -> None:
     """Replaces one completion by one of `other`'s."""
@@ -73,18 +72,20 @@ class Samples:
 
   def take(self, groups: np.ndarray) -> Samples:
     """The groups i[X] of it, in that order."""
-    return Samples(
-      **{name: getattr(self, name)[groups] for name in self.ARRAYS},
-      **{name: [getattr(self, name)[k] for k in groups] for name in self.LISTS},
-    )
+    taken: dict[str, Any] = {name: getattr(self, name)[groups] for name in self.ARRAYS}
+    taken |= {name: [getattr(self, name)[k] for k in groups] for name in self.LISTS}
+    return Samples(**taken)
 
   @staticmethod
   def join(parts: Sequence[Samples]) -> Samples:
     """All groups of all parts, in order."""
-    return Samples(
-      **{n: np.concatenate([getattr(p, n) for p in parts]) for n in Samples.ARRAYS},
-      **{n: [group for p in parts for group in getattr(p, n)] for n in Samples.LISTS},
-    )
+    joined: dict[str, Any] = {
+      name: np.concatenate([getattr(part, name) for part in parts]) for name in Samples.ARRAYS
+    }
+    joined |= {
+      name: [group for part in parts for group in getattr(part, name)] for name in Samples.LISTS
+    }
+    return Samples(**joined)
 
 
 class DeviceClock:
