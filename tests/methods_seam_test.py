@@ -285,8 +285,17 @@ def test_a_denominator_that_is_known_only_afterwards_is_that_of_the_whole_batch(
   jax.tree.map(close, gradients, gradient)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ESTIMATORS)
+QUICK = ("mean_field", "coupled")
+FIRST = [(name, "bfloat16") for name in QUICK] + [("mean_field", "float32")]
+FIRST += [
+  pytest.param(name, dtype, marks=pytest.mark.slow)
+  for name in ESTIMATORS
+  for dtype in ("float32", "bfloat16")
+  if (name, dtype) not in FIRST
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FIRST)
 def test_at_the_first_inner_update_every_ratio_is_exactly_one(name, dtype, rollout):
   lm, params = tiny_model(VOCAB)
   config = of(estimator=name, micro_batches=2)

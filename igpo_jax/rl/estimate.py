@@ -238,6 +238,7 @@ def _read(
     prompt = jnp.where(hide & valid, lm.mask_id, prompt)
   tokens, seen = join(prompt, valid, canvas)
   if lm.block_length and not shared:  # it sees clean blocks before a noisy one
+    assert lm.hidden_of_two is not None  # block-causal families have it
     h = lm.hidden_of_two(params, tokens, join(known, valid, rows)[0], seen)
   else:
     h, _ = lm.hidden(params, tokens, seen)

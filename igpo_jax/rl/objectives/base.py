@@ -61,6 +61,13 @@ class LossSums(NamedTuple):
   most: dict[str, Array] = {}  # noqa: RUF012  a NamedTuple's default, never changed
 
 
+def given(estimate: Estimate | None) -> Estimate:
+  """The old or the reference estimate, where the objective has declared that it needs it."""
+  if estimate is None:
+    raise ValueError("the objective reads an estimate that it does not declare to need")
+  return estimate
+
+
 class Objective:
   """Base of all objectives, which are frozen dataclasses: their fields are their options.
 

@@ -19,7 +19,7 @@ from igpo_jax.config import ObjectiveConfig
 from igpo_jax.ops.masked import masked_mean, masked_sum
 from igpo_jax.rl.estimate import Estimate
 from igpo_jax.rl.hint_filter import entropy_filter, num_kept
-from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, register_objective
+from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, given, register_objective
 from igpo_jax.rl.objectives.reductions import k2, k3
 from igpo_jax.types import Array
 
@@ -190,7 +190,7 @@ class Clipped(ObjectiveConfig, Objective):
     numerator, sums = policy_loss_sums(
       _rows(policy.tokens),
       _rows(policy.token_entropy),
-      _rows(old.tokens),
+      _rows(given(old).tokens),
       None if ref is None else _rows(ref.tokens),
       batch.advantages.reshape(-1),
       _rows(batch.region & policy.scored),

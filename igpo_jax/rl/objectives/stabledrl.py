@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from igpo_jax.config import Positive
 from igpo_jax.rl.estimate import Estimate
-from igpo_jax.rl.objectives.base import Batch, LossSums, register_objective
+from igpo_jax.rl.objectives.base import Batch, LossSums, given, register_objective
 from igpo_jax.rl.objectives.bounds import SandwichOptions, lower_bound
 from igpo_jax.types import Array
 
@@ -60,7 +60,7 @@ class StableDRL(SandwichOptions):
   ) -> LossSums:
     likelihood, both = self.likelihood(policy, batch, kept)
     # Under masks of its own the old policy is read at positions that the policy is not.
-    before = lower_bound(old, batch, kept | (batch.region & ~policy.scored))
+    before = lower_bound(given(old), batch, kept | (batch.region & ~policy.scored))
     log_weight = jax.lax.stop_gradient(both.lower - before)
     clamped = log_weight > math.log(self.largest)
     weight = jnp.exp(jnp.minimum(log_weight, math.log(self.largest)))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from igpo_jax.config import NonNegative, Range, require
 from igpo_jax.ops.masked import masked_sum
 from igpo_jax.rl.estimate import Estimate
-from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, register_objective
+from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, given, register_objective
 from igpo_jax.rl.objectives.reductions import clipped_loss, k2, k3
 from igpo_jax.types import Array
 
@@ -95,7 +95,7 @@ class TracePPO(Objective):
     scored = views.scored & region[:, None]
     if not self.threshold or "current" not in views.aux:
       return scored
-    sure = jax.lax.stop_gradient(old.logp) >= math.log(self.threshold)
+    sure = jax.lax.stop_gradient(given(old).logp) >= math.log(self.threshold)
     current = views.aux["current"]
     if "of_hints" in views.aux:
       current |= views.aux["of_hints"][..., None]
