@@ -578,3 +578,21 @@ def test_repeated_tokens_are_counted_through_the_stop_token():
 def test_as_many_are_replaced_as_are_correct_up_to_a_share_of_the_group():
   assert [num_replacements(k, 0.5, 8) for k in (0, 1, 4, 5, 8)] == [0, 1, 4, 4, 4]
   assert num_replacements(9, 0.7, 10) == 7  # in binary 0.7 * 10 is a little less
+
+
+def test_groups_outside_the_window_of_accuracy_have_no_advantage(none):
+  """By the share of correct completions in what is learnt from; at its edges a group is inside."""
+  correct = np.array([[row["correct"] for row in group] for group in learnt(none)]).mean(axis=1)
+  edges = sorted(set(correct[(correct > 0) & (correct < 1)]))
+  assert len(edges) >= 2
+  out = explore(exploration="none", accuracy_low=edges[0], accuracy_high=edges[-2])
+  inside = (correct >= edges[0]) & (correct <= edges[-2])
+  advantages = np.asarray(host(out.rollout).advantages)
+  before = np.asarray(host(none.rollout).advantages)
+  assert 0 < inside.sum() < (before != 0).any(axis=1).sum()
+  np.testing.assert_array_equal(advantages, np.where(inside[:, None], before, 0))
+
+
+def test_a_window_the_wrong_way_round_is_told():
+  with pytest.raises(UserError, match=r"rl\.accuracy_low=0\.8 is above rl\.accuracy_high=0\.2"):
+    RLConfig(accuracy_low=0.8, accuracy_high=0.2)

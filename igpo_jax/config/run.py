@@ -66,6 +66,8 @@ class RLConfig:
     loss_region: which positions are in the loss: up to and including the first stop
       token, or the whole canvas.
     advantage: "mean" (no division), "std", "std_sample", or "leave_one_out" (docs/methods.md).
+    accuracy_low, accuracy_high: a group with a smaller or a larger share of correct completions,
+      inserted ones included, gets no advantage. TraceRL trains on 0.2 to 0.8.
     eval_every: steps between evaluations; 0: only at the end.
   """
 
@@ -81,10 +83,16 @@ class RLConfig:
   views_at_once: Count = 2
   loss_region: Literal["through_eos", "all"] = "through_eos"
   advantage: Literal["mean", "std", "std_sample", "leave_one_out"] = "mean"
+  accuracy_low: Share = 0.0
+  accuracy_high: Share = 1.0
   eval_every: Natural = 0
 
   def __post_init__(self):
     check_section(self, "rl")
+    require(
+      self.accuracy_low <= self.accuracy_high,
+      f"rl.accuracy_low={self.accuracy_low} is above rl.accuracy_high={self.accuracy_high}",
+    )
     require(
       self.prompts_per_step % (self.micro_batches or 1) == 0,
       f"rl.prompts_per_step={self.prompts_per_step} is not a multiple of "

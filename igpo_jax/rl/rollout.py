@@ -185,14 +185,17 @@ class Explorer:
   def _arrays(self, batch: PromptBatch, samples: Samples) -> dict[str, np.ndarray]:
     """The arrays of this process's `Rollout`, on the host."""
     p, g = samples.reward.shape
-    advantages = host_advantages(samples.reward.reshape(-1), g, self.config.rl.advantage)
+    rl = self.config.rl
+    advantages = host_advantages(samples.reward.reshape(-1), g, rl.advantage).reshape(p, g)
+    accuracy = samples.correct.mean(axis=1, keepdims=True)
+    inside = (accuracy >= rl.accuracy_low) & (accuracy <= rl.accuracy_high)
     return {
       "prompt": batch.tokens,
       "prompt_valid": batch.valid,
       "completion": samples.completion,
       "hinted": samples.hinted,
       "commit_step": samples.commit_step,
-      "advantages": advantages.reshape(p, g),
+      "advantages": np.where(inside, advantages, np.float32(0)),
     }
 
   def _groups_to_update(self, advantages: np.ndarray) -> np.ndarray:
