@@ -200,11 +200,12 @@ def missing_files(config: Config) -> dict[str, str]:
 
 def _problems(config: Config, task, missing: dict[str, str]) -> int:
   """The number of problems of a benchmark; 0 if it is not known."""
+  from igpo_jax.data.names import one_name
   from igpo_jax.data.sources import load_records
   from igpo_jax.train.costs import PUBLISHED
 
   if f"data.eval {task.name}" in missing:
-    count = PUBLISHED.get(task.name.partition("@")[0], 0)
+    count = PUBLISHED.get(one_name(task.name.partition("@")[0]), 0)
   else:
     count = len(load_records(task.uri).records)
   return min(count, config.eval.limit) if config.eval.limit else count

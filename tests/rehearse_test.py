@@ -26,6 +26,7 @@ PRESETS = ("v5e-64", "v5p-32", "v5e-8", "gpu", "h100-1", "h100-8", "h100-16", "h
 SOURCE = "--config.data.rl=synthetic:chains"
 OTHERS = {
   "quickstart.py": [], "quickstart.py:smoke": [], "sft_tiny.py": [], "gsm8k_tiny.py": [],
+  "stories.py": [],
   "llada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
   "illada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
 }  # fmt: skip
