@@ -1,10 +1,11 @@
-"""SFT on `synthetic:stories`: traces of 77 words, most of which are filler (igpo_jax/tasks/stories.py).
+"""SFT on `synthetic:stories`: traces of 77 words, most of which are filler.
 
     python -m igpo_jax.main --config=configs/stories.py[:smoke] --workdir=DIR
 
-Six rides over 24 stops on three bus lines: 72 transitions to know, a thirteenth of the words. docs/LOG.md
-has what was tried to learn them; tied embeddings are what lets so small a model copy the name of a stop.
-The preset `smoke` goes the same way in seconds, and its accuracy says nothing.
+Six rides over 24 stops on three lines (igpo_jax/tasks/stories.py): 72 transitions to know, which
+are a thirteenth of the words. docs/LOG.md has what was tried to learn them. Tied embeddings let so
+small a model copy the name of a stop. The preset `smoke` goes the same way in seconds, and its
+accuracy says nothing.
 """
 
 import re

@@ -390,6 +390,20 @@ def test_most_words_of_a_story_follow_from_what_is_known_and_each_phrasing_occur
   assert all(s[6] in stories.LINES for s in sentences)
 
 
+def test_distractors_are_five_words_each_and_name_nobody_who_rides():
+  plain = load_records("synthetic:stories?n=60&seed=4").records
+  told_more = load_records("synthetic:stories?n=60&seed=4&distractors=3").records
+  places = set()
+  for a, b in zip(plain, told_more, strict=True):
+    assert (a.id, a.trace, a.answer) == (b.id, b.trace, b.answer)
+    assert len(b.question.split()) == len(a.question.split()) + 15
+    before, _, behind = b.question.partition(a.question)
+    assert a.answer not in (before + behind).split()
+    assert a.question.split()[0] not in (before + behind).split()
+    places.add(len(before.split()))
+  assert places == {0, 5, 10, 15}
+
+
 def test_slips_of_a_story_take_the_doubtful_turns_and_never_show_the_answer():
   wrong = stories.wrong_targets(0, 3, 24, 0.35)
   network = stories.network(0, 3, 24)

@@ -57,7 +57,7 @@ ENDING = "and ends => {to}"  # of the last step, in the place of its last five w
 FACTS = (
   "{name} waits at {at} .",
   "{name} lives near {at} .",
-  "the {line} bus is late .",
+  "the {line} bus waits .",
 )
 _FIXED = re.sub(r"\{\w+\}", " ", " ".join((*PHRASINGS, ENDING, *FACTS, QUESTION))).split()
 WORDS = tuple(dict.fromkeys((*STOPS, *LINES, *PEOPLE, *PEOPLE.values(), *ORDINALS, *_FIXED)))
