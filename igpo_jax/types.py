@@ -79,7 +79,8 @@ class LM(NamedTuple):
     vocab_size: V, the width of the logits.
     shift: 1 if the network predicts the token after each position, 0 if that of its own.
     left_context: how many positions before the first one that is read a window has to begin
-      (as many as there are, at the beginning of the canvas).
+      (as many as there are, at the beginning of the canvas): `shift`, or of a block-causal model
+      what a block may have before it.
     block_length: 0: every position sees all that are valid. Else the model is block-causal: a
       position sees those up to the end of its own block of so many positions, counted from the
       row's first valid one. Hints further to the right are then not seen.

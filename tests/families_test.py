@@ -140,7 +140,7 @@ def test_a_window_reads_what_the_whole_canvas_gives(name):
   for first in (0, 3, 7):
     h, cache = whole(first)
     expected = np.asarray(everything[:, first : first + 4])
-    here = seen[:, first : first + 4]
+    here = seen[:, first : first + 4].copy()
     if lm.shift:  # the first position that is not padding is predicted by padding
       here &= np.pad(seen, ((0, 0), (1, 0)), mode="edge")[:, first : first + 4]
     np.testing.assert_allclose(np.asarray(h)[here], expected[here], atol=5e-5)
@@ -176,7 +176,7 @@ def test_a_block_causal_model_says_what_it_has_no_place_for():
 def test_a_shifted_model_reads_each_token_one_position_earlier(name):
   config, lm, params = tiny(name)
   design = families.check(config).design(config)
-  assert lm.shift == lm.left_context == design.shift
+  assert (lm.shift, lm.block_length) == (design.shift, design.block_length)
   tokens = jnp.asarray(rows_with_hints(3).tokens)
   logits = lm.logits(params, tokens)
   own = network.make_network(config, dataclasses.replace(design, shift=0)).logits(params, tokens)

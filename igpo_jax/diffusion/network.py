@@ -135,10 +135,12 @@ def block_hidden(
   if seen is None:
     h, cache = lm.hidden(params, tokens, valid, cache=cache, read=(start, width))
   else:
-    begin = jnp.maximum(start - lm.left_context, 0) if lm.left_context else start
-    seen += lm.left_context
-    window = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, past_end), begin, seen, axis=1)
-    read = (start - begin if lm.left_context else 0, width)
+    tokens, begin, read = jnp.pad(tokens, past_end), start, (0, width)
+    if lm.left_context:
+      seen = min(seen + lm.left_context, tokens.shape[1])
+      begin = jnp.clip(start - lm.left_context, 0, tokens.shape[1] - seen)
+      read = (start - begin, width)
+    window = jax.lax.dynamic_slice_in_dim(tokens, begin, seen, axis=1)
     h, cache = lm.hidden(params, window, valid, start=begin, cache=cache, read=read)
   return h.reshape(inputs, -1, *h.shape[1:]), cache
 

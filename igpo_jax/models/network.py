@@ -431,7 +431,8 @@ def make_network(config: ModelConfig, design: Design) -> LM:
     stop_ids=config.stop_ids or (config.eos_id,),
     vocab_size=config.vocab_size,
     shift=design.shift,
-    left_context=design.shift,
+    # The rest of a block that was begun before what is read changes with it.
+    left_context=max(design.shift, design.block_length - 1),
     block_length=design.block_length,
     hidden_of_two=hidden_of_two if design.block_length else None,
     routed=routed if design.router is not None else None,
