@@ -391,4 +391,5 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     ends = jnp.any(had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here)
     rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * stride + steps - 1)
     count = count._replace(stopped=ends)
-  return rows, count
+  # The loop over blocks carries nothing of a block's own.
+  return rows.replace(passes=None, settled=None), count
