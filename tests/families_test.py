@@ -16,12 +16,14 @@ import pytest
 import safetensors.numpy
 
 from igpo_jax.config import (
+  RUN_CHOOSES,
   LoRAConfig,
   ModelConfig,
   MoEConfig,
   SamplerConfig,
   default_config,
   freeze,
+  load_config_file,
 )
 from igpo_jax.convert.entries import entries
 from igpo_jax.convert.families import hf_config, read_config
@@ -421,6 +423,18 @@ def test_programs_can_be_lowered_for_accelerators(name, platform):
   config, mesh = freeze(config), make_mesh(1, 1, 1, devices=jax.devices()[:1])
   for program in programs(config, mesh).values():
     assert program.flops > 0 and program.lower(platform).as_text()
+
+
+@pytest.mark.parametrize("name, published", [("dream_7b", "Dream-7B"),
+                                             ("llada_moe", "LLaDA-MoE-7B-A1B")])  # fmt: skip
+def test_the_presets_are_the_published_models(name, published):
+  config = load_config_file(REPO / "configs" / f"{name}.py")
+  config.data.rl = "jsonl:train.jsonl"
+  model = freeze(config).model
+  expected = families.model_config(model.family, FAMILIES[model.family].published[published])
+  run = {field: getattr(model, field) for field in (*RUN_CHOOSES, "stop_ids")}
+  assert dataclasses.replace(expected, mlp_hidden=model.mlp_hidden, **run) == model
+  families.check(model)
 
 
 # --- reference implementations ---------------------------------------------------------------
