@@ -256,11 +256,12 @@ class SelfNormalized(Objective):
     weight = jax.lax.stop_gradient(jnp.exp(row(policy.tokens - old.tokens)))
     return LossSums(
       -jnp.sum(weight * batch.advantages * row(policy.tokens)), jnp.sum(weight),
-      {"weight": jnp.sum(weight)}, {"largest": jnp.max(weight)},
+      # Names that the metrics of every method have, too.
+      {"entropy": jnp.sum(weight), "denominator": jnp.float32(7)}, {"ratio": jnp.max(weight)},
     )  # fmt: skip
 
   def metrics(self, sums, most):
-    return {"weight": sums["weight"], "largest": most["largest"]}
+    return {"weight": sums["entropy"], "largest": most["ratio"]}
 
 
 def second_update(rollout, micro_batches):
@@ -279,8 +280,11 @@ def test_a_denominator_that_is_known_only_afterwards_is_that_of_the_whole_batch(
   loss, sums, gradient = second_update(rollout, 1)
   parts, others, gradients = second_update(rollout, 2)
   assert parts == pytest.approx(loss, rel=1e-5) and abs(loss) > 1e-4
-  assert others.most["largest"] == pytest.approx(sums.most["largest"], rel=1e-5)
-  assert others.added["weight"] == pytest.approx(sums.added["weight"], rel=1e-5)
+  own, other = sums.added["objective"], others.added["objective"]
+  assert other["entropy"] == pytest.approx(own["entropy"], rel=1e-5)
+  assert sums.added["denominator"] == pytest.approx(own["entropy"], rel=1e-5)
+  largest = lambda sums: sums.most["objective"]["ratio"]
+  assert largest(others) == pytest.approx(largest(sums), rel=1e-5)
   close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()) + 1e-8)
   jax.tree.map(close, gradients, gradient)
 
@@ -307,4 +311,5 @@ def test_at_the_first_inner_update_every_ratio_is_exactly_one(name, dtype, rollo
   scores = programs.score(read_only, read_only, rollout, KEYS)
   _, sums, _ = programs.gradient(params, {}, rollout, scores, KEYS, jnp.int32(0))
   for kind in ("own", "hint"):
-    assert sums.added[f"{kind}_ratio"] == sums.added[f"{kind}_reads"] > 0, kind
+    policy = sums.added["policy"]
+    assert policy[f"{kind}_ratio"] == policy[f"{kind}_reads"] > 0, kind

@@ -334,7 +334,7 @@ class LogConfig:
       of the workdir.
     wandb_project: the project's name there.
     max_skipped: stop after this many non-finite updates in a row.
-    stop_when: rules such as "rl/repeated > 0.9" or "rl/entropy < 0.01" about a metric of
+    stop_when: rules such as "rl/repeated > 0.9" or "rl/entropy_floor < 0.01" about a metric of
       metrics.jsonl: where one holds, the state is saved and the run stops.
     stop_patience: a rule has to hold in so many logged rows in a row.
     profile_steps: number of steps of each stage of which an xprof trace is written to

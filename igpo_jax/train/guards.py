@@ -1,6 +1,6 @@
 """Stop rules: a run that has collapsed ends, with its state saved, in place of running on.
 
-log.stop_when=("rl/repeated > 0.9", "rl/entropy < 0.01")
+log.stop_when=("rl/repeated > 0.9", "rl/entropy_floor < 0.01")
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ class Sums(NamedTuple):
   """What is gathered beside the gradient.
 
   Attributes:
-    added: summed over micro-batches, f32[] each.
-    most: the greatest over micro-batches, f32[] each.
+    added: a tree of f32[], summed over micro-batches.
+    most: a tree of f32[], of each the greatest over micro-batches.
   """
 
-  added: dict[str, Array]
-  most: dict[str, Array]
+  added: dict[str, Any]
+  most: dict[str, Any]
 
   def merge(self, other: Sums) -> Sums:
     """Of both together."""

@@ -181,9 +181,12 @@ def make_policy_programs(
       batch = batch_of(rollout, groups, policy.views)
       kept = kept_positions(policy, before, batch)
       out = objective.sums(policy, before, reference, batch, totals, kept)
-      added = {name: value.astype(jnp.float32) for name, value in out.sums.items()}
-      added |= policy_sums(policy, before, batch, kept)
-      most = out.most | policy_most(policy, before, batch)
+      # The objective's own apart from what every method has: names may be the same.
+      added = {
+        "objective": {name: value.astype(jnp.float32) for name, value in out.sums.items()},
+        "policy": policy_sums(policy, before, batch, kept),
+      }
+      most = {"objective": out.most, "policy": policy_most(policy, before, batch)}
       if out.denominator is not None:
         added["denominator"] = jax.lax.stop_gradient(out.denominator)
       return out.numerator, Sums(added, most)
@@ -209,8 +212,9 @@ def make_policy_programs(
   def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
     loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u)
     state, metrics = apply_gradient(state, optimizer, loss, grads)
-    shared = policy_metrics(sums.added, sums.most)
-    return state, metrics | shared | objective.metrics(sums.added, sums.most)
+    shared = policy_metrics(sums.added["policy"], sums.most["policy"])
+    own = objective.metrics(sums.added["objective"], sums.most["objective"])
+    return state, metrics | shared | own
 
   out = (shardings, None)
   return PolicyPrograms(
