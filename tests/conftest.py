@@ -31,7 +31,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # The shapes and dtypes that public functions declare are checked in every test (jaxtyping). This
 # comes before anything imports them. Commands under test run without the check.
-install_import_hook(["igpo_jax.hints", "igpo_jax.ops"], "beartype.beartype")
+install_import_hook(
+  ["igpo_jax.hints", "igpo_jax.ops", "igpo_jax.rl.advantages", "igpo_jax.rl.objectives.clipped"],
+  "beartype.beartype",
+)
 
 # Files that take a minute or more, the longest first: begun early, none of them is what one worker
 # is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).

@@ -6,6 +6,7 @@ functions. Here each of them is seen to refuse an argument of a wrong shape or d
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
+from beartype import beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
-from igpo_jax.config import HintConfig
+import igpo_jax
+from igpo_jax import Canvas, denoise, group_advantages, make_lm, policy_loss
+from igpo_jax.config import HintConfig, ModelConfig, ObjectiveConfig, SamplerConfig
 from igpo_jax.hints.inject import hint_canvas, hinted_group
 from igpo_jax.ops.masked import masked_mean, masked_sum, topk_mask
 from igpo_jax.ops.token_stats import token_stats
@@ -26,6 +30,9 @@ F, I, B = jnp.float32, jnp.int32, jnp.bool_  # noqa: E741
 ones = lambda dtype, *shape: jnp.ones(shape, dtype)
 HEAD = lambda h: h @ jnp.ones((3, 7))
 RNG = np.random.default_rng(0)
+LM_ = make_lm(ModelConfig(8, 1, 2, mlp_hidden=8, vocab_size=12, mask_id=11))
+PARAMS = LM_.init(jax.random.key(0))
+CANVAS = Canvas(jnp.full((2, 6), 11), jnp.arange(6) < jnp.full((2, 1), 2), jnp.ones((2, 6), bool))
 
 # (function, good arguments, {name: an argument that is wrong in shape or dtype})
 CASES = [
@@ -45,6 +52,18 @@ CASES = [
    {"trace_ids": np.ones(4, np.int32), "answer_span": None, "group_size": 2, "gen_length": 6,
     "hints": HintConfig(), "rng": RNG, "mask_id": 9},
    {"trace_ids": np.ones(4, np.float32)}),
+  (group_advantages, {"rewards": ones(F, 4), "group_size": 2},
+   {"rewards": ones(F, 2, 2)}),
+  (policy_loss,
+   {"logps": ones(F, 2, 3), "entropy": ones(F, 2, 3), "old_logps": ones(F, 2, 3),
+    "ref_logps": None, "advantages": ones(F, 2), "loss_mask": ones(B, 2, 3),
+    "hinted": ones(B, 2, 3), "cfg": ObjectiveConfig()},
+   {"logps": ones(F, 3, 2), "entropy": ones(F, 2), "ref_logps": ones(F, 2, 4),
+    "advantages": ones(F, 3), "loss_mask": ones(F, 2, 3), "hinted": ones(I, 2, 3)}),
+  (jaxtyped(denoise, typechecker=beartype),
+   {"lm": LM_, "params": PARAMS, "canvas": CANVAS, "key": jax.random.key(0),
+    "cfg": SamplerConfig(4, 4, 2)},
+   {"key": ones(F, 2), "canvas": CANVAS.tokens}),
 ]  # fmt: skip
 WRONG = [(f, good, name, bad) for f, good, wrongs in CASES for name, bad in wrongs.items()]
 
@@ -72,3 +91,14 @@ def test_pyright_finds_no_fault_in_the_parts_that_pyproject_lists():
     ["pyright", "--project", REPO, "--pythonpath", sys.executable], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stdout
+
+
+def test_every_public_function_with_arrays_declares_their_shapes():
+  """Of `import igpo_jax`: each parameter that is an array says its shape."""
+  for name in igpo_jax.__all__:
+    function = getattr(igpo_jax, name)
+    if inspect.isfunction(function):
+      for parameter in inspect.signature(function).parameters.values():
+        assert str(parameter.annotation) not in ("Array", "np.ndarray", "jax.Array"), (
+          f"{name}({parameter.name}): write its shape, such as Float[Array, 'B L']"
+        )

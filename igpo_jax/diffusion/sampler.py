@@ -22,6 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Key, PRNGKeyArray, UInt32
 
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
@@ -53,7 +54,7 @@ def denoise(
   lm: LM,
   params: Params,
   canvas: Canvas,
-  key: Array,
+  key: PRNGKeyArray | Key[Array, " B"] | UInt32[Array, "B 2"],
   cfg: SamplerConfig,
   noise: NoiseFn | None = None,
 ) -> Denoised:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from igpo_jax.errors import UserError
-from igpo_jax.types import Array
+from igpo_jax.types import AnyArray, Array
 
 
 def group_advantages(
-  rewards: Array, group_size: int, kind: str = "mean", eps: float = 1e-4, floor: float = 0.0
-) -> Array:
-  """A_i = r_i - mean of its group.
+  rewards: Shaped[AnyArray, " B"] | Sequence[float],
+  group_size: int,
+  kind: str = "mean",
+  eps: float = 1e-4,
+  floor: float = 0.0,
+) -> Float[Array, " B"]:
+  """The advantage of each completion over its group: A_i = r_i - mean of the group.
 
   With K of G rewards 1 and the rest 0, rho = K/G, the advantages are exactly
   1 - rho and -rho. A group whose rewards are all equal gets zeros.
 
   Args:
-    rewards: f32[B], groups contiguous.
-    group_size: G, divides B; at least 2.
+    rewards: f32[B], the completions of a group next to each other.
+    group_size: G, at least 2; it divides B.
     kind: "mean"; "std" also divides by the group's standard deviation, "std_sample" by that of a
       sample (G - 1 below instead of G); "leave_one_out" subtracts the mean of the others.
     eps: added to a standard deviation.
-    floor: what the sum of the two is at least taken for.
+    floor: the smallest number that a standard deviation with `eps` is divided by.
 
   Returns:
     f32[B].

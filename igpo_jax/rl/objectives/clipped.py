@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from igpo_jax.config import ObjectiveConfig
 from igpo_jax.ops.masked import masked_mean, masked_sum
@@ -21,7 +22,7 @@ from igpo_jax.rl.estimate import Estimate
 from igpo_jax.rl.hint_filter import entropy_filter, num_kept
 from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, given, register_objective
 from igpo_jax.rl.objectives.reductions import k2, k3
-from igpo_jax.types import Array
+from igpo_jax.types import AnyArray, Array
 
 
 def loss_denominator(loss_mask: Array, hinted: Array, cfg: ObjectiveConfig) -> Array:
@@ -128,29 +129,32 @@ def metrics_from_sums(sums: dict[str, Array]) -> dict[str, Array]:
 
 
 def policy_loss(
-  logps: Array,
-  entropy: Array,
-  old_logps: Array,
-  ref_logps: Array | None,
-  advantages: Array,
-  loss_mask: Array,
-  hinted: Array,
+  logps: Float[AnyArray, "B L"],
+  entropy: Float[AnyArray, "B L"],
+  old_logps: Float[AnyArray, "B L"],
+  ref_logps: Float[AnyArray, "B L"] | None,
+  advantages: Float[AnyArray, " B"],
+  loss_mask: Bool[AnyArray, "B L"],
+  hinted: Bool[AnyArray, "B L"],
   cfg: ObjectiveConfig,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:
   """The loss of one batch.
 
   Args:
-    logps, entropy: f32[B,L], of the policy; gradients flow through `logps` only.
-    old_logps: f32[B,L], of the policy that sampled.
-    ref_logps: f32[B,L], of the reference; None leaves the KL to it out.
+    logps: f32[B,L], log-probabilities of the completions' tokens under the current policy.
+      Gradients flow through them only.
+    entropy: f32[B,L], entropy of the current policy at each position, in nats.
+    old_logps: f32[B,L], log-probabilities under the policy that sampled.
+    ref_logps: f32[B,L], log-probabilities under the reference; None leaves the KL to it out.
     advantages: f32[B].
     loss_mask: bool[B,L], the loss region |o_i|, before the entropy filter.
-    hinted: bool[B,L].
+    hinted: bool[B,L], True where a token was a hint.
     cfg: see `ObjectiveConfig`.
 
   Returns:
-    (loss f32[], metrics): clip_fraction, kl and ratio over kept tokens, hints_kept
-    the share of hint tokens in the loss that the filter left, and entropies in nats.
+    (loss f32[], metrics). The metrics are clip_fraction, kl and ratio, means over the tokens that
+    the filter keeps; hints_kept, the share of hint tokens in the loss region that it keeps; and
+    entropy and hint_entropy in nats.
   """
   numerator, sums = policy_loss_sums(
     logps, entropy, old_logps, ref_logps, advantages, loss_mask, hinted, cfg
