@@ -228,11 +228,11 @@ def local_rows(tree: Any) -> Any:
   return jax.tree.map(fetch, tree)
 
 
-def over_processes(values: np.ndarray, reduce: Callable) -> np.ndarray:
+def over_processes(values: np.ndarray | float, reduce: Callable) -> np.ndarray:
   """Reduces one small numpy array per process; every process gets the result. A collective.
 
   Args:
-    values: this process's array; all have one shape and dtype.
+    values: this process's array or number; all have one shape and dtype.
     reduce: called as `reduce(stacked, axis=0)`, where `stacked` has the arrays of all processes.
   """
   values = np.asarray(values)

@@ -156,10 +156,13 @@ def policy_loss(
     the filter keeps; hints_kept, the share of hint tokens in the loss region that it keeps; and
     entropy and hint_entropy in nats.
   """
+  mask, hints = jnp.asarray(loss_mask, bool), jnp.asarray(hinted, bool)
+  logps, entropy, old_logps = map(jnp.asarray, (logps, entropy, old_logps))
+  ref_logps = None if ref_logps is None else jnp.asarray(ref_logps)
   numerator, sums = policy_loss_sums(
-    logps, entropy, old_logps, ref_logps, advantages, loss_mask, hinted, cfg
+    logps, entropy, old_logps, ref_logps, jnp.asarray(advantages), mask, hints, cfg
   )
-  denominator = loss_denominator(loss_mask.astype(bool), hinted.astype(bool), cfg)
+  denominator = loss_denominator(mask, hints, cfg)
   return numerator / denominator, metrics_from_sums(sums)
 
 
@@ -191,6 +194,7 @@ class Clipped(ObjectiveConfig, Objective):
     totals: dict[str, Array],
     kept: Array,
   ) -> LossSums:
+    assert old is not None
     numerator, sums = policy_loss_sums(
       _rows(policy.tokens),
       _rows(policy.token_entropy),
