@@ -30,7 +30,9 @@ F, I, B = jnp.float32, jnp.int32, jnp.bool_  # noqa: E741
 ones = lambda dtype, *shape: jnp.ones(shape, dtype)
 HEAD = lambda h: h @ jnp.ones((3, 7))
 RNG = np.random.default_rng(0)
-LM_ = make_lm(ModelConfig(8, 1, 2, mlp_hidden=8, vocab_size=12, mask_id=11))
+LM_ = make_lm(
+  ModelConfig(d_model=8, n_layers=1, n_heads=2, mlp_hidden=8, vocab_size=12, mask_id=11)
+)
 PARAMS = LM_.init(jax.random.key(0))
 CANVAS = Canvas(jnp.full((2, 6), 11), jnp.arange(6) < jnp.full((2, 1), 2), jnp.ones((2, 6), bool))
 

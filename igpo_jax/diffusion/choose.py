@@ -67,6 +67,7 @@ def choose(
   if cfg.remasking == "origin":
     if uniform is None:
       uniform = at_places(jax.random.uniform, keys, places, 1)
+    assert chance is not None
     return candidates & (uniform < chance), chosen, jnp.isfinite(log_confidence)
   if cfg.remasking == "low_confidence":
     rank_by = log_confidence if not cfg.alg_temp else jnp.exp(log_confidence)
@@ -90,7 +91,7 @@ def choose(
   if cfg.factor is not None:
     sure = factor_count(log_confidence, candidates, cfg.factor)
     commit |= topk_mask(log_confidence, candidates, sure)
-  if editable is not None:
+  if editable is not None and cfg.edit_threshold is not None:
     commit |= editable & (chosen != old) & (jnp.exp(log_confidence) > cfg.edit_threshold)
   return commit, chosen, jnp.isfinite(log_confidence)
 

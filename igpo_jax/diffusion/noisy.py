@@ -33,5 +33,6 @@ def noisy_hidden(
     both = jnp.concatenate([valid, valid], axis=1) if lm.block_length else valid
     return h, lm.router_loss * balance(routing, both)[0]
   if lm.block_length:
+    assert lm.hidden_of_two is not None
     return lm.hidden_of_two(params, noisy, clean, valid, **dropout), 0.0
   return lm.hidden(params, noisy, valid, **dropout)[0], 0.0

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Key, PRNGKeyArray, UInt32
@@ -132,8 +133,7 @@ def _row_keys(key: Array, rows: int) -> Array:
   return key
 
 
-@flax.struct.dataclass
-class _Rows:
+class _Rows(flax.struct.PyTreeNode):
   """All that belongs to a row, and goes with it into a smaller batch."""
 
   tokens: Array  # i32[B,T]
@@ -341,6 +341,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
     first = start - (t - cfg.gen_length)  # noise is named by places in the completion
     old, edits = part(rows.tokens), None
+    works = full = jnp.zeros(b, bool)
     if editing:
       works, full = active(rows), ~jnp.any(masks_of(rows) & here, axis=1)
       filled = here & ~rows.fixed & (rows.tokens != lm.mask_id)

@@ -58,6 +58,7 @@ class StableDRL(SandwichOptions):
     totals: dict[str, Array],
     kept: Array,
   ) -> LossSums:
+    assert old is not None
     likelihood, both = self.likelihood(policy, batch, kept)
     # Under masks of its own the old policy is read at positions that the policy is not.
     before = lower_bound(given(old), batch, kept | (batch.region & ~policy.scored))
