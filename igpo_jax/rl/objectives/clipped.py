@@ -25,11 +25,13 @@ from igpo_jax.rl.objectives.reductions import k2, k3
 from igpo_jax.types import AnyArray, Array
 
 
-def loss_denominator(loss_mask: Array, hinted: Array, cfg: ObjectiveConfig) -> Array:
+def loss_denominator(
+  loss_mask: Bool[AnyArray, "B L"], hinted: Bool[AnyArray, "B L"], cfg: ObjectiveConfig
+) -> Float[Array, ""]:
   """What the summed loss is divided by: rows, or kept tokens; at least 1. f32[]."""
   if cfg.normalize == "row":
     return jnp.float32(max(loss_mask.shape[0], 1))
-  kept = jnp.sum(num_kept(loss_mask, hinted, cfg.entropy_keep))
+  kept = jnp.sum(num_kept(jnp.asarray(loss_mask), jnp.asarray(hinted), cfg.entropy_keep))
   return jnp.maximum(kept, 1).astype(jnp.float32)
 
 
