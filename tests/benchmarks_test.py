@@ -21,6 +21,7 @@ def run(module, monkeypatch, capsys, *options):
   return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_denoise_at_a_tiny_size(monkeypatch, capsys):
   sizes = "--model=tiny --rows=4 --prompt=6 --gen-length=8 --block-length=4 --steps=8".split()
   cases = "--cases=none,dual+refresh=2+threshold=0.9,none+batches=2"
@@ -59,6 +60,7 @@ def test_a_case_that_cannot_be_is_told(case):
     denoise.parse_case(case, SamplerConfig(8, 4, 8))
 
 
+@pytest.mark.slow
 def test_update_at_a_tiny_size(monkeypatch, capsys):
   """The gradient is that of the plain way, written out with all rows and all logits."""
   sizes = "--model=tiny --group=4 --prompt=6 --gen-length=16 --repeats=1".split()
@@ -77,6 +79,7 @@ def test_update_at_a_tiny_size(monkeypatch, capsys):
   assert out["compilations_while_timing"] == 0
 
 
+@pytest.mark.slow
 def test_rollout_at_a_tiny_size(monkeypatch, capsys):
   sizes = "--model=tiny --prompts=2 --group=2 --prompt=32 --gen-length=8 --block-length=4"
   sizes = [*sizes.split(), "--steps=2"]
@@ -116,6 +119,7 @@ def table_of(monkeypatch, capsys, *options):
   return code, json.loads(last), "\n".join(printed)
 
 
+@pytest.mark.slow
 def test_the_accelerators_table_measures_what_it_has_time_for(monkeypatch, capsys, tmp_path):
   """All blocks of the first rollout, one of the second, both programs that learn, no evaluation."""
   times = iter([1e9, 0.0, 0.0, None])

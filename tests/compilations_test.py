@@ -77,6 +77,7 @@ class Told:
     return PendingScores(lambda: scores)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_a_program_for_each_bucket_and_nothing_after_warming_up():
   mesh, grader, counter = make_mesh(), Told(), CompileCounter()
   with jax.set_mesh(mesh):
@@ -98,6 +99,7 @@ def test_a_run_compiles_a_program_for_each_bucket_and_nothing_after_warming_up()
   assert counter.count > 6
 
 
+@pytest.mark.slow
 def test_sampling_compiles_no_more_than_a_program_for_each_size_and_length_of_a_slice():
   """Whatever the prompts' lengths are, and however many groups are sampled again."""
   buckets = (4, 8, 12)

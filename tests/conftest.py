@@ -7,7 +7,11 @@ commands that they start. It is made anew for each run of pytest and removed at 
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib.util
+import mmap
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
@@ -15,10 +19,30 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
+
+def xla_flags() -> str:
+  """XLA's options for programs that run a few times: quick to compile, slower to run.
+
+  The emitters for fusions take three quarters of what compiling takes. XLA ends the process at an
+  option that it does not know, and newer versions have no other emitters: so it is asked first.
+  """
+  flags = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  ]
+  (jaxlib,) = importlib.util.find_spec("jaxlib").submodule_search_locations
+  for path in pathlib.Path(jaxlib).glob("libjax_common.*"):
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      if content.find(b"\0xla_cpu_use_fusion_emitters\0") >= 0:
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+  return " ".join(flags)
+
+
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
-os.environ.setdefault(
-  "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ.setdefault("XLA_FLAGS", xla_flags())
+# Tracing makes many small objects, few of them garbage; each search for it also asks XLA.
+gc.set_threshold(10_000, 10, 10)
 # Tests neither read nor write the user's cache of compiled programs. The first process makes the
 # run's own; workers of pytest-xdist and commands under test inherit its name.
 if "IGPO_TEST_CACHE" not in os.environ:
@@ -36,19 +60,24 @@ install_import_hook(
   "beartype.beartype",
 )
 
-# Files that take a minute or more, the longest first: begun early, none of them is what one worker
-# is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
+# Files that take half a minute or more, the longest first: begun early, none of them is what one
+# worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
 LONG_FILES = (
-  "sharding_test",
-  "claims_test",
   "hosts_test",
-  "update_test",
-  "main_test",
-  "rehearse_test",
+  "claims_test",
+  "sharding_test",
   "notebook_test",
+  "rehearse_test",
+  "real_path_test",
+  "own_data_test",
+  "update_test",
+  "cuda_programs_test",
   "sampler_cache_test",
+  "main_test",
+  "sft_test",
   "eval_test",
   "rollout_test",
+  "benchmarks_test",
   "generate_test",
   "models_test",
 )

@@ -300,7 +300,8 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 4), (1, 2, 4), (8, 1, 1)):
 
 def test_a_mesh_is_filled_by_reading_each_byte_once(hf, tmp_path):
   orbax = convert(hf, tmp_path / "orbax")
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+  flags = {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-c", MESH_SCRIPT, str(hf), str(orbax)]
   done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

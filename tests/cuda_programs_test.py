@@ -118,7 +118,7 @@ def test_every_device_attends_to_its_own_rows():
   script = (
     "import json; from tests import cuda_programs_test as t; print(json.dumps(t.eight_devices()))"
   )
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
   done = subprocess.run(
     [sys.executable, "-c", script], text=True, capture_output=True, cwd=REPO, check=False,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},

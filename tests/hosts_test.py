@@ -18,7 +18,7 @@ from igpo_jax.parallel.mesh import make_mesh
 from tests import hosts_program
 from tests.paths import REPO
 
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 
 
 def start(module, *options, processes=1, cache=None, extra=()):

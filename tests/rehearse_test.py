@@ -108,6 +108,7 @@ rehearsed = pytest.fixture(scope="module")(rehearse_all)
 REFUSED = ("too few", "too small", "uneven", "unshared")
 
 
+@pytest.mark.slow
 def test_every_preset_and_every_documented_command_starts(rehearsed):
   failed = {k: v["error"] for k, v in rehearsed.items() if "error" in v and k not in REFUSED}
   assert not failed and len(rehearsed) == len(cases())
@@ -125,6 +126,7 @@ def test_the_table_has_every_command_of_the_document():
   assert named and named <= set(DOCUMENTED)
 
 
+@pytest.mark.slow
 def test_what_could_not_start_is_one_line_that_says_why(rehearsed):
   errors = {name: rehearsed[name]["error"] for name in REFUSED}
   assert "is sized for 8 devices, and there are 4" in errors["too few"]
@@ -133,6 +135,7 @@ def test_what_could_not_start_is_one_line_that_says_why(rehearsed):
   assert "8 device(s) cannot be shared by 3 process(es)" in errors["unshared"]
 
 
+@pytest.mark.slow
 def test_programs_for_gpus_and_tpus_have_fused_attention(rehearsed):
   checked = 0
   for hardware in PRESETS:
@@ -145,6 +148,7 @@ def test_programs_for_gpus_and_tpus_have_fused_attention(rehearsed):
   assert checked == 20
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_page_and_says_what_a_start_would(rehearsed):
   text = rehearsed["llada_math h100-8"]["page"]
   lines = text.partition("not here")[0].splitlines()
@@ -159,6 +163,7 @@ def test_the_page_fits_a_page_and_says_what_a_start_would(rehearsed):
   assert "data.rl: data/MetaMathQA-395K.json: no such file; get " in text
 
 
+@pytest.mark.slow
 def test_hours_follow_from_flops_and_the_share_of_the_peak(rehearsed):
   """64 x 8 rows of 768 positions in 128 steps, by docs/scaling.md's formula and by the page."""
   page = rehearsed["llada_math h100-8-full"]["page"]
@@ -212,6 +217,7 @@ def test_the_command_prints_a_page_or_one_line_and_exit_2(tmp_path):
   assert bad.stderr.startswith("error: config: rl.prompts_per_step=64 does not share out")
 
 
+@pytest.mark.slow
 def test_the_documents_show_what_the_rehearsal_says(rehearsed):
   """`python -m tests.rehearse_test` writes the blocks anew."""
   for page in PAGES:

@@ -109,6 +109,7 @@ def deep_run(canvas, seed=0, keys=None, **kw):
   return run(cfg, canvas, seed, keys, (model.lm, model.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_cache_that_is_always_renewed_is_exact(cache):
   kw = {"cfg_scale": 0.5, "temperature": 1.0, "block_length": 12}
@@ -122,6 +123,7 @@ def test_a_cache_that_is_always_renewed_is_exact(cache):
   assert never.refreshes == 2 < sometimes.refreshes <= 12
 
 
+@pytest.mark.slow
 def test_few_widths_are_the_same_as_one_for_each_block(monkeypatch):
   """Six blocks in calls of six, four and two: those reach past the end, where nobody looks."""
   cfg = SamplerConfig(24, 4, 24, cache="prefix")
@@ -188,6 +190,7 @@ def counting_model():
   return lm._replace(hidden=hidden), params, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["row_stop", "guidance"])
 def test_finished_rows_leave_the_batch_and_change_nothing(name):
   cfg = options(**EXACT_CASES[name])

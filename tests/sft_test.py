@@ -113,6 +113,7 @@ def test_the_head_sees_response_positions_only():
   jax.tree.map(close, state.params, whole.params)
 
 
+@pytest.mark.slow
 def test_dropout_of_the_adapters_acts_in_every_micro_batch():
   config = ModelConfig(
     d_model=16, n_layers=2, n_heads=2, mlp_hidden=32, vocab_size=TOKENIZER.vocab_size, remat="full",

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results():
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
   done = subprocess.run(
     [sys.executable, "-m", "tests.mesh_program"],
     text=True, capture_output=True, cwd=REPO, check=False,

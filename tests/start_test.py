@@ -319,7 +319,8 @@ assert fitting_mesh(open.open_source(sys.argv[1])) is None
 
 
 def test_devices_that_do_not_divide_the_model_are_told(base):
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+  flags = {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-c", SCRIPT, str(base)]
   done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 
 from igpo_jax.checkpoint import Checkpoints
@@ -29,6 +30,7 @@ def lora_config():
   return freeze(config)
 
 
+@pytest.mark.slow
 def test_a_lora_run_trains_and_saves_adapters_only(tmp_path):
   config, workdir = lora_config(), epath.Path(tmp_path / "run")
   summary = train(config, workdir)

@@ -292,6 +292,7 @@ def learn_from(groups, rollout, config, optimizer):
   return state.params, jax.device_get(metrics), flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("normalize", "estimator", "micro_batches", "groups"),
   [
