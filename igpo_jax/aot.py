@@ -134,7 +134,7 @@ def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
-  total = allocated + program.other_resident_bytes
+  total = allocated - program.shared_bytes + program.other_resident_bytes
   moved: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
   found = collectives(compiled.as_text(), program.max_trip_counts)
   for one in found:
@@ -150,7 +150,7 @@ def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any
   }
   return facts | {
     "bytes": total,
-    "arguments": memory.argument_size_in_bytes,
+    "arguments": memory.argument_size_in_bytes - program.shared_bytes,
     "outputs": memory.output_size_in_bytes,
     "aliased": memory.alias_size_in_bytes,
     "temporaries": memory.temp_size_in_bytes,

@@ -17,6 +17,7 @@ from igpo_jax.parallel.hlo import Collective
 from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
 from igpo_jax.parallel.sharding import layout_table
 from igpo_jax.parallel.tpu import CHIPS, SLICES
+from igpo_jax.train import memory
 from igpo_jax.train.ahead_of_time import abstract_params, bytes_per_chip, programs
 from tests.paths import REPO
 
@@ -73,10 +74,36 @@ def test_memory_includes_what_lies_beside_a_programs_arguments():
   state = 3 * 4 * count
   assert made["rollout"].other_resident_bytes == pytest.approx(state + 2 * count, abs=64)
   assert made["likelihood"].other_resident_bytes == pytest.approx(state, abs=64)
-  assert made["update"].other_resident_bytes == 2 * 2 * count
+  assert made["update"].other_resident_bytes == 2 * count  # the policy's copy is gone by then
   same = programs(dataclasses.replace(config, model=tiny().model), mesh)
   # nothing is cast: the policy that is read is the state's own parameters
   assert same["update"].other_resident_bytes == 4 * count
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"model.lora.rank": 2},
+    {"model.lora.rank": 2, "model.dtype": "bfloat16", "model.param_dtype": "bfloat16"},
+    {"model.lora.rank": 2, "model.dtype": "bfloat16"},
+    {"model.dtype": "bfloat16"},
+    {},
+  ],
+)
+def test_what_is_held_is_counted_once_and_as_the_memory_model_counts_it(options):
+  """Under LoRA policy and reference are two arguments that share the base."""
+  config = tiny(**options)
+  mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  counted = memory.memory(config, mesh)
+  for name, program in programs(config, mesh).items():
+    with jax.set_mesh(mesh):
+      arguments = jax.tree.leaves(program.trace().in_avals)
+    given = sum(x.size * x.dtype.itemsize for x in arguments)
+    # The rest is the batch: tokens, flags, commit steps, advantages, keys, scores.
+    batch = (
+      given - program.shared_bytes + program.other_resident_bytes - sum(counted[name].held.values())
+    )
+    assert 500 < batch < 3200, name
 
 
 def test_lora_trains_and_keeps_little():

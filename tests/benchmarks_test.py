@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import accelerator, denoise, padding, rollout, update
+from benchmarks import accelerator, denoise, padding, rollout, rounding, update
 from benchmarks.common import TINY_MODEL
 from igpo_jax.config import SamplerConfig
 from igpo_jax.errors import UserError
@@ -40,6 +40,19 @@ def test_denoise_at_a_tiny_size(monkeypatch, capsys):
   head = 2 * 16 * 64 * (4 + 3 + 2 + 1)  # of one row's block: a step commits one position
   assert none["flops"] == halves["flops"] == 4 * call(4) + 4 * call(2) + head * (4 + 2)
   assert out["compilations_while_timing"] == 0 and out["memory"]["peak_rss_bytes"] > 0
+
+
+def test_rounding_at_a_small_size(monkeypatch, capsys):
+  sizes = "--width=512 --outputs=256 --rows=64 --seeds=2 --updates=4,800".split()
+  out = run(rounding, monkeypatch, capsys, *sizes)["mean_least_largest"]
+  for kind in ("own", "other"):
+    mean = lambda how, updates, kind=kind: out[kind][how][updates]["share"][0]
+    assert mean("nearest", "4") < 0.1 < 0.9 < mean("nearest", "800")
+    assert abs(mean("stochastic", "800") - 1) < 0.01
+  assert abs(out["own"]["stochastic"]["4"]["share"][0] - 1) < 0.1
+  # Once they are off bfloat16's numbers, the nearest is right in the mean, too.
+  out = run(rounding, monkeypatch, capsys, *sizes, "--weights=float32")["mean_least_largest"]
+  assert abs(out["own"]["nearest"]["4"]["share"][0] - 1) < 0.1
 
 
 def test_flops_of_cached_calls_by_hand():

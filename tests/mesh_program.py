@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -31,7 +32,7 @@ from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler
 from igpo_jax.train.policy_update import make_policy_programs
-from igpo_jax.train.setup import make_state
+from igpo_jax.train.setup import compute_copy, make_state
 from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Rollout
 
@@ -129,6 +130,9 @@ def run(config: ModelConfig, shape, data) -> dict:
         params, prompts, np.arange(8), canvas, nothing, jax.random.key(5), DeviceClock()
       )
       out[f"completion_{temperature}"] = samples.completion.ravel().tolist()
+    copy = compute_copy(params, "bfloat16", jax.random.key(7))
+    bits = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(copy))
+    out["rounded by chance"] = hashlib.sha256(bits).hexdigest()
     out["cuts"] = sample.cuts(prompts, np.arange(8), nothing)[1]
 
     # policy: one update

@@ -254,7 +254,9 @@ def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
   run = Run(config, workdir, RunLog(workdir, config.log), mesh, evaluate)
   with jax.set_mesh(mesh):
     stream = sft_stream(config, TOKENIZER, load_records(config.data.sft).records)
-    params = sft.train_sft(run, make_model(config, TOKENIZER, mesh), stream)
+    model = make_model(config, TOKENIZER, mesh)
+    params = sft.train_sft(run, model, stream)
+  assert all(x.is_deleted() for x in jax.tree.leaves(model.params))  # room for a stage's state
   assert len(kept) == 5 and sft.handed_on(run, "sft") == 2
   jax.tree.map(np.testing.assert_array_equal, params, kept[1])
   last = dataclasses.replace(config, sft=dataclasses.replace(config.sft, select="last"))

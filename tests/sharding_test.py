@@ -75,6 +75,12 @@ def test_samples_are_the_same_on_every_mesh(results, mesh):
   assert other["cuts"] == ([[0, 4, 8], [4, 8, 6]] if sliced else [[0, 8, 8]])
 
 
+@pytest.mark.parametrize("mesh", OTHERS)
+def test_parameters_rounded_by_chance_are_the_same_bits_on_every_mesh(results, mesh):
+  one, other = pair(results, mesh)
+  assert other["rounded by chance"] == one["rounded by chance"]
+
+
 def test_parameters_and_rows_are_laid_out_over_the_mesh(results):
   assert results["1x8x1"]["kernel_spec"] == [None, "fsdp"]
   for mesh in ("2x2x2", "1x2x4", "lora 2x2x2"):

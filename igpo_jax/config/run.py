@@ -68,6 +68,10 @@ class RLConfig:
     advantage: "mean" (no division), "std", "std_sample", or "leave_one_out" (docs/methods.md).
     accuracy_low, accuracy_high: a group with a smaller or a larger share of correct completions,
       inserted ones included, gets no advantage. TraceRL trains on 0.2 to 0.8.
+    rounding: how float32 parameters become bfloat16 for sampling, scores and updates, where
+      `model.dtype` says bfloat16 and all parameters are trained: to the "nearest" number, which
+      hides most of the first updates, or "stochastic", right in the mean, with some noise
+      (docs/scaling.md#full-fine-tuning-in-bfloat16). Evaluations take the nearest.
     eval_every: steps between evaluations; 0: only at the end.
   """
 
@@ -85,6 +89,7 @@ class RLConfig:
   advantage: Literal["mean", "std", "std_sample", "leave_one_out"] = "mean"
   accuracy_low: Share = 0.0
   accuracy_high: Share = 1.0
+  rounding: Literal["nearest", "stochastic"] = "nearest"
   eval_every: Natural = 0
 
   def __post_init__(self):
@@ -333,7 +338,8 @@ class LogConfig:
       stages in a row. At wandb a run that continues is one run: its id is in `wandb_id`
       of the workdir.
     wandb_project: the project's name there.
-    max_skipped: stop after this many non-finite updates in a row.
+    max_skipped: stop after this many updates in a row with a loss or gradient that is not finite,
+      or this many steps in a row with completions from such logits.
     stop_when: rules such as "rl/repeated > 0.9" or "rl/entropy_floor < 0.01" about a metric of
       metrics.jsonl: where one holds, the state is saved and the run stops.
     stop_patience: a rule has to hold in so many logged rows in a row.

@@ -89,6 +89,18 @@ def check(config: Config) -> None:
   check_trainable(config.model, config.stages)
   for kind in METHOD_SECTIONS:
     registry.find(kind, getattr(config.rl, kind))
+  if "rl" in config.stages and config.rl.rounding == "stochastic":
+    rank, dtype = config.model.lora.rank, config.model.dtype
+    require(
+      not rank,
+      f"rl.rounding='stochastic' is for training every parameter, and model.lora.rank={rank}: "
+      "adapters are added in float32 and lose nothing; use rl.rounding='nearest'",
+    )
+    require(
+      dtype != "float16",
+      f"rl.rounding='stochastic' rounds to bfloat16, and model.dtype={dtype!r}: use bfloat16, or "
+      "rl.rounding='nearest'",
+    )
 
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:

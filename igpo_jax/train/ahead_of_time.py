@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from igpo_jax.train.policy_update import (
   make_policy_programs,
   scores_old,
 )
-from igpo_jax.train.setup import make_optimizer, new_state, state_shardings
+from igpo_jax.train.setup import make_optimizer, new_state, rounding_key, state_shardings
 from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Params, Rollout, TrainState
 
@@ -55,6 +55,8 @@ class Program:
     rows, positions: shape of the canvases that go through the layers at one time.
     other_resident_bytes: per chip, memory held by arrays that are not arguments of this program
       (for example the optimizer state during sampling).
+    shared_bytes: per chip, memory of arrays that are two of its arguments. A compiler counts it
+      twice.
   """
 
   mesh: jax.sharding.Mesh
@@ -65,6 +67,7 @@ class Program:
   rows: int
   positions: int
   other_resident_bytes: int
+  shared_bytes: int = 0
 
   def lower(self, platform: str = "") -> jax.stages.Lowered:
     """Lowers the program with its mesh in context.
@@ -102,6 +105,38 @@ def bytes_per_chip(tree: Any) -> int:
     math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
     for x in jax.tree.leaves(tree)
   )
+
+
+class Copies(NamedTuple):
+  """Bytes on a chip of arrays in the compute dtype that a stage of RL has beside its parameters.
+
+  Attributes:
+    policy: what is cast for sampling and scores; parameters that have the dtype are read as they
+      are.
+    reference: what the KL reference does not share with the policy: the trained part, and of the
+      rest what is cast.
+  """
+
+  policy: int
+  reference: int
+
+
+def copies(params: Params, dtype: str) -> Copies:
+  """What `compute_copy` takes for the policy and for a reference, by abstract parameters."""
+  trainable, frozen = lora.split(params)
+  size = lambda tree: bytes_per_chip(_in_dtype(tree, dtype))
+  cast = lambda tree: size(tree) - bytes_per_chip(_left_alone(tree, dtype))
+  return Copies(cast(trainable) + cast(frozen), size(trainable) + cast(frozen))
+
+
+def _in_dtype(tree: Any, dtype: str) -> Any:
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+  return jax.tree.map(place, tree)
+
+
+def _left_alone(tree: Any, dtype: str) -> list[Any]:
+  """The arrays that `compute_copy` gives back as they are."""
+  return [x for x in jax.tree.leaves(tree) if x.dtype == jnp.dtype(dtype)]
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
@@ -192,10 +227,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
   bucket = config.data.prompt_buckets[-1]
   total = bucket + length
   trainable, frozen = lora.split(params)
-  compute = jnp.dtype(model.dtype)
-  readable = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, compute, sharding=x.sharding), params
-  )
+  readable = _in_dtype(params, model.dtype)
   optimizer = make_optimizer(config.rl_optimizer, 1)
   state = abstract_state(optimizer, trainable, mesh)
   reference = readable if objective_of(config).needs_reference else None
@@ -234,17 +266,20 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     jax.eval_shape(policy.totals, rollout, keys(p), number, (one, one)),
   )
   scores = RolloutScores(old, of_views(draws) if reference is not None else None, old, totals)
+  rounding = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_all),
+    jax.eval_shape(lambda: rounding_key(config, 0)),
+  )
   read = forward_flops(model, read_rows, total, total, length, read=length)
   width = sampler.block_length
   step = forward_flops(model, sampled, total, total, width, read=width)
 
-  # Memory besides a program's own arguments: the state, the reference's own parameters, and the
-  # policy's copy in the compute dtype, if there is one.
-  is_cast = any(x.dtype != compute for x in jax.tree.leaves(trainable))
-  own = bytes_per_chip(lora.split(readable)[0])
-  held_reference = 0 if reference is None else own
-  copy = own if is_cast else 0
-  elsewhere = bytes_per_chip(state) - (0 if is_cast else own)
+  # Memory besides a program's own arguments: the state, what was cast for the policy, and the
+  # reference's own parameters.
+  held_reference = copies(params, model.dtype).reference if reference is not None else 0
+  elsewhere = bytes_per_chip(state) - bytes_per_chip(_left_alone(trainable, model.dtype))
+  elsewhere += bytes_per_chip(frozen) - bytes_per_chip(_left_alone(frozen, model.dtype))
+  shared = 0 if reference is None else bytes_per_chip(_left_alone(frozen, model.dtype))
   guidance = 2 if sampler.cfg_scale else 1
   scored = (old_draws if has_old else 0) + (0 if reference is None else draws)
   return {
@@ -272,15 +307,16 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       rows_at_once,
       total,
       elsewhere,
+      shared,
     ),
     "update": Program(
       mesh,
-      lambda: policy.update.trace(state, frozen, rollout, scores, keys(p), number),
+      lambda: policy.update.trace(state, frozen, rollout, scores, keys(p), number, rounding),
       (),
       training_flops(config, read),
       _passes(config) * forwards.views * rl.micro_batches,
       rows_at_once,
       total,
-      copy + held_reference,
+      held_reference,
     ),
   }  # fmt: skip

@@ -19,7 +19,12 @@ from igpo_jax.models import lora
 from igpo_jax.ops.token_stats import LOGITS_AT_ONCE
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rl.methods import objective_of, rows_per_prompt, views_kept
-from igpo_jax.train.ahead_of_time import abstract_params, abstract_state, bytes_per_chip
+from igpo_jax.train.ahead_of_time import (
+  abstract_params,
+  abstract_state,
+  bytes_per_chip,
+  copies,
+)
 from igpo_jax.train.setup import make_optimizer
 
 FLOAT = 4  # bytes
@@ -60,9 +65,7 @@ def memory(config: Config, mesh) -> dict[str, Memory]:
     held = _held(model, mesh)
     length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
     rows = rows_per_device(config.sft.batch_size // config.sft.micro_batches, mesh)
-    # The first parameters stay with whoever called the stage.
-    first = {} if model.lora.rank else {"parameters it began with": held["parameters"]}
-    kept = {k: held[k] for k in ("parameters", "optimizer", "base") if held[k]} | first
+    kept = {k: held[k] for k in ("parameters", "optimizer", "base") if held[k]}
     work = _backward(model, mesh, rows, bucket + length, length, config.sft.micro_batches)
     out["sft"] = Memory(kept, work)
   if "rl" in config.stages:
@@ -87,10 +90,15 @@ def _of_policy(config: Config, mesh) -> dict[str, Memory]:
   stats = _statistics(model, mesh, read, sampler.gen_length)
   backward = _backward(model, mesh, read, total, sampler.gen_length, rl.micro_batches)
   backward["kept for the backward pass"] *= views_kept(config)
+  copy = f"copy in {model.dtype}"
+  # The policy's copy is gone by then; an update that rounds by chance makes its own.
+  rest = {name: size for name, size in held.items() if name != copy}
+  if rl.rounding == "stochastic" and copy in held:
+    backward[copy] = held[copy]
   return {
     "rollout": Memory(held, _denoising(model, mesh, sampled, total, sampler)),
     "likelihood": Memory(held, _forward(model, mesh, read, total) | {"logits": stats}),
-    "update": Memory(held, backward),
+    "update": Memory(rest, backward),
   }
 
 
@@ -100,21 +108,14 @@ def _held(model: ModelConfig, mesh, reference: bool = False) -> dict[str, int]:
   optimizer = make_optimizer(Config().rl_optimizer, 1)
   params = abstract_params(dataclasses.replace(Config(), model=model), mesh)
   trainable, frozen = lora.split(params)
-  compute = jnp.dtype(model.dtype)
-  stored, own = bytes_per_chip(trainable), bytes_per_chip(_cast(trainable, compute))
-  is_cast = any(x.dtype != compute for x in jax.tree.leaves(trainable))
+  stored, read = bytes_per_chip(trainable), copies(params, model.dtype)
   return {
     "base": bytes_per_chip(frozen),
     "parameters": stored,
     "optimizer": bytes_per_chip(abstract_state(optimizer, trainable, mesh)) - stored,
-    f"copy in {model.dtype}": own if is_cast else 0,
-    "reference": own if reference else 0,
+    f"copy in {model.dtype}": read.policy,
+    "reference": read.reference if reference else 0,
   }
-
-
-def _cast(tree, dtype):
-  cast = lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-  return jax.tree.map(cast, tree)
 
 
 def _item(model: ModelConfig) -> int:

@@ -17,6 +17,7 @@ from igpo_jax.config import Config
 from igpo_jax.models import lora
 from igpo_jax.models.attention import platform
 from igpo_jax.ops.masked import masked_sum
+from igpo_jax.ops.rounding import read_as
 from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of, views_of
 from igpo_jax.rl.estimators.base import Group
 from igpo_jax.rl.hint_filter import entropy_filter
@@ -29,6 +30,7 @@ from igpo_jax.train.micro_batches import (
   map_micro_batches,
   split_micro_batches,
 )
+from igpo_jax.train.setup import compute_copy
 from igpo_jax.types import LM, Array, Rollout, TrainState
 
 OWN_MASKS = (
@@ -63,9 +65,11 @@ class PolicyPrograms(NamedTuple):
     score: (params, ref_params or None, rollout, keys, full_batch=None) -> RolloutScores. Where
       `rollout` and `keys` are some groups of a step's batch, `full_batch` is (rollout, keys) of
       all of them: the loss is a mean over the full batch.
-    gradient: (trained params, frozen, rollout, scores, keys, u i32[]) -> (loss, sums, gradient).
-    update: (state, frozen, rollout, scores, keys, u i32[]) -> (state, metrics); donates
-      state. `frozen` is what is not trained: the base under LoRA, else {}.
+    gradient: (trained params, frozen, rollout, scores, keys, u i32[], rounding=None) ->
+      (loss, sums, gradient). `rounding`: the key that the scores' parameters were rounded with
+      (`compute_copy`); the network then reads the trained ones rounded by the same thresholds.
+    update: (state, frozen, rollout, scores, keys, u i32[], rounding=None) -> (state, metrics);
+      donates state. `frozen` is what is not trained: the base under LoRA, else {}.
   """
 
   totals: Callable
@@ -165,12 +169,16 @@ def make_policy_programs(
     first = lambda now, before: jnp.where(u == 0, now, before)
     return Estimate(first(same.logp, old), first(same.entropy, entropy), policy.views)
 
-  def gradient(trained, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
+  def gradient(trained, frozen, rollout: Rollout, scores: RolloutScores, keys, u, rounding=None):
     of_update = lambda tree: jax.tree.map(lambda x: x[jnp.minimum(u, x.shape[0] - 1)], tree)
     old, ref, entropy, totals = of_update(tuple(scores))
 
+    copy = None if rounding is None else compute_copy(trained, config.model.dtype, rounding)
+
     def loss_sums(trainable, part):
       rollout, (old, ref, entropy), keys = part
+      if copy is not None:
+        trainable = jax.tree.map(read_as, trainable, copy)
       groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
       policy = read(lora.combine(frozen, trainable), groups, keys, u)
       before = old_estimate(policy, old, entropy, groups, keys, u)
@@ -209,8 +217,8 @@ def make_policy_programs(
       numerator, grads = share(numerator), jax.tree.map(share, grads)
     return numerator, sums, grads
 
-  def update(state: TrainState, frozen, rollout: Rollout, scores: RolloutScores, keys, u):
-    loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u)
+  def update(state: TrainState, frozen, rollout, scores: RolloutScores, keys, u, rounding=None):
+    loss, sums, grads = gradient(state.params, frozen, rollout, scores, keys, u, rounding)
     state, metrics = apply_gradient(state, optimizer, loss, grads)
     shared = policy_metrics(sums.added["policy"], sums.most["policy"])
     own = objective.metrics(sums.added["objective"], sums.most["objective"])

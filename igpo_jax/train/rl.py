@@ -26,6 +26,7 @@ from igpo_jax.train.setup import (
   compute_copy,
   make_optimizer,
   purpose_key,
+  rounding_key,
   start_state,
 )
 from igpo_jax.types import Params, TrainState
@@ -73,7 +74,8 @@ def make_stage(
   def step(state, n):
     clock = new_clock()
     key = lambda purpose: purpose_key(config.seed, n, purpose)
-    policy, batch = readable(all_params(state.params)), stream.batch(n)
+    rounding = rounding_key(config, n)
+    policy, batch = readable(all_params(state.params), key=rounding), stream.batch(n)
     explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
     keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(mesh, ids))
     rollout, keys = explored.update_rollout, keys_of(batch.row_id[explored.update_groups])
@@ -81,9 +83,11 @@ def make_stage(
     with clock.program("likelihood", rollout.completion.shape):
       scores = programs.score(policy, reference, rollout, keys, full_batch)
     clock.dispatched()
+    del policy  # updates read the parameters themselves: room for what they work with
     for u in range(config.rl.inner_updates):
       with clock.program("update", rollout.completion.shape):
-        state, metrics = programs.update(state, frozen, rollout, scores, keys, jnp.int32(u))
+        inner = (rollout, scores, keys, jnp.int32(u), rounding)
+        state, metrics = programs.update(state, frozen, *inner)
     idle = {"time/device_idle_seconds": clock.idle_seconds}
     return state, {**metrics, **explored.metrics, **idle}, explored.rows
 

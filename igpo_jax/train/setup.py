@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import zlib
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from igpo_jax.data.tokenizer import (
 )
 from igpo_jax.errors import UserError
 from igpo_jax.models import lora
+from igpo_jax.ops.rounding import stochastic_round
 from igpo_jax.parallel.distributed import agree, from_first
 from igpo_jax.parallel.sharding import replicated
 from igpo_jax.types import LM, Array, Params, TrainState
@@ -300,14 +302,35 @@ def start_state(
   return state, frozen
 
 
-def compute_copy(params: Params, dtype: str) -> Params:
+def compute_copy(params: Params, dtype: str, key: Array | None = None) -> Params:
   """The parameters in the compute dtype, for programs that only read them; no copy where
   nothing is to be cast.
 
-  Exact: the layers cast every parameter to the compute dtype before they use it. Done
-  once, so a float32 master is not read, cast and gathered again at every denoising step.
+  Exact without a key: the layers cast every parameter to the compute dtype before they use it.
+  Done once, so a float32 master is not read, cast and gathered again at every denoising step.
+
+  Args:
+    key: rounds float32 parameters to bfloat16 by chance instead (ops/rounding.py). The same key
+      gives the same copy of the same parameters, whatever the mesh.
   """
+  if key is not None and dtype == "bfloat16":
+    return _rounded_by_chance(params, key)
   return jax.tree.map(lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype), params)
+
+
+@jax.jit  # so that no random number is held, and each device draws those of its own part
+def _rounded_by_chance(params: Params, key: Array) -> Params:
+  def rounded(path, x):
+    name = zlib.crc32(jax.tree_util.keystr(path).encode()) >> 1
+    return stochastic_round(x, jax.random.fold_in(key, name)) if x.dtype == jnp.float32 else x
+
+  return jax.tree_util.tree_map_with_path(rounded, params)
+
+
+def rounding_key(config: Config, step: int) -> Array | None:
+  """`compute_copy`'s key for an RL step: one for sampling, scores and all its updates."""
+  stochastic = config.rl.rounding == "stochastic"
+  return purpose_key(config.seed, step, "round") if stochastic else None
 
 
 def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
@@ -319,4 +342,4 @@ def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
   return jax.random.fold_in(key, step)
 
 
-PURPOSES = ("sft_mask", "sample", "resample", "estimate", "evaluate")
+PURPOSES = ("sft_mask", "sample", "resample", "estimate", "evaluate", "round")

@@ -25,6 +25,9 @@ from igpo_jax.types import Params
 def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
   """Fine-tunes `model.params`; returns all parameters, for the next stage (`sft.select`).
 
+  The trained part of `model.params` is used up: under full fine-tuning there may be no room for
+  what the stage began with beside its state.
+
   Args:
     run: the run.
     model: the model to start from.
@@ -35,7 +38,7 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
 
   # optimizer and state: of the adapters only under LoRA
   optimizer = make_optimizer(config.sft_optimizer, steps)
-  state, frozen = start_state(model, optimizer, run.mesh)
+  state, frozen = start_state(model, optimizer, run.mesh, donate=True)
   check_micro_batches(
     run.mesh, config.sft.batch_size, config.sft.micro_batches, "sft.micro_batches"
   )
