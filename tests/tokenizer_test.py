@@ -226,9 +226,28 @@ def test_a_foreign_sentencepiece_model_is_given_the_ids_it_lacks():
   assert t.decode([t.mask_id, *t.encode("in"), t.eos_id, 3]) == "in"
 
 
-def test_too_large_a_vocabulary_is_the_users_mistake():
-  with pytest.raises(UserError, match="5000 pieces"):
-    tokenizer.train_sentencepiece(["a b c"], 5000)
+@pytest.mark.parametrize(
+  ("texts", "pieces", "line"),
+  [
+    (
+      ["a b c"],
+      5000,
+      r"5000 pieces .* of 1 line\(s\) of text: .* no more than 267 .* at most that",
+    ),
+    (["a b c"], 12, r"12 pieces .* characters of the text take 267: ask for at least that many"),
+    (["a b c"], 1, r"1 pieces .* characters of the text take 267: ask for at least that many"),
+    ([], 300, "there is no text"),
+    (["", "\n"], 300, "there is no text"),
+  ],
+)
+def test_a_vocabulary_that_the_texts_cannot_have_is_one_line_about_what_can_be_asked_for(
+  texts, pieces, line
+):
+  with pytest.raises(UserError, match=f"^config: X: {line}") as error:
+    tokenizer.train_sentencepiece(texts, pieces, what="config: X: ")
+  assert "--" not in str(error.value) and "\n" not in str(error.value)
+  for number in re.findall(r"take (\d+)|than (\d+)", str(error.value)):
+    tokenizer.train_sentencepiece(texts, int("".join(number)))  # what the line says is so
 
 
 def test_sentencepiece_on_real_traces_is_reversible():

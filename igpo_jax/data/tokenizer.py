@@ -213,17 +213,21 @@ def train_sentencepiece(
     what: beginning of an error's message, such as the option that asked for the training.
 
   Raises:
-    UserError: `texts` are too few, or too uniform, for so large a vocabulary.
+    UserError: there is no text, or it has fewer pieces than `vocab_size`, or needs more.
   """
   import sentencepiece
 
   lines = [line for text in texts for line in text.split("\n") if line]
+  if not lines:
+    raise UserError(f"{what}there is no text to make pieces of")
+  symbols = ["<mask>", *(f"<|{role}|>" for role in ROLES)]
+  least = 256 + len(symbols) + len(("unknown", "end", "newline"))  # and the characters
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
       model_writer=model,
-      vocab_size=vocab_size,
+      vocab_size=max(vocab_size, least),  # what is less still is told with the characters counted
       model_type="unigram",
       character_coverage=0.9995,
       byte_fallback=True,
@@ -236,16 +240,28 @@ def train_sentencepiece(
       eos_id=1,
       bos_id=-1,
       pad_id=-1,
-      control_symbols=["<mask>", *(f"<|{role}|>" for role in ROLES)],
+      control_symbols=symbols,
       user_defined_symbols=["\n"],
       num_threads=1,
       shuffle_input_sentence=False,
       minloglevel=2,
     )
   except RuntimeError as error:
+    # Its own words name flags of its command line.
+    few = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+    many = re.search(r"to a value <= (\d+)", str(error))
+    reason = str(error).rpartition("] ")[2]
+    if few:
+      reason = (
+        f"bytes, special pieces and the characters of the text take {few[1]}: ask for at least "
+        "that many"
+      )
+    elif many:
+      reason = (
+        f"there are no more than {many[1]} in it: ask for at most that many, or give more text"
+      )
     raise UserError(
-      f"{what}SentencePiece cannot make {vocab_size} pieces from {len(lines)} lines:"
-      f" {str(error).split('] ')[-1]}"
+      f"{what}{vocab_size} pieces cannot be made of {len(lines)} line(s) of text: {reason}"
     ) from error
   if path is not None:
     write_file(epath.Path(path).parent, epath.Path(path).name, model.getvalue())
