@@ -582,9 +582,31 @@ def test_updates_skipped_in_a_row_stop_the_run_and_single_ones_do_not(tmp_path):
   state = run_stage(run, counting_stage(fail_at=(0, 1, 3, 4)), fresh())
   assert int(state.step) == 6
   run = make_run(tmp_path / "many", max_skipped=3)
-  with pytest.raises(NonFinite, match=r"3 updates in a row .*last at step 4"):
+  line = r"3 updates had a loss.* in a row, the last at step 4 .*lower rl_optimizer\.learning_rate"
+  with pytest.raises(NonFinite, match=line):
     run_stage(run, counting_stage(fail_at=(1, 2, 3)), fresh())
   assert make_run(tmp_path / "many").checkpoints("rl").latest() == 2
+
+
+def test_logits_that_are_no_numbers_step_after_step_stop_the_run(tmp_path):
+  """Also where no update is skipped: groups that are all wrong have no gradient."""
+
+  def stage(*broken):
+    whole = counting_stage()
+
+    def step(state, n):
+      state, metrics, rows = whole.step(state, n)
+      return state, metrics | {"not_finite": 0.25 * (n in broken)}, rows
+
+    return dataclasses.replace(whole, step=step)
+
+  run_stage(make_run(tmp_path / "some", max_skipped=3), stage(0, 1, 3, 4), fresh())
+  run = make_run(tmp_path / "many", max_skipped=3, log_every=5)
+  with pytest.raises(NonFinite, match=r"3 steps sampled from logits .* row, the last at step 4"):
+    run_stage(run, stage(1, 2, 3, 4, 5), fresh())
+  assert make_run(tmp_path / "many").checkpoints("rl").latest() == 2
+  rows, _ = written(tmp_path / "many")
+  assert [(row["step"], row["rl/not_finite"]) for row in rows] == [(4, 0.25)]
 
 
 def test_the_best_checkpoint_by_an_evaluation_is_kept(tmp_path):

@@ -90,6 +90,15 @@ def explore(batch=None, step=0, config=CONFIG, **rl):
   return explorer(config)(params, batch or batch_of(RECORDS), step, keys)
 
 
+def test_completions_from_logits_that_are_no_numbers_are_counted(none):
+  assert none.metrics["not_finite"] == 0
+  _, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  broken = jax.tree.map(lambda x: x * np.nan, params)
+  config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, exploration="none"))
+  keys = {p: purpose_key(config.seed, 0, p) for p in ("sample", "resample")}
+  assert explorer(config)(broken, batch_of(RECORDS), 0, keys).metrics["not_finite"] == 1
+
+
 @pytest.fixture(scope="module")
 def none():
   return explore(exploration="none")

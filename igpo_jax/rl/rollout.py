@@ -237,6 +237,7 @@ class Explorer:
       extra_correct = extra.correct[: len(wrong)].sum()
       shown = self._answer_shown(batch, extra, wrong)
     status = [s for group in own.status for s in group]
+    broken = (~own.finite).sum() + (0 if extra is None else (~extra.finite[: len(wrong)]).sum())
     sums = {  # name: (numerator, denominator)
       "reward": (own.reward.sum(), p * g),
       "accuracy": (own.correct.sum(), p * g),
@@ -251,6 +252,7 @@ class Explorer:
       "unparseable": (status.count("unparseable"), p * g),
       "timeout": (status.count("timeout"), p * g),
       "repeated": repeated_tokens(own.completion, length),
+      "not_finite": (broken, p * g + tried),
       "no_trace": (sum(len(trace) == 0 for trace in batch.traces), p),
     }
     for task in batch.tasks if len(batch.tasks) > 1 else ():

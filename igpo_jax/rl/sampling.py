@@ -40,6 +40,7 @@ class Samples:
   Attributes:
     completion, commit_step: i32[P,G,L].
     hinted: bool[P,G,L].
+    finite: bool[P,G], all logits that it was sampled from were numbers.
     texts: P lists of G strings.
     reward: f32[P,G].
     correct: bool[P,G].
@@ -49,12 +50,13 @@ class Samples:
   completion: np.ndarray
   commit_step: np.ndarray
   hinted: np.ndarray
+  finite: np.ndarray
   texts: list[list[str]]
   reward: np.ndarray
   correct: np.ndarray
   status: list[list[str]]
 
-  ARRAYS = ("completion", "commit_step", "hinted", "reward", "correct")
+  ARRAYS = ("completion", "commit_step", "hinted", "finite", "reward", "correct")
   LISTS = ("texts", "status")
 
   def copy(self) -> Samples:
@@ -257,10 +259,7 @@ class GroupSampler:
       )  # fmt: skip
       keys = row_keys(key, ids, numbers)
       with clock.program("rollout", prompt.shape):
-        # Logits that are no numbers make gradients that are none, which the update counts.
-        *out, _ = sample_rows(
-          self.lm, params, prompt, valid, blank, fixed, keys, self.sampler_config
-        )
+        out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler_config)
       clock.dispatched()
       return part, prompt.shape[1], out
 
@@ -269,7 +268,7 @@ class GroupSampler:
     waiting = []
     while queued:
       part, prompt_length, out = queued.popleft()
-      flat_completion, flat_commit_step = local_rows(out)
+      flat_completion, flat_commit_step, finite = local_rows(out)
       clock.sampled(flat_commit_step, prompt_length)
       queued.extend(queue(cut) for cut in itertools.islice(left, 1))
       if not queued:
@@ -279,12 +278,19 @@ class GroupSampler:
       pending = self.scorer.submit(texts, records)
       in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
       waiting.append(
-        (part, in_groups(flat_completion), in_groups(flat_commit_step), texts, pending)
+        (
+          part,
+          in_groups(flat_completion),
+          in_groups(flat_commit_step),
+          finite.reshape(-1, self.group_size),
+          texts,
+          pending,
+        )
       )
     sampled = Samples.join([self._samples(hinted, *parts) for parts in waiting])
     return sampled.take(np.argsort(order))
 
-  def _samples(self, hinted, part, completion, commit_step, texts, pending) -> Samples:
+  def _samples(self, hinted, part, completion, commit_step, finite, texts, pending) -> Samples:
     x, g, _ = completion.shape
     scores: Scores = pending.result()
     in_groups = lambda items: [list(items[i * g : (i + 1) * g]) for i in range(x)]
@@ -292,6 +298,7 @@ class GroupSampler:
       completion=completion,
       commit_step=commit_step,
       hinted=np.array(hinted[part]),
+      finite=np.array(finite),
       texts=in_groups(texts),
       reward=scores.reward.reshape(x, g).copy(),
       correct=scores.correct.reshape(x, g).copy(),

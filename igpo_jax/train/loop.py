@@ -34,8 +34,8 @@ class Collapsed(UserError):
   """A rule of `log.stop_when` held; the state was saved first."""
 
 
-class NonFinite(RuntimeError):
-  """Too many updates in a row had a loss or gradient that is not finite."""
+class NonFinite(UserError):
+  """Too many updates in a row had a loss or gradient that is not finite, or steps logits."""
 
 
 @dataclasses.dataclass
@@ -136,7 +136,8 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     The state after the last step.
 
   Raises:
-    NonFinite: `log.max_skipped` updates in a row were skipped. The last checkpoint is kept.
+    NonFinite: `log.max_skipped` updates in a row were skipped, or as many steps in a row
+      sampled from logits that are not finite. The last checkpoint is kept.
     Collapsed: a rule of `log.stop_when` held. The state was saved before.
     SystemExit: a signal asked to stop. The state was saved before.
     UserError: no checkpoint can be read, the disk is full, or another run has taken the workdir
@@ -182,25 +183,31 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
       if waiting:
         evaluate(dict(waiting))
         waiting = None
+      most = config.log.max_skipped
+      broken = 0  # steps in a row with completions from logits that are not finite
       for n in range(done, stage.steps):
         profiler.step()
         began = time.perf_counter()
         state, metrics, samples = stage.step(state, n)
         done, shown = n + 1, {}
         evaluating = log is not None and due(stage.eval_every, done, stage.steps)
+        broken = broken + 1 if metrics.get("not_finite") else 0
+        failed = "steps sampled from logits that are not finite" if broken >= most else ""
         row: dict[str, Any] = {}
-        if evaluating or (log is not None and due(config.log.every, done, stage.steps)):
+        if evaluating or failed or (log is not None and due(config.log.every, done, stage.steps)):
           metrics = jax.device_get(metrics)
           row = {k if "/" in k else f"{stage.name}/{k}": v for k, v in metrics.items()}
           row |= {"time/step_seconds": time.perf_counter() - began, **device_memory()}
           shown = {k: float(metrics[k]) for k in stage.shown if k in metrics}
-          skipped = metrics["skipped_in_a_row"] >= config.log.max_skipped
-          if skipped or not evaluating:
+          if metrics["skipped_in_a_row"] >= most:
+            failed = "updates had a loss or gradient that is not finite"
+          if failed or not evaluating:
             run.log.metrics(stage.name, done, row)
-          if skipped:
+          if failed:
             raise NonFinite(
-              f"{stage.name}: {config.log.max_skipped} updates in a row had a loss or gradient "
-              f"that is not finite (last at step {done}); see {run.log.metrics_path}"
+              f"{stage.name}: {most} {failed} in a row, the last at step {done} (see "
+              f"{run.log.metrics_path}): lower {stage.name}_optimizer.learning_rate, or look at "
+              "the weights that it began with"
             )
         wanted = log is not None and config.log.samples_every
         if samples and wanted and due(config.log.samples_every, done, stage.steps):
