@@ -35,7 +35,7 @@ def get_config():
   model.lora.alpha = 64.0
 
   config.stages = ("rl",)
-  config.data.prompt_buckets = (128, 256, 512)
+  config.data.prompt_buckets = (96, 128, 192, 256, 384, 512)  # docs/scaling.md#padding
   config.mesh.data = 1
   config.mesh.fsdp = -1
 

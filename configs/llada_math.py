@@ -74,9 +74,9 @@ def fit_to(config, hardware):
     config.rl_optimizer.learning_rate = 5e-7
   if chip.startswith("v5"):
     config.mesh.slice = hardware
-    # Slices of as few rows as keep the chips busy (docs/scaling.md): prompts of like length
-    # are sampled together, and one slice is graded while the next is sampled.
-    config.rl.sample_slices = 2 if hardware == "v5e-64" else 4
+    # Prompts of like length are sampled together, and one slice is graded while the next is
+    # sampled (docs/scaling.md).
+    config.rl.sample_slices = 4
     config.rl.micro_batches = 2 if hardware == "v5e-8" else 1
     config.sft.micro_batches = 4 if hardware == "v5e-8" else 1
   elif hardware:

@@ -32,6 +32,8 @@ def get_config(argument="data"):
   config.sft.batch_size = 64
   # The first is the canvas of RL; the last holds what was accepted.
   config.sft.response_lengths = (256, 512, 1024, 1536)
+  # A program for each length of a prompt and each of a response: fewer of them than RL has.
+  config.data.prompt_buckets = (128, 256, 512)
   config.sft_optimizer.learning_rate = 1e-5
   config.sft_optimizer.warmup_steps = 50
   config.sft_optimizer.schedule = "linear"

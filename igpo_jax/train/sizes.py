@@ -39,9 +39,9 @@ from igpo_jax.train.ahead_of_time import abstract_params
 # Positions that a device puts through the network at a time. At 8B these are 240 TFLOP, a quarter
 # of a second of an H100's peak: more would take memory and save no time.
 TOKENS_AT_ONCE = 2**14
-# Sampling in two slices lets one be graded while the other is sampled, if each device still has
-# a few rows in a slice.
-FEWEST_SLICES, FEWEST_ROWS = 2, 4
+# Sampling in slices lets one be graded while the next is sampled, and keeps a long prompt from
+# making all rows long: so many, if each device still has a few rows in a slice.
+SLICES_WANTED, FEWEST_ROWS = 4, 4
 # GPUs that share the fast links of one machine: full fine-tuning splits its state over them first.
 MACHINE_DEVICES = 8
 
@@ -240,7 +240,8 @@ def _sized(config: Config, mesh, machine: Machine) -> Iterator[Config]:
 
 
 def _slices(config: Config, ways: int, processes: int, total: int, tokens: int) -> int:
-  """The fewest slices of the prompts that bring each device's positions down to `tokens`."""
+  """Slices of the prompts: up to `SLICES_WANTED` of enough rows, or as many more as bring each
+  device's positions down to `tokens`."""
   rl = config.rl
   rows = lambda slices: rl.prompts_per_step // slices * rl.group_size // ways
   able = _divisors(
@@ -251,8 +252,7 @@ def _slices(config: Config, ways: int, processes: int, total: int, tokens: int) 
     return 1  # told by check_sample_slices
   wanted = [n for n in able if rows(n) * total <= tokens]
   slices = wanted[0] if wanted else able[-1]
-  more = [n for n in able if n >= FEWEST_SLICES and rows(n) >= FEWEST_ROWS]
-  return more[0] if slices < FEWEST_SLICES and more else slices
+  return max([slices, *(n for n in able if n <= SLICES_WANTED and rows(n) >= FEWEST_ROWS)])
 
 
 def _micro(rows: int, ways: int, positions: int, tokens: int) -> int:
