@@ -3,9 +3,9 @@
     python -m igpo_jax.main --config=configs/stories.py[:smoke] --workdir=DIR
 
 Six rides over 24 stops on three lines (igpo_jax/tasks/stories.py): 72 transitions to know, which
-are a thirteenth of the words. docs/LOG.md has what was tried to learn them. Tied embeddings let so
-small a model copy the name of a stop. The preset `smoke` goes the same way in seconds, and its
-accuracy says nothing.
+are a thirteenth of the words. docs/LOG.md has what was tried to learn them, and how far it went:
+the whole run of this config has not been made yet. The preset `smoke` goes the same way in seconds,
+and its accuracy says nothing.
 """
 
 import re
