@@ -1,4 +1,4 @@
-"""The house rules of the package, read from its source."""
+"""The structure of the package, read from its source: imports, circles, captions, safety."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ FLOORS = (
 # Between packages of one floor: graders read records, a trace's answer is where the grader finds
 # one, and hints ask where an answer's value stands. Their modules make no circle all the same.
 ALONG = {("rewards", "data"), ("data", "rewards"), ("hints", "data")}
-HOST_ROOMS = ("data", "hints", "rewards")
-NO_JAX_ROOMS = (*HOST_ROOMS, "tasks", "rewrite")
+HOST_PACKAGES = ("data", "hints", "rewards")
+NO_JAX_PACKAGES = (*HOST_PACKAGES, "tasks", "rewrite")
 NO_JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 
@@ -62,28 +62,28 @@ def imported(tree, path):
         yield f"{node.module}.{alias.name}", node.lineno
 
 
-def room(name):
-  """The room of a module: the part after the package's name."""
+def subpackage(name):
+  """The subpackage of a module: the part after the package's name."""
   parts = name.split(".")
   return parts[1] if len(parts) > 1 else "__init__"
 
 
 def floor_of(name):
-  for number, rooms in enumerate(FLOORS):
-    if name in rooms:
+  for number, subpackages in enumerate(FLOORS):
+    if name in subpackages:
       return number
   raise AssertionError(f"{name}: which floor is it on?")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_downwards_only(path):
-  here = room(module_name(path))
+  here = subpackage(module_name(path))
   if here == "__init__":
     return  # the lazy door: it imports nothing by itself
   for name, line in imports(path):
     if not name.startswith("igpo_jax."):
       continue
-    there = room(name)
+    there = subpackage(name)
     if there in (here, "__version__") or (here, there) in ALONG:
       continue
     assert floor_of(there) > floor_of(here), f"{path}:{line}: {here} imports {there}"
@@ -123,32 +123,32 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 @pytest.mark.parametrize(
-  "path", [p for p in FILES if room(module_name(p)) in NO_JAX_ROOMS], ids=lambda p: p.stem
+  "path", [p for p in FILES if subpackage(module_name(p)) in NO_JAX_PACKAGES], ids=lambda p: p.stem
 )
-def test_host_rooms_import_no_jax(path):
+def test_host_packages_import_no_jax(path):
   bad = [f"{n} (line {k})" for n, k in imports(path) if n.split(".")[0] in NO_JAX]
   assert not bad
 
 
-def test_within_rl_only_exploration_touches_the_host_rooms():
+def test_within_rl_only_exploration_touches_the_host_packages():
   for path in (PACKAGE / "rl").glob("*.py"):
-    rooms = {room(name) for name, _ in imports(path) if name.startswith("igpo_jax.")}
+    subpackages = {subpackage(name) for name, _ in imports(path) if name.startswith("igpo_jax.")}
     if path.stem == "rollout":
-      assert set(HOST_ROOMS) <= rooms
+      assert set(HOST_PACKAGES) <= subpackages
     elif path.stem != "sampling":
-      assert not rooms & set(HOST_ROOMS), path
+      assert not subpackages & set(HOST_PACKAGES), path
 
 
-def test_linen_stays_in_the_models_room():
+def test_linen_stays_in_the_models_package():
   for path in FILES:
-    if room(module_name(path)) != "models":
+    if subpackage(module_name(path)) != "models":
       assert not any(name.startswith("flax.linen") for name, _ in imports(path)), path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_have_a_caption_and_a_readable_length(path):
   text = path.read_text()
-  assert ast.get_docstring(ast.parse(text)), "what is this room for?"
+  assert ast.get_docstring(ast.parse(text)), "what is this file for?"
   assert len(text.splitlines()) <= MOST_LINES
 
 
