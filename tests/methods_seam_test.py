@@ -38,6 +38,7 @@ PACKAGE = REPO / "igpo_jax"
 # --- one file a method --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_config_file_with_its_own_estimator_and_objective_trains(tmp_path):
   program.main([f"--config={OWN}", f"--workdir={tmp_path}", "--config.rl.steps=2",
                 "--config.sft.steps=1", "--config.estimator.halves.parts=2"])  # fmt: skip
@@ -202,7 +203,7 @@ def test_rows_and_forwards_are_counted_from_the_declaration():
   assert Forwards(1, 2).per_completion(4) == 2.25 and Forwards(1, 2).views == 3
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 6])
+@pytest.mark.parametrize("count", [2, 4])
 def test_views_that_are_read_a_few_at_a_time_give_the_same_numbers_and_gradient(count, rollout):
   """6 views: 2 at a time and 4 at a time (which 6 is no multiple of) against all at once."""
   lm, params = tiny_model(VOCAB)
