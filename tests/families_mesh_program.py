@@ -18,8 +18,8 @@ from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Canvas
 
 MESHES = {
-  "llada_moe": ((8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 4, 2)),
-  "llada2": ((1, 8, 1), (2, 2, 2)),
+  "llada_moe": ((1, 8, 1), (2, 2, 2), (4, 1, 2)),
+  "llada2": ((1, 4, 2),),
   "dream": ((2, 2, 2),),
 }
 ROWS, PROMPT, LENGTH = 16, 4, 8
