@@ -105,7 +105,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   "rldf": (
     "RLDF",
-    pair("trace_sampled", "trace_ppo", e_score="later", o_reduce="row_step",
+    pair("trace_sampled", "trace_ppo", e_steps="unsure", e_score="later", o_reduce="row_step",
          o_threshold=0.6) | {"rl.advantage": "std_sample"},
   ),
   "agrpo": ("AGRPO", pair("trace_sampled", "trace_ppo", o_reduce="draws", o_beta=0.0)),

@@ -141,6 +141,9 @@ class Denoised:
     refreshes: i32[], how many of these calls saw the whole canvas. Without a cache all do.
     finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
       answer of the model.
+    commit_logp: f32[B,T], log-probability of each token when it was committed, under the softmax at
+      temperature 1. It is 0 where nothing was chosen: where `commit_step` is -1, and in what early
+      stopping filled.
   """
 
   tokens: Int32[Array, "B T"]
@@ -148,6 +151,7 @@ class Denoised:
   forwards: Int32[Array, ""]
   refreshes: Int32[Array, ""]
   finite: Bool[Array, " B"]
+  commit_logp: Float32[Array, "B T"]
 
 
 @flax.struct.dataclass
@@ -161,6 +165,8 @@ class Rollout:
     hinted: bool[P,G,L], True where a token was a fixed hint.
     commit_step: i32[P,G,L], the denoising step at which each token was committed; -1 on hints.
     advantages: f32[P,G].
+    commit_logp: f32[P,G,L], log-probability of each token when it was committed; 0 on hints. None
+      where nobody sampled them, as in tests; only some trace estimators need it.
   """
 
   prompt: Int32[Array, "P Tp"]
@@ -169,6 +175,7 @@ class Rollout:
   hinted: Bool[Array, "P G L"]
   commit_step: Int32[Array, "P G L"]
   advantages: Float32[Array, "P G"]
+  commit_logp: Float32[Array, "P G L"] | None = None
 
 
 @flax.struct.dataclass

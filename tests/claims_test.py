@@ -14,10 +14,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from benchmarks import estimators as study
 from benchmarks.claims import __main__ as program
 from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
 from igpo_jax import cli
+from igpo_jax.config import registry
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import open_tokenizer
 from igpo_jax.errors import UserError
@@ -189,3 +191,86 @@ def test_every_claim_runs_end_to_end_and_again_gives_the_same_tables(tmp_path):
   (tmp_path / "seed0" / "igpo.json").unlink()
   assert command(*options).returncode == 0
   assert {n: (tmp_path / f"claim{n}.md").read_text() for n in tables} == tables
+
+
+# --- the study of estimators ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", study.METHODS)
+def test_a_method_of_the_study_differs_in_what_it_says_and_nothing_else(method):
+  base = study.config_of("inpaint", "coupled", 1e-3, 1)
+  config = flat(study.config_of("inpaint", method, 1e-3, 1))
+  changes = study.METHODS[method][1]
+  assert {name: config[name] for name in changes} == changes
+  changed = {name for name, value in flat(base).items() if value != config[name]}
+  assert changed <= set(changes)
+  plain = flat(study.config_of("none", method, 1e-3, 1))
+  assert {k for k in config if config[k] != plain[k]} == {"rl.exploration"}
+  assert flat(study.Run("sft:aligned", 1, epath.Path("x"), False).config)["sft.steps"] == 1200
+
+
+def test_every_method_of_the_page_is_in_the_study():
+  """Each estimator and each objective of the package is in some method, and on the page."""
+  page = (ROOT / "docs" / "methods.md").read_text()
+  for kind in ("estimator", "objective"):
+    known = {n for n, c in registry.classes(kind).items() if c.__module__.startswith("igpo_jax.")}
+    assert {changes[f"rl.{kind}"] for _, changes in study.METHODS.values()} == known
+    assert all(f"`{name}`" in page for name in known)
+
+
+def test_forward_passes_of_a_step_by_hand():
+  """14 to sample; mean-field reads 1/8, for old and reference once and for two updates thrice."""
+  plain = study.config_of("none", "mean_field", 1e-3, 0)
+  assert study.forwards_per_step(plain, 0.5) == 14 + (2 + 2 * 3) / 8
+  hinted = study.config_of("inpaint", "mean_field", 1e-3, 0)
+  assert study.forwards_per_step(hinted, 0.5) == 14 * 1.5 + 1
+  # Four views, two at a time: read once more; drawn anew for both updates.
+  espo = study.config_of("none", "espo", 1e-3, 0)
+  assert study.forwards_per_step(espo) == 14 + 4 * (2 * 2 + 2 * 4)
+
+
+def run_of(*accuracies):
+  return {"accuracy": [[4 * k, a] for k, a in enumerate(accuracies)],
+          "curves": {"rl/all_wrong_before": [0.0] * 4 * (len(accuracies) - 1)}}  # fmt: skip
+
+
+def test_runs_are_compared_where_they_have_cost_as_much():
+  config = study.config_of("none", "mean_field", 1e-3, 0)
+  result = run_of(0.0, 0.4, 0.6)
+  assert study.accuracy_at(result, config, 6 * 15.0) == pytest.approx(0.5)
+  assert study.accuracy_at(result, config, 1e9) == pytest.approx(0.6)
+  assert study.area(result) == pytest.approx((0.2 + 0.5) / 2)
+  assert study.fall(run_of(0.1, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
+
+
+def test_the_rate_with_the_largest_area_on_the_pilot_seeds_is_taken():
+  pair = ("none", "spg")
+  ends = {1e-4: 0.2, 1e-3: 0.6, 1e-2: 0.1}
+  results = {
+    (study.name_of(*pair, rate), seed): run_of(0.0, end)
+    for rate, end in ends.items()
+    for seed in (7, 8)
+  }
+  assert study.choose_rates(results, [pair], tuple(ends), (7, 8)) == {pair: 1e-3}
+
+
+@pytest.mark.slow
+def test_the_study_of_estimators_runs_end_to_end_and_goes_on_where_it_was(tmp_path):
+  def run(methods):
+    return subprocess.run(
+      [sys.executable, "-m", "benchmarks.estimators", "--smoke", f"--methods={methods}",
+       f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+  out = run("mean_field,trace_drawn")
+  assert out.returncode == 2 and "trace_drawn" in out.stderr and "Traceback" not in out.stderr
+  out = run("mean_field,rldf")
+  assert out.returncode == 0, out.stderr[-2000:]
+  table = (tmp_path / "table.md").read_text()
+  assert table.count("\n") == 6 and "RLDF" in table and "nan" not in table
+  assert (tmp_path / "methods.png").read_bytes()[:4] == b"\x89PNG"
+  assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 4
+  (tmp_path / "seed0" / "none.rldf.0.0003.json").unlink()
+  again = run("mean_field,rldf")
+  assert again.returncode == 0 and (tmp_path / "table.md").read_text().count("RLDF") == 2
+  assert "none.rldf" in again.stdout and "inpaint.rldf" not in again.stdout

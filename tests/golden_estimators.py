@@ -228,7 +228,7 @@ def rldf(case: Case, c: Options, sizes: Sizes) -> Iterator[Method]:
   c.is_("sample_temperature", c("sample_temperature", 1))
   one = c("num_iterations") == 1
   reduce = {"sample": "row_step", "token": "step"}[c("loss_norm")]
-  estimator = TraceSampled(draws=c("mask_num"), score="later", hints="context")
+  estimator = TraceSampled(draws=c("mask_num"), steps="unsure", score="later", hints="context")
   objective = TracePPO(
     reduce=reduce, ratio="none" if one else "token", beta=c("beta"),
     threshold=c("low_prob_threshold"), **range_of(c),
@@ -245,7 +245,8 @@ def agrpo(case: Case, c: Options, sizes: Sizes) -> Iterator[Method]:
   c.is_("importance_sampling", "uniform", "entropy")
   steps = sizes._replace(steps=c("sampling_steps")).steps
   estimator = TraceSampled(
-    draws=c("mc_samples"), temperature=c("temperature"), hints="context",
+    draws=c("mc_samples"), steps={"uniform": "even", "entropy": "surprisal"}[kind],
+    temperature=c("temperature"), hints="context",
   )  # fmt: skip
 
   def of_group(group: Group, sampled, last, entropy) -> Views:

@@ -18,9 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from igpo_jax.config import freeze
+from igpo_jax.config import SamplerConfig, freeze
+from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.errors import UserError
-from igpo_jax.rl.estimate import Estimate, views_of
+from igpo_jax.rl.estimate import Estimate, read_views, views_of
 from igpo_jax.rl.estimators.autoregressive import Autoregressive
 from igpo_jax.rl.estimators.base import Group, Sizes, Views
 from igpo_jax.rl.estimators.block_random import BlockRandom
@@ -137,6 +138,7 @@ def make_groups():
     commit_step=jnp.asarray(np.where(hinted, -1, step), jnp.int32),
     region=jnp.asarray(np.arange(LENGTH) < length[..., None]),
     length=jnp.asarray(length, jnp.int32),
+    commit_logp=jnp.asarray(np.where(hinted, 0, rng.uniform(-3, -0.01, hinted.shape)), jnp.float32),
   )
 
 
@@ -178,6 +180,8 @@ ESTIMATORS = {
   "trace": Trace(shrink=2),
   "trace step by step": Trace(shrink=1, hints="context", end_tokens=0),
   "trace_sampled": TraceSampled(draws=3),
+  "trace_sampled unsure": TraceSampled(draws=3, steps="unsure", step_temperature=0.5),
+  "trace_sampled surprisal": TraceSampled(draws=3, steps="surprisal"),
   "trace_sampled later": TraceSampled(draws=3, score="later", hints="context"),
   "autoregressive": Autoregressive(),
 }
@@ -401,6 +405,75 @@ def test_trace_sampled_reads_steps_of_the_completion_evenly():
   later = views(ESTIMATORS["trace_sampled later"])
   np.testing.assert_array_equal(later.scored, later.masked)
   assert (later.aux["current"] <= later.scored).all() and later.aux["current"].any(-1).all()
+
+
+def surprisals(p, g, counted):
+  """step -> -log p of its tokens, of one completion."""
+  of = {}
+  step, logp = np.asarray(GROUPS.commit_step[p, g]), np.asarray(GROUPS.commit_logp[p, g])
+  for k in range(counted):
+    if step[k] >= 0:
+      of.setdefault(int(step[k]), []).append(-float(logp[k]))
+  return of
+
+
+def many_steps(estimator, many=400):
+  """i[many,P,R,G], the steps that many draws read."""
+  keys = jax.vmap(lambda k: jax.random.split(k, P))(jax.random.split(jax.random.key(1), many))
+  draw = lambda keys: views_of(estimator, GROUPS, keys, 0, SIZES)
+  out = jax.tree.map(np.asarray, jax.jit(jax.vmap(draw))(keys))
+  step = np.asarray(GROUPS.commit_step)[None, :, None]
+  assert out.scored.any(axis=-1).all()
+  return np.where(out.scored, step, -1).max(axis=-1), out
+
+
+def test_unsure_steps_are_drawn_more_often_and_not_twice():
+  """RLDF: without replacement, the first by softmax of the mean surprisal / T."""
+  estimator = TraceSampled(draws=2, steps="unsure", step_temperature=0.5, hints="context")
+  steps, out = many_steps(estimator)
+  assert out.weights is None
+  for p, g, row in rows():
+    mean = {s: np.mean(x) / 0.5 for s, x in surprisals(p, g, row["length"]).items()}
+    total = sum(math.exp(x) for x in mean.values())
+    first = steps[:, p, 0, g]
+    for s, x in mean.items():
+      assert np.mean(first == s) == pytest.approx(math.exp(x) / total, abs=0.09)
+    assert set(steps[:, p, :, g].ravel()) <= set(mean)
+    assert (steps[:, p, 0, g] != steps[:, p, 1, g]).all() or len(mean) == 1
+
+
+def test_weights_undo_that_surprising_steps_are_drawn_more_often():
+  estimator = TraceSampled(draws=3, steps="surprisal", hints="context")
+  steps, out = many_steps(estimator)
+  for p, g, row in rows():
+    of = {s: sum(x) for s, x in surprisals(p, g, row["length"]).items()}
+    total = sum(of.values())
+    for s, x in of.items():
+      at = steps[:, p, :, g] == s
+      assert at.mean() == pytest.approx(x / total, abs=0.07)
+      weights = out.weights[:, p, :, g].max(axis=-1)[at]
+      np.testing.assert_allclose(weights, total / x / len(of), rtol=1e-4)
+
+
+def test_what_a_trace_reads_is_what_the_sampler_saw():
+  """Step by step, the estimate is the log-probability that each token was chosen with."""
+  lm, params = tiny_model(VOCAB)
+  sampler = SamplerConfig(gen_length=LENGTH, block_length=4, steps=STEPS, temperature=1.0)
+  flat = lambda x: x.reshape(P * G, -1)
+  each = lambda x: jnp.repeat(x, G, axis=0)
+  canvas = jnp.where(GROUPS.hinted, GROUPS.completion, MASK)
+  completion, step, logp, finite = sample_rows(
+    lm, params, each(GROUPS.prompt), each(GROUPS.prompt_valid), flat(canvas), flat(GROUPS.hinted),
+    jax.random.split(jax.random.key(3), P * G), sampler,
+  )  # fmt: skip
+  grouped = lambda x: x.reshape(P, G, LENGTH)
+  groups = dataclasses.replace(GROUPS, completion=grouped(completion), commit_step=grouped(step))
+  estimator = Trace(shrink=1, hints="context")
+  views = views_of(estimator, groups, KEYS, 0, SIZES)
+  read = jax.jit(read_views, static_argnums=(0, 2, 5))(lm, params, estimator, groups, views, SIZES)
+  filled = np.asarray(grouped(logp)) == 0  # hints, and what early stopping filled
+  assert finite.all() and (filled >= np.asarray(GROUPS.hinted)).all() and (~filled).sum() > 50
+  np.testing.assert_allclose(np.where(filled, 0, read.tokens), grouped(logp), atol=2e-5)
 
 
 def test_a_step_is_where_the_running_sum_of_shares_passes():

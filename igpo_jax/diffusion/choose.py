@@ -45,8 +45,8 @@ def choose(
     old: i32[B,w], what it is filled with.
 
   Returns:
-    (commit bool[B,w], chosen tokens i32[B,w], finite bool[B,w]: the logits give
-    probabilities, which NaN and infinity do not).
+    (commit bool[B,w], chosen tokens i32[B,w], their log-probabilities f32[B,w] under the plain
+    softmax: no numbers where the logits are NaN or infinite).
   """
   kept = logits
   if cfg.top_p < 1:
@@ -68,7 +68,7 @@ def choose(
     if uniform is None:
       uniform = at_places(jax.random.uniform, keys, places, 1)
     assert chance is not None
-    return candidates & (uniform < chance), chosen, jnp.isfinite(log_confidence)
+    return candidates & (uniform < chance), chosen, log_confidence
   if cfg.remasking == "low_confidence":
     rank_by = log_confidence if not cfg.alg_temp else jnp.exp(log_confidence)
   elif cfg.remasking == "random":
@@ -93,7 +93,7 @@ def choose(
     commit |= topk_mask(log_confidence, candidates, sure)
   if editable is not None and cfg.edit_threshold is not None:
     commit |= editable & (chosen != old) & (jnp.exp(log_confidence) > cfg.edit_threshold)
-  return commit, chosen, jnp.isfinite(log_confidence)
+  return commit, chosen, log_confidence
 
 
 def keep_likeliest(logits: Array, share: float, temperature: float) -> Array:

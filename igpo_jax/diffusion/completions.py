@@ -45,13 +45,15 @@ def sample_rows(
     keys: key[B], see `row_keys`.
 
   Returns:
-    (completion i32[B,L], commit_step i32[B,L], finite bool[B], see `Denoised`).
+    (completion i32[B,L], commit_step i32[B,L], commit_logp f32[B,L], finite bool[B]), see
+    `Denoised`.
   """
   tokens, valid = join(prompt, prompt_valid, canvas)
   fixed = jnp.concatenate([jnp.ones_like(prompt_valid), hinted], axis=1)
   out = denoise(lm, params, Canvas(tokens, fixed, valid), keys, cfg)
   begin = prompt.shape[1]
-  return out.tokens[:, begin:], out.commit_step[:, begin:], out.finite
+  of_canvas = (out.tokens, out.commit_step, out.commit_logp)
+  return *(x[:, begin:] for x in of_canvas), out.finite
 
 
 @jax.jit

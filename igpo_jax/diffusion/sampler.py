@@ -138,6 +138,7 @@ class _Rows(flax.struct.PyTreeNode):
 
   tokens: Array  # i32[B,T]
   commit_step: Array  # i32[B,T]
+  commit_logp: Array  # f32[B,T]
   fixed: Array  # bool[B,T]
   valid: Array  # bool[B,T]
   finite: Array  # bool[B], all logits so far were numbers
@@ -176,6 +177,7 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
   rows = _Rows(
     tokens=constrain(canvas.tokens, "act_batch", "act_length"),
     commit_step=jnp.full((b, t), -1, jnp.int32),
+    commit_logp=jnp.zeros((b, t), jnp.float32),
     fixed=canvas.fixed,
     valid=canvas.valid,
     finite=jnp.ones(b, bool),
@@ -206,6 +208,7 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
       return rows.replace(
         tokens=put(rows.tokens, some.tokens),
         commit_step=put(rows.commit_step, some.commit_step),
+        commit_logp=put(rows.commit_logp, some.commit_logp),
         finite=rows.finite.at[chosen].set(some.finite),
       ), count
 
@@ -217,7 +220,14 @@ def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
     return block + 1, *jax.lax.switch(which, branches, rows, count)
 
   _, rows, count = jax.lax.while_loop(blocks_left, run_block, (zero, rows, count))
-  return Denoised(rows.tokens, rows.commit_step, count.forwards, count.refreshes, rows.finite)
+  return Denoised(
+    tokens=rows.tokens,
+    commit_step=rows.commit_step,
+    forwards=count.forwards,
+    refreshes=count.refreshes,
+    finite=rows.finite,
+    commit_logp=rows.commit_logp,
+  )
 
 
 def _masks(lm, cfg, rows: _Rows) -> Array:
@@ -241,7 +251,7 @@ def _in_block(lm, cfg, rows: _Rows, block: Array) -> tuple[Array, Array]:
 
 
 def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits=None):
-  """Head and choice where it matters: (commit bool[B,width], chosen i32[B,width], finite bool[B]).
+  """Head and choice where it matters.
 
   What is committed needs no logits, on average half of a block. Each row's candidates
   come first, and as many positions are decided as the row with the most of them has,
@@ -255,6 +265,10 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
     noise: f32[B,width,V] or, for "origin", f32[B,width]; or None.
     chance: see `choose`.
     edits: (editable bool[B,width], old i32[B,width]) of `choose`; None where nothing is edited.
+
+  Returns:
+    (commit bool[B,width], chosen i32[B,width], log p of what is chosen f32[B,width], finite
+    bool[B]).
   """
   b, width = candidates.shape
   order = jnp.argsort(~candidates, axis=1, stable=True)  # i32[B,width]
@@ -275,15 +289,15 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
     if edits:
       asked = asked | edits[0]
     drawn = {"uniform" if cfg.remasking == "origin" else "gumbel": given}
-    commit, chosen, finite = choose(
+    commit, chosen, logp = choose(
       lm, cfg, logits, take(candidates), share, keys, first + at, chance=chance,
       **drawn, **dict(zip(("editable", "old"), edits or (), strict=False)),
     )  # fmt: skip
-    finite = jnp.all(finite | ~asked, axis=1)
+    finite = jnp.all(jnp.isfinite(logp) | ~asked, axis=1)
     if size == width:
-      return commit, chosen, finite
+      return commit, chosen, logp, finite
     put = lambda x: jax.vmap(lambda at, x: jnp.zeros(width, x.dtype).at[at].set(x))(at, x)
-    return put(commit), put(chosen), finite
+    return put(commit), put(chosen), put(logp), finite
 
   if len(sizes) == 1:
     return with_width(width, h)
@@ -346,7 +360,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
       works, full = active(rows), ~jnp.any(masks_of(rows) & here, axis=1)
       filled = here & ~rows.fixed & (rows.tokens != lm.mask_id)
       edits = part(filled & works[:, None]), old
-    commit, chosen, finite = _decide(
+    commit, chosen, logp, finite = _decide(
       lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits
     )
     if editing:
@@ -363,6 +377,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     rows = rows.replace(
       tokens=put(rows.tokens, new),
       commit_step=put(rows.commit_step, jnp.where(filled, now, part(rows.commit_step))),
+      commit_logp=put(rows.commit_logp, jnp.where(filled, logp, part(rows.commit_logp))),
       finite=rows.finite & finite,
     )
     count = count._replace(forwards=count.forwards + 1, refreshes=count.refreshes + (seen is None))

@@ -137,7 +137,7 @@ def generate_rows(
   arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
   prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
   keys = row_keys(key, ids, jnp.zeros(ids.shape, jnp.int32))
-  completion, _, finite = sample_rows(
+  completion, _, _, finite = sample_rows(
     lm, params, prompt, valid, canvas, fixed, keys, setting.sampler
   )
   completion, finite = local_rows((completion, finite))

@@ -98,6 +98,7 @@ def groups_of(rollout: Rollout, stop_ids: tuple[int, ...], region: str) -> Group
     completion=rollout.completion,
     hinted=rollout.hinted,
     commit_step=rollout.commit_step,
+    commit_logp=rollout.commit_logp,
     region=loss_region(rollout.completion, stop_ids, region),
     length=completion_length(rollout.completion, stop_ids),
   )

@@ -195,6 +195,7 @@ class Explorer:
       "completion": samples.completion,
       "hinted": samples.hinted,
       "commit_step": samples.commit_step,
+      "commit_logp": samples.commit_logp,
       "advantages": np.where(inside, advantages, np.float32(0)),
     }
 

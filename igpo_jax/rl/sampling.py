@@ -39,6 +39,7 @@ class Samples:
 
   Attributes:
     completion, commit_step: i32[P,G,L].
+    commit_logp: f32[P,G,L], see `Denoised`.
     hinted: bool[P,G,L].
     finite: bool[P,G], all logits that it was sampled from were numbers.
     texts: P lists of G strings.
@@ -49,6 +50,7 @@ class Samples:
 
   completion: np.ndarray
   commit_step: np.ndarray
+  commit_logp: np.ndarray
   hinted: np.ndarray
   finite: np.ndarray
   texts: list[list[str]]
@@ -56,7 +58,7 @@ class Samples:
   correct: np.ndarray
   status: list[list[str]]
 
-  ARRAYS = ("completion", "commit_step", "hinted", "finite", "reward", "correct")
+  ARRAYS = ("completion", "commit_step", "commit_logp", "hinted", "finite", "reward", "correct")
   LISTS = ("texts", "status")
 
   def copy(self) -> Samples:
@@ -268,7 +270,7 @@ class GroupSampler:
     waiting = []
     while queued:
       part, prompt_length, out = queued.popleft()
-      flat_completion, flat_commit_step, finite = local_rows(out)
+      flat_completion, flat_commit_step, flat_commit_logp, finite = local_rows(out)
       clock.sampled(flat_commit_step, prompt_length)
       queued.extend(queue(cut) for cut in itertools.islice(left, 1))
       if not queued:
@@ -277,26 +279,21 @@ class GroupSampler:
       records = [batch.records[i] for i in groups[part] for _ in range(self.group_size)]
       pending = self.scorer.submit(texts, records)
       in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
-      waiting.append(
-        (
-          part,
-          in_groups(flat_completion),
-          in_groups(flat_commit_step),
-          finite.reshape(-1, self.group_size),
-          texts,
-          pending,
-        )
-      )
+      arrays = map(in_groups, (flat_completion, flat_commit_step, flat_commit_logp))
+      waiting.append((part, *arrays, finite.reshape(-1, self.group_size), texts, pending))
     sampled = Samples.join([self._samples(hinted, *parts) for parts in waiting])
     return sampled.take(np.argsort(order))
 
-  def _samples(self, hinted, part, completion, commit_step, finite, texts, pending) -> Samples:
+  def _samples(
+    self, hinted, part, completion, commit_step, commit_logp, finite, texts, pending
+  ) -> Samples:
     x, g, _ = completion.shape
     scores: Scores = pending.result()
     in_groups = lambda items: [list(items[i * g : (i + 1) * g]) for i in range(x)]
     return Samples(
       completion=completion,
       commit_step=commit_step,
+      commit_logp=commit_logp,
       hinted=np.array(hinted[part]),
       finite=np.array(finite),
       texts=in_groups(texts),

@@ -238,6 +238,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     completion=array(jnp.int32, p, g, length),
     hinted=array(jnp.bool_, p, g, length),
     commit_step=array(jnp.int32, p, g, length),
+    commit_logp=array(jnp.float32, p, g, length),
     advantages=array(jnp.float32, p, g),
   )
 

@@ -52,6 +52,8 @@ class Group:
     commit_step: i32[G,L], the step at which the sampler decided a token; -1 on hints.
     region: bool[G,L], the loss region (`rl.loss_region`).
     length: i32[G], |o_i|: tokens through the first stop token, whatever the region is.
+    commit_logp: f32[G,L], log-probability of a token when the sampler decided it; 0 on hints. None
+      for completions that were not sampled here.
   """
 
   prompt: Array
@@ -61,6 +63,7 @@ class Group:
   commit_step: Array
   region: Array
   length: Array
+  commit_logp: Array | None = None
 
 
 @flax.struct.dataclass

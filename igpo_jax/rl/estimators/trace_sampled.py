@@ -1,7 +1,7 @@
-"""trace_sampled: a few states of the trajectory, drawn (AGRPO, RLDF / Drift).
+"""trace_sampled: a few states of the trajectory, drawn (RLDF / Drift, AGRPO).
 
-Where `trace` reads every state, this reads `draws` of them, spread evenly over the steps of a
-group's completions. AGRPO scores what was decided at the step, RLDF all that is masked there.
+Where `trace` reads every state, this reads `draws` of them. RLDF draws unsure steps more often and
+scores all that is masked there; AGRPO draws evenly, or by entropy with weights that undo it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ class TraceSampled(Estimator):
 
   Attributes:
     draws: views of a completion. With more draws than steps, steps repeat.
+    steps: which are drawn. "even" (AGRPO): numbers that are spread evenly over the steps of a
+      group's completions. "surprisal" (AGRPO's "entropy"): with probability proportional to the
+      summed -log p of the step's tokens as the sampler chose them, which is the entropy on
+      average; weights undo it. "unsure" (RLDF): without replacement, by softmax of the mean
+      -log p / `step_temperature`; not undone.
+    step_temperature: of "unsure".
     score: "step" (AGRPO): the tokens that were decided at the step; "later" (RLDF): all that is
       masked, which an objective may filter (`objective.trace_ppo.threshold`).
     temperature: log-probabilities are of softmax(logits / temperature). AGRPO: the sampler's.
@@ -43,6 +49,8 @@ class TraceSampled(Estimator):
   """
 
   draws: Count = 4
+  steps: Literal["even", "surprisal", "unsure"] = "even"
+  step_temperature: Positive = 1.0
   score: Literal["step", "later"] = "step"
   temperature: Positive = 1.0
   hints: Hints = "scored"
@@ -51,14 +59,28 @@ class TraceSampled(Estimator):
     return with_hints(self.hints, self.draws)
 
   def views(self, group: Group, key: Array, sizes: Sizes) -> Views:
+    if self.steps != "even" and group.commit_logp is None:
+      raise ValueError(
+        f"estimator.trace_sampled.steps={self.steps!r} goes by the sampler's log-probabilities "
+        "(Rollout.commit_logp), and these completions have none"
+      )
     length = group.completion.shape[1]
     counted = jnp.arange(length) < group.length[:, None]
     present = distinct_steps(group.commit_step, sizes.steps, counted)  # [G,T]
+    if self.steps == "unsure":
+      chosen = self._unsure(group, key, sizes, present, counted)
+      return self.of_steps(chosen, group)
     share = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
+    drawn = share
+    if self.steps == "surprisal":
+      drawn = step_shares(-group.commit_logp, group.commit_step, present, counted)
     # Evenly over all draws of the group, handed out at random.
     points = spread(key, self.draws * present.shape[0])
     points = jax.random.permutation(jax.random.fold_in(key, 1), points).reshape(self.draws, -1)
-    return self.of_steps(inverse_cdf(share, points), group)
+    chosen = inverse_cdf(drawn, points)
+    if self.steps == "even":
+      return self.of_steps(chosen, group)
+    return self.of_steps(chosen, group, importance(share, drawn, chosen))
 
   def of_steps(self, steps: Array, group: Group, weights: Array | None = None) -> Views:
     """The views of steps i32[R,G], with importance weights f32[R,G] if there are any."""
@@ -70,6 +92,16 @@ class TraceSampled(Estimator):
     aux = {"current": current} if self.score == "later" else {}
     views = Views(masked=masked, scored=scored, weights=weights, aux=aux)
     return add_hints(views, self.hints, group)
+
+  def _unsure(self, group, key, sizes, present, counted) -> Array:
+    """i32[R,G] steps without replacement: the largest of log-probability plus Gumbel noise."""
+    commits = (group.commit_step[:, None] == jnp.arange(sizes.steps)[:, None]) & counted[:, None]
+    total = jnp.sum(jnp.where(commits, group.commit_logp[:, None], 0.0), axis=-1)
+    mean = total / jnp.maximum(jnp.sum(commits, axis=-1), 1)
+    score = -mean / self.step_temperature + jax.random.gumbel(key, mean.shape)
+    order = jnp.argsort(jnp.where(present, -score, jnp.inf), axis=1)  # [G,T]
+    turn = jnp.arange(self.draws)[:, None] % jnp.maximum(jnp.sum(present, axis=1), 1)
+    return jnp.take_along_axis(order, turn.T, axis=1).T
 
 
 def step_shares(value: Array, commit_step: Array, present: Array, counted: Array) -> Array:

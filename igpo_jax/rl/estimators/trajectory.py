@@ -57,9 +57,12 @@ def add_hints(views: Views, hints: Hints, group: Group) -> Views:
   first = lambda x, value: jnp.concatenate([jnp.full_like(x[:1], value), x])
   aux = {name: first(x, 0) for name, x in views.aux.items()}
   aux["of_hints"] = first(jnp.zeros(views.masked.shape[:2], bool), True)
+  weights = views.weights
+  if weights is not None:
+    weights = jnp.concatenate([group.hinted[None].astype(weights.dtype), weights])
   return Views(
     masked=first(views.masked, True),
     scored=jnp.concatenate([group.hinted[None], views.scored]),
-    weights=None if views.weights is None else first(views.weights, 1.0),
+    weights=weights,
     aux=aux,
   )
