@@ -89,10 +89,10 @@ def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) ->
   model = config.model
   item = dtype(model.dtype).itemsize
   heads = (model.n_heads + model.kv_heads) * model.head_size
-  weights = model.n_layers * model.d_model * (2 * heads + 3 * model.mlp_hidden)
+  weights = model.n_layers * model.d_model * (2 * heads + 3 * model.stored_mlp_units)
   weights += 2 * model.d_model * model.vocab_size
   tokens = program.rows * program.positions * tensor / chips
-  passing = model.n_layers * (4 * model.d_model + (2 * heads + 3 * model.mlp_hidden) / tensor)
+  passing = model.n_layers * (4 * model.d_model + (2 * heads + 3 * model.mlp_units) / tensor)
   return int(program.forwards * item * (weights / tensor + 2 * tokens * passing))
 
 

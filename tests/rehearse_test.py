@@ -29,6 +29,9 @@ OTHERS = {
   "stories.py": [],
   "llada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
   "illada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
+  "dream_7b.py": [SOURCE, "--chip=h100", "--devices=8"],
+  "llada_moe.py": [SOURCE, "--chip=h100", "--devices=8"],
+  "a2d_sft.py": ["--chip=h100", "--devices=8"],
 }  # fmt: skip
 
 # docs/launch.md: on how many GPUs each of its commands makes sense, one process a GPU beyond 8.

@@ -224,6 +224,23 @@ def test_a_model_on_disk_is_counted_by_its_own_sizes():
   assert model.attention == tiny().model.attention  # how it is run is the config's
 
 
+def test_a_mixture_of_experts_is_counted_by_its_experts():
+  def work(**options):
+    config = load_config_file(REPO / "configs" / "llada_moe.py")
+    config.update_from_flattened_dict({
+      "data.rl": "synthetic:chains", "mesh.data": 1, "mesh.fsdp": 8, "rl.sample_slices": 1,
+      "rl.micro_batches": 1, "eval.batch_size": 64, **options,
+    })  # fmt: skip
+    return memory.memory(freeze(config), abstract_mesh(freeze(config).mesh, 8))["rollout"].work
+
+  usual, wide = work(), work(**{"model.moe.expert_hidden": 2048})
+  assert work(**{"model.mlp_hidden": 8192}) == usual  # no layer of this model has such an MLP
+  # The gathered weights of two layers: three matrices of 2048 x 1024 more for each of 64 experts.
+  more = wide["gathered weights"] - usual["gathered weights"]
+  assert more == 2 * 2 * 3 * 64 * 2048 * 1024
+  assert wide["activations"] > usual["activations"]
+
+
 # GiB that XLA's TPU compiler (libtpu 0.0.42.1) sets aside for a program's temporaries.
 COMPILED = [
   # preset, mesh, options, program, GiB

@@ -232,6 +232,19 @@ class ModelConfig(ModelRun, Architecture):
     return self.n_kv_heads or self.n_heads
 
   @property
+  def mlp_units(self) -> int:
+    """Hidden units of a layer that work on one token: of its experts, where it has some."""
+    moe = self.moe
+    active = moe.experts_per_token * moe.expert_hidden + moe.shared_hidden
+    return active if moe.experts else self.mlp_hidden
+
+  @property
+  def stored_mlp_units(self) -> int:
+    """Hidden units that a layer has weights for: of all its experts, where it has some."""
+    moe = self.moe
+    return moe.experts * moe.expert_hidden + moe.shared_hidden if moe.experts else self.mlp_hidden
+
+  @property
   def rotary_size(self) -> int:
     """How many numbers of a head are rotated."""
     return int(self.head_size * self.rotary_share)

@@ -130,11 +130,13 @@ def _layer_width(model: ModelConfig, tensor: int) -> int:
   and the result.
   """
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
-  mlp = _item(model) * 3 * model.mlp_hidden
+  mlp = _item(model) * 3 * model.mlp_units
   attention = _item(model) * (2 * heads + 2 * kv_heads)
   if model.lora.rank:
-    mlp += FLOAT * 3 * model.mlp_hidden
+    mlp += FLOAT * 3 * model.mlp_units
     attention += FLOAT * heads
+  # An expert gets rows of its own: each token is there once for each of its experts, in and out.
+  mlp += _item(model) * 2 * model.d_model * model.moe.experts_per_token
   return _item(model) * 2 * model.d_model + max(mlp, attention) // tensor
 
 
@@ -153,7 +155,7 @@ def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
 def _gathered(model: ModelConfig, tensor: int) -> int:
   """The weights of two layers, one at work and one on its way, and the head's."""
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
-  layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * model.mlp_hidden)
+  layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * model.stored_mlp_units)
   return _item(model) * (2 * layer + model.d_model * model.vocab_size) // tensor
 
 
@@ -188,7 +190,7 @@ def _backward(
   stream = _item(model) * model.d_model // (tensor if model.shard_sequence else 1)
   # What remat keeps of every layer: its input; also the products; or all it worked with.
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
-  products = _item(model) * (heads + 2 * kv_heads + 2 * model.mlp_hidden) // tensor + 2 * stream
+  products = _item(model) * (heads + 2 * kv_heads + 2 * model.mlp_units) // tensor + 2 * stream
   kept = {"full": stream, "dots": stream + products, "none": stream + 2 * width}[model.remat]
   work = _forward(model, mesh, rows, total)
   work["activations"] *= 3  # recomputed, their gradients, and those of the layer before
