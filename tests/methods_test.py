@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +45,7 @@ from igpo_jax.rl.objectives.trace_ppo import TracePPO
 from igpo_jax.rl.objectives.wd1 import WD1
 from igpo_jax.train.policy_update import make_policy_programs
 from tests import golden_estimators, tiny_config, update_test
-from tests.paths import shared_path
+from tests.paths import REPO, shared_path
 from tests.tiny_lm import EOS, GOLDENS, MASK, tiny_model
 
 # --- the authors' code ----------------------------------------------------------------
@@ -929,3 +933,20 @@ def test_updates_do_not_depend_on_micro_batches_and_begin_with_ratios_of_one(est
   assert first["hint_ratio"] == 1 and first["hint_logp"] < 0 and 0 < first["hints_kept"] < 1
   assert second["own_ratio"] != 1 and second["hint_ratio"] != 1
   assert first["grad_norm"] > 1e-3
+
+
+@pytest.mark.slow
+def test_updates_are_the_same_on_every_mesh():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.methods_mesh_program"],
+    text=True, capture_output=True, cwd=REPO, check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  for one, other in json.loads(done.stdout.splitlines()[-1]).values():
+    expected, found = np.array(one["gradient"]), np.array(other["gradient"])
+    assert np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    for name, value in one["metrics"].items():
+      assert other["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
