@@ -15,6 +15,7 @@ import pytest
 from igpo_jax import grade as command
 from igpo_jax.errors import UserError
 from tests import paths
+from tests.registered import only_built_in
 
 ROWS = (
   {"question": "q", "completion": r"\boxed{x+x}<|eot_id|>", "answer": "2x", "note": 1},
@@ -233,7 +234,7 @@ def test_a_verifier_that_cannot_grade_is_told_in_one_line(
   write(tmp_path / "in.jsonl", ODD)
   (tmp_path / "broken.py").write_text("\nnothing\n")
   (tmp_path / "taken.py").write_text(PLUGIN.replace("parity", "exact"))
-  with pytest.raises(UserError, match=re.escape(complaint)):
+  with only_built_in(), pytest.raises(UserError, match=re.escape(complaint)):
     command.main(["--generations=in.jsonl", "--output=out.jsonl", *options])
 
 

@@ -19,6 +19,7 @@ from igpo_jax.convert import __main__ as convert
 from igpo_jax.rewrite import __main__ as rewrite
 from tests.convert_helpers import copy_tiny
 from tests.paths import REPO
+from tests.registered import only_built_in
 from tests.tiny_tokenizer import make_directory
 
 PAGE = REPO / "docs" / "mistakes.md"
@@ -201,7 +202,8 @@ def said(folder):
     for name, words in CASES:
       sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
       try:
-        cli.run(lambda name=name, words=words: COMMANDS[name].main(words_of(words)))
+        with only_built_in():
+          cli.run(lambda name=name, words=words: COMMANDS[name].main(words_of(words)))
       except SystemExit as error:
         out[name, words] = error.code, sys.stdout.getvalue(), sys.stderr.getvalue()
   finally:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from igpo_jax.config import Config
+from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
@@ -336,15 +336,23 @@ class Evaluation:
     return Scorer("math", None, reward.workers, reward.timeout, setting.rules)
 
 
+# Options of the sampler that there were not from the beginning.
+LATER_OPTIONS = ("alg_temp", "top_p", "schedule", "edit_passes")
+
+
 def in_words(setting: Setting) -> str:
   """The sampler's options as text, without the cache: "gen_length=32, steps=16, ...".
 
-  Options that are None or False are left out; so is `batch_sizes`, on which completions do not
-  depend.
+  Options that are None or False are left out; so are `batch_sizes`, on which completions do not
+  depend, and `LATER_OPTIONS` where nobody set them: texts of older runs are to stay equal.
   """
+  default = dataclasses.asdict(SamplerConfig())
   options = dataclasses.asdict(setting.sampler)
   return ", ".join(
     f"{name}={value}"
     for name, value in options.items()
-    if name not in ("cache", "batch_sizes") and value is not None and value is not False
+    if name not in ("cache", "batch_sizes")
+    and value is not None
+    and value is not False
+    and not (name in LATER_OPTIONS and value == default[name])
   )
