@@ -17,6 +17,7 @@ from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.parallel.mesh import make_mesh
 from tests import hosts_program
 from tests.paths import REPO
+from tests.tiny_config import FIRST_SLICE, TRIPWIRE
 
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 
@@ -150,7 +151,7 @@ def test_what_processes_differ_in_is_told_by_all(mistake, line, programs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """The tiny run by one process; the same by two, one of which is killed; continued."""
+  """The tiny run by one process; by two, one of which is stopped, then one killed; continued."""
   root = tmp_path_factory.mktemp("runs")
   options = ("--config=tests/tiny_config.py", "--config.rl.prompts_per_step=4",
              "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.data.eval=()",
@@ -162,10 +163,12 @@ def runs(tmp_path_factory):
     "igpo_jax.main", *options, f"--workdir={root / name}", cache=root / "cache", **more
   ))  # fmt: skip
   one = launch("one")
-  wire = f"{root / 'two' / 'metrics.jsonl'} rl 3 {int(signal.SIGKILL)}"
-  killed = launch("two", processes=2, extra={"IGPO_TEST_TRIPWIRE": wire})
-  rows = len(read(root / "two", "metrics"))
-  return root, one, killed, rows, launch("two", processes=2)
+  ended, rows = {}, {}
+  for wire, step, number in ((FIRST_SLICE, 1, signal.SIGTERM), (TRIPWIRE, 3, signal.SIGKILL)):
+    when = f"{root / 'two' / 'metrics.jsonl'} rl {step} {int(number)}"
+    ended[number] = launch("two", processes=2, extra={wire: when})
+    rows[number] = len(read(root / "two", "metrics"))
+  return root, one, ended, rows, launch("two", processes=2)
 
 
 def read(workdir, name):
@@ -175,15 +178,27 @@ def read(workdir, name):
 
 @pytest.mark.slow
 def test_killing_one_process_ends_all_at_once_with_one_clear_line(runs):
-  _, one, killed, rows, _ = runs
+  _, one, ended, rows, _ = runs
   assert one[0][0] == 0, one[0][2]
-  (code, _, said, ended), (victim, _, _, died) = killed
+  (code, _, said, ended), (victim, _, _, died) = ended[signal.SIGKILL]
   assert (code, victim) == (1, -signal.SIGKILL)
   lines = [line for line in said.splitlines() if line.startswith("error: ")]
   assert len(lines) == 1 and "was killed or its machine is lost" in lines[0], said
   assert lines[0].startswith("error: process 1 on ") and "Traceback" not in said
   assert ended - died < 20  # a minute is allowed
-  assert rows == 1 + 4 + 3  # of init, SFT and RL: it died in the fourth step
+  assert rows[signal.SIGKILL] == 1 + 4 + 3  # of init, SFT and RL: it died in the fourth step
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_in_a_rollout_ends_both_between_two_slices_and_loses_nothing(runs):
+  _, _, ended, rows, _ = runs
+  stopped, following = ended[signal.SIGTERM], ended[signal.SIGKILL]
+  assert [done[0] for done in stopped] == [128 + signal.SIGTERM] * 2, stopped[0][2]
+  line = "rl: stopped by SIGTERM; the same command continues from step 1"
+  assert line in stopped[0][2] and "Traceback" not in stopped[0][2] + stopped[1][2]
+  # It came while the first slice of the second step was graded; that step was not finished.
+  assert rows[signal.SIGTERM] == 1 + 4 + 1
+  assert "rl: continues from its checkpoint of step 1" in following[0][2]
 
 
 @pytest.mark.slow
