@@ -153,12 +153,12 @@ def test_what_processes_differ_in_is_told_by_all(mistake, line, programs):
 def runs(tmp_path_factory):
   """The tiny run by one process; by two, one of which is stopped, then one killed; continued."""
   root = tmp_path_factory.mktemp("runs")
-  options = ("--config=tests/tiny_config.py", "--config.rl.prompts_per_step=4",
+  options = ("--config=tests/tiny_config.py", "--config.rl.prompts_per_step=8",
              "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.data.eval=()",
              "--config.rl.steps=4",
              # prompts of 8 and 12 tokens, in slices that are padded apart
              "--config.data.rl=synthetic:chains?min_steps=1&max_steps=2&split=train&n=32&seed=2",
-             "--config.data.prompt_buckets=(8, 12)", "--config.rl.sample_slices=2")  # fmt: skip
+             "--config.data.prompt_buckets=(8, 12)", "--config.rl.sample_slices=4")  # fmt: skip
   launch = lambda name, **more: finish(start(
     "igpo_jax.main", *options, f"--workdir={root / name}", cache=root / "cache", **more
   ))  # fmt: skip
