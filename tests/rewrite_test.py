@@ -127,7 +127,7 @@ def test_every_record_is_decided_once_whatever_the_endpoint_does(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):
   address, state = server
-  state.patience = 2.5
+  state.patience = 6  # of a slow answer: longer than the timeout, which a busy machine keeps to
   n, rng, expected = 150, random.Random(0), {}
   for k in range(n):
     texts = rng.choice([["ok"], ["ok"], [rng.choice(list(BAD)), "ok"], rng.choices(list(BAD), k=2)])
@@ -141,7 +141,7 @@ def test_every_record_is_decided_once_whatever_the_endpoint_does(
   expected |= {3: [], 4: ["refused by the endpoint"]}
   code, out, err = run_here(
     monkeypatch, capsys,
-    *options(tmp_path, address, tokenizer, n, concurrency=32, timeout=1.5),
+    *options(tmp_path, address, tokenizer, n, concurrency=32, timeout=5),
     "--price_in=2", "--price_out=10",
   )  # fmt: skip
   assert code == 0, err

@@ -151,7 +151,7 @@ def test_the_ratio_is_exactly_one_at_first_and_follows_the_moved_master_by_the_s
 
   def ratio(params, scores, key, u):
     _, sums, _ = programs.gradient(params, {}, rollout, scores, KEYS, jnp.int32(u), key)
-    return float(policy_metrics(sums.added, sums.most)["own_ratio"])
+    return float(policy_metrics(sums.added["policy"], sums.most["policy"])["own_ratio"])
 
   assert ratio(params, scores, key, 0) == 1.0
   # At later updates the ratio is not taken to be 1: it is, as long as nothing has moved.
