@@ -113,7 +113,7 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
   results = {}
   exact = np.concatenate(tokens[next(iter(cases))])
   positions = canvas.tokens.shape[1]
-  with Scorer(config.reward.verifier, dict(config.reward.parts), config.reward.workers) as scorer:
+  with Scorer(config.reward.verifier, dict(config.reward.weights), config.reward.workers) as scorer:
     for name, cfg in cases.items():
       correct = scorer(texts[name], asked).correct
       low, high = wilson(float(np.mean(correct)), len(correct))

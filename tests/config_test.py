@@ -72,11 +72,11 @@ def test_edits_arrive_and_do_not_leak_into_the_next_default():
   config.sampler.threshold = 0.9
   config.data.eval = ("a=synthetic:chains",)
   config.data.prompt_buckets = [16, 32]
-  config.reward.parts = [["correct", 1.0], ["boxed", 0.1]]
+  config.reward.weights = [["correct", 1.0], ["boxed", 0.1]]
   frozen = freeze(config)
   assert frozen.rl.group_size == 4 and frozen.sampler.threshold == 0.9
   assert frozen.data.prompt_buckets == (16, 32)
-  assert frozen.reward.parts == (("correct", 1.0), ("boxed", 0.1))
+  assert frozen.reward.weights == (("correct", 1.0), ("boxed", 0.1))
   assert hash(frozen) != hash(freeze(sourced()))
   assert default_config().rl.group_size == 8
 
@@ -210,7 +210,7 @@ MISTAKES = [
   ("data.rl", 7, "data.rl=7 should be text"),
   ("data.eval", "a=b", "data.eval='a=b' should be a tuple"),
   ("data.prompt_buckets", (16, 32.5), "data.prompt_buckets: 32.5 should be a whole number"),
-  ("reward.parts", (("correct",),), r"reward.parts: \('correct',\) should be a tuple of 2"),
+  ("reward.weights", (("correct",),), r"reward.weights: \('correct',\) should be a tuple of 2"),
   ("model.lora", 3, "model.lora=3 should be a section of options"),
 ]
 
@@ -302,7 +302,7 @@ def test_every_number_declares_its_range_and_is_held_to_it(path, kind, declared)
       section, _, name = path.rpartition(".")
       section = config[section] if section else config
       old = section[name]
-      if path == "reward.parts":
+      if path == "reward.weights":
         section[name] = (("correct", value),)
       else:
         section[name] = (value,) if isinstance(old, tuple) else value

@@ -165,7 +165,7 @@ def _counted(completion, record, verdict):
 @pytest.mark.parametrize("verifier, held", [("never", False), ("never_golds", True),
                                             ("raises", False)])  # fmt: skip
 def test_a_verifier_of_ones_own_is_held_to_the_floor_if_it_says_so(verifier, held):
-  config = config_of(**{"reward.verifier": verifier, "reward.parts": (("counted", 1.0),)})
+  config = config_of(**{"reward.verifier": verifier, "reward.weights": (("counted", 1.0),)})
   with make_scorer(config.reward) as own:
     graded = golds.check_traces(records("#### {k}"), own, config.reward)
   if held:
@@ -258,7 +258,7 @@ def own_config(folder, **options):
   config.data.tokenizer = str(folder / "tok")
   config.data.sft, config.data.rl, config.data.eval = uri, uri, (f"own={uri}",)
   config.reward.verifier = "math"
-  config.reward.parts = (("correct", 1.0),)
+  config.reward.weights = (("correct", 1.0),)
   config.reward.workers = 1
   for name, value in options.items():
     section, _, field = name.rpartition(".")

@@ -24,7 +24,7 @@ def get_config(directory):
   config.data.eval = (f"gsm8k=jsonl:{directory}/gsm8k.jsonl?format=gsm8k",)
   config.data.prompt_buckets = (64, 96, 128)
   config.reward.verifier = "lenient"
-  config.reward.parts = (("correct", 1.0), ("tripwire", 1.0))
+  config.reward.weights = (("correct", 1.0), ("tripwire", 1.0))
   config.eval.protocol = "igpo"
   config.eval.batch_size = 4
 

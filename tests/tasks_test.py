@@ -626,7 +626,7 @@ def mixture_config():
   config.data.tokenizer = "char:chains+countdown"
   config.data.prompt_buckets = (16,)
   config.reward.verifier = "task"
-  config.reward.parts = (("correct", 1.0), ("odd", 0.5))
+  config.reward.weights = (("correct", 1.0), ("odd", 0.5))
   config.model.d_model, config.model.n_layers, config.model.n_heads = 16, 1, 2
   config.model.mlp_hidden = 32
   config.sampler.gen_length, config.sampler.block_length, config.sampler.steps = 32, 16, 4

@@ -53,7 +53,7 @@ def get_config():
   config.data.eval = (f"test={task}&split=test&n=8&seed=3",)
   config.data.prompt_buckets = (12,)
   config.reward.verifier = "lenient"
-  config.reward.parts = (("correct", 1.0), ("tripwire", 1.0))
+  config.reward.weights = (("correct", 1.0), ("tripwire", 1.0))
 
   config.model.d_model = 16
   config.model.n_layers = 1

@@ -15,6 +15,7 @@ RENAMED = {
   "sft.hand_on": "sft.select",
   "rl.region": "rl.loss_region",
   "rl.entropy": "objective.filter_entropy",
+  "reward.parts": "reward.weights",
 }
 
 

@@ -213,7 +213,7 @@ class RewardConfig:
   Attributes:
     verifier: "math", "exact" or another registered name (docs/grading.md), or "task": each record
       is graded by the verifier of its own task (docs/data.md).
-    parts: (name, weight) of each part of the reward; "correct" is the verdict itself.
+    weights: (name, weight) of each part of the reward; "correct" is the verdict itself.
     extraction: where "math" looks for the answer: some of boxed, tag, hashes, phrase and
       last_number, separated by commas, the preferred one first; "": as `igpo_jax.grade` does.
     gold_floor: RL does not begin if the verifier calls a smaller share of the gold traces correct.
@@ -222,7 +222,7 @@ class RewardConfig:
   """
 
   verifier: str = "math"
-  parts: tuple[tuple[str, Finite], ...] = (("correct", 1.0),)
+  weights: tuple[tuple[str, Finite], ...] = (("correct", 1.0),)
   extraction: str = ""
   gold_floor: Share = 0.5
   workers: Count = 2

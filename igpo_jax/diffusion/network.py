@@ -69,7 +69,7 @@ def cached_widths(cfg: SamplerConfig, lm: LM | None = None) -> tuple[int, ...]:
 def overhang(cfg: SamplerConfig, lm: LM | None = None) -> int:
   """Positions past the end of the canvas that the widest call of some block reaches."""
   if lm is not None and lm.block_length:
-    return 0  # `region` stays inside
+    return 0  # `step_window` stays inside
   ends = [block * cfg.block_length + w for block, w in enumerate(cached_widths(cfg))]
   return max(ends) - cfg.gen_length + (0 if lm is None else lm.left_context)
 
@@ -82,7 +82,7 @@ def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: in
   return lm.init_cache(params, rows, length + overhang(cfg, lm))
 
 
-def region(
+def step_window(
   cfg: SamplerConfig, length: int, block: Array, lm: LM | None = None
 ) -> tuple[Array | int, int]:
   """(start, width) of the positions whose logits a step needs."""
@@ -120,10 +120,10 @@ def block_hidden(
       canvas, which renews the cache.
 
   Returns:
-    (h [C,B,width,D] of `region`, cache); C is 2 with guidance, the unconditional input
+    (h [C,B,width,D] of `step_window`, cache); C is 2 with guidance, the unconditional input
     last, else 1.
   """
-  start, width = region(cfg, tokens.shape[1], block, lm)
+  start, width = step_window(cfg, tokens.shape[1], block, lm)
   inputs = 1
   if cfg.cfg_scale:
     # The unconditional input hides all that was given: prompt and hints.

@@ -35,7 +35,7 @@ from igpo_jax.diffusion.network import (
   init_cache,
   num_blocks,
   overhang,
-  region,
+  step_window,
 )
 from igpo_jax.diffusion.schedule import commits_at, forwards_needed, unmasking_chances
 from igpo_jax.errors import UserError
@@ -346,7 +346,7 @@ def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, coun
     h, cache = block_hidden(
       lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, seen
     )
-    start, width = region(cfg, t, block, lm)
+    start, width = step_window(cfg, t, block, lm)
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
     noise = None if noise_table is None else part(noise_table[count.forwards, rows.number])
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, now)

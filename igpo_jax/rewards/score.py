@@ -240,7 +240,7 @@ def make_scorer(reward: RewardConfig) -> Scorer:
   rules = tuple(rule.strip() for rule in reward.extraction.split(",") if rule.strip())
   return Scorer(
     reward.verifier,
-    dict(reward.parts),
+    dict(reward.weights),
     reward.workers,
     reward.timeout,
     rules or answers.DEFAULT_RULES,
