@@ -7,11 +7,8 @@ import importlib.util
 import io
 import json
 import math
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +40,7 @@ from tests.convert_helpers import (
   edit_config,
   load,
 )
-from tests.paths import REPO
+from tests.paths import REPO, run_on_devices
 from tests.tiny_tokenizer import make_directory
 
 
@@ -300,11 +297,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 4), (1, 2, 4), (8, 1, 1)):
 
 def test_a_mesh_is_filled_by_reading_each_byte_once(hf, tmp_path):
   orbax = convert(hf, tmp_path / "orbax")
-  devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-  flags = {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", MESH_SCRIPT, str(hf), str(orbax)]
-  done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  run_on_devices(8, "-c", MESH_SCRIPT, str(hf), str(orbax))
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,7 @@ from igpo_jax.config import freeze, load_config_file
 from igpo_jax.models import attention
 from igpo_jax.parallel.mesh import configured_mesh, make_mesh
 from igpo_jax.train.ahead_of_time import programs
-from tests.paths import REPO
+from tests.paths import REPO, run_on_devices
 
 # The names under which jax calls cuDNN's attention. With a bias they would be longer.
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
@@ -118,12 +115,6 @@ def test_every_device_attends_to_its_own_rows():
   script = (
     "import json; from tests import cuda_programs_test as t; print(json.dumps(t.eight_devices()))"
   )
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", script], text=True, capture_output=True, cwd=REPO, check=False,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-2000:]
-  results = json.loads(done.stdout.splitlines()[-1])
+  results = json.loads(run_on_devices(8, "-c", script).stdout.splitlines()[-1])
   assert results["counts"] == [[2, 0], [2, 1]] * 2
   assert max(results["errors"]) < 1e-5

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +35,7 @@ from igpo_jax.train.ahead_of_time import programs
 from igpo_jax.types import Canvas, Routing
 from tests import golden_families
 from tests.convert_helpers import assert_same_bits, convert, load
-from tests.paths import REPO, shared_path
+from tests.paths import REPO, run_on_devices, shared_path
 
 VOCAB, EOS, MASK = 24, 0, 1
 ROWS, PROMPT, LENGTH, BLOCK = 4, 6, 8, 4
@@ -395,12 +392,7 @@ def test_every_published_model_has_a_config_that_can_be_written_and_read(name):
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_mesh():
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.families_mesh_program"], cwd=REPO, capture_output=True, text=True,
-    check=False, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
+  done = run_on_devices(8, "-m", "tests.families_mesh_program")
   for name, meshes in json.loads(done.stdout.splitlines()[-1]).items():
     one = meshes.pop("one")
     for mesh, found in meshes.items():

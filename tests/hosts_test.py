@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,10 +15,8 @@ import pytest
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.parallel.mesh import make_mesh
 from tests import hosts_program
-from tests.paths import REPO
+from tests.paths import REPO, with_devices
 from tests.tiny_config import FIRST_SLICE, TRIPWIRE
-
-FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 
 
 def start(module, *options, processes=1, cache=None, extra=()):
@@ -27,7 +24,7 @@ def start(module, *options, processes=1, cache=None, extra=()):
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAGS}{8 // processes}"}
+  environment = with_devices(8 // processes)
   if cache is not None:
     environment |= {
       "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -11,10 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +42,7 @@ from igpo_jax.rl.objectives.trace_ppo import TracePPO
 from igpo_jax.rl.objectives.wd1 import WD1
 from igpo_jax.train.policy_update import make_policy_programs
 from tests import golden_estimators, tiny_config, update_test
-from tests.paths import REPO, shared_path
+from tests.paths import run_on_devices, shared_path
 from tests.tiny_lm import EOS, GOLDENS, MASK, tiny_model
 
 # --- the authors' code ----------------------------------------------------------------
@@ -937,13 +934,7 @@ def test_updates_do_not_depend_on_micro_batches_and_begin_with_ratios_of_one(est
 
 @pytest.mark.slow
 def test_updates_are_the_same_on_every_mesh():
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.methods_mesh_program"],
-    text=True, capture_output=True, cwd=REPO, check=False,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-2000:]
+  done = run_on_devices(8, "-m", "tests.methods_mesh_program")
   for one, other in json.loads(done.stdout.splitlines()[-1]).values():
     expected, found = np.array(one["gradient"]), np.array(other["gradient"])
     assert np.linalg.norm(expected) > 1e-3

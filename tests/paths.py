@@ -1,9 +1,11 @@
-"""Small stand-ins that several tests share, and the way to find the shared real data."""
+"""Where the repository and the shared data are, and how a test runs Python on fake devices."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -21,3 +23,19 @@ def shared_path(*parts: str) -> pathlib.Path:
   if not path.exists():
     pytest.skip(f"real data not here: shared/{'/'.join(parts)}")
   return path
+
+
+def with_devices(count: int) -> dict[str, str]:
+  """The environment of a process that has so many CPU devices and compiles as the tests do."""
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def run_on_devices(count: int, *arguments: str) -> subprocess.CompletedProcess:
+  """Runs `python ARGUMENTS` on so many CPU devices; a failure shows the end of what it printed."""
+  done = subprocess.run(
+    [sys.executable, *arguments], cwd=REPO, env=with_devices(count), capture_output=True, text=True,
+    check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.paths import REPO
+from tests.paths import run_on_devices
 
 OTHERS = ("8x1x1", "1x8x1", "2x2x2", "1x2x4", "1x2x4 sequence", "lora 2x2x2")
 WITHOUT_ADAMW = ("1x2x4 sequence", "lora 2x2x2")  # the program takes SGD steps only there
@@ -19,14 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results():
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.mesh_program"],
-    text=True, capture_output=True, cwd=REPO, check=False,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(run_on_devices(8, "-m", "tests.mesh_program").stdout.splitlines()[-1])
 
 
 def pair(results, mesh):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +28,7 @@ from igpo_jax.train.run import train
 from igpo_jax.train.setup import make_model, make_tokenizer, with_lora
 from igpo_jax.types import Canvas
 from tests.convert_helpers import convert, copy_tiny, edit_config, edit_tensors, write_peft
-from tests.paths import REPO
+from tests.paths import run_on_devices
 from tests.tiny_config import get_config
 from tests.tiny_tokenizer import make_directory
 
@@ -319,11 +316,7 @@ assert fitting_mesh(open.open_source(sys.argv[1])) is None
 
 
 def test_devices_that_do_not_divide_the_model_are_told(base):
-  devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-  flags = {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", SCRIPT, str(base)]
-  done = subprocess.run(command, cwd=REPO, env=os.environ | flags, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  done = run_on_devices(8, "-c", SCRIPT, str(base))
   assert "4 of 7 devices: the others stay idle" in done.stderr
 
 
