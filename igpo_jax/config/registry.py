@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from igpo_jax.config.fields import check_fields, declarations, meant
+from igpo_jax.config.fields import check_fields, meant
 from igpo_jax.errors import UserError
 
 T = TypeVar("T", bound=type)
@@ -69,7 +69,6 @@ def _check_class(kind: str, name: str, cls: type) -> None:
     if field.default is dataclasses.MISSING:
       raise TypeError(f"{what}: the option {field.name} needs a default")
   try:
-    declared = declarations(cls)
     options = {field.name: field.default for field in dataclasses.fields(cls)}
     check_fields(cls, options, f"{kind}.{name}")
   except (KeyError, NameError) as error:
@@ -77,7 +76,6 @@ def _check_class(kind: str, name: str, cls: type) -> None:
       f"{what}: an option is an int, a float, a str, a bool, a Literal or a tuple of such, with "
       f"a range where it has one (igpo_jax.config.Count, Share, ...): {error}"
     ) from error
-  del declared
 
 
 def classes(kind: str) -> Mapping[str, type]:

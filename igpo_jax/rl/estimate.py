@@ -34,15 +34,10 @@ class Estimate:
   views: Views
 
   @property
-  def weighted(self) -> Array:
-    """f32[P,R,G,L], each view's log-probabilities by their weights; 0 where not scored."""
-    logp = jnp.where(self.views.scored, self.logp, 0.0)
-    return logp if self.views.weights is None else self.views.weights * logp
-
-  @property
   def tokens(self) -> Array:
     """f32[P,G,L], the weighted sum of the views: one number for each token, 0 where unscored."""
-    return jnp.sum(self.weighted, axis=1)
+    logp = jnp.where(self.views.scored, self.logp, 0.0)
+    return jnp.sum(logp if self.views.weights is None else self.views.weights * logp, axis=1)
 
   @property
   def scored(self) -> Array:
@@ -55,11 +50,6 @@ class Estimate:
     count = jnp.sum(self.views.scored, axis=1)
     total = jnp.sum(jnp.where(self.views.scored, self.entropy, 0.0), axis=1)
     return total / jnp.maximum(count, 1).astype(jnp.float32)
-
-  def by_draw(self) -> tuple[Array, Array]:
-    """(`weighted`, scored) as [P,D,R/D,G,L], the views cut into the D independent draws."""
-    cut = lambda x: x.reshape(x.shape[0], self.views.draws, -1, *x.shape[2:])
-    return cut(self.weighted), cut(self.views.scored)
 
 
 def largest_part(count: int, most: int) -> int:

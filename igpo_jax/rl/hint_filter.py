@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from igpo_jax.ops.masked import topk_mask
+from igpo_jax.ops.masked import masked_sum, topk_mask
 from igpo_jax.types import Array
 
 
@@ -39,3 +39,25 @@ def num_kept(loss_mask: Array, hinted: Array, keep: float) -> Array:
   """How many positions of each row `entropy_filter` keeps, i32[B]; no entropy is needed for it."""
   hints = jnp.sum(loss_mask & hinted, axis=1)
   return jnp.sum(loss_mask & ~hinted, axis=1) + hints_to_keep(hints, keep, loss_mask.shape[1])
+
+
+def filter_sums(entropy: Array, loss_mask: Array, hinted: Array, kept: Array) -> dict[str, Array]:
+  """What `filter_metrics` needs, to be added up over micro-batches; arrays of one shape."""
+  hints = loss_mask & hinted
+  return {
+    "region": jnp.sum(loss_mask),
+    "hints": jnp.sum(hints),
+    "hints_kept": jnp.sum(hints & kept),
+    "entropy": masked_sum(entropy, loss_mask),
+    "hint_entropy": masked_sum(entropy, hints),
+  }
+
+
+def filter_metrics(sums: dict[str, Array]) -> dict[str, Array]:
+  """The share of hints in the loss region that is kept; the mean entropy there and of its hints."""
+  share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
+  return {
+    "hints_kept": share("hints_kept", "hints"),
+    "entropy": share("entropy", "region"),
+    "hint_entropy": share("hint_entropy", "hints"),
+  }

@@ -1,10 +1,18 @@
-"""What generated tasks share: options of a URI, the split of a problem, what a detour is."""
+"""What generated tasks share: options of a URI, splits, chains of transitions, golds as JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
+import numpy as np
+
+from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
+
+T = TypeVar("T")
 
 TEST_SHARE = 10  # one problem in ten belongs to the test split
 
@@ -67,3 +75,66 @@ def option_names(option: str, names: str, signs: dict[str, str]) -> str:
     if kind not in signs:
       raise UserError(f"synthetic: {option}={names!r}: {kind!r} is not one of {', '.join(signs)}")
   return "".join(signs[kind] for kind in kinds)
+
+
+def permutations(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+  """i64[count,size]: `[k, i]` is where transition k takes state i; each row is a permutation."""
+  return np.stack([rng.permutation(size) for _ in range(count)])
+
+
+def wrong_targets(
+  right: np.ndarray, doubtful: float, rng: np.random.Generator
+) -> dict[tuple[int, int], int]:
+  """The doubtful ones of the transitions i64[count,size], and the wrong state each is taken to.
+
+  Args:
+    doubtful: their share.
+  """
+  count, size = right.shape
+  chosen = rng.permutation(count * size)[: round(doubtful * count * size)]
+  pairs = [divmod(int(i), size) for i in chosen]
+  return {(k, i): (int(right[k, i]) + int(rng.integers(1, size))) % size for k, i in pairs}
+
+
+def walk(
+  right: np.ndarray,
+  start: int,
+  taken: Iterable[int],
+  wrong: Mapping[tuple[int, int], int] | None = None,
+  slips: float = 0.0,
+  rng: np.random.Generator | None = None,
+) -> list[int]:
+  """The states after each of the transitions `taken`, from `start` on.
+
+  Args:
+    right: where transitions go.
+    wrong: where doubtful ones go when they slip; the walk goes on from there. None: none does.
+    slips: with what probability they do, each time.
+    rng: draws once for each doubtful transition that is passed.
+  """
+  states, at = [], start
+  for k in map(int, taken):
+    slip = rng is not None and (k, at) in (wrong or {}) and rng.random() < slips
+    at = wrong[k, at] if wrong and slip else int(right[k, at])
+    states.append(at)
+  return states
+
+
+def read_gold(record: Record, task: str, form: str, read: Callable[[Any], T]) -> T:
+  """`read(gold)` of a record's gold as plain JSON values; it may be JSON in the answer's place.
+
+  Args:
+    form: what it must be, for the message, up to the gold itself.
+    read: raises ValueError, KeyError or TypeError where it is something else.
+
+  Raises:
+    UserError: it is no JSON, or `read` refuses it.
+  """
+  gold = record.answer if record.gold is None else record.gold
+  try:
+    gold = json.loads(gold) if isinstance(gold, str) else gold
+    return read(gold)
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{task}: the gold of record {record.id!r} must be {form} {gold!r:.80}"
+    ) from error

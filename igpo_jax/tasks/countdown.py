@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
 import operator
 import re
 from collections.abc import Iterator
@@ -36,7 +35,6 @@ import numpy as np
 from igpo_jax.data.records import Record
 from igpo_jax.data.task_registry import Task, register_task
 from igpo_jax.data.values import Span
-from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
 from igpo_jax.tasks import common
 
@@ -92,15 +90,9 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 def _gold(record: Record) -> tuple[list[int], Fraction]:
   """The numbers in order of size, and the target."""
-  gold = record.answer if record.gold is None else record.gold
-  try:
-    gold = json.loads(gold) if isinstance(gold, str) else gold
-    return sorted(map(int, gold["numbers"])), Fraction(gold["target"])
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f"countdown: the gold of record {record.id!r} must be JSON such as "
-      f'{{"numbers": [3, 7, 2], "target": 23}}, not {gold!r:.80}'
-    ) from error
+  form = 'JSON such as {"numbers": [3, 7, 2], "target": 23}, not'
+  read = lambda gold: (sorted(map(int, gold["numbers"])), Fraction(gold["target"]))
+  return common.read_gold(record, NAME, form, read)
 
 
 def _answer(completion: str) -> str | None:

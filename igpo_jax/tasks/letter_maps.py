@@ -43,17 +43,14 @@ ALPHABET = LETTERS + string.digits + "=>-"
 def tables(table: int, maps: int) -> np.ndarray:
   """i64[maps,52]: `tables(t, n)[m, i]` is where map m takes letter i; a permutation each."""
   rng = np.random.default_rng([table, maps])
-  return np.stack([rng.permutation(len(LETTERS)) for _ in range(maps)])
+  return common.permutations(rng, maps, len(LETTERS))
 
 
 @functools.lru_cache(maxsize=64)
 def wrong_targets(table: int, maps: int, doubtful: float) -> dict[tuple[int, int], int]:
   """The doubtful transitions (map, letter), and the wrong letter that each is taken to."""
-  right, count = tables(table, maps), len(LETTERS)
   rng = np.random.default_rng([table, maps, round(doubtful * 1000)])
-  chosen = rng.permutation(maps * count)[: round(doubtful * maps * count)]
-  pairs = [divmod(int(i), count) for i in chosen]
-  return {(m, i): (int(right[m, i]) + int(rng.integers(1, count))) % count for m, i in pairs}
+  return common.wrong_targets(tables(table, maps), doubtful, rng)
 
 
 def with_detours(problem: str, path: str, mean: float, rng: np.random.Generator) -> str:
@@ -130,17 +127,10 @@ def make_records(
     start = int(rng.integers(len(LETTERS)))
     applied = rng.integers(maps, size=steps)
     problem = LETTERS[start] + "".join(map(str, applied))
-    states = [start]
-    for m in applied:
-      states.append(int(right[m, states[-1]]))
-    answer = states[-1]
-    if problem in records or answer in states[1:-1] or split_of(problem) != split:
+    *before, answer = common.walk(right, start, applied)
+    if problem in records or answer in before or split_of(problem) != split:
       continue
-    written, at = [], start
-    for m in applied:
-      slip = (int(m), at) in wrong and writing.random() < slips
-      at = wrong[int(m), at] if slip else int(right[m, at])
-      written.append(at)
+    written = common.walk(right, start, applied, wrong, slips, writing)
     for step in range(steps - 1):
       if noise and writing.random() < noise:
         others = [i for i in range(len(LETTERS)) if i not in (written[step], answer)]

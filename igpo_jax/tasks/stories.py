@@ -67,7 +67,7 @@ WORDS = tuple(dict.fromkeys((*STOPS, *LINES, *PEOPLE, *PEOPLE.values(), *ORDINAL
 def network(table: int, lines: int, stops: int) -> np.ndarray:
   """i64[lines,stops]: `[k, i]` is where line k goes from stop i; each line is a permutation."""
   rng = np.random.default_rng([table, lines, stops])
-  return np.stack([rng.permutation(stops) for _ in range(lines)])
+  return common.permutations(rng, lines, stops)
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,11 +75,8 @@ def wrong_targets(
   table: int, lines: int, stops: int, doubtful: float
 ) -> dict[tuple[int, int], int]:
   """The doubtful transitions (line, stop), and the wrong stop that each is taken to."""
-  right = network(table, lines, stops)
   rng = np.random.default_rng([table, lines, stops, round(doubtful * 1000)])
-  chosen = rng.permutation(lines * stops)[: round(doubtful * lines * stops)]
-  pairs = [divmod(int(i), stops) for i in chosen]
-  return {(k, i): (int(right[k, i]) + int(rng.integers(1, stops))) % stops for k, i in pairs}
+  return common.wrong_targets(network(table, lines, stops), doubtful, rng)
 
 
 def without_filler(trace: str) -> str:
@@ -150,18 +147,12 @@ def make_records(
     taken = [int(k) for k in rng.integers(lines, size=steps)]
     name = list(PEOPLE)[rng.integers(len(PEOPLE))]
     facts = int(rng.integers(2**31))
-    path = [start]
-    for k in taken:
-      path.append(int(right[k, path[-1]]))
+    path = [start, *common.walk(right, start, taken)]
     answer = path[-1]
     key = " ".join([STOPS[start], *(LINES[k] for k in taken)])
     if key in records or answer in path[:-1] or common.split_of(key) != split:
       continue
-    written, at = [start], start
-    for k in taken:
-      slip = (k, at) in wrong and writing.random() < slips
-      at = wrong[k, at] if slip else int(right[k, at])
-      written.append(at)
+    written = [start, *common.walk(right, start, taken, wrong, slips, writing)]
     if answer in written[:-1]:  # led astray, it would show the answer on its way
       written = path
     others = [i for i in range(count) if i != answer]

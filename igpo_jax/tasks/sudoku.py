@@ -20,7 +20,6 @@ so that no test problem has the grid of a training problem.
 from __future__ import annotations
 
 import functools
-import json
 import re
 
 import numpy as np
@@ -44,18 +43,15 @@ LABEL = 2  # digits between two rows of a shown grid that may be a row's label
 
 def _gold(record: Record) -> tuple[str, str]:
   """The puzzle and its solution, as strings of digits."""
-  gold = record.answer if record.gold is None else record.gold
-  try:
-    gold = json.loads(gold) if isinstance(gold, str) else gold
+
+  def read(gold):
     puzzle, solution = (re.sub(r"\s", "", gold[key]) for key in ("puzzle", "solution"))
     if len(puzzle) != len(solution) or not re.fullmatch("[0-9]+", puzzle + solution):
       raise ValueError("puzzle and solution differ in size or hold something else than digits")
     return puzzle, solution
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f'sudoku: the gold of record {record.id!r} must be JSON with "puzzle" '
-      f'and "solution", equally long strings of digits: {gold!r:.80}'
-    ) from error
+
+  form = 'JSON with "puzzle" and "solution", equally long strings of digits:'
+  return common.read_gold(record, NAME, form, read)
 
 
 def _answer(completion: str) -> str | None:

@@ -20,7 +20,7 @@ from igpo_jax.ops.masked import masked_sum
 from igpo_jax.ops.rounding import read_as
 from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of, views_of
 from igpo_jax.rl.estimators.base import Group
-from igpo_jax.rl.hint_filter import entropy_filter
+from igpo_jax.rl.hint_filter import entropy_filter, filter_metrics, filter_sums
 from igpo_jax.rl.methods import estimator_of, objective_of
 from igpo_jax.rl.objectives.base import Batch
 from igpo_jax.train.micro_batches import (
@@ -137,7 +137,10 @@ def make_policy_programs(
     groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
 
     def read_all(params, u):
-      stats = lambda part: (lambda out: (out.logp, out.entropy))(read(params, *part, u))
+      def stats(part):
+        out = read(params, *part, u)
+        return out.logp, out.entropy
+
       return map_micro_batches(stats, (groups, keys), rl.micro_batches)
 
     def of_update(u):
@@ -238,14 +241,7 @@ def policy_sums(
 ) -> dict[str, Array]:
   """Sums for metrics that every method has: entropies, and how far off the policy hints are."""
   scored = batch.region & policy.scored
-  hints, entropy = scored & batch.hinted, policy.token_entropy
-  sums = {
-    "region": jnp.sum(scored),
-    "hints": jnp.sum(hints),
-    "hints_kept": jnp.sum(hints & kept),
-    "entropy": masked_sum(entropy, scored),
-    "hint_entropy": masked_sum(entropy, hints),
-  }
+  sums = filter_sums(policy.token_entropy, scored, batch.hinted, kept)
   if old is not None:
     views = policy.views.scored
     ratio = jnp.exp(jnp.where(views, policy.logp - old.logp, 0.0))
@@ -284,11 +280,7 @@ def policy_metrics(sums: dict[str, Array], most: dict[str, Array]) -> dict[str, 
   and of the others; hint_logp and own_logp their mean log-probabilities in nats.
   """
   share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
-  metrics = {
-    "hints_kept": share("hints_kept", "hints"),
-    "entropy": share("entropy", "region"),
-    "hint_entropy": share("hint_entropy", "hints"),
-  }
+  metrics = filter_metrics(sums)
   metrics["entropy_floor"] = -most["-entropy"]
   if "hint_reads" in sums:
     total, count = (sums[f"hint_{x}"] + sums[f"own_{x}"] for x in ("ratio", "reads"))

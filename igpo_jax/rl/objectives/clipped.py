@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from igpo_jax.config import ObjectiveConfig
 from igpo_jax.ops.masked import masked_mean, masked_sum
 from igpo_jax.rl.estimate import Estimate
-from igpo_jax.rl.hint_filter import entropy_filter, num_kept
+from igpo_jax.rl.hint_filter import entropy_filter, filter_metrics, filter_sums, num_kept
 from igpo_jax.rl.objectives.base import Batch, LossSums, Objective, given, register_objective
 from igpo_jax.rl.objectives.reductions import k2, k3
 from igpo_jax.types import AnyArray, Array
@@ -102,17 +102,12 @@ def policy_loss_sums(
     numerator = jnp.sum(masked_sum(per_token, kept, axis=1) / length)
   else:
     numerator = masked_sum(per_token, kept)
-  hints = loss_mask & hinted
   sums = {
     "kept": jnp.sum(kept),
     "clipped": masked_sum(plain > clipped, kept),
     "kl": masked_sum(kl, kept),
     "ratio": masked_sum(ratio, kept),
-    "hints": jnp.sum(hints),
-    "hints_kept": jnp.sum(hints & kept),
-    "region": jnp.sum(loss_mask),
-    "entropy": masked_sum(entropy, loss_mask),
-    "hint_entropy": masked_sum(entropy, hints),
+    **filter_sums(entropy, loss_mask, hinted, kept),
   }
   return numerator, {k: v.astype(jnp.float32) for k, v in sums.items()}
 
@@ -124,9 +119,7 @@ def metrics_from_sums(sums: dict[str, Array]) -> dict[str, Array]:
     "clip_fraction": share("clipped", "kept"),
     "kl": share("kl", "kept"),
     "ratio": share("ratio", "kept"),
-    "hints_kept": share("hints_kept", "hints"),
-    "entropy": share("entropy", "region"),
-    "hint_entropy": share("hint_entropy", "hints"),
+    **filter_metrics(sums),
   }
 
 
@@ -196,7 +189,6 @@ class Clipped(ObjectiveConfig, Objective):
     totals: dict[str, Array],
     kept: Array,
   ) -> LossSums:
-    assert old is not None
     numerator, sums = policy_loss_sums(
       _rows(policy.tokens),
       _rows(policy.token_entropy),

@@ -22,14 +22,7 @@ from igpo_jax.types import Array
 @register_objective("spg")
 @dataclasses.dataclass(frozen=True)
 class SPG(SandwichOptions):
-  """The sandwiched policy gradient. Made for the estimator block_random.
-
-  Attributes:
-    negative: what stands for a completion's likelihood where A <= 0: "mix" of both bounds, the
-      "upper" or the "lower" one, or "zero": such completions are ignored.
-    mix: share of the upper bound in the mix.
-    upper_beta: exponent of the upper bound; 1.5 in the published runs, 1.0 for sudoku.
-  """
+  """The sandwiched policy gradient. Made for the estimator block_random."""
 
   needs_old = False
   drops_zero_advantage = True

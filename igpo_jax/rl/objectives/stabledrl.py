@@ -29,10 +29,6 @@ class StableDRL(SandwichOptions):
   """Self-normalised importance weights. Made for the estimator block_random.
 
   Attributes:
-    negative: what stands for a completion's likelihood where A <= 0: "mix" of both bounds, the
-      "upper" or the "lower" one, or "zero": such completions are ignored.
-    mix: share of the upper bound in the mix.
-    upper_beta: exponent of the upper bound; 1.5 in the published runs, 1.0 for sudoku.
     largest: c, what weights are clamped at.
     old_masks: the masks that E^old is read under: "same" as the policy's, so that weights are all 1
       at the first inner update; "own", drawn once a rollout (released code): weights are then the
@@ -58,7 +54,6 @@ class StableDRL(SandwichOptions):
     totals: dict[str, Array],
     kept: Array,
   ) -> LossSums:
-    assert old is not None
     likelihood, both = self.likelihood(policy, batch, kept)
     # Under masks of its own the old policy is read at positions that the policy is not.
     before = lower_bound(given(old), batch, kept | (batch.region & ~policy.scored))
