@@ -106,7 +106,7 @@ class Parser:
       if text in ("*", "/"):
         self.at += 1
         flip = self.signs()
-        factor = self.power()
+        factor = (text == "*" and self.mixed()) or self.power()
         factor = Node("neg", (factor,)) if flip else factor
         factors.append(factor if text == "*" else Node("inverse", (factor,)))
       elif text in (r"\bmod", r"\mod", "mod"):
@@ -141,11 +141,11 @@ class Parser:
     )
 
   def mixed(self) -> Node | None:
-    """`1\\frac{4}{5}` and "1 4/5" at the start of a product: a sum, not a product."""
+    """`1\\frac{4}{5}` and "1 4/5" where a factor begins: a sum, not a product."""
     if self.kind() != "number" or not self.text().isdigit():
       return None
     following = self.tokens[self.at + 1 : self.at + 2]
-    if not following or (following[0].text != r"\\frac" and following[0].kind != "number"):
+    if not following or (following[0].text != r"\frac" and following[0].kind != "number"):
       return None
     for size in (9, 8, 7, 6, 5, 4, 3):
       part = tuple(self.tokens[self.at : self.at + size])
