@@ -540,7 +540,10 @@ def test_the_files_of_a_mixture_are_looked_for_before_anything_is_read(tmp_path)
 
 @pytest.mark.parametrize(
   ("task", "complaint"),
-  [("", "record 'r' has no task.*&task=NAME"), ("chess", "its task 'chess' is no task.*countdown")],
+  [
+    ("", "record 'r' has no task.*&task=NAME"),
+    ("chess", "its task 'chess' is neither a known task.*countdown"),
+  ],
 )
 def test_a_record_without_a_known_task_is_told_where_each_is_graded_by_its_own(task, complaint):
   record = Record("r", ({"role": "user", "content": "?"},), "", "1", task=task)

@@ -1,18 +1,19 @@
-"""Finding the answer in a completion, and the gold answer in a data set's field.
+"""Finds the answer in a completion, and the gold answer in a field of a data set.
 
-The rule of every protocol that does not say otherwise (`find_answer`), on the text
-before its first end-of-text marker:
+The default rules (`find_answer`, `DEFAULT_RULES`). They look at the text before its first
+end-of-text marker, and the first rule that finds something decides:
 
-1. the last `\\boxed{...}` or `\\fbox{...}`, braces matched; one that never closes
-   ends at its line's end or at a closing tag. Boxes in a row, "\\boxed{2} and
-   \\boxed{3}", are one list. A box that is empty, or only spoken of ("as \\boxed asks"),
-   is passed over; where all are empty there is no answer, and nothing else is looked for.
-2. without a box: what is inside the last `<answer>`, closed or not.
-3. without a tag: what follows the last `####`.
-4. without that: what follows the last "The answer is", on its line or on the next.
+1. "boxed": the content of the last `\\boxed{...}` or `\\fbox{...}`, with braces matched. A box
+   that never closes ends at the end of its line or at a closing tag. Boxes in a row, such as
+   "\\boxed{2} and \\boxed{3}", are one list. A box that is empty, or only mentioned ("as \\boxed
+   asks"), is passed over. If all boxes are empty, there is no answer, and the other rules are
+   not tried.
+2. "tag": the content of the last `<answer>`, whether it is closed or not.
+3. "hashes": what follows the last `####`.
+4. "phrase": what follows the last "The answer is", on its line or on the next.
 
-The last number of a text is never taken unless the caller asks for it by name. Every
-pattern here takes linear time: this runs in the caller's process, on whole completions.
+The rule "last_number", the last number of the text, is used only if the caller names it. Every
+pattern here takes linear time: they run in the caller's process, on whole completions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import collections
 import math
 import re
 
-# What ends a model's turn, in the templates of the families that are in use.
+# What ends a model's turn in the chat templates of current model families.
 END_OF_TEXT = (
   "<|endoftext|>",
   "<|eot_id|>",
@@ -49,7 +50,7 @@ END_OF_TEXT = (
   "<|pad|>",
   "</s>",
 )
-# What begins the next turn. At the very start of a completion it is the model's own header.
+# What begins the next turn. At the start of a completion it is the header of the model's own.
 NEXT_TURN = (
   "<|im_start|>",
   "<|start_header_id|>",
@@ -71,9 +72,9 @@ NEXT_TURN = (
 RULES = ("boxed", "tag", "hashes", "phrase", "last_number")
 DEFAULT_RULES = ("boxed", "tag", "hashes", "phrase")
 
-MAX_BOX = 20_000  # characters between a box's braces; what is longer never closes
-MAX_BOXES = 16  # that are looked at, from the last
-MAX_DIGITS = 4000  # of a whole number in a data set; Python prints no more than 4,300
+MAX_BOX = 20_000  # characters between a box's braces; a longer box counts as one never closed
+MAX_BOXES = 16  # how many boxes are looked at, beginning with the last
+MAX_DIGITS = 4000  # of a whole number in a data set; Python prints at most 4,300
 
 _END = re.compile("|".join(map(re.escape, END_OF_TEXT)), re.IGNORECASE)
 _NEXT = re.compile("|".join(map(re.escape, NEXT_TURN)), re.IGNORECASE)
@@ -96,14 +97,14 @@ _PHRASE = re.compile(
 )
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*+")
 _NUMBER = re.compile(r"[-+]?\$?(?:[0-9]++(?:,[0-9]{3})*+(?:\.[0-9]++)?|\.[0-9]++)%?")
-# Where a sentence ends: a point and a capital letter, but not in "St. Louis" or "(A. B)".
+# Where a sentence ends: a full stop and a capital letter, but not in "St. Louis" or "(A. B)".
 _SENTENCE_END = re.compile(r"(?<=[^A-Z.\s])[.!?]['\")*_$]*+\s++(?=[A-Z\"*]|\\boxed)")
 _ABBREVIATION = re.compile(r"\b(?:St|Mt|Mr|Mrs|Ms|Dr|Jr|Sr|Prof|No|vs|approx|Fig|Eq)$")
-_OPENERS = {"$$": "$$", "\\[": "\\]"}  # of displays, which may span lines
+_OPENERS = {"$$": "$$", "\\[": "\\]"}  # of displayed formulas, which may span lines
 
 
 def truncate(text: str) -> str:
-  """The text before its first end-of-text marker, or before the header of a next turn."""
+  """The text before its first end-of-text marker or the header of a next turn."""
   end = _END.search(text)
   text = text[: end.start()] if end else text
   for header in _NEXT.finditer(text):
@@ -113,7 +114,7 @@ def truncate(text: str) -> str:
 
 
 def extract_marked(text: str, marker: str = "=>") -> str | None:
-  """What follows the last `marker`, up to the end of its line; None without one."""
+  """The text between the last `marker` and the end of its line; None without a marker."""
   _, found, tail = truncate(text).rpartition(marker)
   return tail.strip().split("\n")[0].strip() if found else None
 
@@ -124,16 +125,16 @@ def _last(pattern: re.Pattern, text: str) -> re.Match | None:
 
 
 def _line(text: str) -> str:
-  """The first line of a loose answer, up to a closing tag, less its closing dot."""
+  """The first line, up to a closing tag, without a full stop at its end."""
   text = text.lstrip(" \t").split("\n", 1)[0].split("</", 1)[0].strip()
   return text[:-1].rstrip() if text.endswith(".") else text
 
 
 def _loose(text: str) -> str:
-  """The answer at the start of a text that nothing encloses.
+  """The answer at the start of a text, where neither braces nor tags mark its end.
 
-  It is on the first line that is not blank, up to the end of its sentence. A formula set
-  off by $$ or \\[ may span lines. Markdown's bold marks around it are dropped.
+  It reaches from the first line that is not blank to the end of the sentence. A formula displayed
+  by $$ or \\[ may span lines. Markdown's bold marks around it are dropped.
   """
   text = text.lstrip()
   for left, right in _OPENERS.items():
@@ -154,9 +155,9 @@ def _loose(text: str) -> str:
 
 
 def _group(text: str, start: int) -> tuple[str, int]:
-  """The group that the brace at `start` opens, and where it ends.
+  """The group that the brace at `start` opens: (content, index after the group).
 
-  An escaped brace is a character. A group that never closes ends at its line's end.
+  An escaped brace neither opens nor closes. A group that never closes ends at the end of its line.
   """
   depth, at, end = 0, start, min(len(text), start + MAX_BOX)
   while at < end:
@@ -174,7 +175,7 @@ def _group(text: str, start: int) -> tuple[str, int]:
 
 
 def _box(text: str, match: re.Match) -> tuple[str, int] | None:
-  """`(content, end)` of a box; None where it is only spoken of, as in "use \\boxed here"."""
+  """`(content, end)` of a box; None if it is only mentioned, as in "use \\boxed here"."""
   at = match.end()
   if text[at : at + 1] == "{":
     return _group(text, at)
@@ -183,12 +184,12 @@ def _box(text: str, match: re.Match) -> tuple[str, int] | None:
 
 
 def extract_boxed(text: str) -> str | None:
-  r"""The content of the last box: "7" for `\boxed{7}`, `\boxed 7` and an unclosed `\boxed{7`.
+  r"""The content of the last box.
 
-  "2, 3" for `\boxed{2} and \boxed{3}`.
+  "7" for `\boxed{7}`, `\boxed 7` and an unclosed `\boxed{7`; "2, 3" for `\boxed{2} and \boxed{3}`.
 
   Returns:
-    None without a box, "" where all of them are empty.
+    The content; None without a box, "" if all boxes are empty.
   """
   matches = collections.deque(_BOX.finditer(text), maxlen=MAX_BOXES)
   empty, found, start = None, [], 0
@@ -216,9 +217,9 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:
-  """What is inside the last `<tag>`; it may lack its end. None without one, or if blank.
+  """The content of the last `<tag>`, which may lack its end; None without one, or if it is blank.
 
-  A box whose backslash was lost ("boxed{7}") is opened.
+  If the content has a box without its backslash ("boxed{7}"), only the box's content counts.
   """
   _, found, tail = text.rpartition(f"<{tag}>")
   inside = tail.split(f"</{tag}", 1)[0].strip()
@@ -253,14 +254,14 @@ _FINDERS = {
 
 
 def find_answer(completion: str, rules: tuple[str, ...] = DEFAULT_RULES) -> str | None:
-  """The final answer of a completion by the first of `rules` that applies.
+  """The final answer of a completion, by the first of `rules` that finds one.
 
   Args:
-    completion: raw text; it is cut at its first end-of-text marker.
-    rules: names out of `RULES`, in order of preference.
+    completion: text as the model wrote it. It is cut at its first end-of-text marker.
+    rules: some of `RULES`, in order of preference.
 
   Returns:
-    The answer; "" for an empty box, None where no rule applies.
+    The answer; "" if all boxes are empty, None if no rule finds an answer.
   """
   text = truncate(completion)
   for rule in rules:
@@ -271,13 +272,13 @@ def find_answer(completion: str, rules: tuple[str, ...] = DEFAULT_RULES) -> str 
 
 
 def gold_answer(field: object) -> str:
-  """The gold answer in a data set's answer field.
+  """The gold answer in the answer field of a data set.
 
-  GSM8K's "... #### 72" gives "72", AMC's 27.0 gives "27", a solution gives its last
-  box, anything else is the answer itself.
+  GSM8K's "... #### 72" gives "72", AMC's 27.0 gives "27", and a solution with a box gives the
+  content of its last box. Any other text is the answer itself.
 
   Raises:
-    ValueError: neither text nor a finite number of at most `MAX_DIGITS` digits.
+    ValueError: the field is neither text nor a finite number of at most `MAX_DIGITS` digits.
   """
   if isinstance(field, bool) or not isinstance(field, (str, int, float)):
     raise ValueError(f"an answer is text or a number, not {type(field).__name__}: {field!r:.80}")

@@ -1,4 +1,4 @@
-"""The client's side of the grading pool: futures here, worker processes elsewhere."""
+"""The client of the grading pool: sends pairs of answers to worker processes, returns futures."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ ENDED = "the grading server has ended; its own message is on stderr"
 
 
 def default_workers() -> int:
-  """One worker per core that this process may use."""
+  """The number of cores that this process may use: one worker for each."""
   if hasattr(os, "sched_getaffinity"):
     return max(1, len(os.sched_getaffinity(0)))
   return max(1, os.cpu_count() or 1)
 
 
 class Pool:
-  """Compares answers in worker processes under a hard time limit per item.
+  """Compares answers in worker processes, with a hard limit of time and memory per comparison.
 
-  Threads of one process may share it. The workers are children of a small server
-  process (`rewards.worker`), never forks of this one, which may hold jax.
+  The threads of a process may share a pool. The workers are children of a small server
+  process (`rewards.worker`). They are not forked from this process, because forking a process
+  that uses jax is not safe.
 
   Args:
-    workers: number of worker processes.
-    timeout: seconds of wall time per item, counted from when a worker takes it;
-      a worker that exceeds it is killed and replaced.
-    memory: bytes of address space per worker, 0 for no limit; exceeding it counts
-      as exceeding the time.
+    workers: number of worker processes. Default: `default_workers()`.
+    timeout: seconds of wall time per comparison, counted from when a worker begins with it.
+      A worker that takes longer is killed and replaced.
+    memory: bytes of address space per worker, 0 for no limit. A comparison that needs more
+      has the status "timeout" too.
+
+  Raises:
+    ValueError: `timeout` is not positive.
   """
 
   def __init__(
@@ -66,9 +70,9 @@ class Pool:
     )
     theirs.close()
     self._link = connection.Connection(ours.detach())
-    # Two locks: a send may block until the reader has made room, and the reader needs
-    # `_lock` to hand out what it read. One lock for both would wait for itself.
-    self._lock = threading.Lock()  # of `_pending` and `_broken`, held for moments only
+    # Two locks: a send may block until the reader has made room, and the reader needs `_lock`
+    # to hand out what it read. With one lock for both, each would wait for the other.
+    self._lock = threading.Lock()  # guards `_pending` and `_broken`; held briefly
     self._sending = threading.Lock()  # keeps one thread's message whole on the link
     self._pending: dict[int, concurrent.futures.Future] = {}
     self._ids = itertools.count()
@@ -77,7 +81,15 @@ class Pool:
     self._reader.start()
 
   def submit(self, gold: str, answer: str) -> concurrent.futures.Future:
-    """Queues one comparison; the future's result is `(status, equal)`.
+    """Queues one comparison.
+
+    Args:
+      gold: the gold answer.
+      answer: the answer found in a completion.
+
+    Returns:
+      A future. Its result is `(status, equal)`: "ok", "unparseable" or "timeout", and a bool. It
+      raises RuntimeError if the pool is closed or its server ends before the comparison is done.
 
     Raises:
       RuntimeError: the pool is closed, or its server process has ended.
@@ -115,12 +127,12 @@ class Pool:
       future.set_exception(RuntimeError(self._broken))
 
   def close(self) -> None:
-    """Ends the server and its workers; what is still queued fails."""
+    """Ends the server and its workers. Comparisons that are still queued fail."""
     with self._lock:
       self._broken = "the grading pool is closed"
     if self._process.poll() is None:
-      # Closing a descriptor does not wake a reader; shutting the socket down does. It
-      # fails where the server went first.
+      # Closing a descriptor does not wake a thread that reads from it; shutting the socket down
+      # does. It fails if the server has closed its end already.
       with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._link.fileno())) as half:
         half.shutdown(socket.SHUT_RDWR)
     self._process.wait()

@@ -1,4 +1,8 @@
-"""Verifiers and reward parts by name: what a user's own reward function plugs into."""
+"""Verifiers and reward parts by name. Your own are registered here.
+
+A verifier decides whether a completion is correct. A reward part turns a completion and its
+verdict into a number; the reward is the weighted sum of the parts (`score.Scorer`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from igpo_jax.plugins import known_values, load_built_in
 from igpo_jax.rewards import answers
 
 OK, UNPARSEABLE, TIMEOUT = "ok", "unparseable", "timeout"
-POOLED = "math"  # the one verifier that runs in worker processes, by `score.Scorer`
-BY_TASK = "task"  # in the place of a verifier's name: each record is graded by its task's
+POOLED = "math"  # the only verifier that runs in worker processes; `score.Scorer` calls it
+BY_TASK = "task"  # in place of a verifier's name: grade each record by its own task's verifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +26,10 @@ class Verdict:
   """What a verifier says of one completion.
 
   Attributes:
-    correct: the completion's answer equals the gold answer.
-    extracted: the answer as found in the completion; None where there is none.
-    status: "ok", "unparseable" (no answer, or one that cannot be read) or "timeout"
-      (reading or comparing it ran over the limit of time or memory). Only "ok" can
-      be correct.
+    correct: whether the completion's answer equals the gold answer.
+    extracted: the answer found in the completion, or None.
+    status: "ok"; "unparseable" if there is no answer or it cannot be read; "timeout" if reading
+      or comparing it exceeded the limit of time or memory. Only "ok" can be correct.
   """
 
   correct: bool
@@ -40,7 +43,10 @@ ShownFn = Callable[[str, Record], list[Span]]
 
 
 def _exact(completion: str, record: Record) -> Verdict:
-  """The text after the last "=>", or else after the last "#### ", is the gold answer."""
+  """Correct if the text after the last "=>" equals the gold answer, character by character.
+
+  Without a "=>" it is the text after the last "#### ".
+  """
   extracted = answers.extract_marked(completion)
   if extracted is None:
     extracted = answers.extract_marked(completion, "#### ")
@@ -73,13 +79,16 @@ _REWARDS: dict[str, RewardFn] = {"correct": _correct, "answer_tag": _answer_tag,
 def register_verifier(
   name: str, *, reads_golds: bool = False, shown: ShownFn | None = None
 ) -> Callable[[Verifier], Verifier]:
-  """Registers `fn(completion, record) -> Verdict` under `name`, as a decorator.
+  """Decorator: registers `fn(completion, record) -> Verdict` under `name`.
+
+  The name can then be given as `reward.verifier` and to `igpo_jax.grade --verifier`.
 
   Args:
-    reads_golds: a gold trace is a completion that it should call correct. Then RL does not begin
-      if it calls fewer of them correct than `reward.gold_floor` asks for.
-    shown: `fn(text, record) -> [(start, end), ...]`, the characters of a text that give the
-      record's answer away. None: where the value `record.answer` stands, in any spelling.
+    name: of the verifier.
+    reads_golds: True if the verifier should call gold traces correct. Then RL does not begin
+      unless it calls at least the share `reward.gold_floor` of them correct.
+    shown: `fn(text, record) -> [(start, end), ...]`, the ranges of characters in a text that give
+      the record's answer away. Default: wherever the value `record.answer` stands, in any spelling.
 
   Raises:
     ValueError: the name is taken.
@@ -100,7 +109,9 @@ def register_verifier(
 
 
 def register_reward(name: str) -> Callable[[RewardFn], RewardFn]:
-  """Registers `fn(completion, record, verdict) -> float` under `name`, as a decorator.
+  """Decorator: registers `fn(completion, record, verdict) -> float` under `name`.
+
+  The name can then be given a weight in `reward.weights`.
 
   Raises:
     ValueError: the name is taken.
@@ -117,19 +128,23 @@ def register_reward(name: str) -> Callable[[RewardFn], RewardFn]:
 
 
 def reads_golds(name: str) -> bool:
-  """Whether a verifier is one that should call gold traces correct."""
+  """Whether this verifier should call gold traces correct (`register_verifier`)."""
   load_built_in()
   return name in _READS_GOLDS
 
 
 def verifier_names() -> list[str]:
-  """Every name that `reward.verifier` may have, "task" aside."""
+  """Every value that `reward.verifier` may have, except "task"."""
   load_built_in()
   return sorted([*_VERIFIERS, POOLED])
 
 
 def verifier(name: str) -> Verifier:
-  """The verifier of that name; a `UserError` names those there are."""
+  """The verifier registered under `name`.
+
+  Raises:
+    UserError: there is none. The message lists all names.
+  """
   load_built_in()
   if name not in _VERIFIERS:
     raise UserError(f"rewards: no verifier {name!r}; known: {', '.join(verifier_names())}")
@@ -139,18 +154,19 @@ def verifier(name: str) -> Verifier:
 def verifier_of(record: Record, name: str) -> str:
   """The name of the verifier that grades a record in a run with `reward.verifier` = `name`.
 
-  With "task" it is the verifier of the record's task; a task that is not registered may also be
+  With "task" it is the verifier of the record's task. A task that is not registered may also be
   the name of a verifier.
 
   Raises:
-    UserError: the record has no task, or one that is not known; says what to do.
+    UserError: with "task", the record has no task or an unknown one.
   """
   if name != BY_TASK:
     return name
   if not record.task:
     raise UserError(
       f"record {record.id!r} has no task, and reward.verifier={BY_TASK!r} grades each record by its"
-      " task's verifier: put &task=NAME into the URI of its source"
+      " task's verifier: put &task=NAME into the URI of its source, or, to igpo_jax.grade, a field"
+      " 'task' into its line"
     )
   task = find_task(record.task)
   found = task.verifier if task else record.task
@@ -158,18 +174,18 @@ def verifier_of(record: Record, name: str) -> str:
   if found not in known:
     tasks = ", ".join(t.name for t in all_tasks())
     raise UserError(
-      f"record {record.id!r}: its task {record.task!r} is no task ({tasks}) and no verifier"
-      f" ({', '.join(known)})"
+      f"record {record.id!r}: its task {record.task!r} is neither a known task ({tasks}) nor a"
+      f" verifier ({', '.join(known)}): correct the name, or register it in a plug-in"
     )
   return found
 
 
 def shown_spans(text: str, record: Record, name: str) -> list[Span]:
-  """Characters [start, end) of a text that give the record's answer away.
+  """The ranges [start, end) of characters in a text that give the record's answer away.
 
   Args:
     text: a trace, or a piece of one.
-    record: with its answer and its gold.
+    record: the record whose answer is meant.
     name: the run's `reward.verifier`.
   """
   shown = _SHOWN.get(verifier_of(record, name))
@@ -177,7 +193,11 @@ def shown_spans(text: str, record: Record, name: str) -> list[Span]:
 
 
 def reward(name: str) -> RewardFn:
-  """The reward part of that name; a `UserError` names those there are."""
+  """The reward part registered under `name`.
+
+  Raises:
+    UserError: there is none. The message lists all names.
+  """
   load_built_in()
   if name not in _REWARDS:
     raise UserError(f"rewards: no part {name!r}; known: {', '.join(sorted(_REWARDS))}")

@@ -1,4 +1,4 @@
-"""From completions to rewards: a verifier's verdict and weighted reward parts."""
+"""From completions to rewards: verdicts of a verifier, and the weighted sum of reward parts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from igpo_jax.rewards.registry import RewardFn, Verdict, register_reward, regist
 
 __all__ = ["PendingScores", "Scorer", "Scores", "Verdict", "register_reward", "register_verifier"]
 
-CACHE_SIZE = 65536  # verdicts of distinct (gold, answer) pairs that are remembered
+CACHE_SIZE = 65536  # number of (gold, answer) pairs whose verdict is remembered
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores of B completions, in the order they were given.
+  """Scores of B completions, in the order in which the completions were given.
 
   Attributes:
     reward: f32[B], the weighted sum of the parts.
-    correct: bool[B], the verifier's verdict only, never the shaped reward.
-    status: B of "ok", "unparseable", "timeout".
+    correct: bool[B], the verifier's verdict. It does not depend on the reward parts.
+    status: B strings, each "ok", "unparseable" or "timeout" (`Verdict`).
     extracted: B extracted answers, None where there is none.
-    parts: name -> f32[B], each part before its weight.
+    parts: name -> f32[B], the values of each part before they are weighted.
   """
 
   reward: np.ndarray
@@ -42,14 +42,14 @@ class Scores:
 
 
 class PendingScores:
-  """Scores under way; `result()` waits for the workers."""
+  """Scores that are being computed; `result()` waits for them."""
 
   def __init__(self, finish: Callable[[], Scores]):
     self._finish = finish
     self._scores: Scores | None = None
 
   def result(self) -> Scores:
-    """The scores; may be called more than once."""
+    """The scores. Waits for the workers at the first call; later calls return the same scores."""
     if self._scores is None:
       self._scores = self._finish()
     return self._scores
@@ -58,14 +58,17 @@ class PendingScores:
 class Scorer:
   """Verifies completions and sums the reward parts.
 
+  Close it after use, or use it in a `with` statement: "math" starts worker processes.
+
   Args:
-    verifier: "math" (mathematical equality of the final answer, in worker processes), another
-      registered name, such as "exact" or "countdown", or "task": each record by the verifier of
-      its own task (`registry.verifier_of`).
-    parts: part name -> weight. "correct" is 1.0 for a correct completion.
-    workers: worker processes of the "math" verifier; None: one per core.
-    timeout: seconds that one item may take in a worker.
-    rules: how "math" finds the answer, in order of preference (`answers.RULES`).
+    verifier: "math" compares final answers by mathematical equality, in worker processes. Other
+      registered names, such as "exact" or "countdown", run in this process. "task" grades each
+      record by the verifier of its own task (`registry.verifier_of`).
+    parts: name of a reward part -> its weight. Default: "correct" with weight 1, which is 1.0 for
+      a correct completion and 0.0 for any other.
+    workers: number of worker processes. Default: one per core.
+    timeout: seconds that one comparison may take in a worker.
+    rules: how "math" finds the answer in a completion, in order of preference (`answers.RULES`).
 
   Raises:
     UserError: an unknown verifier, part or rule.
@@ -101,16 +104,24 @@ class Scorer:
     )
 
   def __call__(self, completions: Sequence[str], records: Sequence[Record]) -> Scores:
-    """Scores `completions[i]` against `records[i]`; waits for all of them."""
+    """Scores `completions[i]` against `records[i]` and waits for the result."""
     return self.submit(completions, records).result()
 
   def submit(
     self, completions: Sequence[str], records: Sequence[Record], *, parts: bool = True
   ) -> PendingScores:
-    """Starts scoring in the workers and returns at once.
+    """Starts scoring `completions[i]` against `records[i]`; the workers go on in the background.
+
+    Verifiers other than "math" run before this returns.
 
     Args:
-      parts: also compute the reward parts; without them rewards are 0.
+      completions: texts as the model wrote them.
+      records: one per completion.
+      parts: whether to compute the reward parts. Without them all rewards are 0.
+
+    Raises:
+      ValueError: not as many records as completions.
+      UserError: with "task", a record without a known task.
     """
     weighted = self._parts if parts else {}
     if len(completions) != len(records):
@@ -144,22 +155,22 @@ class Scorer:
           row = Verdict(correct, extracted, status)
         verdicts.append(row)
       for key, outcome in late.items():
-        if outcome[0] != "timeout":  # may be the machine's fault: worth another try
+        if outcome[0] != "timeout":  # the machine may have been busy: try again next time
           self._remember(key, outcome)
       return self._score(completions, records, verdicts, weighted)
 
     return PendingScores(finish)
 
   def _compared(self, key: tuple[str, str]) -> concurrent.futures.Future:
-    """The comparison of (gold, answer) in a worker."""
+    """Starts the comparison of (gold, answer) in a worker."""
     if self.pool is None:
       self.pool = Pool(self._workers, self._timeout)
     return self.pool.submit(*key)
 
   def same_answer(self, first: str, second: str) -> bool:
-    """Whether two extracted answers are one answer; waits for the workers if need be.
+    """Whether two extracted answers are equal. May wait for a worker.
 
-    Only "math" looks further than at the characters.
+    "math" compares them by mathematical equality, every other verifier character by character.
     """
     if first.strip() == second.strip():
       return True
@@ -174,10 +185,15 @@ class Scorer:
     return outcome[1]
 
   def equal_themselves(self, golds: Sequence[str]) -> list[bool]:
-    """Whether each gold answer equals itself: one that does not cannot be answered.
+    """Whether "math" calls each gold answer equal to itself.
 
-    Only "math" is asked: with another verifier it is True of every answer. With "task" the golds
-    should be those of records that "math" grades.
+    A gold answer that is not equal to itself cannot be read, so no completion can be correct.
+
+    Args:
+      golds: gold answers. With "task", only those of records that "math" grades.
+
+    Returns:
+      One bool per gold answer. All are True if the scorer has another verifier than "math".
     """
     if self.verifier not in (registry.POOLED, registry.BY_TASK):
       return [True] * len(golds)
@@ -220,7 +236,7 @@ class Scorer:
     )
 
   def close(self) -> None:
-    """Ends the worker processes; the scorer is of no use afterwards."""
+    """Ends the worker processes. The scorer cannot be used afterwards."""
     if self.pool is not None:
       self.pool.close()
 
@@ -232,7 +248,7 @@ class Scorer:
 
 
 def make_scorer(reward: RewardConfig) -> Scorer:
-  """The scorer that a config asks for.
+  """The scorer that a config's `reward` section describes. Close it after use.
 
   Raises:
     UserError: an unknown verifier, part or extraction rule.

@@ -1,9 +1,9 @@
-"""The grading server: forks workers, gives each one item at a time, kills the late ones.
+"""The grading server: forks workers, gives each one item at a time, kills those that take too long.
 
-Started by `pool.Pool` as `python -m igpo_jax.rewards.worker`, in a process of its
-own that has never seen jax: it imports the parser once, then forks workers from
-the warm image, so a killed worker costs milliseconds. Every message is one JSON
-object, so nothing that a model wrote is ever unpickled.
+`pool.Pool` starts it as `python -m igpo_jax.rewards.worker`, in a process of its own that does
+not import jax. It imports the parser once and then forks the workers, so replacing a killed
+worker takes milliseconds. Every message is one JSON object: text that a model wrote is never
+unpickled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import time
 from multiprocessing import connection
 from typing import Any
 
-RECYCLE_AFTER = 5000  # items; bounds what caches inside the parser may hold
-GRACE = 2.0  # seconds after the limit at which a worker nobody supervises ends itself
+RECYCLE_AFTER = 5000  # items after which a worker is replaced, to bound the parser's caches
+GRACE = 2.0  # seconds beyond the timeout after which a worker ends itself if no server killed it
 
 
 @dataclasses.dataclass
@@ -37,13 +37,13 @@ class _Worker:
 
 
 def _limit(what: int, amount: int) -> None:
-  # A system without that limit (macOS), or one that already set a lower one, goes on.
+  # Some systems have no such limit (macOS), others have set a lower one already.
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(what, (amount, amount))
 
 
 def _serve_items(link: connection.Connection, timeout: float) -> None:
-  """The body of a worker: one item in, one verdict out, until the link closes."""
+  """What a worker runs: reads one item, sends one verdict, until the link closes."""
   from igpo_jax.rewards.math import equivalence
 
   while True:
@@ -51,8 +51,8 @@ def _serve_items(link: connection.Connection, timeout: float) -> None:
       message = json.loads(link.recv_bytes())
     except EOFError:
       return
-    # The server kills a late worker; the alarm's default action ends one whose
-    # server is gone, even inside C code that never returns to the interpreter.
+    # The server kills a worker that is late. If the server is gone, the alarm's default action
+    # ends the worker, even inside C code that never returns to the interpreter.
     signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
     try:
       status, equal = equivalence.compare(message["gold"], message["answer"])
@@ -60,15 +60,22 @@ def _serve_items(link: connection.Connection, timeout: float) -> None:
     except MemoryError:
       reply = {"status": "timeout", "equal": False}
     except Exception as error:
-      # The parser is other people's code fed with hostile text and may raise
-      # anything. What it cannot read is not an answer; the reason travels back.
+      # Model output may drive the libraries under the parser to raise anything. A text that
+      # cannot be read is no answer. The reason is sent back.
       reply = {"status": "unparseable", "equal": False, "reason": repr(error)[:200]}
     signal.setitimer(signal.ITIMER_REAL, 0)
     link.send_bytes(json.dumps({"id": message["id"], **reply}).encode())
 
 
 class Server:
-  """Owns the workers; speaks to one client over `client`."""
+  """Owns the workers and serves one client.
+
+  Args:
+    client: the connection to the client.
+    workers: number of worker processes.
+    timeout: seconds per item.
+    memory: bytes of address space per worker, 0 for no limit.
+  """
 
   def __init__(self, client: connection.Connection, workers: int, timeout: float, memory: int):
     self._client = client
@@ -85,7 +92,7 @@ class Server:
     if pid == 0:
       try:
         ours.close()
-        # A worker that held these ends would keep its siblings from seeing EOF.
+        # While a worker holds copies of these, the others do not see them closed (no EOF).
         os.close(self._client.fileno())
         for worker in self._workers:
           if not worker.link.closed:
@@ -100,7 +107,7 @@ class Server:
     return _Worker(pid, connection.Connection(ours.detach()))
 
   def _replace(self, worker: _Worker) -> None:
-    """Kills a worker, if it still lives, and puts a fresh one in its place."""
+    """Kills a worker, if it is still alive, and forks another in its place."""
     os.kill(worker.pid, signal.SIGKILL)
     worker.link.close()
     os.waitpid(worker.pid, 0)
@@ -122,7 +129,7 @@ class Server:
       if worker.item is None:
         message = self._queue.popleft()
         worker.item, worker.deadline = message["id"], time.monotonic() + self._timeout
-        # Where it died idle, its closed link wakes the loop, which replaces it.
+        # If the worker died while idle, its closed link wakes the loop, which replaces it.
         with contextlib.suppress(OSError):
           worker.link.send_bytes(json.dumps(message).encode())
 
@@ -138,7 +145,7 @@ class Server:
       self._replace(worker)
 
   def run(self) -> None:
-    """Serves until the client closes its end; then every worker is killed."""
+    """Serves until the client closes its end of the connection, then kills all workers."""
     try:
       while True:
         self._dispatch()
@@ -168,8 +175,8 @@ def main() -> None:
   parser.add_argument("--timeout", type=float, required=True, help="seconds per item")
   parser.add_argument("--memory", type=int, default=0, help="bytes per worker; 0: no limit")
   args = parser.parse_args()
-  # A machine that goes down, or Slurm, signals every process; the step under way is to be
-  # graded and saved all the same. The end of the client's socket is what ends this one.
+  # A machine that shuts down, or Slurm, sends SIGTERM to every process. The trainer still wants
+  # the current step graded, to save it. This process ends when the client closes its socket.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
   from igpo_jax.rewards.math import equivalence
