@@ -1,1 +1,1 @@
-"""Whether two mathematical answers are equal: `equivalence` has the rules and their order."""
+"""Decides whether two mathematical answers are equal. Begin reading with `equivalence`."""

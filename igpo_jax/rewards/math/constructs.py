@@ -1,4 +1,8 @@
-r"""Commands with arguments of their own: fractions, roots, sums, integrals, matrices."""
+r"""Parsing of commands that have arguments: fractions, roots, sums, integrals, limits, matrices.
+
+Each function is called with the parser behind the command's own token. It reads the arguments
+and returns the tree. All of them raise `Unreadable` if the arguments are incomplete.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ MAX_CELLS = 64  # of one matrix
 
 
 def fraction(parser: Parser) -> Node:
+  r"""`\frac{a}{b}` is a quotient; `\frac{dy}{dx}` is one symbol."""
   start = parser.at
   if parser.text() == "{":
     top = parser.inside(parser.at + 1)
@@ -35,6 +40,7 @@ def fraction(parser: Parser) -> Node:
 
 
 def root(parser: Parser) -> Node:
+  r"""`\sqrt{x}`, `\sqrt[3]{x}` and `\sqrt 10`, which is the root of ten, unlike in TeX."""
   degree = number(2)
   if parser.text() == "[":
     degree = parser.tree(parser.inside(parser.at + 1))
@@ -42,11 +48,11 @@ def root(parser: Parser) -> Node:
     return Node("root", (degree, parser.tree(parser.inside(parser.at + 1))))
   if parser.kind() == "letters":
     parser.first_letter()
-  return Node("root", (degree, parser.primary()))  # `\sqrt 10` is the root of ten to everyone
+  return Node("root", (degree, parser.primary()))
 
 
 def _scripts(parser: Parser) -> tuple[Tokens, Node | None]:
-  """The tokens of a subscript and the tree of a superscript, in either order."""
+  """The tokens of a subscript and the tree of a superscript, which may come in either order."""
   lower: Tokens = ()
   upper = None
   while parser.text() in ("_", "^"):
@@ -65,6 +71,7 @@ def _scripts(parser: Parser) -> tuple[Tokens, Node | None]:
 
 
 def repeated(parser: Parser, op: str) -> Node:
+  r"""`\sum_{k=1}^{n} ...` and `\prod_{k=1}^{n} ...`; `op` is "sum" or "product"."""
   lower, upper = _scripts(parser)
   halves = split(lower, "=")
   if len(halves) != 2 or len(halves[0]) != 1 or upper is None:
@@ -73,6 +80,7 @@ def repeated(parser: Parser, op: str) -> Node:
 
 
 def integral(parser: Parser) -> Node:
+  r"""`\int_a^b ... dx`: the first "d" with a letter after it ends the integrand."""
   lower, upper = _scripts(parser)
   if not lower or upper is None:
     raise Unreadable("an integral without bounds")
@@ -97,6 +105,7 @@ def integral(parser: Parser) -> Node:
 
 
 def limit(parser: Parser) -> Node:
+  r"""`\lim_{x \to a} ...`."""
   lower, upper = _scripts(parser)
   halves = split(lower, (r"\to",))
   if len(halves) != 2 or len(halves[0]) != 1 or upper is not None:
@@ -105,6 +114,7 @@ def limit(parser: Parser) -> Node:
 
 
 def matrix(parser: Parser) -> Node:
+  """A matrix, or the determinant that vertical bars stand for; begins at its "begin" token."""
   kind = parser.text().split()[1]
   end = parser.at + 1
   while end < len(parser.tokens) and parser.tokens[end].kind != "matrix":
@@ -118,7 +128,14 @@ def matrix(parser: Parser) -> Node:
 
 
 def rows_of(tokens: Tokens) -> list[list[Tokens]]:
-  """The cells of a matrix, row by row, from the tokens between its begin and end."""
+  """The cells of a matrix, row by row.
+
+  Args:
+    tokens: what stands between its begin and its end.
+
+  Raises:
+    Unreadable: no cells, more than `MAX_CELLS`, or rows of different lengths.
+  """
   rows = [split(row, "&") for row in split(tokens, (r"\\",)) if row]
   if not rows or sum(map(len, rows)) > MAX_CELLS or len({len(row) for row in rows}) != 1:
     raise Unreadable("no matrix, or too large a one")

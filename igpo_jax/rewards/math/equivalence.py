@@ -1,27 +1,27 @@
-r"""Whether two written answers are the same: the rules, and their order.
+r"""Decides whether two written answers are equal, by rules that are tried in order.
 
-Both texts become tokens (`spelling`, `tokens`). Then the first rule below that knows the
-kind of the two answers decides. A rule that does not know it passes; where all pass, the
-answers are not equal.
+Both texts become tokens (`spelling`, `tokens`). Then the rules below are tried, from the top.
+Each handles one kind of answer. The first that handles the two answers decides; a rule that
+does not handle them returns None. If no rule decides, the answers are not equal.
 
-| rule | decides |
+| rule | handles |
 |---|---|
 | `identical` | the same tokens |
-| `choices` | the letter of a multiple choice |
-| `plain_numbers` | two numbers, with their units (`numbers`, `units`) |
+| `choices` | the letters of a multiple choice |
+| `plain_numbers` | two numbers, which may have units (`numbers`, `units`) |
 | `texts` | two texts, or a text and a number (`words`) |
-| `labelled` | an option behind its letter: 12 for "(C) 12" |
-| `sentences` | the one value that a sentence holds |
-| `conclusions` | what stands after an arrow or a name: "f(3) = 7" for 7 (`names`) |
+| `labelled` | an option that stands after its letter: 12 in "(C) 12" |
+| `sentences` | a sentence that contains exactly one value |
+| `conclusions` | a value after an arrow or a name: 7 in "f(3) = 7" (`names`) |
 | `regions` | intervals, inequalities, unions, named sets (`sets`) |
 | `matrices` | two matrices, cell by cell |
-| `collections` | sets and lists in any order, tuples in theirs |
-| `ratios` | 2:3 and 4:6 |
-| `equations` | equations and inequalities that are multiples of each other |
-| `expressions` | all else: by value (`parser`, `values`) |
+| `collections` | sets and lists, whose order does not matter, and tuples, whose order does |
+| `ratios` | ratios such as 2:3 and 4:6 |
+| `equations` | two equations or inequalities: equal if one is a multiple of the other |
+| `expressions` | everything else, by value (`parser`, `values`) |
 
-The first four need no parser and little time: `quick` tries them in the caller's process,
-on short texts. `compare` tries all, and runs in a worker under a time limit (`pool.Pool`).
+The first four need no parser and little time. `quick` tries them on short texts, in the caller's
+process. `compare` tries all of them; it runs in a worker with a time limit (`pool.Pool`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,20 @@ from igpo_jax.rewards.math.spelling import MAX_LENGTH, spell
 from igpo_jax.rewards.math.tokens import Tokens, Unreadable, lex, split, written
 from igpo_jax.rewards.math.tree import Node
 
-QUICK_LENGTH = 200  # characters of an answer that the caller's process looks at
-MAX_DEPTH = 20  # rules within rules
+QUICK_LENGTH = 200  # characters; longer answers are left to the workers
+MAX_DEPTH = 20  # how deep rules may compare parts of parts
 MAX_SIDES = 8  # of a chain of equations
 
 Outcome = tuple[str, bool]  # status, equal
-Rule = Callable[[Side, Side, int], bool | None]  # gold, answer, how deep in their parts
+Rule = Callable[[Side, Side, int], bool | None]  # gold, answer, depth of nested comparisons
 
 
 def quick(gold: str, answer: str) -> Outcome | None:
-  """Decides by the first rules where they can, in linear time; None where they cannot."""
+  """Decides by the first four rules, in linear time; None if they do not decide.
+
+  Returns:
+    `(status, equal)` as from `compare`, or None.
+  """
   if max(len(gold), len(answer)) > QUICK_LENGTH:
     return ("unparseable", False) if max(len(gold), len(answer)) > MAX_LENGTH else None
   try:
@@ -55,9 +59,15 @@ def quick(gold: str, answer: str) -> Outcome | None:
 
 
 def compare(gold: str, answer: str) -> Outcome:
-  """`(status, equal)` with status "ok", "unparseable" or "timeout".
+  """Compares by all rules. It may take long, so run it under a time limit.
 
-  May run long. "timeout" says that a limit of the evaluation was met (`evaluate`).
+  Args:
+    gold: the gold answer.
+    answer: the answer found in a completion.
+
+  Returns:
+    `(status, equal)`. The status is "ok"; "unparseable" if one of the two cannot be read; or
+    "timeout" if a limit of the evaluation was exceeded (`evaluate.TooLarge`).
   """
   try:
     return _decided(gold, answer, RULES) or ("ok", False)
@@ -72,7 +82,7 @@ def _decided(gold: str, answer: str, rules: Sequence[Rule]) -> Outcome | None:
   if not all(spelled):
     return "unparseable", False
   if spelled[0] == spelled[1]:
-    return "ok", True  # whatever it may be
+    return "ok", True  # whether it can be read or not
   sides = Side(lex(spelled[0])), Side(lex(spelled[1]))
   if not all(side.tokens for side in sides):
     return "unparseable", False
@@ -93,7 +103,7 @@ def warm_up() -> None:
 
 
 def _verdict(gold: Side, answer: Side, depth: int, rules: Sequence[Rule]) -> bool | None:
-  """What the first rule says that knows the two kinds of answer."""
+  """The verdict of the first rule that handles the two answers; None if none does."""
   for rule in rules:
     verdict = rule(gold, answer, depth)
     if verdict is not None:
@@ -102,7 +112,7 @@ def _verdict(gold: Side, answer: Side, depth: int, rules: Sequence[Rule]) -> boo
 
 
 def _equal(gold: Tokens, answer: Tokens, depth: int) -> bool:
-  """Whether two parts of answers are equal."""
+  """Whether two parts of answers are equal, by all rules."""
   if depth >= MAX_DEPTH:
     raise Unreadable("nested too deep")
   if not gold or not answer:
@@ -114,22 +124,25 @@ def _equal(gold: Tokens, answer: Tokens, depth: int) -> bool:
 
 
 def identical(gold: Side, answer: Side, depth: int) -> bool | None:
+  """The same tokens are equal."""
   return True if written(gold.tokens) == written(answer.tokens) else None
 
 
 def choices(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two letters of a multiple choice. Two bare letters may be variables: later rules decide."""
   g, a = gold.choice, answer.choice
   if not g or not a:
     return None
   letter, marked, _ = g
   if not marked and not a[1]:
-    return None  # two bare letters may be variables
+    return None
   if not marked and answer.tokens[0].kind == "letters" and not a[2] and len(answer.tokens) == 1:
     return None
   return letter == a[0]
 
 
 def plain_numbers(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two numbers: equal values whose units do not contradict each other."""
   g, a = gold.number, answer.number
   if not g or not a:
     return None
@@ -139,6 +152,7 @@ def plain_numbers(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def texts(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two texts: equal word for word, or both name one set ("no solution"). A text is no number."""
   if gold.text and answer.text:
     phrases = {sets.phrase(gold.tokens), sets.phrase(answer.tokens)}
     if phrases != {None}:
@@ -152,6 +166,7 @@ def texts(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def labelled(gold: Side, answer: Side, depth: int) -> bool | None:
+  """If one side is an option after its letter and the other has no letter: compare the option."""
   for side, other in ((gold, answer), (answer, gold)):
     found = side.choice
     if found and found[1] and found[2] and not other.choice:
@@ -164,6 +179,7 @@ def labelled(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def sentences(gold: Side, answer: Side, depth: int) -> bool | None:
+  """If the answer is a sentence with exactly one value: compare that value."""
   if gold.text or sets.read(answer.tokens):
     return None
   value = words.in_sentence(answer.tokens)
@@ -173,6 +189,7 @@ def sentences(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def conclusions(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Compares values without the names before them. Later rules decide if the names differ."""
   g_sides, a_sides = names.sides(gold.tokens), names.sides(answer.tokens)
   if max(len(g_sides), len(a_sides)) > MAX_SIDES:
     raise Unreadable("too long a chain of equations")
@@ -195,6 +212,7 @@ def conclusions(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def regions(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two sets of real numbers, however they are written."""
   tokens = gold.tokens + answer.tokens
   if not any(token.text in sets.MARKS for token in tokens) and not (
     sets.phrase(gold.tokens) or sets.phrase(answer.tokens)
@@ -206,7 +224,7 @@ def regions(gold: Side, answer: Side, depth: int) -> bool | None:
   one, other = sets.read(gold.tokens), sets.read(answer.tokens)
   if one and other:
     variables = {one.variable, other.variable} - {None}
-    if len(variables) > 1:  # x < y may be y > x; 0 < x < 1 is not 0 < y < 1
+    if len(variables) > 1:  # x < y may equal y > x, but 0 < x < 1 does not equal 0 < y < 1
       signs = [sets.relation(side.tokens) for side in (gold, answer)]
       return None if all(sign and len(sign[1]) == 1 for sign in signs) else False
     return sets.equal(one, other, lambda g, a: _equal(g, a, depth))
@@ -214,6 +232,7 @@ def regions(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def matrices(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two matrices that are written out: cell by cell."""
   g, a = parts.cells(gold.tokens), parts.cells(answer.tokens)
   if not g or not a:
     return None
@@ -225,6 +244,7 @@ def matrices(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def collections(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Sets and lists in any order, tuples and intervals in order."""
   g, a = parts.collection(gold), parts.collection(answer)
   if not g and not a:
     return None
@@ -232,7 +252,7 @@ def collections(gold: Side, answer: Side, depth: int) -> bool | None:
   (a_kind, answers) = a or ("list", [parts.unwrapped(answer.tokens)])
   if {g_kind, a_kind} <= {"set", "list"}:
     return _same_set(golds, answers, depth)
-  # A tuple whose brackets were left out is still in order; a set is not a tuple.
+  # A tuple may lack its brackets. Its order counts all the same. A set does not equal a tuple.
   if g_kind != a_kind and {g_kind, a_kind} != {"()", "list"}:
     return False
   return len(golds) == len(answers) and all(
@@ -241,7 +261,7 @@ def collections(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def _same_set(golds: list[Tokens], answers: list[Tokens], depth: int) -> bool:
-  """Each element of one is in the other, and there are as many."""
+  """Whether the elements of the two can be paired so that each pair is equal."""
   if len(golds) != len(answers):
     return False
   left = list(answers)
@@ -256,11 +276,12 @@ def _same_set(golds: list[Tokens], answers: list[Tokens], depth: int) -> bool:
 
 
 def ratios(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Ratios are equal if their quotients are. Times of day ("10:30") are equal only if identical."""
   g, a = (split(parts.unwrapped(side.tokens), ":") for side in (gold, answer))
   if len(g) == len(a) == 1:
     return None
   if any(map(parts.is_time, (gold.tokens, answer.tokens))):
-    return False  # times of day that are not written alike
+    return False
   if not all(g) or not all(a) or 1 < len(a) != len(g) > 1:
     return False
   trees = [[parse(part) for part in parts] for parts in (g, a)]
@@ -275,6 +296,7 @@ def _over(top: Node, bottom: Node) -> Node:
 
 
 def equations(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Equal if `left - right` of one is a constant multiple of the other's, signs considered."""
   one, other = parts.relation(gold.tokens), parts.relation(answer.tokens)
   if not one and not other:
     return None
@@ -292,10 +314,11 @@ def equations(gold: Side, answer: Side, depth: int) -> bool | None:
 
 
 def expressions(gold: Side, answer: Side, depth: int) -> bool | None:
+  """Two expressions are equal if they have equal values (`values.same`)."""
   if any(side.number and side.number.base for side in (gold, answer)):
-    return False  # digits in a base, and what is no plain number
+    return False  # digits in a base equal plain numbers only, and `plain_numbers` compared those
   if gold.text or answer.text:
-    return False  # a word is no product of its letters
+    return False  # a word is not the product of its letters
   return values.same(*(parse(parts.unwrapped(side.tokens)) for side in (gold, answer)))
 
 

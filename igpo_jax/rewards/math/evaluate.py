@@ -1,8 +1,8 @@
-r"""Evaluation: the value of an expression at one point, exactly where that can be done.
+r"""Evaluation: the value of an expression at one point.
 
-Rational arithmetic is exact, everything else is computed by mpmath to the digits that are
-set (`mp.workdps`). Values are real as in school - the cube root of -8 is -2 - or complex
-and principal. Every loop and every number has a limit, beyond which it is `TooLarge`.
+Rational arithmetic is exact. Everything else is computed by mpmath with as many digits as
+`mp.workdps` sets. Values are either real, where the cube root of -8 is -2, or complex principal
+values. Every loop and every number has a limit; to exceed it raises `TooLarge`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from mpmath.libmp import NoConvergence
 from igpo_jax.rewards.math.tokens import Unreadable
 from igpo_jax.rewards.math.tree import Node
 
-MAX_BITS = 500_000  # of an exact number
-MAX_TERMS = 10_000  # of a sum, and the largest factorial
-SIZES = ((6, 3), (4, 40))  # how many rational points of both signs, and their largest size
-WHOLE = 6  # points of positive whole numbers
+MAX_BITS = 500_000  # of the numerator or the denominator of an exact number
+MAX_TERMS = 10_000  # of a sum; also the largest number whose factorial is computed
+SIZES = ((6, 3), (4, 40))  # (number of rational points of both signs, their largest size)
+WHOLE = 6  # number of points that are positive whole numbers
 
 
 class Undefined(ArithmeticError):
-  """An expression without a value at this point."""
+  """The expression has no value at this point."""
 
 
 class TooLarge(ArithmeticError):
-  """A value that would take too long, or too much memory."""
+  """The value would take too long or too much memory."""
 
 
-Value = Any  # Fraction, mpf, mpc, or a list of rows of them
+Value = Any  # a Fraction, mpf or mpc; or a matrix, a list of rows of these
 
 
 def number_of(value: Value) -> Any:
+  """The value as a number of mpmath, rounded to the digits that are set."""
   if isinstance(value, Fraction):
     return mp.mpf(value.numerator) / value.denominator
   return value
 
 
 def is_exact(value: Value) -> bool:
+  """Whether the value is a rational number, which is exact."""
   return isinstance(value, Fraction)
 
 
@@ -51,7 +53,12 @@ def _bits(value: Fraction) -> int:
 
 
 def _checked(value: Value) -> Value:
-  """A value that is a finite number and, where exact, not too long."""
+  """The value, if it is finite and within the limits.
+
+  Raises:
+    TooLarge: an exact number with more than `MAX_BITS` bits.
+    Undefined: not a finite number.
+  """
   if isinstance(value, Fraction):
     if _bits(value) > MAX_BITS:
       raise TooLarge("too many digits")
@@ -61,12 +68,18 @@ def _checked(value: Value) -> Value:
 
 
 class Evaluator:
-  """Evaluates trees at one point.
+  """Evaluates trees at one point: `Evaluator(...)(node)` is the value of a tree.
 
   Args:
-    seed: which point; a symbol's value there is drawn by its name.
-    real: whether only real numbers count.
-    budget: how many parts may still be evaluated, shared with other evaluators.
+    seed: number of the point. The value of a symbol there depends on the seed and its name only.
+    real: whether values must be real numbers.
+    budget: a list of one number: how many nodes may still be evaluated. It is counted down, and
+      evaluators may share it.
+
+  Raises (from a call):
+    Undefined: the expression has no value at this point.
+    TooLarge: a limit is exceeded, or the budget is spent.
+    Unreadable: a function is not known, or has the wrong number of arguments.
   """
 
   def __init__(self, seed: int, real: bool, budget: list[int]):
@@ -74,7 +87,7 @@ class Evaluator:
     self.real = real
     self.budget = budget
     self.bound: dict[str, Value] = {}
-    self.summed = False  # whether a limit, an integral or an endless sum was computed
+    self.summed = False  # whether a limit, an integral or an infinite sum was computed
 
   def __call__(self, node: Node) -> Value:
     self.budget[0] -= 1
@@ -145,7 +158,7 @@ class Evaluator:
     return _general_power(number_of(value), power)
 
   def root_of(self, value: Value, degree: int, power: int) -> Value:
-    """value ** (power / degree): the real root, where there is one."""
+    """value ** (power / degree): the real root if real values are asked for, else the principal."""
     if is_exact(value) and not value:
       if power <= 0:
         raise Undefined("zero to no positive power")
@@ -196,6 +209,7 @@ class Evaluator:
     return self.real_function(name, values[0])
 
   def real_function(self, name: str, value: Value) -> Value:
+    """A function of one number: exactly if that is possible, else by mpmath."""
     if is_exact(value):
       if (name, value) in _KNOWN:
         return Fraction(_KNOWN[name, value])
@@ -221,6 +235,7 @@ class Evaluator:
     return [[self(cell) for cell in row] for row in rows]
 
   def matrix_power(self, value: list, exponent: Node) -> Value:
+    """A whole power of a matrix, or its transpose for the exponent T."""
     if exponent.op == "symbol" and exponent.args[0] in ("T", "\\top", "t"):
       return [list(column) for column in zip(*value, strict=True)]
     power = self(exponent)
@@ -242,6 +257,7 @@ class Evaluator:
     return self.fold(variable, low, high, body, _times, Fraction(1), mp.nprod)
 
   def fold(self, variable, low, high, body, combine, start, endless) -> Value:
+    """A sum or product over `variable`; `endless` computes one whose upper bound is infinite."""
     first = self(low)
     if not is_exact(first) or first.denominator != 1:
       raise Undefined("a bound that is no whole number")
@@ -262,7 +278,7 @@ class Evaluator:
     return total
 
   def along(self, variable: str, body: Node):
-    """The body as a function of its variable, for numerical methods."""
+    """The body as a Python function of its variable, for mpmath's numerical methods."""
 
     def value(x):
       outer = dict(self.bound)
@@ -281,6 +297,7 @@ class Evaluator:
     return _numerically(mp.quad, self.along(variable, body), ends)
 
   def end(self, node: Node) -> Any:
+    """An end of an integral or the point of a limit: a number of mpmath, which may be infinite."""
     if node.op == "infinity":
       return mp.inf
     if node.op == "neg" and node.args[0].op == "infinity":
@@ -300,7 +317,7 @@ def _numerically(method, function, *where) -> Value:
 
 
 def _drawn(seed: int, name: str) -> Fraction:
-  """A symbol's value at a point: the same for both expressions, and nothing special."""
+  """The value of a symbol at a point: equal for both expressions, and random otherwise."""
   draw = random.Random(f"{seed} {name}")
   for count, size in SIZES:
     if seed < count:
@@ -341,6 +358,7 @@ def _times(one: Value, other: Value) -> Value:
 
 
 def quotient(one: Value, other: Value) -> Value:
+  """`one / other`, exact if both are; raises `Undefined` for a zero or a matrix as the divisor."""
   if isinstance(other, list) or not other:
     raise Undefined("division by zero")
   if isinstance(one, list):
@@ -365,7 +383,7 @@ def _general_power(value: Any, power: Any) -> Any:
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-  """The rational root of a positive number; None where it has none."""
+  """The rational root of a positive number; None if it is irrational or too long to look for."""
   if degree == 1:
     return value
   parts = []

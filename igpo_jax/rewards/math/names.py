@@ -1,7 +1,7 @@
-r"""Names: left sides that only say what the answer is, such as `f(3)` in `f(3) = 7`.
+r"""Names: left sides that say which quantity the answer is, such as `f(3)` in `f(3) = 7`.
 
-A name stands for one quantity. `2x`, `x^2` and `a + b` are no names but expressions, and
-"2x = 10" is an equation whose answer is not 10.
+A name stands for one quantity. `2x`, `x^2` and `a + b` are not names but expressions: "2x = 10"
+is an equation, and it does not say that the answer is 10.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _ACCENTS = frozenset(
 _FIGURES = frozenset(r"\angle \triangle \measuredangle \odot \square \parallelogram \arc".split())
 _OF_ANYTHING = frozenset(r"\max \min \sup \inf \lim \det \dim \deg \Pr \arg".split())
 _OF_AN_ANGLE = frozenset(r"\sin \cos \tan \cot \sec \csc".split())
-# Letters that are called more often than multiplied: f(x + 1), P(A \cap B).
+# Letters before brackets that are usually functions, not factors: f(x + 1), P(A \cap B).
 _CALLED = frozenset("f g h F G H P E S T V N".split())
 
 
 def _ends_of_symbol(tokens: Tokens, at: int) -> int:
-  """The index after the subscripts, primes and stars of the symbol that ends at `at`."""
+  """The index after the subscripts, primes and stars that follow the symbol before `at`."""
   while at < len(tokens):
     if tokens[at].text == "_" and at + 1 < len(tokens):
       at = closing(tokens, at + 2) + 1 if tokens[at + 1].text == "{" else at + 2
@@ -37,7 +37,10 @@ def _ends_of_symbol(tokens: Tokens, at: int) -> int:
 
 
 def _symbol(tokens: Tokens) -> int:
-  """The length of the symbol at the start, 0 without one: `x_1`, `\\theta`, `\\overline{AB}`."""
+  """How many tokens the symbol at the start has; 0 if none is there.
+
+  Symbols are `x_1`, `\\theta`, `\\overline{AB}` and the like.
+  """
   first = tokens[0]
   if first.text in _ACCENTS and len(tokens) > 1:
     end = closing(tokens, 2) + 1 if tokens[1].text == "{" else 2
@@ -55,12 +58,13 @@ def _symbol(tokens: Tokens) -> int:
 
 
 def _inverted(tokens: Tokens, at: int) -> int:
-  r"""The index after `^{-1}` at `at`, or `at`: of `f^{-1}(3)`."""
+  r"""The index after a `^{-1}` that begins at `at`, as in `f^{-1}(3)`; `at` if there is none."""
   power = [token.text for token in tokens[at : at + 5]]
   return at + 5 if power == ["^", "{", "-", "1", "}"] else at
 
 
 def _is_called(head: Tokens, inside: Tokens) -> bool:
+  """Whether a symbol before brackets is a function of them, rather than a factor."""
   first = head[0]
   if first.kind != "letters" or len(first.text) > 1 or first.text in _CALLED or len(head) > 1:
     return True
@@ -121,13 +125,13 @@ def _is_arguments(tokens: Tokens) -> bool:
 
 
 def _is_segment(tokens: Tokens) -> bool:
-  """Two capital letters, as of the ends of a line."""
+  """Whether this is a line segment: two capital letters, its ends."""
   tokens = bare(tokens)
   return len(tokens) == 1 and len(tokens[0].text) == 2 and tokens[0].text.isupper()
 
 
 def _is_ratio(tokens: Tokens) -> bool:
-  r"""The arguments of `\frac{NO}{BO}` and of `\frac{dy}{dx}`."""
+  r"""Whether these are the arguments of a fraction like `\frac{NO}{BO}` or `\frac{dy}{dx}`."""
   if not tokens or tokens[0].text != "{":
     return False
   end = closing(tokens, 1)
@@ -158,7 +162,7 @@ def is_derivative(top: Tokens, bottom: Tokens) -> bool:
 
 
 def _is_phrase(tokens: Tokens) -> bool:
-  """Words, and perhaps names among them: "Area of ABC"."""
+  """Whether these are words, with or without names among them: "Area of ABC"."""
   return any(
     (t.kind == "word" and len(t.text) > 1) or (t.kind == "letters" and looks_like_word(t.text))
     for t in tokens
@@ -169,7 +173,7 @@ def _is_phrase(tokens: Tokens) -> bool:
 
 
 def name(tokens: Tokens) -> str | None:
-  """The name that a left side is, in one spelling; None for any other left side."""
+  """The name that a left side is, normalized; None if the left side is not a name."""
   if tokens and tokens[-1].text == ":":  # x := 5
     tokens = tokens[:-1]
   try:
@@ -190,9 +194,10 @@ def names_of(tokens: Tokens) -> list[str] | None:
 
 
 def sides(tokens: Tokens) -> list[Tokens]:
-  r"""What stands on the sides of the equals signs; one side without any.
+  r"""The sides of an equation: the parts between its equals signs.
 
-  Of several equations with an arrow between them the last counts.
+  Without an equals sign all tokens are one side. Of several equations with arrows between them,
+  the sides of the last are returned.
   """
   tokens = split(tokens, (r"\Rightarrow", r"\implies", r"\therefore", r"\Longrightarrow"))[-1]
   return split(tokens, "=")

@@ -1,14 +1,14 @@
-r"""Plain numbers, as people write answers: read exactly, and without the parser.
+r"""Plain numbers in the ways in which people write them. They are read exactly, without the parser.
 
 | written | read as |
 |---|---|
-| `1,234.5`, `1{,}234.5`, `1 234.5` | a number, its digits grouped |
+| `1,234.5`, `1{,}234.5`, `1 234.5` | a number with grouped digits |
 | `-3/4`, `\frac{3}{4}`, `1\frac{3}{4}`, `1 3/4` | fractions and mixed numbers |
 | `4.5e33`, `4.5 x 10^33`, `10^{-3}` | powers of ten |
 | `0.1\overline{6}` | a repeating decimal |
-| `60\%` | 60, and a percent sign |
-| `1\,000,99 €`, `1.234,56`, `3{,}14` | decimal commas, where they can be nothing else |
-| `101_2`, `(101)_{2}`, `1A_{16}`, "101 base 2" | digits, and their base |
+| `60\%` | 60 with a percent sign |
+| `1\,000,99 €`, `1.234,56`, `3{,}14` | decimal commas, if the comma can be nothing else |
+| `101_2`, `(101)_{2}`, `1A_{16}`, "101 base 2" | digits with their base |
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fractions import Fraction
 
 from igpo_jax.rewards.math.tokens import Token, Tokens, enclosed
 
-MAX_DIGITS = 400  # of a number, and of its decimal exponent; the parser has what is larger
-TOLERANCE = Fraction(1, 10**6)  # relative; only where no finite decimal can be exact
+MAX_DIGITS = 400  # of a number, and the largest decimal exponent; the parser reads larger ones
+TOLERANCE = Fraction(1, 10**6)  # relative; for values that no finite decimal can equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Number:
   """A number and how it was written.
 
   Attributes:
-    value: exact; of "50%" it is 50.
-    decimal: written with a decimal point or an exponent, so possibly rounded.
-    percent: followed by a percent sign.
-    base: the base written beside it, or None.
-    digits: of a number with a base, its digits as text.
+    value: the exact value; 50 for "50%".
+    decimal: whether it has a decimal point or an exponent, so that it may have been rounded.
+    percent: whether a percent sign follows.
+    base: the base that is written beside it, or None.
+    digits: the digits as text, if there is a base; else "".
   """
 
   value: Fraction
@@ -43,7 +43,7 @@ class Number:
 
 
 class _Reader:
-  """Reads a number from the left; every method returns None where it finds none."""
+  """Reads tokens from the left. Its methods return None if what they look for is not there."""
 
   def __init__(self, tokens: Tokens):
     self.tokens = tokens
@@ -86,7 +86,7 @@ class _Reader:
     return sign * int(digits.text)
 
   def braced(self) -> tuple[Fraction, bool] | None:
-    """A signed literal, with or without braces: `(value, decimal)`."""
+    """A literal that may have a sign and braces: `(value, whether it is a decimal)`."""
     braces = self.text() == "{"
     self.at += braces
     sign, literal = self.sign(), self.literal()
@@ -98,7 +98,7 @@ class _Reader:
 
 
 def _decimal(text: str) -> tuple[Fraction, bool] | None:
-  """`(value, decimal)` of a literal."""
+  """`(value, whether it is a decimal)` of a literal; None if its exponent is too large."""
   mantissa, _, exponent = text.lower().partition("e")
   if exponent and abs(int(exponent[:9])) > MAX_DIGITS:
     return None
@@ -110,7 +110,7 @@ def _decimal(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _repeating(reader: _Reader, start: str) -> Fraction | None:
-  r"""The value of `0.1\overline{6}`, `start` being the digits before the bar."""
+  r"""The value of `0.1\overline{6}`; `start` is the text before the bar, "0.1"."""
   if "." not in start or "e" in start.lower():
     return None
   reader.at += 1
@@ -130,7 +130,7 @@ def _repeating(reader: _Reader, start: str) -> Fraction | None:
 
 
 def _unsigned(reader: _Reader) -> tuple[Fraction, bool] | None:
-  """`(value, decimal)` of what stands after the sign."""
+  """A number without its sign: `(value, whether it is a decimal)`."""
   if reader.text() == "10" and reader.text(1) == "^":
     exponent = reader.power_of_ten()
     return _shifted((Fraction(1), True), exponent)
@@ -196,7 +196,7 @@ def _mixed(whole: Fraction, part: tuple[Fraction, bool] | None) -> tuple[Fractio
 
 
 def _grouped_by_blanks(tokens: Tokens) -> Tokens:
-  """ "10 080" as one token; and "1.234,56" and "3,50" beside a currency with a point."""
+  """ "10 080" as one token; other tokens unchanged."""
   first, rest = tokens[0], tokens[1:]
   if (
     len(rest)
@@ -210,6 +210,7 @@ def _grouped_by_blanks(tokens: Tokens) -> Tokens:
 
 
 def _decimal_comma(tokens: Tokens, money: bool) -> Tokens:
+  """ "1.234,56", and "3,50" beside a currency, as one token with a decimal point."""
   if len(tokens) != 3 or tokens[1].text != "," or not tokens[2].text.isdigit() or tokens[2].gap:
     return tokens
   whole, places = tokens[0].text, tokens[2].text
@@ -222,7 +223,7 @@ def _decimal_comma(tokens: Tokens, money: bool) -> Tokens:
 
 
 def _with_base(tokens: Tokens) -> Number | None:
-  r"""`101_2`, `(101)_{2}`, `\text{1A}_{16}` and "101 base 2"."""
+  r"""A number with its base, such as `101_2`, `(101)_{2}`, `\text{1A}_{16}` or "101 base 2"."""
   texts = [token.text for token in tokens]
   at = next((i for i, text in enumerate(texts) if text in ("_", "base")), 0)
   if not at:
@@ -277,11 +278,14 @@ _BASES = {
 
 
 def read(tokens: Tokens, *, money: bool = False) -> Number | None:
-  """The number that the tokens are, its unit taken away before; else None.
+  """Reads one plain number.
 
   Args:
-    tokens: of one answer.
-    money: whether a currency stood beside it, so that "3,50" has a decimal comma.
+    tokens: the whole answer, without its unit.
+    money: whether a currency stood beside it. Then the comma of "3,50" is a decimal comma.
+
+  Returns:
+    The number; None if the tokens are not exactly one plain number.
   """
   if not tokens or len(tokens) > 40:
     return None
@@ -302,12 +306,12 @@ def read(tokens: Tokens, *, money: bool = False) -> Number | None:
 
 
 def scaled(number: Number, scale: Fraction) -> Number:
-  """The number times what "million" and the like stand for."""
+  """The number, multiplied by `scale`: a million for "5 million"."""
   return number if scale == 1 else dataclasses.replace(number, value=number.value * scale)
 
 
 def terminates(value: Fraction) -> bool:
-  """Whether a finite decimal is equal to the value."""
+  """Whether a finite decimal equals the value: 1/4 has one, 1/3 has none."""
   bottom = value.denominator
   for prime in (2, 5):
     while bottom % prime == 0:
@@ -316,7 +320,14 @@ def terminates(value: Fraction) -> bool:
 
 
 def close(one: Fraction, other: Fraction, decimal_one: bool, decimal_other: bool) -> bool:
-  """Equal, or a decimal that rounds what no finite decimal can be equal to."""
+  """Whether two values are equal, or one is a decimal that rounds the other.
+
+  A decimal rounds only what no finite decimal equals: 0.333333 is 1/3, but 0.124999 is not 1/8.
+
+  Args:
+    one, other: exact values.
+    decimal_one, decimal_other: whether each was written as a decimal.
+  """
   if one == other:
     return True
   if decimal_one == decimal_other:
@@ -328,7 +339,10 @@ def close(one: Fraction, other: Fraction, decimal_one: bool, decimal_other: bool
 
 
 def equal(gold: Number, answer: Number) -> bool:
-  """Whether the answer is the gold number: percent signs and a missing base are forgiven."""
+  """Whether the answer equals the gold number.
+
+  60% equals 60 and 0.6. A number without a base is compared with the digits of one that has a base.
+  """
   if gold.base or answer.base:
     if gold.base and answer.base:
       return (gold.base, gold.value) == (answer.base, answer.value)

@@ -1,14 +1,14 @@
-r"""Expressions: tokens to a tree, by recursive descent.
+r"""The parser: from the tokens of an expression to its tree, by recursive descent.
 
     sum      = product {("+" | "-") product}
-    product  = power {["*" | "/" | "mod"] power}        side by side is multiplication
+    product  = power {["*" | "/" | "mod"] power}        without an operator: multiplication
     power    = postfix ["^" exponent]
     postfix  = primary {"!" | "°"}
     primary  = number | symbol | symbol "(" arguments ")" | function argument
              | "(" sum ")" | "|" sum "|" | command with its arguments | matrix
 
-What has no meaning here - a dot, a word among symbols, two numbers side by side - is
-`Unreadable`, so that nothing is equal by accident. Nothing is evaluated.
+Tokens that have no meaning here raise `Unreadable`: a dot, a word among symbols, two numbers side
+by side. Otherwise answers could be equal by accident. Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from igpo_jax.rewards.math.tree import Node, number
 from igpo_jax.rewards.math.words import FUNCTIONS, GREEK, is_prose
 
 MAX_DEPTH = 60  # of the tree
-MAX_RUN = 40  # letters side by side
+MAX_RUN = 40  # letters without a blank between them
 
 _ARGUMENT_COMMANDS = frozenset(
   r"\overline \bar \hat \tilde \dot \ddot \overrightarrow \widehat \widetilde".split()
@@ -53,14 +53,23 @@ def _product(factors: list[Node]) -> Node:
 
 
 class Parser:
-  """Reads one list of tokens from the left; `constructs` reads on where a command begins."""
+  """Reads one list of tokens from the left.
+
+  `at` is the index of the next token. Every method reads from there and moves `at` behind what it
+  has read. `constructs` reads the commands that have arguments.
+
+  Args:
+    tokens: all tokens of the expression.
+    depth: how deep in the whole tree the expression stands.
+    angles: how many trigonometric functions enclose it. Inside one, a degree is pi / 180.
+  """
 
   def __init__(self, tokens: Tokens, depth: int = 0, angles: int = 0):
     self.tokens = list(tokens)
     self.at = 0
     self.depth = depth
-    self.angles = angles  # trigonometric functions around: a degree is pi / 180 there
-    self.bars = 0  # absolute values that are open
+    self.angles = angles
+    self.bars = 0  # number of absolute values that are open
 
   def text(self) -> str:
     return self.tokens[self.at].text if self.at < len(self.tokens) else ""
@@ -74,7 +83,7 @@ class Parser:
     self.at += 1
 
   def inside(self, start: int) -> Tokens:
-    """The tokens of the group whose first token is `start`; moves behind the group."""
+    """The tokens of the group whose first token has the index `start`; `at` moves behind it."""
     end = closing(self.tokens, start)
     if _PAIRS.get(self.tokens[start - 1].text) != self.tokens[end].text:
       raise Unreadable("brackets that do not match")
@@ -126,7 +135,7 @@ class Parser:
     return negative
 
   def starts_factor(self) -> bool:
-    """Whether what follows is multiplied by what stood before, side by side."""
+    """Whether a factor follows without an operator."""
     if self.at >= len(self.tokens):
       return False
     token, before = self.tokens[self.at], self.tokens[self.at - 1]
@@ -141,7 +150,7 @@ class Parser:
     )
 
   def mixed(self) -> Node | None:
-    """`1\\frac{4}{5}` and "1 4/5" where a factor begins: a sum, not a product."""
+    """`1\\frac{4}{5}` and "1 4/5" where a factor begins: a sum, not a product; else None."""
     if self.kind() != "number" or not self.text().isdigit():
       return None
     following = self.tokens[self.at + 1 : self.at + 2]
@@ -177,7 +186,7 @@ class Parser:
     return node
 
   def exponent(self) -> Node:
-    """What follows "^": a group, or one sign and one number or letter."""
+    """What follows "^": a group; or a number or letter, which may have a sign."""
     text = self.text()
     if text in ("{", "("):
       inside = self.inside(self.at + 1)
@@ -194,7 +203,7 @@ class Parser:
     return Node("neg", (node,)) if negative else node
 
   def first_letter(self) -> None:
-    """Splits a run of letters after its first, as TeX does after "^" and `\\frac`."""
+    """Splits the next run of letters after its first letter, as TeX does after "^" and `\\frac`."""
     token = self.tokens[self.at]
     if len(token.text) > 1 and token.text not in GREEK:
       self.tokens[self.at : self.at + 1] = [
@@ -285,7 +294,7 @@ class Parser:
     return self.tree(inside)
 
   def letters(self) -> Node:
-    """A run of letters: a function by name, a word inside `\\text`, else symbols side by side."""
+    """A run of letters: the name of a function, a word inside `\\text`, or a product of symbols."""
     token = self.tokens[self.at]
     text = token.text
     if text in FUNCTIONS:
@@ -309,7 +318,7 @@ class Parser:
     return self.symbol()
 
   def symbol(self) -> Node:
-    """A symbol with its accents, subscripts and primes; called where brackets follow."""
+    """A symbol with its accents, subscripts and primes; or, before brackets, perhaps a call."""
     token = self.tokens[self.at]
     self.at += 1
     if token.text in _ARGUMENT_COMMANDS:
@@ -341,7 +350,7 @@ class Parser:
     return called or Node("symbol", (name,))
 
   def call(self, name: str, token: Token) -> Node | None:
-    """`f(x)` and `I(0)`, where the brackets do not multiply; None elsewhere."""
+    """`f(x)` or `I(0)`: a symbol before brackets, if it is a function; None if it is a factor."""
     if name in ("e", "i", "d", "pi"):
       return None
     inverse = [t.text for t in self.tokens[self.at : self.at + 6]]
@@ -389,6 +398,7 @@ class Parser:
     return node if power is None else Node("pow", (node, power))
 
   def of_function(self, name: str) -> list[Node]:
+    """The arguments of a function, with or without brackets: `sin 2x` is `sin(2x)`."""
     if self.text() in ("(", "[", "{") or (name in _MANY and self.text() == r"\{"):
       return [self.tree(part) for part in split(self.inside(self.at + 1), ",;")]
     if self.text() == "|":
@@ -406,7 +416,7 @@ class Parser:
     return [Node("neg", (node,)) if negative else node]
 
   def argument(self) -> Node:
-    """The argument of a command: a group, or the first digit or letter that follows."""
+    """The argument of a command: a group, or else the next digit or letter, as in `\\frac12`."""
     if self.text() == "{":
       return self.tree(self.inside(self.at + 1))
     token = self.tokens[self.at] if self.at < len(self.tokens) else None
@@ -426,7 +436,10 @@ class Parser:
 def parse(tokens: Tokens) -> Node:
   """The tree of an expression.
 
+  Args:
+    tokens: all tokens of the expression.
+
   Raises:
-    Unreadable: the tokens are none, or not all of one.
+    Unreadable: the tokens are not one complete expression.
   """
   return Parser(()).tree(tokens)

@@ -1,7 +1,7 @@
-r"""Parts: what an answer is made of, read from its tokens.
+r"""The parts of an answer, read from its tokens.
 
-Names and values, the elements of sets, lists and tuples, the cells of matrices, the sides
-of equations. Nothing is compared here (`equivalence` does that) and nothing evaluated.
+Parts are names and values, the elements of sets, lists and tuples, the cells of matrices, and the
+sides of equations. This module compares nothing (`equivalence` does) and evaluates nothing.
 """
 
 from __future__ import annotations
@@ -18,41 +18,49 @@ MAX_PARTS = 64  # elements of one set or tuple
 
 
 class Side:
-  """One of the two answers, and what has been found out about it."""
+  """One of the two answers, with what the rules need to know about it, computed once.
+
+  Args:
+    tokens: of the answer.
+  """
 
   def __init__(self, tokens: Tokens):
     self.tokens = tokens
 
   @functools.cached_property
   def unit(self) -> units.Split:
-    """The answer less its unit."""
+    """The answer, split into its value and its unit."""
     return units.split(self.tokens)
 
   @functools.cached_property
   def number(self) -> numbers.Number | None:
-    """The plain number that the answer is, its unit aside."""
+    """The number, if the answer without its unit is a plain number; else None."""
     unit = self.unit
     number = numbers.read(unit.core, money=unit.money)
     return number and numbers.scaled(number, unit.scale)
 
   @functools.cached_property
   def text(self) -> str | None:
-    """The text that the answer is; None for a number with its unit."""
+    """The answer's words in lower case, if it is a text; None for numbers and expressions."""
     return None if self.number else words.text_of(self.tokens)
 
   @functools.cached_property
   def choice(self) -> tuple[str, bool, Tokens] | None:
-    """The letter of a choice, whether it is marked as one, and the option after it."""
+    """`(letter, marked, option)` of a multiple choice, else None; see `words.choice`."""
     return words.choice(self.tokens)
 
 
 def is_list(tokens: Tokens) -> bool:
-  """Whether a comma, an "and" or an "or" separates several things."""
+  """Whether commas, semicolons, "and" or "or" separate several elements."""
   return len(split(tokens, (",", ";", "and", "or"))) > 1
 
 
 def concluded(tokens: Tokens) -> tuple[list[str], Tokens]:
-  """`(names, value)` of "x = 5", "(p, q) = (3, 2)" and "x = 2 + 3 = 5"; no names elsewhere."""
+  """`(names, value)` of an equation with a name on one side.
+
+  "x = 5" gives (["x"], 5), "(p, q) = (3, 2)" gives (["p", "q"], (3, 2)), and "x = 2 + 3 = 5" gives
+  (["x"], 5). Anything else has no names and is its own value.
+  """
   if is_list(tokens):
     return [], tokens
   sides = names.sides(tokens)
@@ -73,7 +81,11 @@ def concluded(tokens: Tokens) -> tuple[list[str], Tokens]:
 
 
 def reordered(golds: list[str], answers: list[str], value: Tokens) -> Tokens | None:
-  """The tuple `value` of `answers` in the order of `golds`; None where the names differ."""
+  """The tuple `value`, reordered from the order of names `answers` to that of `golds`.
+
+  Returns:
+    The tokens; None if the names differ or `value` is not a tuple of as many elements.
+  """
   group = enclosed(value)
   parts = split(group[1], ",") if group else []
   if sorted(golds) != sorted(answers) or len(parts) != len(golds) or len(set(golds)) < len(golds):
@@ -86,7 +98,7 @@ def reordered(golds: list[str], answers: list[str], value: Tokens) -> Tokens | N
 
 
 def member(tokens: Tokens) -> Tokens:
-  r"""`\{1, 2\}` of `x \in \{1, 2\}`; anything else as it is."""
+  r"""The set `\{1, 2\}` of `x \in \{1, 2\}`; any other tokens unchanged."""
   parts = split(tokens, (r"\in",))
   if len(parts) == 2 and names.name(parts[0]) and parts[1] and parts[1][0].text == r"\{":
     return parts[1]
@@ -94,7 +106,7 @@ def member(tokens: Tokens) -> Tokens:
 
 
 def cells(tokens: Tokens) -> list[list[Tokens]] | None:
-  """The cells of a matrix that is written out; None for anything else."""
+  """The cells of one written-out matrix, row by row; None for anything else."""
   tokens = unwrapped(tokens)
   group = enclosed(tokens)
   while group and len(split(group[1], ",;")) == 1 and "matrix" in (t.kind for t in group[1]):
@@ -110,7 +122,11 @@ def cells(tokens: Tokens) -> list[list[Tokens]] | None:
 
 
 def unwrapped(tokens: Tokens) -> Tokens:
-  """Less the unit, and the brackets that enclose one thing."""
+  """The tokens without a unit and without brackets around a single element.
+
+  Raises:
+    Unreadable: a multiple ("million") of something that is not a plain number.
+  """
   split_off = units.split(tokens)
   if split_off.scale != 1:
     raise Unreadable("a multiple of what is no plain number")
@@ -125,10 +141,10 @@ def unwrapped(tokens: Tokens) -> Tokens:
 
 
 def collection(side: Side) -> tuple[str, list[Tokens]] | None:
-  r"""`(kind, elements)` of a set, a list or a tuple; None for one thing alone.
+  r"""`(kind, elements)` of a set, a list, a tuple or an interval; None for a single element.
 
-  A set is `\{1, 2\}`, a list "1, 2", "1 or 2" or `1 \pm 2`; the kind of a tuple or an
-  interval is its pair of brackets.
+  The kind is "set" for `\{1, 2\}`, "list" for "1, 2", "1 or 2" and `1 \pm 2`, and for a tuple
+  or an interval its two brackets, such as "()" or "[)".
   """
   tokens = words.bare(side.tokens)
   group = enclosed(tokens)
@@ -146,7 +162,7 @@ def collection(side: Side) -> tuple[str, list[Tokens]] | None:
 
 
 def listed(tokens: Tokens) -> list[Tokens]:
-  """What commas, "and" and "or" separate."""
+  """The elements that commas, semicolons, "and" and "or" separate."""
   parts = split(tokens, (",", ";", "and", "or"))
   if any(token.text in ("and", "or") for token in tokens):
     parts = [part for part in parts if part]  # ", and" separates once
@@ -160,7 +176,7 @@ def _checked(parts: list[Tokens]) -> list[Tokens]:
 
 
 def _spread(parts: list[Tokens]) -> list[Tokens]:
-  r"""Each `a \pm b` as its two values."""
+  r"""Replaces each `a \pm b` by its two values."""
   spread: list[Tokens] = []
   for part in _checked(parts):
     if any(token.text == r"\pm" for token in part):
@@ -174,13 +190,17 @@ def _spread(parts: list[Tokens]) -> list[Tokens]:
 
 
 def is_time(tokens: Tokens) -> bool:
-  """Whether this is a time of day such as 10:30, and no ratio."""
+  """Whether this is a time of day such as 10:30 rather than a ratio: two digits after the colon."""
   texts = [token.text for token in tokens]
   return len(texts) == 3 and texts[1] == ":" and len(texts[2]) == 2 and texts[2].isdigit()
 
 
 def relation(tokens: Tokens) -> tuple[Node, str] | None:
-  """`(left - right, sign)` of an equation or an inequality; None for anything else."""
+  """`(tree of left - right, sign)` of an equation or inequality; None for anything else.
+
+  Raises:
+    Unreadable: a chain of more than two sides, or an empty side.
+  """
   sides, signs = sets.relation(tokens) or (names.sides(tokens), ["="])
   if len(sides) == 1:
     return None

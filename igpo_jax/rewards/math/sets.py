@@ -1,10 +1,10 @@
-r"""Sets of real numbers, however they are written.
+r"""Sets of real numbers in all their notations.
 
-Intervals, unions, intersections and differences of them, inequalities (`x \le 2`,
-`0<x<1`, "x < -2 or x > 2"), set builders (`\{x \mid x > 2\}`) and the sets that have a
-name. Each becomes a region: disjoint pieces of the real line in ascending order, whose
-ends are compared as answers are. Ends with variables in them cannot be put in order;
-such pieces are compared as they were written.
+These are intervals, their unions, intersections and differences, inequalities (`x \le 2`,
+`0<x<1`, "x < -2 or x > 2"), set builders (`\{x \mid x > 2\}`) and sets that have a name. Each
+is read as a region: disjoint pieces of the real line in ascending order. The ends of two pieces
+are compared as two answers are. Ends that contain variables have no order, so pieces with such
+ends stay in the order in which they are written.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _PHRASES = {
 
 
 class End(NamedTuple):
-  """An end of an interval: as written, and its value where it has one (infinities too)."""
+  """An end of an interval: its tokens, and its value if it is constant (it may be infinite)."""
 
   tokens: Tokens
   value: object | None
 
 
 class Piece(NamedTuple):
-  """An interval, or a single point."""
+  """An interval or a single point; `low_in` and `high_in` say whether the ends belong to it."""
 
   low: End
   low_in: bool
@@ -86,12 +86,13 @@ _ALL = (Piece(LEFT, False, RIGHT, False),)
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-  """A set, and the variable that it is about.
+  """A set, and the variable of the inequality that describes it.
 
   Attributes:
-    pieces: of the real line.
-    variable: "x" of `x > 2`, None where none is named.
-    name: of a set that is no region of the line, such as `\\Z`; then there are no pieces.
+    pieces: disjoint intervals and points, in ascending order.
+    variable: "x" for `x > 2`; None if no variable is named.
+    name: the name of a set that does not consist of intervals, such as `\\Z`. Then there are no
+      pieces.
   """
 
   pieces: tuple[Piece, ...]
@@ -100,6 +101,7 @@ class Region:
 
 
 def _end(tokens: Tokens) -> End:
+  """Reads an end of an interval; raises `Unreadable` if it is not an expression."""
   tokens = bare(tokens)
   node = parse(tokens)
   if node.op == "infinity":
@@ -129,13 +131,13 @@ def _before(one: End, other: End) -> bool:
 
 
 def _value(end: End) -> Any:
-  """The number of an end that has one (`_ordered`)."""
+  """The value of an end that is known to have one (`_ordered`)."""
   assert end.value is not None
   return end.value
 
 
 def _united(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
-  """Disjoint pieces in ascending order; as they are where their ends have no order."""
+  """The pieces, disjoint and in ascending order; unchanged if their ends have no order."""
   if len(pieces) > MAX_PIECES:
     raise Unreadable("too many intervals")
   if not _ordered(pieces):
@@ -183,7 +185,7 @@ def _intersection(one: tuple[Piece, ...], other: tuple[Piece, ...]) -> tuple[Pie
 def _joined(
   regions: list[Region | None], combine: Callable[[tuple, tuple], tuple]
 ) -> Region | None:
-  """Regions put together; None if one is none, or they are about different variables."""
+  """Combines regions by `combine`; None if one is missing or has a name, or variables differ."""
   plain = [region for region in regions if region is not None and not region.name]
   if not regions or len(plain) < len(regions):
     return None
@@ -205,7 +207,7 @@ def _difference(one: tuple, other: tuple) -> tuple:
 
 
 def read(tokens: Tokens) -> Region | None:
-  """The set that the tokens describe; None where they are anything else."""
+  """The set that the tokens describe; None if they describe something else."""
   tokens = _trimmed(bare(tokens))
   if not tokens:
     return None
@@ -238,14 +240,14 @@ def _read(tokens: Tokens) -> Region | None:
 
 
 def phrase(tokens: Tokens) -> str | None:
-  """The set that words alone name: `\\R` of "all real numbers"; None for other words."""
+  """The set that words name: `\\R` for "all real numbers"; None for other tokens."""
   if not tokens or any(token.kind not in ("word", "letters") for token in tokens):
     return None
   return _PHRASES.get(" ".join(token.text.lower() for token in tokens))
 
 
 def _phrase(tokens: Tokens) -> Region | None:
-  """A set that words name, "all real numbers", and perhaps what it is without."""
+  """A set that words name, which may exclude points: "all real numbers except 2"."""
   at = next((i for i, token in enumerate(tokens) if token.text.lower() == "except"), len(tokens))
   head, rest = tokens[:at], tokens[at + 1 :]
   if head and head[-1].text == ",":
@@ -284,7 +286,7 @@ def _named(name: str) -> Region | None:
 
 
 def _one(tokens: Tokens) -> Region | None:
-  """A set without "or" and "and"."""
+  """Reads a set whose description contains neither "or" nor "and"."""
   if not tokens:
     return None
   parts = split(tokens, (r"\in",))
@@ -325,14 +327,14 @@ def _atom(tokens: Tokens) -> Region | None:
 
 
 def _interval(piece: Piece, variable: str | None = None) -> Region | None:
-  """One interval; None where its ends are the wrong way round, as of a pair of numbers."""
+  """One interval; None if its ends are in the wrong order: then it is a pair of numbers."""
   if _ordered((piece,)) and not _united((piece,)):
     return None
   return Region((piece,), variable)
 
 
 def _half_line(script: str) -> Region | None:
-  r"""`\R^+` and `\R_{>0}`, the positive numbers, and their likes."""
+  r"""The half line that a script on `\R` means: the positive numbers for `\R^+` and `\R_{>0}`."""
   zero = End((Token("number", "0"),), mp.mpf(0))
   if script in ("^+", "_>0", "_+"):
     return Region((Piece(zero, False, RIGHT, False),))
@@ -346,7 +348,7 @@ def _half_line(script: str) -> Region | None:
 
 
 def _builder(head: Tokens, condition: Tokens) -> Region | None:
-  r"""`\{x \in \R \mid x > 2\}`, where a comma in the condition means "and"."""
+  r"""The set `\{x \in \R \mid x > 2\}`. A comma in the condition means "and"."""
   halves = split(head, (r"\in",))
   variable = _variable(halves[0])
   if not variable or len(halves) > 2:
@@ -357,11 +359,11 @@ def _builder(head: Tokens, condition: Tokens) -> Region | None:
   region = _joined(regions, _intersection)
   if region is None or region.variable not in (None, variable):
     return None
-  return dataclasses.replace(region, variable=None)  # it is bound: any letter would do
+  return dataclasses.replace(region, variable=None)  # it is bound: its name does not matter
 
 
 def _variable(tokens: Tokens) -> str | None:
-  r"""The one symbol that a relation is about: `x`, `\theta`, `x_1`, `f(x)`."""
+  r"""The name of the variable that the tokens are: `x`, `\theta`, `x_1` or `f(x)`; else None."""
   tokens = bare(tokens)
   if not tokens:
     return None
@@ -373,7 +375,7 @@ def _variable(tokens: Tokens) -> str | None:
 
 
 def relation(tokens: Tokens) -> tuple[list[Tokens], list[str]] | None:
-  """`(sides, signs)` of a chain of inequalities; None without a sign."""
+  """`(sides, signs)` of a chain of inequalities; None if no sign of inequality is there."""
   sides, signs, start, depth = [], [], 0, 0
   for at, token in enumerate(tokens):
     depth += (token.text in "([{" or token.text == r"\{") - (token.text in (")", "]", "}", r"\}"))
@@ -388,7 +390,7 @@ _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 
 
 def _relation(tokens: Tokens) -> Region | None:
-  r"""`x > 2`, `2 < x \le 5`, `x \ne 3`, and the equation `x = 3`."""
+  r"""The solutions of `x > 2`, `2 < x \le 5`, `x \ne 3`, or of the equation `x = 3`."""
   found = relation(tokens)
   if not found:
     sides = names.sides(tokens)
@@ -421,9 +423,11 @@ def _relation(tokens: Tokens) -> Region | None:
 
 
 def equal(gold: Region, answer: Region, same_end: Callable[[Tokens, Tokens], bool]) -> bool:
-  """Whether two sets are the same, whatever their variables.
+  """Whether two sets are equal. Their variables are not compared.
 
-  `same_end` compares two ends, as answers are compared.
+  Args:
+    gold, answer: the two sets.
+    same_end: whether two ends of intervals, given as tokens, are equal.
   """
   if gold.name or answer.name:
     return gold.name == answer.name

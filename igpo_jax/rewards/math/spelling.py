@@ -1,6 +1,6 @@
-"""Characters: one spelling for what Unicode and Markdown write in many ways.
+"""Characters: replaces the many spellings of Unicode and Markdown by one.
 
-The first step of reading an answer. Every pattern here takes linear time.
+This is the first step of reading an answer. Every pattern here takes linear time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_LENGTH = 2000  # characters; a longer "answer" is not an answer
+MAX_LENGTH = 2000  # characters; a longer text is not read as an answer
 MAX_NESTING = 40  # brackets within brackets
 
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # hyphen .. full width
@@ -123,7 +123,7 @@ def _nesting(text: str) -> int:
 
 
 def without_marks(text: str) -> str:
-  """A text less the Markdown marks that enclose the whole of it: "4" of "**4**"."""
+  """The text without Markdown marks that enclose all of it: "4" for "**4**"."""
   text = text.strip()
   for mark in _MARKS:
     size = len(mark)
@@ -133,7 +133,7 @@ def without_marks(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-  """Less blanks, closing punctuation and line ends at its end."""
+  """The text without blanks around it, and without punctuation and TeX's line breaks at its end."""
   while True:
     shorter = text.rstrip(" \t\r\n.,;:")
     if shorter.endswith("\\\\"):
@@ -146,11 +146,14 @@ def _trimmed(text: str) -> str:
 
 
 def spell(text: str) -> str | None:
-  r"""One spelling of an answer's characters; None where it cannot be an answer.
+  r"""The text in LaTeX's spelling: "x ≤ ½" becomes `x \le \frac{1}{2}`.
 
-  "x ≤ ½" becomes `x \le \frac{1}{2}`. No answer is: a text longer than `MAX_LENGTH`, one
-  nested deeper than `MAX_NESTING`, and one with control, zero-width or unassigned
-  characters. Digits of other alphabets stay what they are: letters to nobody.
+  Digits of other alphabets are left as they are, and no later step reads them as numbers.
+
+  Returns:
+    The spelled text; None if it cannot be an answer. That is a text longer than `MAX_LENGTH`
+    characters, with brackets nested deeper than `MAX_NESTING`, or with control, zero-width or
+    unassigned characters.
   """
   if len(text) > MAX_LENGTH or _nesting(text) > MAX_NESTING:
     return None

@@ -1,9 +1,9 @@
-r"""Tokens: what an answer is written in, LaTeX and plain text alike.
+r"""Tokens: the pieces of an answer, in LaTeX or in plain text.
 
-`lex` turns a spelled text into tokens in one pass. Commands that change only the look
-are dropped, commands that mean the same become one, and the content of `\text{...}` is
-marked as words. So `\dfrac{1}{2}\,\mathrm{cm}` and `\frac 12 \text{ cm}` differ in
-little more than their braces, and the rules that follow need not know about spelling.
+`lex` turns a spelled text into tokens in one pass. Commands that only change the appearance are
+dropped, commands of equal meaning become one, and the content of `\text{...}` is marked as words.
+So the tokens of `\dfrac{1}{2}\,\mathrm{cm}` and `\frac 12 \text{ cm}` differ in little more than
+braces, and later steps need not know all spellings.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 
 class Unreadable(ValueError):
-  """A text that is no answer, or none that can be read."""
+  """The text is not an answer, or it cannot be read."""
 
 
 class Token(NamedTuple):
   r"""One token.
 
   Attributes:
-    kind: "number", "letters" (a run of them, in mathematics or plain text), "word" (the
-      same inside `\text`), "command", "matrix" (the begin or end of one), "symbol".
-    text: as written; of a command with its backslash, after synonyms.
-    gap: whether a blank stands before it.
+    kind: "number"; "letters", a run of letters in mathematics or plain text; "word", a run of
+      letters inside `\text`; "command"; "matrix", the begin or end of one; "symbol".
+    text: as written. That of a command has its backslash, and synonyms are replaced.
+    gap: whether a blank stands before the token.
   """
 
   kind: str
@@ -35,7 +35,7 @@ class Token(NamedTuple):
 
 Tokens = tuple[Token, ...]
 
-# What a command is to the reader. All that is not here stands for itself.
+# What commands mean. A command that is in none of these tables stands for itself.
 _NOTHING = (
   "displaystyle textstyle scriptstyle limits nolimits left right middle big Big bigg Bigg bigl "
   "bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm ensuremath boxed fbox rm bf it mathop "
@@ -156,10 +156,10 @@ class _Lexer:
     self.at = 0
     self.gap = False
     self.out: list[Token] = []
-    # Of each open brace: whether it was emitted, and whether it opened words.
+    # For each open brace: whether it became a token, and whether its content is words.
     self.braces: list[tuple[bool, bool]] = []
-    self.words = 0  # open braces of words
-    self.dropped = 0  # open environments that mean nothing
+    self.words = 0  # number of open braces whose content is words
+    self.dropped = 0  # number of open environments that have no meaning
 
   def emit(self, kind: str, text: str) -> None:
     self.out.append(Token(kind, text, self.gap))
@@ -182,7 +182,7 @@ class _Lexer:
       self.emit("symbol", "}")
 
   def brace_follows(self) -> bool:
-    """Steps over the brace that a command's argument begins with, if there is one."""
+    """Whether a brace follows, as before an argument; if so, moves behind it."""
     after = len(self.text) - len(self.text[self.at :].lstrip(" "))
     if self.text[after : after + 1] != "{":
       return False
@@ -204,7 +204,7 @@ class _Lexer:
     elif bare in _BLANK:
       self.gap = True
     elif bare in "()[]":
-      self.gap = True  # \( and \[ only say where mathematics begins
+      self.gap = True  # \( and \[ only mark where mathematics begins
     elif bare in ("begin", "end"):
       self.environment(bare)
     elif bare in ("mathbb", "Bbb"):
@@ -234,7 +234,7 @@ class _Lexer:
         self.emit("symbol" if symbol or not bare.isalpha() else "command", symbol or name)
 
   def delimiter(self, bare: str) -> None:
-    r"""What stands after \left or \right: a dot is no bracket, < and > are angles."""
+    r"""The bracket after \left or \right: a dot is none, < and > are angle brackets."""
     following = self.text[self.at : self.at + 1]
     if bare in ("left", "right") and following and following in ".<>":
       self.at += 1
@@ -277,7 +277,7 @@ class _Lexer:
       elif piece == "}":
         self.close_brace()
       elif piece == "$" or (piece == "&" and self.dropped):
-        self.gap = True  # a dollar sign without a backslash says where mathematics begins
+        self.gap = True  # a dollar sign without a backslash marks where mathematics begins
       elif piece == "!=" and self.out and self.out[-1].kind == "number" and not self.gap:
         self.emit("symbol", "!")  # "5!=120" is a factorial
         self.emit("symbol", "=")
@@ -288,7 +288,7 @@ class _Lexer:
     return tuple(self.out)
 
   def letters(self, run: str) -> None:
-    """A run of letters; less an "or" that stands close to a value: "x=3orx=5"."""
+    """A run of letters; splits off an "or" or "and" right after a value: "x=3orx=5"."""
     last = self.out[-1] if self.out else None
     after_value = last and not self.gap and (last.kind == "number" or last.text in CLOSING)
     for word in ("or", "and"):
@@ -302,7 +302,7 @@ class _Lexer:
     self.emit("letters", run)
 
   def separator(self) -> None:
-    """Between digits: a comma in braces, or a thin space, kept as a token of its own."""
+    """A comma in braces or a thin space between digits becomes a token of its own."""
     match = _GROUPED.match(self.text, self.at)
     if match and self.text[match.end() : match.end() + 1].isdigit():
       self.at = match.end()
@@ -310,7 +310,7 @@ class _Lexer:
 
 
 def _scripts(tokens: Tokens) -> Tokens:
-  r"""Degree signs and primes out of their superscripts: `90^{\circ}` is 90 and a sign."""
+  r"""Moves degree signs and primes out of superscripts: `90^{\circ}` becomes 90 and "°"."""
   out: list[Token] = []
   at = 0
   while at < len(tokens):
@@ -337,9 +337,9 @@ def _is_group(token: Token) -> bool:
 
 
 def _thousands(tokens: Tokens) -> Tokens:
-  """Numbers whose digits are grouped become one token each; a decimal comma a point.
+  """Joins numbers with grouped digits into one token; turns a decimal comma into a point.
 
-  "1,234,567" is one number, but "(1,234)" is a pair and "1, 234" a list.
+  "1,234,567" is one number, but "(1,234)" is a pair and "1, 234" is a list.
   """
   separators = {"{,}", r"\,", ","}
   if not any(token.text in separators for token in tokens):
@@ -383,7 +383,7 @@ def _thousands(tokens: Tokens) -> Tokens:
 
 
 def _depths(tokens: Tokens) -> list[int]:
-  """Of each token, the index of the bracket that it stands in; -1 at the top."""
+  """For each token, the index of the innermost bracket around it; -1 outside all brackets."""
   stack, depths = [-1], []
   for at, token in enumerate(tokens):
     if token.text in CLOSING and len(stack) > 1:
@@ -395,6 +395,7 @@ def _depths(tokens: Tokens) -> list[int]:
 
 
 def _groups_with_spaced_commas(tokens: Tokens) -> set[int]:
+  """The brackets (as in `_depths`) inside which a blank follows a comma, or a semicolon stands."""
   depths = _depths(tokens)
   return {
     depths[at]
@@ -404,14 +405,17 @@ def _groups_with_spaced_commas(tokens: Tokens) -> set[int]:
 
 
 def _may_group(tokens: Tokens, at: int, depths: list[int], spaced: set[int]) -> bool:
-  """Whether the tight comma at `at` may separate thousands."""
+  """Whether the comma at `at`, which has no blank after it, may separate thousands."""
   tight_before = at >= 2 and tokens[at - 2].text == "," and not tokens[at - 1].gap
   return not tight_before and (depths[at] == -1 or depths[at] in spaced)
 
 
 @functools.lru_cache(maxsize=256)
 def lex(text: str) -> Tokens:
-  """The tokens of a spelled text (`spelling.spell`).
+  """The tokens of a text.
+
+  Args:
+    text: as `spelling.spell` returns it.
 
   Raises:
     Unreadable: braces that do not match, or an environment without a name.
@@ -423,10 +427,10 @@ def lex(text: str) -> Tokens:
 
 
 def closing(tokens: Sequence[Token], at: int) -> int:
-  """The index of the bracket that closes the group which `at` stands inside.
+  """The index of the bracket that closes the innermost group around index `at`.
 
   Raises:
-    Unreadable: there is none.
+    Unreadable: no bracket closes it.
   """
   depth = 1
   for index in range(at, len(tokens)):
@@ -438,7 +442,11 @@ def closing(tokens: Sequence[Token], at: int) -> int:
 
 
 def split(tokens: Sequence[Token], separators: Iterable[str]) -> list[Tokens]:
-  """The parts between separators that neither bracket nor matrix encloses."""
+  """Splits at each token whose text is a separator, outside of brackets and matrices.
+
+  Returns:
+    The parts, one more than there are separators; a part may be empty.
+  """
   found, parts, depth, start = frozenset(separators), [], 0, 0
   for at, token in enumerate(tokens):
     if token.text in OPENING or (token.kind == "matrix" and token.text.startswith("begin")):
@@ -452,9 +460,9 @@ def split(tokens: Sequence[Token], separators: Iterable[str]) -> list[Tokens]:
 
 
 def enclosed(tokens: Sequence[Token]) -> tuple[str, Tokens, str] | None:
-  r"""`(left, inside, right)` where one pair of brackets encloses all; else None.
+  r"""`(left, inside, right)` if one pair of brackets encloses all tokens; else None.
 
-  Intervals may open and close with different brackets.
+  The brackets may be of two kinds, as those of a half-open interval.
   """
   if len(tokens) < 2 or tokens[0].text not in OPENING or tokens[-1].text not in CLOSING:
     return None
@@ -469,7 +477,7 @@ def enclosed(tokens: Sequence[Token]) -> tuple[str, Tokens, str] | None:
 
 
 def written(tokens: Iterable[Token]) -> str:
-  """One string of the tokens, with blanks only where they separate something."""
+  """The tokens as one string, with a blank only between letters and digits that would merge."""
   parts, before = [], ""
   for token in tokens:
     if before[-1:].isalnum() and token.text[:1].isalnum():

@@ -1,4 +1,4 @@
-"""The tree of an expression, and what can be told from it without a value."""
+"""The tree of an expression, and its properties that do not need its value."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 
 class Node(NamedTuple):
-  """A part of an expression.
+  """A node of the tree of an expression.
 
   Attributes:
     op: "number", "symbol", "call" of an unknown function, "function", "add", "mul", "div",
       "inverse", "pow", "neg", "root", "abs", "factorial", "infinity", "matrix", "sum", "product",
       "integral", "limit".
-    args: the parts under it; of a "number" `(value, decimal)`, of a "symbol" its name,
-      of a "call" or a "function" its name and then the arguments.
+    args: the nodes below it. A "number" has (value, whether it is a decimal) instead, a "symbol"
+      its name, and a "call" or a "function" its name followed by its arguments.
   """
 
   op: str
@@ -23,12 +23,12 @@ class Node(NamedTuple):
 
 
 def number(value: int | Fraction, decimal: bool = False) -> Node:
-  """A number as a tree."""
+  """The tree of a number."""
   return Node("number", (Fraction(value), decimal))
 
 
 def leaves(node: Any) -> Iterator[Node]:
-  """The node and all nodes under it."""
+  """The node and all nodes below it."""
   if isinstance(node, Node):
     yield node
     for arg in node.args:
@@ -39,18 +39,19 @@ def leaves(node: Any) -> Iterator[Node]:
 
 
 def _significant(value: Fraction) -> int:
-  """The significant digits of a finite decimal."""
+  """How many significant digits a finite decimal has."""
   while value.denominator > 1:
     value *= 10
   return len(str(abs(value.numerator)).strip("0"))
 
 
 class Facts:
-  """What a tree is made of.
+  """Properties of one or several trees.
 
   Attributes:
-    decimal: it has decimals, of which `rounded` tells whether one may round something.
-    free: it has symbols that are no constants.
+    decimal: whether a number is written as a decimal.
+    rounded: whether a decimal has at least 6 significant digits, so that it may be a rounded value.
+    free: whether there are variables or unknown functions.
   """
 
   def __init__(self, *nodes: Node):
@@ -65,7 +66,7 @@ class Facts:
 
 
 def infinite(node: Node) -> int:
-  """1 and -1 for the two infinities, 0 for anything else."""
+  """1 for infinity, -1 for minus infinity, 0 for anything else."""
   if node.op == "infinity":
     return 1
   return -infinite(node.args[0]) if node.op == "neg" else 0

@@ -1,8 +1,8 @@
-r"""Units, currencies and multiples: what may stand beside a number without being part of it.
+r"""Units, currencies and multiples beside a number.
 
-A unit is set aside: "15 cm" answers 15, and 15 answers `15\text{ cm}^2`. Two units that
-contradict each other are not: 15 cm does not answer 15 m. A multiple is no unit, it
-changes the number: "5 million", "3 dozen".
+A unit is ignored if only one of the two answers has one: "15 cm" equals 15, and 15 equals
+`15\text{ cm}^2`. Two units that contradict each other make the answers different: 15 cm does not
+equal 15 m. A multiple, such as "million" or "dozen", is not a unit: it changes the number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fractions import Fraction
 from igpo_jax.rewards.math.tokens import Token, Tokens
 from igpo_jax.rewards.math.words import GREEK, MULTIPLES, TURNING, bare, looks_like_word, turns
 
-# What is measured: one spelling for each unit, then its others.
+# One line per unit: its name, then its other spellings.
 _SPELLINGS = """
 m: meter meters metre metres
 cm: centimeter centimeters centimetre centimetres
@@ -93,7 +93,7 @@ bit: bits
 byte: bytes
 unit: units
 """
-# Words of a unit that say nothing about which it is.
+# Words of a unit that do not tell units apart.
 _SILENT = frozenset("square sq cubic cu squared per each a an of".split())
 _EXPANDED = {
   "mph": ("mile", "h"),
@@ -108,7 +108,7 @@ UNITS = {
   if line
   for spelling in [line.split(":")[0], *line.split(":")[1].split()]
 }
-_SHORT = frozenset(  # three letters and less, and no unit of measurement
+_SHORT = frozenset(  # nouns of at most three letters that are counted rather than measured
   "box cup egg hat pen dog cat man men boy car bag can jar toy pie pig hen cow kid pea bus art "
   "gas fly ant bee job cue log map net nut oak pan pot rod row rug sit ski tin van way win mph "
   "kph kmh cc bar pts people".split()
@@ -120,12 +120,12 @@ CURRENCIES = {"$": "dollar", r"\$": "dollar", "US$": "dollar"} | {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """An answer and what stood beside it.
+  """An answer, split into its value and its unit.
 
   Attributes:
-    core: the tokens without the unit.
-    names: of each part of the unit, what `UNITS` calls it; None for a word it does not know.
-    scale: what "million" and the like multiply the core by.
+    core: the tokens without unit, currency and multiple.
+    names: for each part of the unit, its name in `UNITS`; None for an unknown word.
+    scale: the factor that a multiple stands for: a million for "5 million".
     money: whether a currency is among the names.
   """
 
@@ -141,13 +141,13 @@ class Split:
 _MONEY = frozenset(CURRENCIES.values())
 _PREFIXES = frozenset("US USD EUR GBP INR Rs CAD AUD HK".split())
 _LONGEST = 24  # tokens of a unit
-_BETWEEN = frozenset(("/", "*", ".", "-"))  # the words of a unit
+_BETWEEN = frozenset(("/", "*", ".", "-"))  # may stand between the words of a unit
 _SIGNS = frozenset(("°", *CURRENCIES))
 _LITERAL = frozenset(("+", "-", "/", "^", "*", "{", "}", "%", "x"))
 
 
 def _is_exponent(tokens: Tokens, at: int) -> int:
-  """How many tokens before `at` are the power of a unit: 2 for `^2`, 5 for `^{-1}`."""
+  """How many tokens before `at` are the power of a unit: 2 for `^2`, 5 for `^{-1}`, 0 for none."""
   for size in (2, 4, 5):
     piece = [token.text for token in tokens[max(0, at - size) : at]]
     if len(piece) == size and piece[0] == "^":
@@ -172,10 +172,10 @@ def _is_noun(text: str) -> bool:
 
 
 def split(tokens: Tokens) -> Split:
-  """Takes currency, unit and multiple away from an answer.
+  """Splits an answer into its value and its unit, currency and multiple.
 
-  What is no unit stays in the core, so an answer without one is its own core. Letters
-  are variables where they can be: "6 x y" and "2 g h" have no unit, nor has `\frac{1}{2} g`.
+  An answer without a unit is its own core. Letters that can be variables are read as variables:
+  "6 x y" and "2 g h" have no unit, and neither has `\frac{1}{2} g`.
   """
   core, names = _without_currency(bare(tokens))
   start = _start_of_unit(core)
@@ -214,7 +214,7 @@ def _called(words: list[str]) -> tuple[str | None, ...]:
 
 
 def _without_currency(tokens: Tokens) -> tuple[Tokens, tuple[str | None, ...]]:
-  r"""Less a currency before the number, which may have its sign before that: `-\$5`."""
+  r"""`(tokens, names)` without a currency before the number; a sign may precede it: `-\$5`."""
   sign = tokens[:1] if tokens and tokens[0].text in ("-", "+") else ()
   rest, names = tokens[len(sign) :], []
   while rest and (
@@ -229,7 +229,7 @@ def _without_currency(tokens: Tokens) -> tuple[Tokens, tuple[str | None, ...]]:
 
 
 def _start_of_unit(tokens: Tokens) -> int:
-  """The index at which the unit after an answer begins; `len(tokens)` without one."""
+  """The index at which the unit after an answer begins; `len(tokens)` if there is none."""
   at = len(tokens)
   while at > max(1, len(tokens) - _LONGEST):
     token = tokens[at - 1]
@@ -250,7 +250,7 @@ def _start_of_unit(tokens: Tokens) -> int:
 
 
 def _may_begin(tokens: Tokens, at: int) -> bool:
-  """Whether a unit can begin at `at`, seen from the answer before it."""
+  """Whether a unit can begin at `at`, given the tokens before it."""
   token, core = tokens[at], tokens[:at]
   if token.text in ("*", "-", ".", "}", "{") or core[-1].text in ("^", "_", "+", "*", "/", "="):
     return False
@@ -283,7 +283,7 @@ def _may_begin(tokens: Tokens, at: int) -> bool:
 
 
 def contradict(gold: Split, answer: Split) -> bool:
-  """Whether both have a unit that is known, and not the same one."""
+  """Whether both have a known unit and these are different units."""
   g, a = (sorted(map(str, split.names)) for split in (gold, answer))
   if not g or not a or "None" in g or "None" in a or "unit" in g or "unit" in a:
     return False

@@ -1,14 +1,14 @@
-r"""Values: whether two expressions are equal, told by evaluating both.
+r"""Values: decides whether two expressions are equal by evaluating both.
 
-Constants are evaluated once, expressions in variables at points of both signs, of several
-sizes, and at whole numbers. Rational arithmetic is exact. What is irrational is computed
-to 50 digits, and two values are equal when they agree to 25, or when their difference
-vanishes as the digits grow.
+Constants are evaluated once. Expressions with variables are evaluated at points of both signs and
+several sizes, and at whole numbers. Rational arithmetic is exact. Irrational values are computed
+to 50 digits. Two of them are equal if they agree to 25 digits, or if their difference shrinks
+as the number of digits grows.
 
-Values are real first, as in school: the cube root of -8 is -2, and a root or logarithm of
-a negative number has none. Points at which one of the two has no value do not count, so
-`\sqrt{1/n}` equals `1/\sqrt{n}` but `\sqrt{x^2}` is not `x`. Expressions with an i in
-them, or without enough real values, are compared by their complex principal values.
+Real values are tried first: the cube root of -8 is -2, and an even root or a logarithm of a
+negative number has no value. Points at which one of the two has no value do not count. So
+`\sqrt{1/n}` equals `1/\sqrt{n}`, but `\sqrt{x^2}` does not equal `x`. Expressions that contain i
+or have too few real values are compared by their complex principal values.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from igpo_jax.rewards.math.tokens import Unreadable
 from igpo_jax.rewards.math.tree import Facts, Node, infinite
 
 DIGITS, MORE_DIGITS = 50, 120
-EXACT, ROUNDED, SUMMED = 1e-25, 1e-6, 1e-12  # relative; the last for limits, integrals, series
-MAX_STEPS = 100_000  # of one comparison
-NEEDED = 3  # points at which both must have values
+# Relative tolerances: of exact values, of rounded decimals, of limits, integrals and series.
+EXACT, ROUNDED, SUMMED = 1e-25, 1e-6, 1e-12
+MAX_STEPS = 100_000  # nodes that one comparison may evaluate
+NEEDED = 3  # number of points at which both expressions must have values
 
 
 class _Pair:
@@ -46,7 +47,7 @@ class _Pair:
     self.summed = False
 
   def at(self, seed: int, real: bool, digits: int = DIGITS) -> tuple[Value, Value] | None:
-    """Both values at one point; None where one has none."""
+    """Both values at one point; None if one of the two has no value there."""
     with mp.workdps(digits):
       evaluator = Evaluator(seed, real, self.budget)
       try:
@@ -58,7 +59,13 @@ class _Pair:
     return values
 
   def points(self):
-    """`(real, values, seed)` at each point with values; complex ones if the real are few."""
+    """Yields `(real, values, seed)` for each point at which both have values.
+
+    Complex values follow if there are fewer than `NEEDED` points with real values.
+
+    Raises:
+      Unreadable: there are too few points even with complex values.
+    """
     seeds = range(sum(count for count, _ in SIZES) + WHOLE) if self.free else range(1)
     for real in (True, False):
       found = 0
@@ -72,7 +79,7 @@ class _Pair:
     raise Unreadable("no values to compare")
 
   def near(self, gold: Value, answer: Value) -> bool:
-    """Whether two numbers are equal as far as their digits go."""
+    """Whether two numbers are equal within the tolerance for how they were computed."""
     g, a = self.facts
     exact = is_exact(gold) and is_exact(answer)
     if exact and (gold == answer or not (g.rounded or a.rounded) or g.decimal == a.decimal):
@@ -92,11 +99,11 @@ def _flat(value: Value) -> tuple[tuple[int, ...], list[Value]]:
 
 
 def same(gold: Node, answer: Node) -> bool:
-  """Whether two expressions are equal wherever both have values.
+  """Whether two expressions are equal at all points at which both have values.
 
   Raises:
-    Unreadable: they have too few.
-    TooLarge: a value, or the work, is beyond the limits.
+    Unreadable: there are too few such points.
+    TooLarge: a value or the number of steps exceeds a limit.
   """
   if infinite(gold) or infinite(answer):
     return infinite(gold) == infinite(answer)
@@ -111,7 +118,7 @@ def same(gold: Node, answer: Node) -> bool:
 
 
 def _vanishes(pair: _Pair, values: tuple[Value, Value], seed: int, real: bool) -> bool:
-  """Whether what two values differ by gets smaller with more digits: it is rounding."""
+  """Whether the difference of two values shrinks with more digits, so that it is rounding."""
   pairs = list(zip(*(_flat(value)[1] for value in values), strict=True))
   if all(is_exact(g) and is_exact(a) and g != a for g, a in pairs):
     return False
@@ -129,7 +136,7 @@ def _vanishes(pair: _Pair, values: tuple[Value, Value], seed: int, real: bool) -
 
 
 def factor(gold: Node, answer: Node) -> Value | None:
-  """The constant that `answer` is multiplied by to be `gold`; None without one."""
+  """The constant c with `gold` = c `answer` at all points; None if there is no such constant."""
   pair = _Pair(gold, answer)
   first: Value = None
   rows = 0
@@ -149,7 +156,11 @@ def factor(gold: Node, answer: Node) -> Value | None:
 
 
 def value_of(node: Node) -> Value | None:
-  """The real value of a constant, exact or to `DIGITS` digits; None for anything else."""
+  """The real value of a constant expression, exact or to `DIGITS` digits.
+
+  Returns:
+    None if the expression has variables, has no real value, or is a matrix.
+  """
   if Facts(node).free:
     return None
   with mp.workdps(DIGITS):

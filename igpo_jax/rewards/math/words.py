@@ -1,7 +1,7 @@
-r"""Words: answers in text, choices by letter, and the number in a sentence.
+r"""Words: text answers, multiple choices, and the value in a sentence.
 
-Words that turn a number into another are one table, `TURNING`: "5 squared", "more than
-5", "5 is wrong" say that the number is not 5. A sentence with one of them holds no answer.
+The table `TURNING` lists words that change the meaning of a number: "5 squared", "more than 5"
+and "5 is wrong" do not say that the answer is 5. A sentence with such a word has no value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GREEK = frozenset(
     "upsilon phi chi psi omega"
   ).split()
 )
-NAMES = FUNCTIONS | GREEK | {"infty", "infinity", "mod"}  # to the parser; never words
+NAMES = FUNCTIONS | GREEK | {"infty", "infinity", "mod"}  # have a meaning in mathematics
 
 _COUNTS = (
   "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -60,7 +60,7 @@ _SHORT = frozenset(  # words of one and two letters, and those of three without 
   "a an i no ok up us we he it is in on at to of or by my so do go if as be me pm am the".split()
 )
 
-MULTIPLES = {  # words after a number that are part of it
+MULTIPLES = {  # words after a number that multiply it
   "hundred": Fraction(100),
   "thousand": Fraction(1000),
   "million": Fraction(10**6),
@@ -83,7 +83,7 @@ MULTIPLES = {  # words after a number that are part of it
 
 
 def looks_like_word(text: str) -> bool:
-  """Whether a run of letters is a word, and not a product of variables such as "abc"."""
+  """Whether a run of letters is a word rather than a product of variables such as "abc"."""
   low = text.lower()
   if low in _SHORT:
     return True
@@ -96,12 +96,12 @@ _PROSE = frozenset("was are the for than not".split())  # "at" is a product in e
 
 
 def is_prose(run: str) -> bool:
-  """Whether a run of letters among symbols is a word of a sentence, and no product."""
+  """Whether a run of letters among symbols is a word of a sentence rather than a product."""
   return run.lower() in _PROSE or (len(run) > 3 and looks_like_word(run))
 
 
 def bare(tokens: Tokens) -> Tokens:
-  """Less brackets that enclose everything, and a command that only names a group."""
+  """The tokens without braces that enclose all of them."""
   group = enclosed(tokens)
   while group and group[0] == "{":
     tokens = group[1]
@@ -113,10 +113,10 @@ _PUNCTUATION = frozenset(("'", ".", "-", "/", "&", "(", ")", '"', "!", "?", ":")
 
 
 def text_of(tokens: Tokens) -> str | None:
-  r"""A text answer in lower case: "east" of `\text{East}.`; None for anything else.
+  r"""A text answer in lower case: "east" for `\text{East}.`; None for anything else.
 
-  It is words, among them perhaps numbers ("June 20"), with at least one that can be
-  nothing but a word. A list, of words or of anything, is not one answer.
+  A text consists of words and perhaps numbers ("June 20"). At least one of its words cannot be
+  read as a product of variables. Texts with "and" or "or" are lists, so they are not one text.
   """
   words, certain = [], False
   for token in bare(tokens):
@@ -144,10 +144,12 @@ _INTRODUCED = frozenset("option choice answer the is letter correct".split())
 
 
 def choice(tokens: Tokens) -> tuple[str, bool, Tokens] | None:
-  r"""The letter of a multiple choice: `(letter, marked, option)`, else None.
+  r"""The letter of a multiple choice, such as "C" in "(C)", "C.", "C) 12" or "option C".
 
-  "C" of `\text{(C)}`, "(C)", "C.", "C) 12", `\textbf{(C)}\ 12` and "option C". `marked`
-  says that a bracket or a point marks it as a choice; `option` is the text after it.
+  Returns:
+    `(letter, marked, option)`, or None. The letter is upper case. `marked` says whether a bracket,
+    a full stop, `\text` or a word such as "option" marks it as a choice. `option` is what stands
+    after it: 12 in `\textbf{(C)}\ 12`.
   """
   tokens = bare(tokens)
   at = 0
@@ -202,7 +204,7 @@ def _is_word(token: Token) -> bool:
 
 
 def _is_name(token: Token) -> bool:
-  """The C of "juice box C", if there is a word on the side of the number."""
+  """Whether a token is a single capital letter, as the C of "juice box C"."""
   return token.kind == "letters" and len(token.text) == 1 and token.text.isupper()
 
 
@@ -210,10 +212,11 @@ _OPERATORS = frozenset(("=", "<", ">", "<=", ">=", "!=", "*", "/", "^", "_", ":"
 
 
 def in_sentence(tokens: Tokens) -> Tokens | None:
-  r"""The value of a sentence that holds exactly one; else None.
+  r"""The value in a sentence that contains exactly one; else None.
 
-  2 of "C costs 2 dollars more than B", `\frac{3}{4}` of `\text{The area is } \frac{3}{4}`.
-  None for fewer than three words outside `\text`, and where a word turns the value.
+  It is 2 in "C costs 2 dollars more than B", and `\frac{3}{4}` in
+  `\text{The area is } \frac{3}{4}`. None if fewer than three words stand outside `\text`, or if
+  a word changes the meaning of the value (`turns`).
   """
   tokens = bare(tokens)
   while tokens and tokens[-1].text in (".", "!", "?"):
@@ -254,7 +257,11 @@ def in_sentence(tokens: Tokens) -> Tokens | None:
 
 
 def turns(before: Sequence[str], after: Sequence[str]) -> bool:
-  """Whether words before and after a number make it another, or none."""
+  """Whether the words around a number change its meaning (`TURNING`).
+
+  Args:
+    before, after: the words before and after the number, in lower case and in order.
+  """
   said = {*before, *after}
   if said & TURNING["anywhere"]:
     return True
