@@ -3,19 +3,19 @@
     python -m benchmarks.accelerator [--torch=DIR] [--seconds=480] [--output=FILE]
         [--rows=64] [--prompt=256] [--gen_length=256] [--block_length=32] [--steps=128]
 
-Random bfloat16 weights of LLaDA-8B's shape are made on the device, with LoRA adapters; no
-file is read. The table has, for a rollout without a cache and with the dual cache, for the
-likelihood, the LoRA update and an evaluation batch: seconds, tokens/s, the share of the
+Random bfloat16 weights of LLaDA-8B's shape are made on the device, with LoRA adapters. No file is
+read. The parts are a rollout without a cache, a rollout with the dual cache, the likelihood, the
+LoRA update and an evaluation batch. For each, the table has seconds, tokens/s, the share of the
 matrix-product peak that the same run measures, and the memory that the compiler plans. Before
-it, every implementation of attention is checked against float32, gradients included.
+that, every implementation of attention is compared with float32, gradients included.
 
-The whole command keeps to --seconds, 8 minutes, which are meant for an H100 or H200. Denoising
-costs the same in every block, so a run measures as many blocks as its time allows and
-extrapolates to all; the column "measured" says from how many. A part that fails, or for which no
-time is left, has a line that says so, and the exit code is 1.
+The whole command takes at most --seconds. The default, 8 minutes, is meant for an H100 or H200.
+Denoising costs the same in every block, so a part measures as many blocks as its time allows and
+extrapolates to all. The column "measured" says how many were measured. If a part fails or no time
+is left for it, its line says so, and the exit code is 1.
 
---torch=DIR also times the PyTorch code for LLaDA that you put there, first and in a process of
-its own (benchmarks/torch_llada.py says which files it looks for).
+--torch=DIR also times the PyTorch code for LLaDA in DIR. It runs first, in a process of its own
+(benchmarks/torch_llada.py says which files it needs).
 
 Prints the table, and as the last line one JSON object (--output=FILE also writes it).
 """
@@ -56,9 +56,9 @@ from igpo_jax.train.setup import Model, compute_copy, make_optimizer, start_stat
 from igpo_jax.types import Rollout
 
 GIB = 2**30
-COMPILE_SECONDS = 45  # kept back for each part that is still to come
-TORCH_SHARE = 0.25  # of all seconds
-TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5}  # relative L2, of attention
+COMPILE_SECONDS = 45  # reserved for each part that is still to come
+TORCH_SHARE = 0.25  # share of --seconds that the PyTorch code may take
+TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5}  # relative L2 error of attention
 
 
 @dataclasses.dataclass
@@ -88,10 +88,10 @@ class Line:
 
 
 class Budget:
-  """A budget of wall seconds, from the start of the command, that is divided among the parts.
+  """A budget of wall time that is divided among the parts. It starts when it is made.
 
   Args:
-    seconds: of all parts together.
+    seconds: for all parts together.
     parts: number of parts.
   """
 
@@ -110,12 +110,14 @@ class Budget:
 
 
 def attention_errors(model, length: int, queries: int) -> dict[str, dict[str, float]]:
-  """Implementation -> relative L2 of its result and gradients, from float32's.
+  """Implementation of attention -> relative L2 errors of its result and of its gradients.
+
+  The errors are those against "einsum" in float32.
 
   Args:
     model: gives heads, head size and the dtype that is checked.
-    length: keys of a row, of which the first are padding in one row.
-    queries: positions that ask.
+    length: number of keys in a row. In one row the first third is padding.
+    queries: number of queries in a row.
   """
   heads, size = (model.n_heads, model.kv_heads), model.head_size
   rng = np.random.default_rng(0)
@@ -123,7 +125,7 @@ def attention_errors(model, length: int, queries: int) -> dict[str, dict[str, fl
   k, v = rng.normal(size=(2, 2, length, heads[1], size))
   weight = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
   valid = jnp.arange(length) >= jnp.array([[0], [length // 3]])
-  # What is checked is the arithmetic: all start from the same rounded numbers.
+  # All start from the same rounded numbers, so that only the arithmetic is compared.
   given = [jnp.asarray(x, jnp.float32).astype(model.dtype) for x in (q, k, v)]
 
   def outcome(name, *qkv):
@@ -147,7 +149,12 @@ def attention_errors(model, length: int, queries: int) -> dict[str, dict[str, fl
 
 
 class Bench:
-  """The model on the device, and the parts that time its programs."""
+  """The model on the device, and the parts of the benchmark, which time its programs.
+
+  Args:
+    args: the options of the command.
+    budget: the time of all parts.
+  """
 
   def __init__(self, args: argparse.Namespace, budget: Budget):
     self.args, self.budget = args, budget
@@ -181,7 +188,7 @@ class Bench:
     self.keys = jax.random.split(keys[1], args.rows)
 
   def denoising(self, name: str, sampler: SamplerConfig, seconds: float) -> Line:
-    """Sampling of all rows: as many blocks as fit into so many seconds, at least one."""
+    """Times the sampling of all rows: as many blocks as fit into `seconds`, at least one."""
     args, blocks = self.args, sampler.num_blocks
     position = jnp.arange(args.gen_length)
 
@@ -214,7 +221,7 @@ class Bench:
     )  # fmt: skip
 
   def rollout(self) -> Rollout:
-    """A batch of prompts with random completions and advantages, hints in a fifth of it."""
+    """Prompts with random completions and advantages; a fifth of the tokens are hints."""
     args, config = self.args, self.config
     p, g, length = config.rl.prompts_per_step, args.group, args.gen_length
     keys = jax.random.split(jax.random.key(3), 3)
@@ -230,7 +237,7 @@ class Bench:
     )
 
   def learning(self, seconds: float) -> list[Line]:
-    """Old and reference log-probabilities, then one update of the adapters."""
+    """Times the old and reference log-probabilities, then the update of the adapters."""
     args, config = self.args, self.config
     optimizer = make_optimizer(config.rl_optimizer, 1)
     state, frozen = start_state(self.model, optimizer, self.mesh)
@@ -267,14 +274,17 @@ class Bench:
     return lines
 
   def wait(self, compiled: Callable, given: tuple) -> tuple[float, Any]:
-    """(Seconds, result) of one run."""
+    """(seconds, result) of one run."""
     jax.block_until_ready(given)
     began = time.perf_counter()
     out = jax.block_until_ready(compiled(*given))
     return time.perf_counter() - began, out
 
   def repeat(self, run: Callable[[], Any], seconds: float) -> tuple[float, Any]:
-    """(Median seconds, last result) of --repeats runs, or fewer in that time, after a first one."""
+    """(median seconds, last result) of --repeats runs, or of as many as `seconds` allow.
+
+    One run before them is not timed.
+    """
     jax.block_until_ready(run())
     times, began = [], time.monotonic()
     while len(times) < self.args.repeats and (not times or time.monotonic() - began < seconds):
@@ -292,7 +302,7 @@ class Bench:
 
 
 def run_parts(bench: Bench, report: Callable[[Line], None]) -> None:
-  """Every part in turn; what fails or has no time left is a line, too."""
+  """Runs every part in turn. A part that fails or has no time left also gets a line."""
   sampler = bench.sampler
   denoising = {
     "rollout, no cache": sampler,
@@ -317,13 +327,13 @@ def run_parts(bench: Bench, report: Callable[[Line], None]) -> None:
 
 
 def failure(error: BaseException) -> str:
-  """One short line for an error."""
+  """An error as one short line."""
   text = " ".join(str(error).split())
   return f"failed: {type(error).__name__}: {text[:300]}"
 
 
 def torch_lines(args: argparse.Namespace) -> list[Line]:
-  """The PyTorch code's rollouts, in a process of its own that is gone afterwards."""
+  """Times the rollouts of the PyTorch code in a process of its own, which frees its memory."""
   seconds = TORCH_SHARE * args.seconds
   setting = {
     "config": hf_config(common.model_config(args)),
@@ -347,7 +357,7 @@ def torch_lines(args: argparse.Namespace) -> list[Line]:
 
 
 def table(lines: list[Line], peak: float) -> str:
-  """The lines as Markdown."""
+  """The lines as a Markdown table; `peak` is in FLOPs per second."""
   rows = [
     "| part | seconds | measured | tokens/s | of the matrix peak | planned, GiB | compiled in, s |",
     "|---|---|---|---|---|---|---|",
@@ -369,7 +379,11 @@ def table(lines: list[Line], peak: float) -> str:
 
 
 def check_options(args: argparse.Namespace) -> None:
-  """Raises `UserError` for sizes that do not go together, before anything is made."""
+  """Checks the options before any work.
+
+  Raises:
+    UserError: sizes that do not fit together, or no PyTorch code in --torch.
+  """
   for name in ("rows", "prompt", "group", "lora_rank", "repeats"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: at least 1")

@@ -1,16 +1,19 @@
-"""Fine-tuning on aligned traces against verbose ones, at equal steps, over seeds.
+"""Fine-tuning on aligned traces compared with verbose ones, at equal steps, over seeds.
 
     python -m benchmarks.alignment --workdir=runs/alignment [--seeds=0,1,2] [--steps=300]
         [--arms=aligned,verbose,grouped,fitting] [--detours=1] [--long=80]
 
-The generated task with verbose traces (`--detours` at each step on average): most are longer
-than the window that RL samples, nearly all fit `--long`. Arms: `aligned`, after
-`python -m igpo_jax.rewrite --mode=trim --rules=chains`; `verbose`, as they are, responses
-padded to the long length; `grouped`, the same in batches of like length, so that canvases of
-the window's length are among them; `fitting`, those of the verbose ones that fit the window.
-Same model, problems, steps and rows per step; held-out accuracy is taken within the window
-and with the long canvas. Interrupted, it goes on where it was. Writes results.json and
-table.md to the workdir and prints the table.
+The task is generated, with verbose traces (`--detours` per step on average). Most traces are longer
+than the window that RL samples; nearly all fit `--long` tokens. The arms are
+
+    aligned   traces shortened by `python -m igpo_jax.rewrite --mode=trim --rules=chains`
+    verbose   the verbose traces, padded to the long length
+    grouped   the verbose traces in batches of similar length, so that some have the window's length
+    fitting   only those verbose traces that fit the window
+
+All arms have the same model, problems, steps and rows per step. Held-out accuracy is measured with
+a canvas of the window's length and with the long one. An interrupted command continues where it
+was. It writes results.json and table.md to the workdir and prints the table.
 """
 
 from __future__ import annotations
@@ -42,25 +45,26 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What the arms share: steps, detours at each step, and the long canvas."""
+  """What all arms share: SFT steps, detours per step of a trace, and the long length in tokens."""
 
   steps: int
   detours: float
   long: int
 
   def lengths(self, arm: str) -> tuple[int, ...]:
-    """Lengths that responses are padded to."""
+    """The lengths to which an arm's responses are padded."""
     if arm == "grouped":
       return tuple(sorted({WINDOW, *range(WINDOW, self.long, 2 * BLOCK), self.long}))
     return (self.long,) if arm == "verbose" else (WINDOW,)
 
 
 def verbose_source(seed: int, setting: Setting) -> str:
+  """URI of the verbose training data of a seed."""
   return f"{TASK}&split=train&n=20000&seed={100 + seed}&detours={setting.detours:g}"
 
 
 def align(seed: int, setting: Setting, output: epath.Path) -> None:
-  """The command that a user would give."""
+  """Writes the aligned traces to `output`, by the command that a user would run."""
   options = {
     "mode": "trim", "rules": "chains", "verifier": "exact", "tokenizer": "char",
     "source": verbose_source(seed, setting), "output": output, "max-tokens": WINDOW,
@@ -71,6 +75,7 @@ def align(seed: int, setting: Setting, output: epath.Path) -> None:
 
 
 def make_config(arm: str, seed: int, setting: Setting, aligned: epath.Path) -> Config:
+  """The config of an arm; `aligned` is the file of aligned traces."""
   config = default_config()
   config.seed = seed
   config.stages = ("sft",)
@@ -95,7 +100,11 @@ def make_config(arm: str, seed: int, setting: Setting, aligned: epath.Path) -> C
 
 
 def run_arm(config: Config, long: int, workdir: epath.Path) -> dict:
-  """Fine-tunes and evaluates; the accuracies within the window and with the long canvas."""
+  """Fine-tunes and evaluates.
+
+  Returns:
+    "window" and "long", the metrics with a canvas of each length, and "seconds" of the first.
+  """
   began = time.perf_counter()
   within = train(config, workdir)["eval"]["sft/test"]
   seconds = time.perf_counter() - began
@@ -105,7 +114,7 @@ def run_arm(config: Config, long: int, workdir: epath.Path) -> dict:
 
 
 def mean_and_error(values: list[float]) -> str:
-  """Mean over seeds with its standard error."""
+  """The mean over seeds with its standard error, as text; only the mean for one seed."""
   mean = sum(values) / len(values)
   if len(values) < 2:
     return f"{mean:.3f}"
@@ -114,7 +123,7 @@ def mean_and_error(values: list[float]) -> str:
 
 
 def table(results: dict[str, dict[str, dict]], long: int) -> str:
-  """One row per arm, seeds in the order they were asked for."""
+  """The Markdown table, one row per arm; seeds are in the order of --seeds."""
   lines = [
     f"| SFT on | seeds, within {WINDOW} tokens | mean | with {long} tokens, mean |",
     "|---|---|---|---|",

@@ -1,8 +1,8 @@
 """Parts that all benchmarks use: the model, the machine's peak, interleaved timing, JSON.
 
-A number can only be compared with others of its own run. So every benchmark measures in the same
-process how fast the machine multiplies matrices, and takes its cases in turns (A B C A B C ...), so
-that a machine that slows down slows all of them.
+A number can only be compared with others of its own run. So every benchmark also measures how fast
+the machine multiplies matrices. It runs its cases in turns (A B C A B C ...): a machine that slows
+down slows all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LLADA_8B = ModelConfig(
 )  # fmt: skip
 MODELS = {"bench": BENCH_MODEL, "tiny": TINY_MODEL, "8b": LLADA_8B}
 
-# [rows, in, out] of products: the bench model's own, its head, and two that are large.
+# [rows, in, out] of matrix products: those of the bench model and its head, and two large ones.
 CPU_SHAPES = (
   (2048, 512, 512), (2048, 512, 1536), (256, 512, 32_000), (1024, 1024, 1024), (2048, 2048, 2048),
 )  # fmt: skip
@@ -71,9 +71,17 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 class MatmulPeak:
-  """The machine's matrix-product peak: the fastest of a few shapes, over all samples.
+  """The machine's peak for matrix products: the fastest of a few shapes, over all samples.
 
-  Call `sample()` beside the cases, so that the peak is that of the same minutes.
+  Call `sample()` between the cases, so that the peak is measured in the same minutes.
+
+  Args:
+    dtype: of the matrices.
+    shapes: (rows, in, out) of the products; default: shapes that suit the platform.
+    seconds: duration of one sample of one shape.
+
+  Attributes:
+    best: "ROWSxINxOUT" -> the highest FLOPs per second so far.
   """
 
   def __init__(self, dtype: str, shapes=None, seconds: float = 0.1):
@@ -90,7 +98,7 @@ class MatmulPeak:
     down = (jax.random.normal(keys[2], (fan_out, fan_in)) / fan_out**0.5).astype(self.dtype)
 
     @jax.jit
-    def run(times):  # there and back, so that one product is the next one's input
+    def run(times):  # two products, so that the result is an input for the next round
       return jax.lax.fori_loop(0, times, lambda _, x: (x @ up) @ down, x)
 
     def rate(times: int) -> tuple[float, float]:
@@ -146,11 +154,20 @@ class CompileCounter:
 def time_cases(
   cases: dict[str, Callable[[], Any]], repeats: int, peak: MatmulPeak, counter: CompileCounter
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-  """(seconds of each case, facts of the run for its JSON). Compile the cases before.
+  """Times cases in turns. Compile them before.
 
-  The cases are taken in turns, and every other round backwards, so that a case does not always run
-  after the same other one. The facts are the machine's peak in these minutes and the number of
-  compilations; those while timing are counted on their own (none if the cases were warm).
+  Every other round runs backwards, so that a case does not always follow the same other case.
+
+  Args:
+    cases: name -> a function that runs the case and returns arrays to wait for.
+    repeats: number of rounds.
+    peak: is sampled before each round.
+    counter: counts compilations.
+
+  Returns:
+    (seconds of each run of each case, facts of the run for its JSON). The facts are the machine's
+    peak and the number of compilations. Those that happened while timing are counted separately;
+    there should be none.
   """
   before = counter.count
   seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -171,11 +188,11 @@ def time_cases(
 
 
 def compile_facts(lower, *args, **kwargs) -> tuple[Any, dict[str, float]]:
-  """Compiles ahead of time: (the compiled program, {seconds of compilation, bytes of memory, ...}).
+  """Compiles ahead of time: (the compiled program, its facts: seconds to compile, bytes of memory).
 
   Args:
     lower: a jitted function, or the `lower` of one.
-    *args, **kwargs: the arguments that it is lowered for.
+    *args, **kwargs: the arguments for which it is lowered.
   """
   began = time.perf_counter()
   compiled = getattr(lower, "lower", lower)(*args, **kwargs).compile()
@@ -194,7 +211,7 @@ def compile_facts(lower, *args, **kwargs) -> tuple[Any, dict[str, float]]:
 
 
 def peak_memory() -> dict[str, int]:
-  """Peak resident bytes of the process, and peak bytes of the device if it counts them."""
+  """Peak resident bytes of this process, and peak bytes of the device if it reports them."""
   unit = 1 if sys.platform == "darwin" else 1024
   facts = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
   stats = jax.devices()[0].memory_stats()
@@ -223,7 +240,12 @@ def machine() -> dict[str, Any]:
 
 
 def emit(result: dict[str, Any], output: str | None = None) -> None:
-  """Prints one JSON object with the machine's facts; --output=FILE also writes it."""
+  """Prints a result, with facts about memory and machine, as one JSON object.
+
+  Args:
+    result: of the benchmark.
+    output: a file to write the object to as well.
+  """
   text = json.dumps({**result, "memory": peak_memory(), "machine": machine()}, indent=2)
   print(text)
   if output:

@@ -1,8 +1,8 @@
-"""python -m benchmarks.compile_time: seconds to compile an update against depth, as JSON.
+"""Time to compile an update for two depths of the model: `python -m benchmarks.compile_time`.
 
-The layers are one scanned block, so 32 of them should compile as fast as 8. Timed are
-the tracing and XLA's compilation of the policy update of the bench model's width, the
-two depths in turns; no program is run.
+The layers are one scanned block, so 32 layers should compile as fast as 8. Tracing and XLA's
+compilation of the policy update are timed, at the width of the bench model, with the two depths in
+turns. No program is run. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def update_program(width: str, layers: int):
 
 
 def seconds_to_compile(width: str, layers: int) -> float:
-  """Of tracing, lowering and compiling, nothing cached."""
+  """Seconds for tracing, lowering and compiling, with empty caches."""
   program = update_program(width, layers)
   jax.clear_caches()
   began = time.perf_counter()
@@ -49,7 +49,7 @@ def seconds_to_compile(width: str, layers: int) -> float:
 
 
 def measure(width: str, repeats: int) -> dict:
-  """Seconds for each depth, and the ratio of their medians."""
+  """Seconds for each depth, and the ratio of their medians, deep by shallow."""
   seconds: dict[int, list[float]] = {layers: [] for layers in DEPTHS}
   for _ in range(repeats):
     for layers in DEPTHS:

@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/convert.py [--layers=10] [--threads=4] [--workdir=DIR]
 
-The default model has a 126,464-word vocabulary, width 2048 and 10 layers: 2.1 GB in
-bfloat16. Each conversion is a process of its own; the peak is the kernel's figure
-for it (`ru_maxrss`, what /usr/bin/time -v calls maximum resident set size). Prints
-one JSON object; what was written is deleted.
+The default model has a vocabulary of 126,464 tokens, width 2048 and 10 layers: 2.1 GB in bfloat16.
+Each conversion is a process of its own. Its peak memory is the kernel's `ru_maxrss`, which
+/usr/bin/time -v calls maximum resident set size. Prints one JSON object. All files that were
+written are deleted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import time
 
 
 def write_model(directory: pathlib.Path, layers: int) -> None:
-  """Writes a Hugging Face directory of random weights."""
-  # Imported here only: a child process is charged with its parent's memory at the
-  # fork, so the process that starts the conversions has to stay small.
+  """Writes a Hugging Face directory with random bfloat16 weights."""
+  # These imports are in the child only. The kernel counts the parent's memory at the fork as the
+  # child's, so the process that starts the conversions has to stay small.
   import ml_dtypes
   import numpy as np
 
@@ -34,7 +34,7 @@ def write_model(directory: pathlib.Path, layers: int) -> None:
   from igpo_jax.convert.arrays import Arrays
 
   class Noise(Arrays):
-    """Random bfloat16 of any size: one block of noise, read again and again."""
+    """Random bfloat16 arrays of any size; all are read from one block of noise."""
 
     def __init__(self, entries):
       self.shapes = {entry.name: entry.shape for entry in entries}
@@ -57,7 +57,7 @@ def write_model(directory: pathlib.Path, layers: int) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-  """Runs a command: wall time in seconds, peak resident memory in MB."""
+  """Runs a command and measures wall time in seconds and peak resident memory in MB."""
   began = time.monotonic()
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
   _, status, usage = os.wait4(process.pid, 0)
@@ -68,7 +68,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, *options: str) -> dict[str, float]:
-  """Measures one conversion."""
+  """Measures one conversion of `source` to `target`."""
   command = [sys.executable, "-m", "igpo_jax.convert", f"--source={source}", f"--target={target}"]
   return measure([*command, *options])
 

@@ -1,14 +1,13 @@
-"""What caches and parallel commits cost in accuracy and buy in calls, on a trained model.
+"""Accuracy and number of calls with caches and parallel commits, on a trained model.
 
     python -m benchmarks.decoding --workdir=runs/quickstart [--config=configs/quickstart.py]
         [--cases=none,prefix,dual,none+threshold=0.9,...] [--rows=64] [--problems=0]
 
-Takes the newest checkpoint of a finished run and completes its test problems greedily in
-each case (benchmarks/denoise.py tells how a case is written; every case makes at most one
-step for each position, so that thresholds and factors have something to save). The cases
-are taken in turns, batch by batch. "calls" are those that a batch of `--rows` made, on
-average; "alone" those that a row would have needed by itself. Prints a table, and one JSON
-object as the last line.
+Completes the test problems of a finished run greedily, with its newest checkpoint, in each case
+(benchmarks/denoise.py explains how a case is written). Every case has one step per position unless
+it says otherwise, so that thresholds and factors can save steps. The cases run in turns, batch by
+batch. "calls" is the mean number of calls that a batch of `--rows` made; "alone" is the mean number
+that a row would have needed by itself. Prints a table, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -48,7 +47,16 @@ CASES = (
 
 
 def trained_params(workdir: epath.Path, model, stage: str):
-  """The newest parameters of a stage's checkpoints, in place of the model's own."""
+  """The newest parameters among a stage's checkpoints.
+
+  Args:
+    workdir: of a finished run.
+    model: gives structure and sharding of the parameters.
+    stage: "sft" or "rl".
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
   directory = workdir / "checkpoints" / stage
   step = Checkpoints(directory).latest() if directory.exists() else None
   if step is None:
@@ -57,7 +65,7 @@ def trained_params(workdir: epath.Path, model, stage: str):
 
 
 def canvas_of(batch, lm, length: int) -> Canvas:
-  """A batch of prompts with everything after them masked."""
+  """Canvases of a batch of prompts: `length` masks follow each prompt."""
   masks = np.full((len(batch.tokens), length), lm.mask_id, np.int32)
   no, yes = np.zeros(masks.shape, bool), np.ones(batch.tokens.shape, bool)
   return Canvas(
@@ -68,7 +76,7 @@ def canvas_of(batch, lm, length: int) -> Canvas:
 
 
 def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict:
-  """Every case on every problem: {case: results}."""
+  """Runs every case on every problem: case -> its results."""
   mesh = make_mesh(1, 1, 1, jax.devices()[:1])
   tokenizer = make_tokenizer(config, workdir)
   model = make_model(config, tokenizer, mesh)
@@ -117,7 +125,7 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
     for name, cfg in cases.items():
       correct = scorer(texts[name], asked).correct
       low, high = wilson(float(np.mean(correct)), len(correct))
-      # What a call with a cache sees, on average over the blocks.
+      # Mean number of positions that a call with a cache reads, over the blocks.
       seen = sum(cached_widths(cfg)) // cfg.num_blocks if cfg.cache != "none" else positions
       whole, part = (
         forward_flops(lm_config(model, config), 1, n, positions, cfg.block_length, cfg.block_length)
@@ -136,7 +144,7 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
 
 
 def lm_config(model, config: Config):
-  """The model's sizes, as `forward_flops` wants them."""
+  """The model config with the actual vocabulary size, for `forward_flops`."""
   return dataclasses.replace(config.model, vocab_size=model.lm.vocab_size)
 
 

@@ -1,15 +1,14 @@
-"""Denoising: seconds, tokens per second and utilisation, exact and cached.
+"""Denoising: seconds, tokens per second and utilization, without and with caches.
 
     python -m benchmarks.denoise [--model=bench] [--rows=8] [--prompt=128] [--gen_length=128]
         [--block_length=32] [--steps=64] [--cases=none,prefix,dual] [--repeats=3]
 
-Random weights, no early stop, temperature 0 unless told otherwise: every run makes all
-its steps. A case is a cache ("none", "prefix", "dual"), with "+threshold=X", "+factor=X",
-"+refresh=N", "+temperature=X", "+steps=N" or "+batches=N" (see `SamplerConfig.batch_sizes`)
-behind it. With --ragged the rows are finished after different blocks, evenly spread. The
-cases are taken in turns, the machine's matrix-product peak is measured between them, and
-utilisation is the FLOPs that a case needs by its seconds and that peak. Prints one JSON
-object.
+Weights are random, and there is no early stop: every run makes all its steps. A case is a cache
+("none", "prefix", "dual"), which may be followed by "+threshold=X", "+factor=X", "+refresh=N",
+"+temperature=X" (default 0), "+steps=N" or "+batches=N" (see `SamplerConfig.batch_sizes`). With
+--ragged the rows end after different blocks, evenly spread. The cases run in turns, and the
+machine's peak for matrix products is measured between them. Utilization is the FLOPs that a case
+needs, divided by its seconds and by that peak. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from igpo_jax.models import make_lm
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.types import Canvas
 
-OPTIONS = {  # of a case: the sampler's option, and its type
+OPTIONS = {  # option of a case -> (option of the sampler, its type)
   "threshold": ("threshold", float),
   "factor": ("factor", float),
   "refresh": ("refresh_every", int),
@@ -41,7 +40,15 @@ OPTIONS = {  # of a case: the sampler's option, and its type
 
 
 def parse_case(text: str, base: SamplerConfig) -> SamplerConfig:
-  """A sampler from "dual+threshold=0.9+refresh=8"."""
+  """The sampler that a case such as "dual+threshold=0.9+refresh=8" describes.
+
+  Args:
+    text: the case.
+    base: gives all options that the case does not name.
+
+  Raises:
+    UserError: an unknown option, or a value that does not fit.
+  """
   cache, *options = text.split("+")
   changes = {"cache": cache}
   for option in options:
@@ -64,9 +71,16 @@ def needed_flops(
   calls: list[tuple[int, int]],
   decided: int,
 ) -> int:
-  """FLOPs of a run that made (refreshes, other calls) for so many rows in each block.
+  """FLOPs of the matrix products that a run needs.
 
-  The head is needed `decided` times: for a position once in each call until it is committed.
+  Args:
+    model: sizes of the model.
+    cfg: the sampler.
+    rows: number of rows that are still denoised, for each block.
+    length: positions of a row.
+    calls: (refreshes, other calls) of each block.
+    decided: number of positions to which the head is applied, over all calls: each position counts
+      once in every call until it is committed.
   """
   total = forward_flops(model, 1, 1, 1, decided, 0) - forward_flops(model, 1, 1, 1, 0, 0)
   for active, (refreshes, others), width in zip(rows, calls, seen_widths(cfg), strict=True):
@@ -77,13 +91,18 @@ def needed_flops(
 
 
 def seen_widths(cfg: SamplerConfig) -> list[int]:
-  """Positions that a call which is no refresh has to see, for each block."""
+  """For each block, how many positions a call reads that does not refresh the cache."""
   left = [cfg.gen_length - block * cfg.block_length for block in range(cfg.num_blocks)]
   return left if cfg.cache == "prefix" else [cfg.block_length] * cfg.num_blocks
 
 
 def calls_by_block(cfg: SamplerConfig, commit_step) -> list[tuple[int, int]]:
-  """(refreshes, other calls) of each block, from the steps at which tokens were committed."""
+  """(refreshes, other calls) of each block, derived from the steps of the commits.
+
+  Args:
+    cfg: the sampler.
+    commit_step: i32[B,T], step at which each position was committed, -1 for fixed positions.
+  """
   per_block, out = cfg.steps_per_block, []
   for block in range(cfg.num_blocks):
     steps = commit_step[(commit_step >= 0) & (commit_step // per_block == block)]

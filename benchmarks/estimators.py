@@ -1,22 +1,24 @@
-"""Estimators and objectives of the field, compared on one task with one code base.
+"""Published estimators and objectives, compared on one task.
 
     python -m benchmarks.estimators --all --workdir=runs/estimators [--jobs=2] [--seeds=5]
     python -m benchmarks.estimators --methods=mean_field,espo,spg --workdir=runs/estimators
     python -m benchmarks.estimators --all --smoke --workdir=DIR
 
-Every method of docs/methods.md is run with GRPO's exploration (none) and with IGPO's (inpaint),
-on the task of `benchmarks.claims`, from the same SFT checkpoint for each seed. First a learning
-rate is chosen for each of these pairs, on seeds that the study does not use: the one with the
-largest area under the accuracy curve. Then each pair is run on the study's seeds.
+Every method of docs/methods.md is run with GRPO's exploration (none) and with IGPO's (inpaint), on
+the task of `benchmarks.claims`. All runs of a seed start from the same SFT checkpoint. First a
+learning rate is chosen for each pair of method and exploration, on seeds that the study does not
+use: the one with the largest area under the accuracy curve. Then each pair is run on the seeds of
+the study.
 
-Methods are compared at equal samples (all runs have as many RL steps) and at equal forwards: a
-run is read off where it has cost as many forward passes as the cheapest whole run. The rate is
-constant after the warm-up, so that a shorter run is a prefix of a longer one. A backward pass
-counts as two forward passes, and one more where views are read twice to save memory.
+Methods are compared in two ways. At equal samples, all runs have the same number of RL steps. At
+equal forwards, the accuracy of a run is taken where it has cost as many forward passes as the
+cheapest run in total. The rate is constant after the warm-up, so a shorter run is the beginning of
+a longer one. A backward pass counts as two forward passes; if views are read twice to save memory,
+as three.
 
-Interrupted in any way, it goes on where it was. Writes table.md, methods.png and results.json to
-the workdir and prints the table: mean and 95% interval (Student's t) over seeds. `--smoke` goes
-the same way on next to nothing, to show that everything runs; its numbers say nothing.
+An interrupted command continues where it was. It writes table.md, methods.png and results.json to
+the workdir and prints the table: mean and 95% interval (Student's t) over seeds. `--smoke` runs
+everything with tiny settings, as a test; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(exploration: str, method: str, rate: float, seed: int, smoke: bool = False) -> Config:
-  """One run's config: the claims' base, the method, a constant rate."""
+  """The config of one run: that of the claims, with the method and a constant learning rate."""
   changes = {
     "rl.exploration": exploration,
     "rl.eval_every": 1 if smoke else EVAL_EVERY,
@@ -129,11 +131,11 @@ def config_of(exploration: str, method: str, rate: float, seed: int, smoke: bool
 
 
 def forwards_per_step(config: Config, all_wrong: float = 0.0) -> float:
-  """Forward passes of one completion in an RL step, for each completion that is learnt from.
+  """Forward passes in an RL step, per completion that is learned from.
 
   Args:
     config: of the run.
-    all_wrong: share of groups that are sampled once more.
+    all_wrong: share of the groups that are all wrong, and therefore sampled again.
   """
   objective, per_view = objective_of(config), forwards_of(config)
   redrawn, updates = estimator_of(config).redrawn, config.rl.inner_updates
@@ -147,7 +149,7 @@ def forwards_per_step(config: Config, all_wrong: float = 0.0) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Run(Task):
-  """A run of the study, "EXPLORATION.METHOD.RATE", or its SFT stage, "sft:aligned"."""
+  """A run of the study, named "EXPLORATION.METHOD.RATE", or its SFT stage, "sft:aligned"."""
 
   @property
   def sft(self) -> str:
@@ -162,11 +164,12 @@ class Run(Task):
 
 
 def name_of(exploration: str, method: str, rate: float) -> str:
+  """The name of a run."""
   return f"{exploration}.{method}.{rate:g}"
 
 
 def area(result: dict) -> float:
-  """Mean accuracy over a run's RL steps, by the trapezoidal rule."""
+  """The mean accuracy over the RL steps of a run, by the trapezoidal rule."""
   steps, values = (np.array(x, float) for x in zip(*result["accuracy"], strict=True))
   if len(steps) < 2:
     return float(values[0])
@@ -174,25 +177,25 @@ def area(result: dict) -> float:
 
 
 def cost(result: dict, config: Config) -> np.ndarray:
-  """Forward passes up to the end of each RL step, for each completion; 0 before the first."""
+  """f64[steps + 1]: forward passes per completion until the end of each RL step; first 0."""
   wrong = np.array(result["curves"]["rl/all_wrong_before"], float)
   return np.concatenate([[0], np.cumsum([forwards_per_step(config, w) for w in wrong])])
 
 
 def accuracy_at(result: dict, config: Config, budget: float) -> float:
-  """Accuracy where a run has cost `budget` forward passes, between evaluations by a line."""
+  """The accuracy when a run has cost `budget` forward passes, interpolated between evaluations."""
   steps, values = (np.array(x) for x in zip(*result["accuracy"], strict=True))
   return float(np.interp(budget, cost(result, config)[steps.astype(int)], values))
 
 
 def fall(result: dict) -> float:
-  """The largest fall of accuracy from the best evaluation before it."""
+  """The largest fall of accuracy below the best evaluation before."""
   values = np.array([accuracy for _, accuracy in result["accuracy"]])
   return float(np.max(np.maximum.accumulate(values) - values))
 
 
 def choose_rates(results: dict, pairs: Sequence[tuple[str, str]], rates, seeds) -> dict:
-  """(exploration, method) -> the rate with the largest mean area on the pilot seeds."""
+  """(exploration, method) -> the learning rate with the largest mean `area` on the pilot seeds."""
   mean = lambda pair, rate: np.mean([area(results[name_of(*pair, rate), s]) for s in seeds])
   return {pair: max(rates, key=lambda rate, pair=pair: mean(pair, rate)) for pair in pairs}
 
@@ -201,7 +204,7 @@ COLUMNS = ("equal samples", "equal forwards", "area", "largest fall", "forwards"
 
 
 def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> list[dict]:
-  """A row for each (exploration, method): rate, and for each column its values by seed."""
+  """A row for each (exploration, method): its rate, and for each column its values by seed."""
   runs = {}
   for (exploration, method), rate in chosen.items():
     name = name_of(exploration, method, rate)
@@ -224,7 +227,7 @@ def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> l
 
 
 def table(rows: list[dict], seeds: Sequence[int]) -> str:
-  """Markdown."""
+  """The rows as a Markdown table: mean and 95% interval over seeds."""
   lines = [
     "| method | exploration | learning rate | accuracy at equal samples | at equal forwards | "
     "area under the curve | largest fall | forwards a step | RL seconds |",
@@ -242,7 +245,7 @@ def table(rows: list[dict], seeds: Sequence[int]) -> str:
 
 
 def draw(rows: list[dict], seeds: Sequence[int], path: epath.Path) -> None:
-  """One picture: a line for each method, a mark for each exploration, two ways to compare."""
+  """Writes the picture: a line per method, a mark per exploration, a panel per comparison."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -3,9 +3,9 @@
     python -m benchmarks.explorations --workdir=runs/explorations [--seed=0]
         [--config=configs/quickstart.py] [--explorations=none,resample,inpaint]
 
-The config's SFT stage runs once; each exploration then starts from a copy of it, with
-the same prompts and the same noise for the policy's own samples. Interrupted, it goes on
-where it was. Writes results.json and table.md to the workdir and prints the table.
+The config's SFT stage runs once. Each exploration then starts from a copy of its run, with the same
+prompts and the same noise for the policy's own samples. An interrupted command continues where it
+was. It writes results.json and table.md to the workdir and prints the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ LABELS = {
 
 
 def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[str]) -> Config:
-  """The config of one arm; an override is "a.b=value" with a JSON value."""
+  """The config of one arm.
+
+  Args:
+    path: the config file.
+    seed: replaces the config's seed.
+    exploration: value of `rl.exploration`.
+    overrides: options as "a.b=value", where the value is JSON.
+
+  Raises:
+    UserError: no such file or option, or a value that is not JSON.
+  """
   if not path.exists():
     raise UserError(f"--config: no such file: {path}")
   config = load_config_file(path)
@@ -47,19 +57,23 @@ def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[s
 
 
 def quarters(rows: list[dict], name: str) -> tuple[float, float]:
-  """Means of a metric over the first and the last quarter of the RL steps."""
+  """The means of a metric over the first and over the last quarter of the RL steps."""
   values = [row[f"rl/{name}"] for row in rows if row["stage"] == "rl"]
   part = max(len(values) // 4, 1)
   return sum(values[:part]) / part, sum(values[-part:]) / part
 
 
 def run_arm(config: Config, workdir: epath.Path, sft_workdir: epath.Path) -> dict:
-  """RL from a copy of the SFT run; returns its summary with the seconds it took."""
+  """Runs RL from a copy of the SFT run.
+
+  Returns:
+    The summary of the run, with "seconds", those of its RL steps, and "all_wrong_quarters".
+  """
   if not workdir.exists():
-    copy = workdir.parent / f"{workdir.name}.tmp"  # renamed when whole: a kill leaves no half
+    copy = workdir.parent / f"{workdir.name}.tmp"  # renamed when complete: no half copy is used
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sft_workdir, copy)
-    # The exploration differs, the SFT stage does not.
+    # The copied SFT stage belongs to this arm's config, too: only RL options differ.
     (copy / "config.json").write_text(json.dumps(as_json(config)))
     copy.rename(workdir)
   summary = train(config, workdir)
@@ -71,7 +85,7 @@ def run_arm(config: Config, workdir: epath.Path, sft_workdir: epath.Path) -> dic
 
 
 def table(results: dict[str, dict], benchmark: str) -> str:
-  """One row per exploration."""
+  """The Markdown table, one row per exploration; `benchmark` is the name of the evaluation."""
   lines = [
     "| exploration | accuracy after SFT | after RL | all wrong before → after | "
     "all wrong, first → last quarter | extra samples correct | RL seconds |",
@@ -105,7 +119,7 @@ def main() -> None:
   configs = {name: load_config(args.config, args.seed, name, args.set) for name in names}
   sft_workdir = args.workdir / "sft"
   first = configs[names[0]]
-  # The SFT stage is the same in all arms; one name for its run whichever arms are asked for.
+  # All arms share the SFT stage. Its config does not depend on which arms are asked for.
   rl = dataclasses.replace(first.rl, exploration="inpaint")
   train(dataclasses.replace(first, stages=("sft",), rl=rl), sft_workdir)
   results = {n: run_arm(c, args.workdir / n, sft_workdir) for n, c in configs.items()}

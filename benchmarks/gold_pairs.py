@@ -1,11 +1,11 @@
-"""Grades different gold answers against each other: one that is called correct is a fault.
+"""Grades gold answers of different problems against each other, to find wrong "correct" verdicts.
 
     python -m benchmarks.gold_pairs DATA
 
 DATA holds gsm8k/train.jsonl, gsm8k/test.jsonl, math500/test.jsonl, amc23/test.jsonl and
-minerva_math/test.jsonl. Every ordered pair of two answers of the last three is graded,
-and random pairs of all until there are `--pairs`. Prints the pairs that are graded equal,
-for a person to look at (72 and 72.0 are), then one JSON object.
+minerva_math/test.jsonl. Every ordered pair of two answers of the last three files is graded, then
+random pairs of all files, up to `--pairs` in total. Prints the pairs that are graded equal, for a
+person to check (72 and 72.0 are equal), then one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EASY = ("gsm8k/test", "gsm8k/train")
 
 
 def golds(data: pathlib.Path, names: tuple[str, ...]) -> list[str]:
-  """The different gold answers of some files, in their order."""
+  """The distinct gold answers of some files, in the order of the files."""
   found = {}
   for name in names:
     for line in (data / f"{name}.jsonl").read_text("utf-8").splitlines():

@@ -2,12 +2,12 @@
 
     python benchmarks/grading.py --generations=GSM8K.jsonl --generations=MATH.jsonl --workers=2
 
-Each file has "question", "completion" and "answer" per line, as `igpo_jax.grade` takes
-them. For each file, in items per second of wall time:
+Each line of a file has "question", "completion" and "answer", as for `igpo_jax.grade`. Items per
+second of wall time are measured for each file in three ways:
 
-  cold      a new scorer, the start of its processes included
-  warm      workers already up, nothing remembered
-  workers   every answer sent to a worker, even what the caller could decide itself
+  cold      with a new scorer, including the start of its processes
+  warm      with running workers, before any verdict is remembered
+  workers   with every answer sent to a worker, even those that the caller could decide itself
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from igpo_jax.rewards.score import Scorer
 
 
 def measure(path: pathlib.Path, workers: int, repeats: int) -> dict:
-  """Items per second for one file, the median of `repeats`."""
+  """Items per second for one file: the medians of `repeats` measurements."""
   rows = list(read_generations(path))
   if not rows:
     raise UserError(f"{path} has no rows")

@@ -1,16 +1,16 @@
-"""Padding of prompts: positions of a row in the rollout, by number of slices.
+"""Padding of prompts: how many positions a row of the rollout has, for numbers of slices.
 
     python -m benchmarks.padding --source=URI [--source=URI ...] [--tokenizer=DIR]
         [--prompts=64] [--buckets=128,256,512] [--slices=1,2,4,8,16] [--processes=1]
         [--completion=256] [--batches=200]
 
-Simulates the batches of a run, without a model: prompts of each source, and of all sources
-in equal shares, are drawn by the trainer's own stream and cut into slices by the trainer's
-own rule. Printed are the mean positions of a row (its slice's bucket and the completion), and
-by how much they fall against one slice. The cost of a denoising step is proportional to
-them, attention aside. With --processes each process sorts its own prompts, as in a run.
-Without --tokenizer a SentencePiece model of 8,000 pieces is trained on the sources. One
-JSON object.
+Simulates the batches of a run, without a model. Prompts of each source, and of all sources in equal
+shares, are drawn by the trainer's own stream and cut into slices by the trainer's own rule. A row
+has as many positions as the bucket of its slice plus the completion. The cost of a denoising step,
+except attention, is proportional to them. Prints one JSON object with the mean positions and with
+the share that is saved compared with one slice. With --processes each process sorts its own
+prompts, as in a run. Without --tokenizer a SentencePiece model of 8,000 pieces is trained on the
+sources.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ PIECES = 8000
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
-  """The numbers above 0 of an option such as --slices=1,2,4."""
+  """The numbers of an option such as --slices=1,2,4.
+
+  Raises:
+    UserError: not numbers separated by commas, or one below 1.
+  """
   try:
     values = tuple(map(int, text.split(",")))
   except ValueError:
@@ -46,13 +50,13 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 def mean_positions(
   lengths: np.ndarray, slices: int, processes: int, buckets: Sequence[int], completion: int
 ) -> float:
-  """Mean positions of a row over all slices of one batch.
+  """The mean number of positions of a row, over all slices of one batch.
 
   Args:
     lengths: i64[P], tokens of each prompt.
-    slices: of each process.
-    processes: each has P / processes of the prompts.
-    buckets: lengths that prompts are padded to.
+    slices: number of slices in each process.
+    processes: number of processes. Each has P / processes of the prompts.
+    buckets: the lengths to which prompts are padded, ascending.
     completion: positions of the completion.
   """
   falling = -np.sort(-lengths.reshape(processes, -1), axis=1)
@@ -65,7 +69,7 @@ def mean_positions(
 
 
 def simulate(records: list[Record], tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
-  """The figures of one source."""
+  """The numbers for one source."""
   stream = PromptStream(records, tokenizer, args.prompts, args.buckets, seed=0)
   batches = [stream.batch(step).valid.sum(axis=1) for step in range(args.batches)]
   lengths = np.concatenate(batches)

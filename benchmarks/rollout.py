@@ -1,16 +1,18 @@
-"""Whole RL steps: IGPO with k of P groups all wrong, against plain GRPO.
+"""Whole RL steps: IGPO with k of P groups all wrong, compared with plain GRPO.
 
     python -m benchmarks.rollout [--model=bench] [--prompts=8] [--group=4] [--prompt=32]
         [--gen_length=32] [--block_length=16] [--steps=4] [--inner_updates=1] [--beta=0.01]
         [--wrong=0,1,2,4,8] [--repeats=3]
 
-The steps are the trainer's own: sample, grade, inpaint the groups that are all wrong,
-score, update. The grader is told how many groups are to be wrong; of all others, and of
-the inpainted ones, it calls every second completion correct. `grpo` is a step with
-exploration "none", whose cost does not depend on the answers. Every round takes one step of
-each case on the same prompts. Prints one JSON object; `extra_share` is what a case costs
-beyond no wrong groups by what all P wrong cost (null where that was not asked for),
-`bucket_share` the share of the prompts that are sampled again for it.
+The steps are the trainer's own: sample, grade, inpaint the groups that are all wrong, score,
+update. The grader is told how many groups to call all wrong. In all other groups and in inpainted
+groups it calls every second completion correct. The case `grpo` is a step with exploration "none";
+its cost does not depend on the answers. Every round makes one step of each case, on the same
+prompts.
+
+Prints one JSON object. `extra_share` is the extra time of a case compared with no wrong groups, as
+a share of the extra time when all P groups are wrong (null if --wrong does not have P).
+`bucket_share` is the share of the prompts that the case samples again.
 """
 
 from __future__ import annotations
@@ -50,17 +52,20 @@ SOURCE = "synthetic:chains?min_steps=6&max_steps=6&split=train&n=512&seed=2"
 
 
 class ToldGrader:
-  """Calls the first `wrong` groups of a step's own samples all wrong, and half of the rest right.
+  """A grader that calls the first groups of a step all wrong, and half of the others correct.
+
+  Args:
+    group_size: completions of a group.
 
   Attributes:
-    wrong: how many groups; set it before a step.
+    wrong: how many groups are called all wrong; `begin` sets it.
   """
 
   def __init__(self, group_size: int):
     self.group_size, self.wrong, self.calls = group_size, 0, 0
 
   def begin(self, wrong: int) -> None:
-    """A new step: its first call is for its own samples, the second for inpainted ones."""
+    """Begins a step. It grades the policy's own samples first, then the inpainted ones."""
     self.wrong, self.calls = wrong, 0
 
   def submit(self, texts, records) -> PendingScores:
@@ -76,7 +81,7 @@ class ToldGrader:
 
 
 def step_flops(config: Config, model: ModelConfig, sampled_again: int) -> int:
-  """FLOPs that a step needs, of products only."""
+  """FLOPs of the matrix products that a step needs; `sampled_again` prompts are sampled twice."""
   rl, sampler = config.rl, config.sampler
   total = config.data.prompt_buckets[0] + sampler.gen_length
   rows = (rl.prompts_per_step + sampled_again) * rl.group_size
@@ -148,7 +153,7 @@ def main() -> None:
 
     for name in cases:  # compiles everything
       jax.block_until_ready(run(name, 0))
-    # Each case counts its own steps: of a round, all take the same prompts.
+    # Each case counts its own steps, so that in a round all take the same prompts.
     steps = {name: itertools.count(1) for name in cases}
     timed = {name: (lambda name=name: run(name, next(steps[name]))) for name in cases}
     seconds, facts = common.time_cases(timed, args.repeats, peak, counter)
@@ -188,7 +193,7 @@ def main() -> None:
 
 
 def model_of(config: Config, model) -> ModelConfig:
-  """The model as it was made: special tokens are the tokenizer's."""
+  """The config of the model that was made: its special tokens are those of the tokenizer."""
   return dataclasses.replace(config.model, mask_id=model.lm.mask_id, eos_id=model.lm.eos_id)
 
 

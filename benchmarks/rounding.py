@@ -1,26 +1,27 @@
-"""How much of small updates a bfloat16 copy of float32 weights shows: nearest and stochastic.
+"""How much of small updates survives in a bfloat16 copy of float32 weights, for two roundings.
 
     python -m benchmarks.rounding [--width=4096] [--outputs=4096] [--rows=256] [--seeds=4]
         [--updates=4,20,100,800] [--rate=5e-7] [--scale=0.02] [--weights=bfloat16]
 
-Full fine-tuning moves a float32 master; what only reads gets it rounded to bfloat16. For
-y = x W with W ~ N(0, scale) [width, outputs], moved by `updates` steps of `rate` in one
-direction (a random sign for each weight, as Adam's first steps are), this compares the move
-of y that the rounded weights make with the move that the master makes. x is of two kinds:
-"other": rows drawn without regard to the update; "own": rows whose signs are the update's,
-the activations that the gradient came from, so that every weight moves y the same way.
+Full fine-tuning updates float32 weights, the master. Sampling and scoring read a copy that is
+rounded to bfloat16. Take y = x W with W ~ N(0, scale) of shape [width, outputs]. W is moved by
+`updates` steps of size `rate` in one direction: a random sign for each weight, as in Adam's first
+steps. This compares the change of y through the rounded weights with the change through the
+master. There are two kinds of rows x. "other" rows are independent of the update. The signs of
+"own" rows are those of the update, as for the activations that the gradient came from, so every
+weight changes y in the same direction.
 
-  share        of the master's move that the copy makes: its regression on the master's
-  noise        root mean square of the rest of it, in units of y
-  signal       root mean square of the master's move, in the same units
-  rounding     root mean square of y - x W at the start: what rounding the weights does anyway
-  activations  root mean square of what rounding y itself to bfloat16 does
+  share        share of the master's change that the copy makes: regression of one on the other
+  noise        root mean square of the rest of the copy's change, in units of y
+  signal       root mean square of the master's change, in units of y
+  rounding     root mean square of the error of y from rounding the weights, before any update
+  activations  root mean square of the error from rounding y itself to bfloat16
 
-"nearest" rounds to the nearest number; "stochastic" up or down by chance, right in the mean,
-with the same chance before and after the move (common random numbers) or a "fresh" one.
---weights=bfloat16: the master begins with numbers that bfloat16 has, as published weights
-are; float32: anywhere, as after training. Mean, least and largest over seeds 0 to seeds - 1.
-One JSON object.
+"nearest" rounds to the nearest number. "stochastic" rounds up or down at random, unbiased, with the
+same random numbers before and after the change; "fresh" draws new ones. --weights=bfloat16 begins
+with numbers that bfloat16 can represent, as in published weights; --weights=float32 begins with any
+numbers, as after training. Prints one JSON object with the mean, the least and the largest value
+over seeds 0 to seeds - 1.
 """
 
 from __future__ import annotations
@@ -42,17 +43,19 @@ BF16 = jnp.bfloat16
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def draw(key, shape, on_grid, scale):
+  """f32[shape] normal weights with standard deviation `scale`; `on_grid`: rounded to bfloat16."""
   w = scale * jax.random.normal(key, shape)
   return w.astype(BF16).astype(jnp.float32) if on_grid else w
 
 
 def measure(seed: int, args: argparse.Namespace) -> dict:
+  """All numbers for one seed: kind of rows -> rounding -> number of updates -> values."""
   shape = (args.width, args.outputs)
   keys = jax.random.split(jax.random.key(seed), 6)
   w = draw(keys[0], shape, args.weights == "bfloat16", args.scale)
   column = jax.random.rademacher(keys[1], (args.width, 1), jnp.float32)
   row = jax.random.rademacher(keys[2], (1, args.outputs), jnp.float32)
-  direction = column * row  # the sign of one gradient x^T g
+  direction = column * row  # rank one, as the sign of a gradient x^T g of one row
   x = jax.random.normal(keys[3], (args.rows, args.width))
   inputs = {"other": x, "own": jnp.abs(x) * column.T}
   exact = lambda x, w: jnp.matmul(x, w, precision="highest")
@@ -82,7 +85,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict:
 
 
 def spread(values: list) -> object:
-  """Mean, least and largest of numbers in like places of several trees."""
+  """[mean, least, largest] for each leaf of several trees of the same structure."""
   if isinstance(values[0], dict):
     return {key: spread([value[key] for value in values]) for key in values[0]}
   digits = lambda x: float(f"{x:.4g}")

@@ -3,10 +3,10 @@
     python -m benchmarks.token_statistics [--rows=8] [--vocab=126464] [--width=64]
         [--lengths=256,512,1024] [--group=1]
 
-Compiles `token_stats` without running it, forward alone and with its gradient by hidden
-states and head, and reads the bytes of the compiler's temporaries, beside those of the same
-with the head on all positions at once and beside the size of all logits. Prints one JSON
-object.
+Compiles `token_stats` without running it, once forward only and once with its gradient by hidden
+states and head. Reports the bytes of the compiler's temporaries. For comparison it also reports
+those of a program that applies the head to all positions at once, and the size of all logits.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from igpo_jax.ops.token_stats import LOGITS_AT_ONCE, token_stats
 def temporaries(
   rows: int, length: int, vocab: int, width: int, group: int = 1, chunk: int = 0
 ) -> dict[str, int]:
-  """Bytes of temporaries of the compiled program, forward and with its gradient.
+  """Bytes of temporaries of the compiled programs, "forward" and "gradient".
 
   Args:
-    chunk: positions at a time, as `token_stats` takes it.
+    rows, length: shape of the batch.
+    vocab: size of the vocabulary.
+    width: size of the hidden states.
+    group: completions that are read from one row.
+    chunk: number of positions at a time, see `token_stats`.
   """
 
   def forward(h, kernel, targets):

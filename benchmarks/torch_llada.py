@@ -1,17 +1,18 @@
-"""Times somebody's PyTorch code for LLaDA; started by benchmarks.accelerator --torch=DIR.
+"""Times published PyTorch code for LLaDA. `benchmarks.accelerator --torch=DIR` starts it.
 
-DIR holds, copied there by you:
+Copy these files to DIR before:
 
     generate.py                                          with generate(model, prompt, steps=, ...)
     modeling_llada.py, configuration_llada.py            beside it or in a folder below
 
-as LLaDA's repository (generate.py) with the model's two files from its Hugging Face page, or the
-folder llada/ of Fast-dLLM, whose generate_with_dual_cache is timed as well. Only this process
-runs their code; torch and what they import have to be installed. Weights are random.
+They are in LLaDA's repository (generate.py) and on the model's Hugging Face page (the other two),
+or in the folder llada/ of Fast-dLLM, whose generate_with_dual_cache is timed as well. Only this
+process runs that code. torch and the packages that the code imports have to be installed. The
+weights are random.
 
-A call is timed with 2 and with 4 steps in each block; the difference is the price of 2 steps, by
-which the time for all steps is extrapolated. Code that refuses so many rows, or has no memory
-for them, gets fewer, down to one.
+A call is timed with 2 and with 4 steps per block. The difference is the time of 2 steps, from which
+the time of all steps is extrapolated. If the code refuses the number of rows or has no memory for
+them, it is timed with fewer rows, down to one.
 """
 
 from __future__ import annotations
@@ -34,23 +35,25 @@ CASES = {"PyTorch, no cache": "generate", "PyTorch, dual cache": "generate_with_
 
 
 def find_code(directory: str) -> tuple[pathlib.Path, pathlib.Path]:
-  """(generate.py, modeling_llada.py) of a directory.
+  """The paths of generate.py and modeling_llada.py in a directory.
 
   Raises:
-    UserError: one of them is not there.
+    UserError: one of them is missing.
   """
   root = pathlib.Path(directory).resolve()
   models = sorted(root.rglob("modeling_llada.py"), key=lambda path: len(path.parts))
   for name, found in (("generate.py", (root / "generate.py").exists()),
                       ("modeling_llada.py", bool(models))):  # fmt: skip
     if not found:
-      raise UserError(f"--torch={directory}: no {name} there; benchmarks/torch_llada.py says what")
+      raise UserError(
+        f"--torch={directory} has no {name}; benchmarks/torch_llada.py says which files are needed"
+      )
   return root / "generate.py", models[0]
 
 
 @contextlib.contextmanager
 def without_initialisation(torch) -> Iterator[None]:
-  """Layers made inside keep the memory they are given: 8B random draws on a CPU take minutes."""
+  """Layers that are made inside are not initialized: to draw 8B numbers takes minutes."""
   layers = (torch.nn.Linear, torch.nn.Embedding)
   before = [layer.reset_parameters for layer in layers]
   for layer in layers:
@@ -63,7 +66,7 @@ def without_initialisation(torch) -> Iterator[None]:
 
 
 def make_model(torch, path: pathlib.Path, config: dict[str, Any], dtype: str, device: str):
-  """The model of `modeling_llada.py` with random weights."""
+  """The model of `modeling_llada.py` with random weights, in `dtype` on `device`."""
   package = types.ModuleType(PACKAGE)
   package.__path__ = [str(path.parent)]
   sys.modules[PACKAGE] = package
@@ -85,10 +88,10 @@ def make_model(torch, path: pathlib.Path, config: dict[str, Any], dtype: str, de
 
 
 def time_case(torch, generate: Callable, model, setting: dict[str, Any], device: str) -> dict:
-  """One line of the table for one generate function.
+  """One line of the table: times a generate function.
 
   Raises:
-    RuntimeError: it does not even work with one row.
+    RuntimeError: the function fails even with one row.
   """
   length, block = setting["gen_length"], setting["block_length"]
   blocks = length // block

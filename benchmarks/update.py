@@ -1,23 +1,23 @@
-"""The policy gradient of one group: the plain way against the programs that train.
+"""The policy gradient of one group: the usual implementation compared with the trainer's programs.
 
     python -m benchmarks.update [--model=bench] [--group=8] [--prompt=128] [--gen_length=128]
         [--repeats=3] [--cases=plain,plain_completion,ours] [--estimators=all] [--most_forwards=8]
 
-Mean-field likelihoods, forward and backward, without the optimizer. `plain` is how the
-method is usually written: G masked rows through the model, logits at every position,
-log-softmax, gather, entropy. `plain_completion` applies the head to the completion only.
-`ours` is `PolicyPrograms.gradient`: all masked rows of a group are the same row, so one
-goes through the model, and its logits are never all held. Prints one JSON object: seconds,
-compiled temporaries, utilisation, and how far the gradients are apart (relative L2).
+Times mean-field likelihoods, forward and backward, without the optimizer. `plain` is the usual
+implementation: G masked rows through the model, logits at every position, log-softmax, gather,
+entropy. `plain_completion` applies the head to the completion only. `ours` is
+`PolicyPrograms.gradient`: all masked rows of a group are equal, so one row goes through the model,
+and its logits are never held all at once. Prints one JSON object: seconds, compiled temporaries,
+utilization, and the distance of the gradients (relative L2).
 
-`--estimators` also times `PolicyPrograms.gradient` with other estimators, by name or "all", and
-reports seconds and memory as multiples of mean_field's (`ours`), and forward passes a completion.
-Estimators with more than `--most_forwards` of these are left out, and listed.
+`--estimators` also times `PolicyPrograms.gradient` with other estimators, by name or "all". It
+reports seconds and memory as multiples of those of mean_field (`ours`), and the forward passes per
+completion. Estimators with more than `--most_forwards` of these are left out and listed.
 
-The head's random weights are made larger, `SHARPER` times: with weights as they are drawn
-every entropy is ln V less a little, the last hint token that the entropy filter keeps and the
-first that it drops are a few float32 roundings apart, and two right programs may keep
-different tokens. `filter_margin` is the smallest such distance of the run, in nats.
+The random weights of the head are multiplied by `SHARPER`. With small weights every entropy is
+close to ln V. Then the last hint token that the entropy filter keeps and the first that it drops
+differ by a few float32 roundings, and two correct programs may keep different tokens.
+`filter_margin` is the smallest such difference of the run, in nats.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ from igpo_jax.rl.region import loss_region
 from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.types import LM, Rollout
 
-SHARPER = 4.0  # logits of standard deviation 4: entropies differ by tenths of a nat
+SHARPER = 4.0  # logits have standard deviation 4, and entropies differ by tenths of a nat
 CASES = ("plain", "plain_completion", "ours")
-STEPS = 16  # of the sampler that the rollout's commit steps stand for, at most
+STEPS = 16  # most denoising steps that the commit steps of the rollout stand for
 
 
 def steps_of(length: int) -> int:
-  """The most denoising steps up to `STEPS` that share out over the positions."""
+  """The largest number of denoising steps, at most `STEPS`, that divides the length."""
   return next(n for n in range(min(STEPS, length), 0, -1) if length % n == 0)
 
 
 def chosen_estimators(
   args: argparse.Namespace, config: Config
 ) -> tuple[dict[str, float], list[str]]:
-  """(Estimator -> forward passes a completion, those that would take too many)."""
+  """(estimator -> forward passes per completion, names of estimators that need too many)."""
   known = [name for name in registry.classes("estimator") if name != "mean_field"]
   names = known if args.estimators == "all" else list(filter(None, args.estimators.split(",")))
   for name in names:
@@ -81,7 +81,7 @@ def with_estimator(config: Config, name: str) -> Config:
 
 
 def make_rollout(model: ModelConfig, group: int, prompt: int, length: int) -> Rollout:
-  """One group of random completions with advantages and a fifth of hints."""
+  """One group of random completions with advantages; a fifth of the tokens are hints."""
   keys = jax.random.split(jax.random.key(1), 4)
   shape = (1, group, length)
   hinted = jax.random.uniform(keys[3], shape) < 0.2
@@ -98,7 +98,7 @@ def make_rollout(model: ModelConfig, group: int, prompt: int, length: int) -> Ro
 
 
 def plain_gradient(lm: LM, objective: ObjectiveConfig, completion_only: bool):
-  """(params, rollout, old, ref f32[G,L]) -> (loss, gradient), every row and logit on its own."""
+  """The usual implementation: (params, rollout, old, ref f32[G,L]) -> (loss, gradient)."""
 
   def loss(params, rollout: Rollout, old, ref):
     completion, hinted = rollout.completion[0], rollout.hinted[0]
@@ -124,10 +124,9 @@ def plain_gradient(lm: LM, objective: ObjectiveConfig, completion_only: bool):
 
 
 def filter_margin(lm: LM, params, rollout: Rollout, objective: ObjectiveConfig) -> float | None:
-  """How far the filter's choice is from another one: the smallest distance over rows, in nats.
+  """The smallest entropy difference between the last hint kept and the first dropped, in nats.
 
-  Between the entropies of the last hint token kept and the first one dropped; None where
-  nothing is dropped.
+  It is the smallest over rows; None if no hint is dropped.
   """
   length = rollout.completion.shape[2]
   masks = jnp.full((1, length), lm.mask_id, jnp.int32)
@@ -145,7 +144,7 @@ def filter_margin(lm: LM, params, rollout: Rollout, objective: ObjectiveConfig) 
 
 
 def distance(left, right) -> float:
-  """Relative L2 of two gradients."""
+  """The L2 norm of the difference of two gradients, relative to that of `right`."""
   apart = jax.tree.map(jnp.subtract, left, right)
   return float(optax.tree.norm(apart) / optax.tree.norm(right))
 

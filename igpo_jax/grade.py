@@ -1,12 +1,12 @@
-"""Grades generations that exist already: one verdict per line, and the accuracy.
+"""Grades completions in a file: writes one verdict per line and prints the accuracy.
 
     python -m igpo_jax.grade --benchmark=math500 --generations=IN.jsonl --output=OUT.jsonl
     python -m igpo_jax.grade --verifier=NAME [--plugins=FILE.py] --generations=IN --output=OUT
 
-IN has "question", "completion" and "answer" on each line; OUT has the same rows in the
-same order with "correct", "extracted" and "status" (ok, unparseable, timeout) added.
-A completion that is null counts as one without an answer. A verifier that needs more than a text
-reads it from a field "gold", or from an answer that is a JSON object.
+Each line of IN is a JSON object with "question", "completion" and "answer". OUT has the same rows,
+in the same order, with "correct", "extracted" and "status" (ok, unparseable, timeout) added. A
+completion that is null counts as one without an answer. A verifier whose gold answer is more than
+a text reads it from the field "gold", or from an "answer" that is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from igpo_jax.rewards.registry import POOLED
 from igpo_jax.rewards.score import Scorer
 
 BENCHMARKS = ("gsm8k", "math500", "amc", "minerva")
-BATCH = 1024  # rows on their way through the workers at a time
+BATCH = 1024  # rows that are graded together
 
 
 def read_generations(path: pathlib.Path, verifier: str = POOLED) -> Iterator[tuple[dict, Record]]:
-  """Yields each row of a generations file, and its record with the gold answer.
+  """Yields `(row, record)` for each line of a file of generations.
 
   Args:
-    verifier: whose gold it is: "math" finds it in texts such as "... #### 72", others take the
-      field as it stands.
+    path: a JSONL file.
+    verifier: the verifier that will grade. "math" extracts the gold answer from texts such as
+      "... #### 72"; for other verifiers the field "answer" is the gold answer.
 
   Raises:
-    UserError: no such file, or a line that is not such a row.
+    UserError: no such file, or a line that is not a row with the fields that are needed.
   """
   for where, row in read_values(epath.Path(path)):
     yield _row(row, where, verifier)
@@ -57,7 +58,7 @@ def _row(row: Any, where: str, verifier: str) -> tuple[dict, Record]:
     raise UserError(f"{where}: no {missing[0]!r}; each line needs question, completion, answer")
   for key in ("question", "completion"):
     if key == "completion" and row[key] is None:
-      continue  # nothing was generated: no answer, and no reason to stop
+      continue  # nothing was generated: graded as a completion without an answer
     if not isinstance(row[key], str):
       raise UserError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
   answer, gold = row["answer"], row.get("gold")
@@ -68,7 +69,7 @@ def _row(row: Any, where: str, verifier: str) -> tuple[dict, Record]:
   except ValueError as error:
     raise UserError(f"{where}: {error}") from error
   if not text and gold is None:
-    raise UserError(f"{where}: 'answer' is empty, there is nothing to grade against")
+    raise UserError(f"{where}: 'answer' is empty: give the gold answer")
   prompt = ({"role": "user", "content": row["question"]},)
   task = row.get("task")
   task = task if isinstance(task, str) else ""
@@ -76,10 +77,10 @@ def _row(row: Any, where: str, verifier: str) -> tuple[dict, Record]:
 
 
 def _gold_text(answer: Any, verifier: str) -> str:
-  """The gold answer as the verifier takes it.
+  """The gold answer in the form that the verifier expects.
 
   Raises:
-    ValueError: neither text nor a finite number.
+    ValueError: the answer is neither text nor a finite number.
   """
   if isinstance(answer, str) and verifier != POOLED:
     return answer.strip()
@@ -89,12 +90,17 @@ def _gold_text(answer: Any, verifier: str) -> str:
 def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> dict[str, int]:
   """Grades a file of generations and writes the verdicts.
 
+  Args:
+    generations: the JSONL file to read.
+    output: the JSONL file to write.
+    scorer: grades the completions.
+
   Returns:
-    Counts: "rows", "correct", each status, and, where every row came with a boolean
-    "correct" of its own, "agree".
+    Numbers of rows: "rows", "correct", "ok", "unparseable" and "timeout". If every row of the input
+    has a boolean "correct", also "agree": how many of these are equal to our verdicts.
 
   Raises:
-    UserError: a row that cannot be graded, none at all, or an output that cannot be written.
+    UserError: a row cannot be graded, there are no rows, or the output cannot be written.
   """
   counts: dict[str, int] = dict.fromkeys(
     ("rows", "correct", "ok", "unparseable", "timeout", "agree"), 0
@@ -124,17 +130,18 @@ def grade(generations: pathlib.Path, output: epath.PathLike, scorer: Scorer) -> 
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(prog="python -m igpo_jax.grade", description=__doc__.splitlines()[0])
   parser.add_argument(
     "--benchmark",
     choices=names_of(BENCHMARKS),
-    help="graded by mathematical equality; this or --verifier is needed",
+    help="the benchmark, graded by mathematical equality; give this or --verifier",
   )
   parser.add_argument(
     "--verifier",
     metavar="NAME",
     help=f"one of {', '.join(registry.verifier_names())}, one that a plug-in registers, or"
-    f" {registry.BY_TASK}: each row by the verifier of its field 'task' (default: math)",
+    f" {registry.BY_TASK}: each row by the verifier that its field 'task' names (default: math)",
   )
   plugins.add_argument(parser)
   parser.add_argument("--generations", required=True, type=pathlib.Path, help="JSONL to read")
@@ -146,19 +153,26 @@ def make_parser() -> cli.ArgumentParser:
     "--timeout",
     type=number(Positive),
     default=5.0,
-    help="seconds per answer, then it counts as timeout (default: %(default)s)",
+    help="seconds after which an answer has the status timeout (default: %(default)s)",
   )
   parser.add_argument(
     "--extraction",
     default=",".join(answers.DEFAULT_RULES),
-    help="how the answer is found, in order of preference, out of "
+    help="rules that find the answer, in order of preference: some of "
     f"{','.join(answers.RULES)} (default: %(default)s)",
   )
   return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Runs a command line; `argv` is what follows the program's name, default the process's."""
+  """Runs the command.
+
+  Args:
+    argv: the options; default: those of this process.
+
+  Raises:
+    UserError: an option or a file is wrong.
+  """
   args = make_parser().parse_args(argv)
   plugins.load_files(args.plugins)
   if not (args.benchmark or args.verifier):

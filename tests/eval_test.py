@@ -134,7 +134,7 @@ def test_a_protocol_of_a_users_own_is_planned_and_named_among_those_there_are():
     ([f"gsm8k={TASK}"], {"protocol": "lm_eval"}, "'lm_eval' is not one of igpo, d1"),
     ([f"test={TASK}"], {"protocol": "igpo"}, "defines gsm8k, math500, amc, minerva, not 'test'"),
     ([f"amc={TASK}"], {"protocol": "d1"}, "defines gsm8k, math500, not 'amc'"),
-    ([f"gsm8k={TASK}"], {"protocol": "d1", "lengths": (1024,)}, "length 128, 256, 512"),
+    ([f"gsm8k={TASK}"], {"protocol": "d1", "lengths": (1024,)}, "runs gsm8k: 128, 256, 512"),
     ([f"gsm8k={TASK}"], {"lengths": (128,)}, r"eval.lengths=\(128,\) needs eval.protocol"),
     ([f"gsm8k={TASK}"], {"protocol": "d1", "temperature": 0.7}, "are the protocol's"),
     ([f"gsm8k={TASK}"], {"protocol": "d1", "samples": 4}, "are the protocol's"),

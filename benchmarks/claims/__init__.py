@@ -1,1 +1,1 @@
-"""The paper's claims as experiments on a laptop: arms over seeds, paired, with intervals."""
+"""The paper's claims as experiments for a laptop, over seeds and with confidence intervals."""

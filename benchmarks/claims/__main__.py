@@ -4,12 +4,12 @@
     python -m benchmarks.claims --claim=3 --workdir=runs/claims [--seeds=5]
     python -m benchmarks.claims --all --smoke --workdir=DIR
 
-Every run is a whole training run of this package (SFT, then RL) on `synthetic:letter_maps`, from
-configs written in code (benchmarks/claims/arms.py); claims share runs. Interrupted in any
-way, it goes on where it was and ends with the same tables. Writes claimN.md, claimN.png and
-results.json to the workdir and prints the tables: mean and 95% interval (Student's t) over
-seeds, differences paired by seed. `--smoke` goes the same way with one seed on next to
-nothing, to show that everything runs; its numbers say nothing.
+Every run is a whole training run of this package (SFT, then RL) on `synthetic:letter_maps`. The
+configs are in benchmarks/claims/arms.py. Claims share runs. An interrupted command continues where
+it was and ends with the same tables. It writes claimN.md, claimN.png and results.json to the
+workdir and prints the tables: mean and 95% interval (Student's t) over seeds, and differences
+paired by seed. `--smoke` runs everything with one seed and tiny settings, as a test; its numbers
+mean nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from igpo_jax.io.jsonl import write_whole
 
 
 def seeds_of(number: int, asked: int, smoke: bool) -> range:
-  """A claim's seeds: as many as it takes, unless told otherwise."""
+  """The seeds of a claim: `asked` of them, or if that is 0, the claim's own number of seeds."""
   return range(asked or (1 if smoke else CLAIMS[number].seeds))
 
 

@@ -1,8 +1,8 @@
-"""The arms of the study: one base config, and what each arm changes of it.
+"""The arms of the study: one base config, and the options that each arm changes.
 
-Arms are shared: "igpo" is run once a seed and compared with others in most claims. All
-arms of a seed start from the same SFT checkpoint (but the one that is about SFT), see the
-same prompts in the same order, and sample with the same noise.
+Claims share arms: "igpo" is run once per seed, and most claims compare it with another arm. All
+arms of a seed start from the same SFT checkpoint, except the one that tests SFT. They see the same
+prompts in the same order and sample with the same noise.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 from igpo_jax.config import Config, default_config, freeze
 
-STEPS, MAPS = 10, 2  # of a problem, and of the task (igpo_jax/tasks/letter_maps.py)
-WINDOW = 14  # positions that RL samples; a concise trace has 12 tokens and its end
-LONG = 32  # positions that verbose traces are padded to
-DETOURS = 0.3  # of the verbose traces: 19 tokens on average, one in twenty fits the window
+STEPS, MAPS = 10, 2  # steps of a problem, maps of the task (igpo_jax/tasks/letter_maps.py)
+WINDOW = 14  # positions that RL samples; a concise trace has 12 tokens and an end-of-text token
+LONG = 32  # positions to which verbose traces are padded
+DETOURS = 0.3  # per step of a verbose trace: 19 tokens on average, one in twenty fits the window
 TASK = "synthetic:letter_maps?steps={steps}&maps={maps}&table={table}"
 CARELESS = "&doubtful=0.35&slips=0.7"
 
@@ -25,10 +25,10 @@ class Arm:
   """One way to train.
 
   Attributes:
-    label: for tables and plots.
-    changes: options of the base config, by dotted name.
-    sft: whose SFT checkpoint it starts from.
-    rl: options of the RL stage's source, appended to its URI.
+    label: its name in tables and plots.
+    changes: options that differ from the base config, by dotted name.
+    sft: the SFT run (a key of `SFT`) from whose checkpoint it starts.
+    rl: options of the RL stage's source, which are appended to its URI.
   """
 
   label: str
@@ -53,15 +53,18 @@ ARMS = {
   "noise_0.1": Arm("a tenth of the trace wrong", rl="&noise=0.1"),
   "noise_0.3": Arm("three tenths wrong", rl="&noise=0.3"),
 }
-SFT = {"aligned": "", "verbose": f"&detours={DETOURS}"}  # what is added to the SFT source
+SFT = {"aligned": "", "verbose": f"&detours={DETOURS}"}  # SFT run -> options of its source
 
 
 def make_config(
   arm: str, seed: int, smoke: bool = False, changes: dict[str, Any] | None = None
 ) -> Config:
-  """The config of an arm: SFT and RL; its SFT stage is the same for all arms of one `sft`.
+  """The config of an arm, with both stages. Arms with equal `sft` have equal SFT stages.
 
   Args:
+    arm: a key of `ARMS`.
+    seed: also chooses the task's table and the problems.
+    smoke: tiny settings, for a test.
     changes: further options, by dotted name.
   """
   spec = ARMS[arm]
@@ -84,7 +87,7 @@ def make_config(
 
   config.sampler.gen_length = WINDOW
   config.sampler.block_length = WINDOW // 2
-  config.sampler.steps = WINDOW  # one token a step: a letter hangs on the one before
+  config.sampler.steps = WINDOW  # one token per step: each letter depends on the one before
   config.sampler.temperature = 1.0
 
   config.sft.steps = 4 if smoke else 1200
@@ -95,9 +98,9 @@ def make_config(
   config.sft_optimizer.schedule = "cosine"
   config.sft_optimizer.weight_decay = 0.01
 
-  config.hints.chunk_min, config.hints.chunk_max = 2, 4  # of 9 tokens before the answer
-  # Two things keep what the policy knows while it learns the rest (docs/LOG.md): the pull to
-  # the reference, stronger than the paper's 0.01, and an estimator that scores every token.
+  config.hints.chunk_min, config.hints.chunk_max = 2, 4  # 9 tokens stand before the answer
+  # Two choices keep the policy from forgetting (docs/LOG.md): a KL coefficient above the paper's
+  # 0.01, and an estimator that scores every token.
   config.objective.beta = 0.05
   config.rl.estimator = "coupled"
   config.rl.steps = 2 if smoke else 40
@@ -122,9 +125,9 @@ def make_config(
 
 
 def sft_config(sft: str, seed: int, smoke: bool = False) -> Config:
-  """The config of an SFT run: that of its arms, with the defaults of all that is RL's.
+  """The config of an SFT run: that of its arms, but with default options for RL.
 
-  So another setting of RL leaves the checkpoints that were made as good as they are.
+  So the SFT checkpoints stay valid when a setting of RL changes.
   """
   arm = next(name for name, spec in ARMS.items() if spec.sft == sft)
   config, default = make_config(arm, seed, smoke), Config()

@@ -1,4 +1,4 @@
-"""What each claim compares, and the numbers that come of it: paired over seeds, with intervals."""
+"""The claims: which arms and measures each compares, and the statistics over seeds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from scipy import stats
 from benchmarks.claims.arms import ARMS
 from benchmarks.claims.runs import THEOREM
 
-Results = dict[tuple[str, int], dict]  # by (run, seed)
+Results = dict[tuple[str, int], dict]  # (name of the run, seed) -> its result
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """A number of one run.
+  """A number that is computed from the result of one run.
 
   Attributes:
-    label: for the table's column.
+    label: heading of its column in the table.
     of: result -> number.
   """
 
@@ -33,7 +33,7 @@ def _mean(curve: str) -> Callable[[dict], float]:
 
 
 def _fall(result: dict) -> float:
-  """The largest fall of accuracy from the best evaluation so far."""
+  """The largest fall of accuracy below the best evaluation before."""
   values = [accuracy for _, accuracy in result["accuracy"]]
   best = np.maximum.accumulate(values)
   return float(np.max(best - values))
@@ -56,13 +56,14 @@ class Claim:
   """One claim.
 
   Attributes:
-    title: as a statement, which the runs may refute.
-    question: the same as what a picture asks, whatever its curves answer.
-    arms: the runs it compares, in the table's order.
-    measures: the table's columns.
-    pairs: (arm, other, measure): differences arm - other, paired over seeds.
-    seeds: how many the study takes.
-    curve: what its plot shows over the RL steps: "accuracy", or a metric.
+    title: the claim as a statement, which the runs may refute.
+    question: the claim as a question, the title of its plot.
+    arms: the arms that it compares, in the order of the table's rows.
+    measures: the columns of the table.
+    pairs: (arm, other, measure): differences arm - other, paired over seeds. An `other` of "" is
+      the same arm before RL.
+    seeds: number of seeds.
+    curve: what the plot shows over the RL steps: "accuracy" or the name of a metric.
   """
 
   title: str
@@ -144,14 +145,14 @@ CLAIMS = {
 
 
 def runs_of(number: int) -> list[str]:
-  """The runs a claim needs, SFT stages first."""
+  """The names of the runs that a claim needs, SFT runs first."""
   arms = CLAIMS[number].arms
   sfts = sorted({ARMS[arm].sft for arm in arms} or {"aligned"})
   return [*(f"sft:{sft}" for sft in sfts), *(arms or (THEOREM,))]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-  """(mean, half width of the 95% interval by Student's t); the width of one value is nan."""
+  """(mean, half the width of its 95% interval by Student's t); nan as width for one value."""
   n = len(values)
   if n < 2:
     return float(np.mean(values)), math.nan
@@ -160,7 +161,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bounds(values: Sequence[float]) -> dict[str, float | None]:
-  """ "mean", "low", "high" of the interval; the last two are None for one value."""
+  """ "mean", and "low" and "high" of its 95% interval; these are None for one value."""
   mean, width = interval(values)
   known = not math.isnan(width)
   return {"mean": mean, "low": mean - width if known else None,
@@ -168,6 +169,7 @@ def bounds(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]) -> list[float]:
+  """The measure of an arm for each seed."""
   return [measure.of(results[arm, seed]) for seed in seeds]
 
 
@@ -177,7 +179,7 @@ def _shown(mean: float, width: float, signed: bool = False) -> str:
 
 
 def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, list[dict]]:
-  """(Markdown tables, differences): of one claim that compares arms."""
+  """(Markdown tables, list of differences) of a claim that compares arms."""
   claim = CLAIMS[number]
   lines = [f"| arm | {' | '.join(m.label for m in claim.measures)} |",
            "|---" * (1 + len(claim.measures)) + "|"]  # fmt: skip
@@ -207,7 +209,7 @@ def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, l
 
 
 def theorem(results: Results, seeds: Sequence[int]) -> tuple[str, list[dict]]:
-  """(Markdown table, rows): claim 11."""
+  """(Markdown table, list of its rows) of claim 11."""
   runs = [results[THEOREM, seed] for seed in seeds]
   lines = [
     "| rho | gradient norm / largest predicted | rho (1 - rho) / its largest |",
@@ -215,7 +217,7 @@ def theorem(results: Results, seeds: Sequence[int]) -> tuple[str, list[dict]]:
   ]
   rows = []
   for i, rho in enumerate(runs[0]["rho"]):
-    # Each seed by its own scale: policies differ in g_correct - g_wrong.
+    # Each seed has its own scale, because policies differ in g_correct - g_wrong.
     values = [run["norm"][i] / max(max(run["predicted"]), 1e-12) for run in runs]
     predicted = runs[0]["rho"][i] * (1 - rho) / max(r * (1 - r) for r in runs[0]["rho"])
     mean, width = interval(values)

@@ -1,4 +1,4 @@
-"""One picture a claim: curves over the RL steps with their 95% band, or the theorem's curve."""
+"""One plot per claim: curves over the RL steps with 95% bands, or the curve of the theorem."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LABELS = {
   "accuracy": "held-out accuracy, greedy (share of 512)",
   "rl/all_wrong_after": "groups all wrong in the update (share)",
 }
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers, too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # color-blind readers can tell them apart
 DASHES = ("-", "--", "-.", ":")
-SMOOTH = 5  # RL steps that a metric is averaged over
+SMOOTH = 5  # number of RL steps over which a metric is averaged
 
 
 def _curve(result: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,15 @@ def _band(axes, steps, rows, label: str, style: int) -> None:
 
 def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict],
          path: epath.Path) -> None:  # fmt: skip
-  """Writes the picture of a claim as PNG, titled by its question: the curves are the answer."""
+  """Writes the plot of a claim as PNG. Its title is the claim's question.
+
+  Args:
+    results: of all runs.
+    number: of the claim.
+    seeds: of the claim.
+    tables: the rows from `claims.theorem`; used for claim 11 only.
+    path: the file to write.
+  """
   import matplotlib
 
   matplotlib.use("Agg")

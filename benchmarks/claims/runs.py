@@ -1,7 +1,8 @@
-"""Runs of the study: each (arm, seed) once, on as many cores as asked for, across kills.
+"""The runs of the study: each (arm, seed) once, several at a time, continued after a kill.
 
-A finished run leaves `seedS/ARM.json` with what tables and plots need; started again, only
-what is not there is run, and a run that was cut goes on from its last checkpoint.
+A finished run leaves `seedS/ARM.json` with the numbers for tables and plots. If the command is
+started again, only missing runs are made, and an interrupted run continues from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -30,15 +31,22 @@ from igpo_jax.train.continued import as_json
 THEOREM = "theorem"  # the run of claim 11
 CURVES = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/extra_correct",
           "rl/answer_shown", "rl/grad_norm", "rl/entropy", "rl/hints_kept")  # fmt: skip
-# glibc gives freed memory back to the system at once; a training step then spends a third of
-# its time on page faults (docs/LOG.md). Read when a process starts.
+# By default glibc returns freed memory to the system at once. A training step then spends a third
+# of its time on page faults (docs/LOG.md). A process reads these variables when it starts.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432",
           "MALLOC_TOP_PAD_": "200000000"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One run: an SFT stage ("sft:aligned"), an arm, or the theorem's measurement."""
+  """One run: an SFT stage ("sft:aligned"), an arm, or the measurement for the theorem.
+
+  Attributes:
+    name: name of the run.
+    seed: its seed.
+    workdir: the directory of the study.
+    smoke: whether it has tiny settings, for a test.
+  """
 
   name: str
   seed: int
@@ -55,7 +63,7 @@ class Task:
 
   @property
   def sft(self) -> str:
-    """The SFT run that it is, or starts from."""
+    """The SFT run that this is, or whose checkpoint it starts from."""
     stage, _, sft = self.name.partition(":")
     return sft if stage == "sft" else ARMS[self.name].sft
 
@@ -68,10 +76,10 @@ class Task:
 
 
 def finished(task: Task) -> dict | None:
-  """What a finished run left, or None.
+  """The result of a finished run; None if it is not finished.
 
   Raises:
-    UserError: it was run with other settings.
+    UserError: the run had other settings.
   """
   if not task.result.exists():
     return None
@@ -84,7 +92,7 @@ def finished(task: Task) -> dict | None:
 
 
 def perform(task: Task) -> dict:
-  """Runs a task, or continues it, and writes its result."""
+  """Runs or continues a task, writes its result to `task.result` and returns it."""
   began = time.perf_counter()
   config = task.config
   stage, _, sft = task.name.partition(":")
@@ -102,12 +110,12 @@ def perform(task: Task) -> dict:
 
 
 def run_sft(config: Config, workdir: epath.Path, sft: str) -> dict:
-  """Fine-tunes; verbose traces are also evaluated on a canvas that holds them."""
+  """Runs SFT. After SFT on verbose traces it is also evaluated on a canvas that is long enough."""
   result = {"eval": train(config, workdir)["eval"]}
   if sft == "verbose":
     longer = SamplerConfig(gen_length=LONG, block_length=config.sampler.block_length + 1,
                            steps=LONG)  # fmt: skip
-    # A copy: the run itself goes on to RL, and its workdir knows one last evaluation.
+    # In a copy: RL continues the run itself, and a workdir keeps only one last evaluation.
     copy = workdir.parent / f"{workdir.name}_long"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(workdir, copy)
@@ -118,7 +126,12 @@ def run_sft(config: Config, workdir: epath.Path, sft: str) -> dict:
 
 
 def curves(workdir: epath.Path) -> dict:
-  """{"curves": metric -> a value for each RL step, "accuracy": [[step, accuracy], ...]}."""
+  """The curves of a run, read from its metrics.jsonl.
+
+  Returns:
+    "curves": metric -> a value for each RL step; "accuracy": [[step, accuracy], ...];
+    "step_seconds": seconds of all RL steps.
+  """
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rl = [row for row in rows if row["stage"] == "rl"]
   name = "eval/test/accuracy"
@@ -132,7 +145,14 @@ def curves(workdir: epath.Path) -> dict:
 
 
 def run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, int], dict]:
-  """Results by (name, seed). SFT runs first: the others start from them."""
+  """Runs all tasks that are not finished, SFT runs first, `jobs` at a time.
+
+  Returns:
+    (name, seed) -> result.
+
+  Raises:
+    UserError: a finished run had other settings.
+  """
   results = {(task.name, task.seed): finished(task) for task in tasks}
   open_ = [task for task in tasks if results[task.name, task.seed] is None]
   os.environ.update({k: v for k, v in MALLOC.items() if k not in os.environ})
@@ -157,7 +177,7 @@ def run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, int], dict]:
 
 
 def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
-  """In each worker process: a share of the cores of its own, and an end with its parent."""
+  """Starts a worker process: gives it its own cores, and ends it when its parent ends."""
   number = numbers.get()
   if cores and jobs > 1:
     os.sched_setaffinity(0, cores[number % len(cores) :: jobs])
@@ -165,7 +185,7 @@ def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
   def watch() -> None:
     while os.getppid() == parent:
       time.sleep(1)
-    os._exit(1)  # the parent was killed: two must not write to one workdir
+    os._exit(1)  # the parent was killed; a new command may now write to the workdir
 
   threading.Thread(target=watch, daemon=True).start()
   use_cache()

@@ -1,14 +1,14 @@
-"""Claim 11: the size of the expected gradient against the share of correct completions.
+"""Claim 11: the size of the expected gradient as a function of the share of correct completions.
 
-With K of a group's G completions replaced by correct ones, rho = K / G, the paper's theorem
-says that the expected gradient is rho (1 - rho) (g_correct - g_wrong), largest at rho = 1/2.
-Measured at the policy after SFT: for many prompts a pool of its own wrong completions and one
-of correct inpainted ones; for each K groups are put together from the pools at random, and
-the trainer's own program takes the gradient of the first update.
+Let K of the G completions of a group be replaced by correct ones, and rho = K / G. Theorem 1 of the
+paper says that the expected gradient is rho (1 - rho) (g_correct - g_wrong), largest at rho = 1/2.
+It is measured at the policy after SFT. For many prompts, a pool of the policy's own wrong
+completions and a pool of correct inpainted completions are sampled. For each K, groups are drawn
+from the pools at random, and the trainer's own program computes the gradient of the first update.
 
-The norm of a mean over few groups is mostly noise, and grows with it. So the prompts are
-split in two halves, whose noises are independent: the square root of the product of their
-mean gradients is the size of what they share.
+The norm of a mean over few groups is mostly noise. So the prompts are split into two halves, whose
+noise is independent. The square root of the inner product of their mean gradients estimates the
+norm of the expected gradient without the noise.
 """
 
 from __future__ import annotations
@@ -34,11 +34,21 @@ from igpo_jax.train.setup import load_source, make_model, make_optimizer, make_t
 from igpo_jax.train.setup import purpose_key as key_of
 from igpo_jax.types import Rollout
 
-PROMPTS, POOLS, DRAWS = 64, 6, 12  # prompts a half; groups sampled for a pool; regroupings
+PROMPTS, POOLS, DRAWS = 64, 6, 12  # prompts per half; groups sampled per pool; random regroupings
 
 
 def measure(config: Config, sft_workdir: epath.Path, smoke: bool) -> dict:
-  """{"rho", "norm", "predicted", "prompts"}: lists over K = 1 .. G - 1."""
+  """Measures the gradients.
+
+  Args:
+    config: of the arm "igpo".
+    sft_workdir: of the SFT run whose policy is measured.
+    smoke: whether to use few prompts, for a test.
+
+  Returns:
+    Lists over K = 1 .. G - 1: "rho", "norm" (measured) and "predicted" (rho (1 - rho), scaled by
+    least squares); and "prompts", how many prompts have both pools.
+  """
   half, pools, draws = (2, 2, 1) if smoke else (PROMPTS, POOLS, DRAWS)
   rl = dataclasses.replace(config.rl, prompts_per_step=half)
   config = dataclasses.replace(config, rl=rl)
@@ -107,7 +117,7 @@ class _Pools:
     self.usable = np.array([len(self.right[i]) > 0 and len(self.wrong[i]) > 0 for i in range(p)])
 
   def groups(self, k: int, g: int) -> Rollout:
-    """Groups with k correct completions; those of prompts without a pool have no advantage."""
+    """Groups with k correct completions. Prompts that lack a pool have zero advantages."""
     p = len(self.right)
     rows = np.zeros((p, g), int)
     for i in np.flatnonzero(self.usable):
@@ -121,11 +131,11 @@ class _Pools:
 
 
 def _gradient(config, programs, pools: _Pools, params, k: int, draws: int):
-  """The mean gradient over usable prompts and regroupings, at the policy that sampled."""
+  """The mean gradient over usable prompts and regroupings, at the policy that sampled them."""
   total = None
   for draw in range(draws):
     rollout = jax.tree.map(jnp.asarray, pools.groups(k, config.rl.group_size))
-    # The same masks for every K. The reference is the policy: at it the KL has no gradient.
+    # Masks are equal for every K. The reference is the policy itself, so the KL has no gradient.
     keys = prompt_keys(key_of(config.seed, draw, "estimate"), jnp.asarray(pools.batch.row_id))
     scores = programs.score(params, params, rollout, keys)
     _, _, gradient = programs.gradient(params, {}, rollout, scores, keys, jnp.int32(0))
@@ -135,6 +145,6 @@ def _gradient(config, programs, pools: _Pools, params, k: int, draws: int):
 
 
 def _shared_size(a, b) -> float:
-  """sqrt(max(<a, b>, 0)) of two gradients whose noises are independent."""
+  """sqrt(max(<a, b>, 0)) of two gradients whose noise is independent."""
   products = jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b)
   return float(np.sqrt(max(sum(map(float, jax.tree.leaves(products))), 0.0)))

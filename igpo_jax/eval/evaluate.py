@@ -1,8 +1,8 @@
-"""Evaluation through the same sampler that makes the rollouts.
+"""Evaluation with the sampler that also makes the rollouts.
 
-A row of a batch is one sample of one problem. Batches are always cut in the same places, and the
-noise of a row depends on its problem and sample only. Rows that are on disk are not made again. So
-an evaluation that was killed and continued ends with the same rows as one that was not.
+A row of a batch is one sample of one problem. The rows of each batch are fixed, and the noise of a
+row depends only on its problem and the number of its sample. Rows that are on disk are not sampled
+again. So an evaluation that is killed and continued has the rows of one that was not killed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.types import LM, Params
 
-BUCKET_STEP = 64  # a prompt longer than every bucket gets one that is a multiple of this
+BUCKET_STEP = 64  # for a prompt longer than every bucket, a bucket of a multiple of this is added
 
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 
 class Problem(NamedTuple):
-  """One row: the problem's record, the record with the prompt as it is asked, the sample's
-  number."""
+  """One row of an evaluation.
+
+  Attributes:
+    record: the problem's record.
+    asked: the record with the prompt that the model is given, and with an id of this row's own.
+    sample: number of the sample, from 0.
+  """
 
   record: Record
   asked: Record
@@ -55,8 +60,13 @@ def problems_of(
 ) -> list[Problem]:
   """`setting.samples` rows for every problem, with the prompt that the setting asks for.
 
-  Each row has an id of its own, and so noise of its own. The first sample has the problem's id, so
-  that pass@1 does not depend on the number of samples.
+  Each row has its own id and therefore its own noise. The first sample has the problem's id, so
+  pass@1 does not depend on the number of samples.
+
+  Args:
+    setting: with the template, or without one to keep the records' own prompts.
+    records: the problems.
+    examples: solved examples to put before each question, if there is a template.
   """
   rows = []
   for record in records:
@@ -77,7 +87,7 @@ def make_stream(
   mesh: jax.sharding.Mesh,
   embedding_rows: int | None = None,
 ) -> PromptStream:
-  """Batches of the rows that divide over devices and processes. No problem is left out.
+  """Batches of rows whose size divides over devices and processes. No row is left out.
 
   Rows are sorted by prompt length, the longest first, and rows of equal length are in the order of
   the problems. So a batch has prompts of similar length, and one long problem pads one batch only.
@@ -85,15 +95,15 @@ def make_stream(
   Args:
     problems: the rows.
     tokenizer: of the model.
-    batch_size: rows of a batch. It is at most the number of rows, rounded up to a multiple of
-      devices (data x fsdp) and processes.
-    buckets: prompt lengths in tokens. A longer one is added if the longest prompt needs it.
+    batch_size: rows of a batch. It is lowered to the number of rows if there are fewer, then
+      rounded up to a multiple of the devices (data x fsdp) and of the processes.
+    buckets: prompt lengths in tokens, ascending. A longer one is added if a prompt needs it.
     mesh: the device mesh.
-    embedding_rows: see `PromptStream`.
+    embedding_rows: number of tokens that the model knows, see `PromptStream`.
   """
   processes = jax.process_count()
   ways = math.lcm(num_shards("act_batch", mesh=mesh), processes)
-  lengths = {  # samples of a problem are asked alike
+  lengths = {  # all samples of a problem have one prompt
     p.record.id: len(tokenizer.encode_prompt(p.asked.prompt)) for p in problems if p.sample == 0
   }
   longest = max(lengths.values())
@@ -104,7 +114,7 @@ def make_stream(
     tokenizer,
     -(-min(batch_size, len(problems)) // ways) * ways,
     buckets,
-    0,  # of an order that evaluations do not use
+    0,  # seed of the shuffled order, which evaluations do not use
     jax.process_index(),
     processes,
     embedding_rows=embedding_rows,
@@ -125,12 +135,22 @@ def generate_rows(
   """Completes and grades one batch; returns this process's rows. A collective.
 
   Args:
+    lm: the model.
+    params: its parameters.
+    tokenizer: decodes the completions.
+    scorer: grades them.
+    setting: sampler of the evaluation.
     batch: this process's share of the batch.
-    problems: id of the row -> the problem.
-    key: for the noise at temperatures above 0; it is folded with the id of each row.
+    problems: id of a row -> the row.
+    mesh: the device mesh.
+    key: root of the noise at temperatures above 0. The id of each row is folded in.
+
+  Returns:
+    One row per problem of the share that is not padding: "id", "sample", "question", "completion",
+    "answer", "correct", "extracted" and "status".
 
   Raises:
-    UserError: all rows have logits that are NaN or infinite.
+    UserError: the logits of all rows are NaN or infinite.
   """
   p, length = len(batch.records), setting.sampler.gen_length
   canvas = np.full((p, length), lm.mask_id, np.int32)
@@ -141,7 +161,7 @@ def generate_rows(
     lm, params, prompt, valid, canvas, fixed, keys, setting.sampler
   )
   completion, finite = local_rows((completion, finite))
-  if not finite.any():  # the weights are to blame, not a problem
+  if not finite.any():  # then the weights are at fault, not single problems
     raise UserError(NOT_A_NUMBER)
   real = np.flatnonzero(batch.real)
   texts = [tokenizer.decode(completion[i]) for i in real]
@@ -177,15 +197,27 @@ def evaluate(
   generations: Generations,
   progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
-  """The metrics of one benchmark (`benchmark_metrics`). Rows on disk are not made again.
+  """Evaluates one benchmark. Rows that are on disk are not sampled again. A collective.
 
   Args:
+    lm: the model.
+    params: its parameters.
+    tokenizer: decodes the completions.
+    scorer: grades them.
     setting: sampler and number of samples.
-    problems: the rows, see `problems_of`.
-    stream: the batches of these rows, see `make_stream`.
-    key: for the noise at temperatures above 0.
-    generations: the rows that are on disk; new rows are added.
+    problems: all rows, from `problems_of`.
+    stream: the batches of these rows, from `make_stream`.
+    mesh: the device mesh.
+    key: root of the noise at temperatures above 0.
+    generations: the rows on disk. New rows are added to it.
     progress: called with the numbers of the batches that are left; yields them and shows progress.
+
+  Returns:
+    The metrics of `benchmark_metrics`. If the problems belong to several tasks, also
+    "TASK/accuracy" for each.
+
+  Raises:
+    UserError: the logits of all rows of a batch are NaN or infinite.
   """
   by_id = {problem.asked.id: problem for problem in problems}
   key_of = lambda problem: (problem.record.id, problem.sample)
@@ -197,11 +229,11 @@ def evaluate(
     if any(k not in generations.rows for k in sampled[batch * size : (batch + 1) * size])
   ]
   for number in progress(left):
-    # A batch that is half known is made whole again: the same batch gives the same rows.
+    # If only some rows of a batch are on disk, the whole batch is sampled: it gives equal rows.
     batch = next(stream.ordered_batches(number))
     generations.add(generate_rows(lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key))
   generations.close(keys)
-  # One process decides: grading may time out on one machine and not on another.
+  # Process 0 computes the metrics for all: comparing answers may time out on one machine only.
   summary = []
   if jax.process_index() == 0:
     rows = [generations.rows[k] for k in keys]
@@ -212,11 +244,11 @@ def evaluate(
 
 
 def _by_task(problems: Sequence[Problem], groups: Sequence[Sequence[Row]]) -> dict[str, float]:
-  """ "TASK/accuracy" of each task, where the problems are of several.
+  """ "TASK/accuracy" for each task, if the problems belong to several tasks; else nothing.
 
   Args:
     problems: one for each group.
-    groups: the rows of each problem's completions.
+    groups: for each problem, the rows of its completions.
   """
   correct: dict[str, list[float]] = {}
   for problem, rows in zip(problems, groups, strict=True):
@@ -227,18 +259,18 @@ def _by_task(problems: Sequence[Problem], groups: Sequence[Sequence[Row]]) -> di
 
 
 class Evaluation:
-  """Evaluates parameters on every benchmark of a config.
+  """Evaluates parameters on every benchmark of a config: `evaluation(params, label)`.
 
   Args:
     config: of the run.
-    tasks: the evaluations, `protocols.plan(config)`.
+    tasks: the evaluations, from `protocols.plan(config)`.
     lm, tokenizer, mesh: of the run.
-    scorer: of the run; it grades where the protocol does not.
-    key: for the noise at temperatures above 0.
+    scorer: of the run. It grades benchmarks whose protocol has no extraction rules.
+    key: root of the noise at temperatures above 0.
     directory: rows are written to directory/LABEL/PROTOCOL/NAME-XXXXXXXX.jsonl (`Generations`).
     load: reads the records of a source, given its URI.
-    progress: called with the numbers of batches and a description; yields the numbers and shows
-      progress.
+    progress: called with the numbers of batches and the benchmark's name; yields the numbers and
+      shows progress.
 
   Raises:
     UserError: the problems of a benchmark cannot be read.
@@ -273,11 +305,15 @@ class Evaluation:
       )  # fmt: skip
 
   def __call__(self, params: Params, label: str) -> dict[str, dict[str, Any]]:
-    """Benchmark -> its metrics, the published number to compare with, and the settings.
+    """Evaluates `params` on every benchmark. A collective.
 
     Args:
       params: the parameters to evaluate.
-      label: name of this evaluation, such as "rl 100"; also of the folder with its rows.
+      label: name of this evaluation, such as "rl 100". The folder with its rows is named after it.
+
+    Returns:
+      Name of the benchmark -> its metrics (`evaluate`), "cache", "settings" (the sampler's options
+      as text) and, with a protocol, "protocol" and the "published" number with its source.
     """
     weights = params_digest(params)
     return {task.name: self._run(task, params, weights, label) for task in self.tasks}
@@ -318,33 +354,33 @@ class Evaluation:
     return result
 
   def _extraction(self, setting: Setting) -> dict[str, str]:
-    """How answers are found, where that is neither the protocol's nor the default."""
+    """The extraction rules of the run, if they are used and are not the default."""
     extraction = self.config.reward.extraction
     return {"extraction": extraction} if extraction and not setting.rules else {}
 
   def _tasks(self, setting: Setting, problems: Sequence[Problem]) -> dict[str, list[str]]:
-    """The tasks of the problems, where they decide which verifier grades."""
+    """The tasks of the problems, if each record is graded by its own task's verifier."""
     if setting.rules or self.config.reward.verifier != registry.BY_TASK:
       return {}
     return {"tasks": sorted({problem.record.task for problem in problems})}
 
   def _scorer(self, setting: Setting) -> contextlib.AbstractContextManager[Scorer]:
-    """The protocol's grader, or the run's."""
+    """A scorer with the protocol's extraction rules; the run's scorer if it has none."""
     if not setting.rules:
       return contextlib.nullcontext(self.scorer)
     reward = self.config.reward
     return Scorer("math", None, reward.workers, reward.timeout, setting.rules)
 
 
-# Options of the sampler that there were not from the beginning.
+# Options that were added to the sampler after the first runs.
 LATER_OPTIONS = ("alg_temp", "top_p", "schedule", "edit_passes")
 
 
 def in_words(setting: Setting) -> str:
   """The sampler's options as text, without the cache: "gen_length=32, steps=16, ...".
 
-  Options that are None or False are left out; so are `batch_sizes`, on which completions do not
-  depend, and `LATER_OPTIONS` where nobody set them: texts of older runs are to stay equal.
+  Left out are options that are None or False, `batch_sizes`, which does not change completions, and
+  options of `LATER_OPTIONS` that have their default, so that texts of older runs stay equal.
   """
   default = dataclasses.asdict(SamplerConfig())
   options = dataclasses.asdict(setting.sampler)

@@ -1,10 +1,10 @@
-"""The completions of an evaluation on disk: written batch by batch, continued after a kill.
+"""The rows of an evaluation on disk. They are written batch by batch and survive a kill.
 
     DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads them
     DIR/NAME-XXXXXXXX.settings.json   what the rows depend on: weights, problems, protocol, seed
 
-XXXXXXXX is a digest of the settings. So an evaluation with other settings has another file: no file
-mixes two evaluations, and none is overwritten. Rows are written in the order of the batches; a
+XXXXXXXX is a digest of the settings. An evaluation with other settings has another file, so no file
+mixes two evaluations and none is overwritten. Rows are written in the order of the batches. A
 finished file is in the order of the problems.
 """
 
@@ -24,19 +24,21 @@ from igpo_jax.io.jsonl import Row, row_file, write_whole
 from igpo_jax.parallel.distributed import share
 from igpo_jax.types import Params
 
-Key = tuple[str, int]  # (problem's id, sample)
+Key = tuple[str, int]  # (id of the problem, number of the sample)
 
 
 class Generations:
-  """The rows of one benchmark. All processes have them in memory, process 0 writes the files.
+  """The rows of one benchmark. All processes hold them in memory; process 0 writes the files.
+
+  The constructor reads the rows of an earlier evaluation with equal settings. A collective.
 
   Args:
-    directory: made if there is none.
+    directory: of the files. It is made if it does not exist.
     name: of the benchmark.
     settings: a JSON object with everything that the rows depend on.
 
   Attributes:
-    path: of the file with the rows.
+    path: the file with the rows.
     rows: (id of the problem, number of the sample) -> row, in the order of the file.
   """
 
@@ -50,15 +52,15 @@ class Generations:
       directory.mkdir(parents=True, exist_ok=True)
       write_whole(directory / f"{stem}.settings.json", text + "\n")
       self._file = row_file(self.path)
-      self._file.cut()  # half a row at the end would run into the next one
+      self._file.cut()  # drops half a row at the end, onto which the next would be written
       rows = self._file.read()
     self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
 
   def add(self, rows: Sequence[Row]) -> None:
-    """Appends the rows of all processes, in the order of the processes. A collective.
+    """Adds the rows of all processes, in the order of the processes. A collective.
 
-    Every process calls it once per batch with its own rows. Rows that are there already are
-    dropped.
+    Args:
+      rows: this process's rows of one batch. Rows whose key is known already are dropped.
     """
     new = [row for row in share(rows) if (row["id"], row["sample"]) not in self.rows]
     self.rows |= {(row["id"], row["sample"]): row for row in new}
@@ -66,7 +68,14 @@ class Generations:
       self._file.add(new)
 
   def close(self, order: Sequence[Key]) -> None:
-    """Finishes the file once all rows are there: sorts them by `order`, the list of their keys."""
+    """Finishes the file. Call it when all rows have been added.
+
+    Args:
+      order: the keys of all rows. The file and `rows` are sorted in this order.
+
+    Raises:
+      KeyError: a row of `order` is missing.
+    """
     ordered = {key: self.rows[key] for key in order}
     in_order, self.rows = list(self.rows) == list(ordered), ordered
     if self._file:
@@ -76,7 +85,7 @@ class Generations:
 
 
 def records_digest(records: Iterable[Record]) -> str:
-  """A digest of the problems' ids, prompts, answers and golds, in their order."""
+  """A hexadecimal digest of the records' ids, prompts, answers and golds, in their order."""
   digest = hashlib.blake2s(digest_size=8)
   for record in records:
     gold = [] if record.gold is None else [record.gold]
@@ -85,9 +94,10 @@ def records_digest(records: Iterable[Record]) -> str:
 
 
 def params_digest(params: Params) -> str:
-  """A digest of the weights; it does not depend on the mesh (sums of integers modulo 2^32).
+  """A hexadecimal digest of the weights, computed from sums of integers modulo 2^32.
 
-  It is compared before rows are continued, since equal step numbers do not mean equal weights.
+  It does not depend on the mesh. It is part of the settings of the rows, because equal step numbers
+  do not mean equal weights.
   """
   digest = hashlib.blake2s(digest_size=8)
   sums = jax.device_get(bit_sums(params))

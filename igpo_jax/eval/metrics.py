@@ -1,6 +1,6 @@
 """Metrics of an evaluation: pass@1, avg@k, pass@k and majority@k, with confidence intervals.
 
-All of them are computed from the verdicts on n problems with k completions each.
+They are computed from the verdicts on n problems with k completions each.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ Z95 = 1.959963984540054  # the normal quantile of a two-sided 95% interval
 
 
 def pass_at(k: int, correct: int, samples: int) -> float:
-  """The unbiased estimate of pass@k: the chance that one of k completions is correct.
+  """The unbiased estimate of pass@k: the chance that at least one of k completions is correct.
 
   It is 1 - C(n - c, k) / C(n, k) for n samples of which c are correct (Chen et al., arXiv
   2107.03374, equation 1).
+
+  Args:
+    k: number of completions that are drawn.
+    correct: c, how many of the problem's completions are correct.
+    samples: n, how many completions the problem has.
 
   Example: `pass_at(2, correct=1, samples=4) == 0.5`.
 
@@ -32,13 +37,14 @@ def majority(votes: Sequence[str | None], same: Callable[[str, str], bool]) -> i
   """The index of the first vote for the answer with the most votes.
 
   Args:
-    votes: extracted answers; None or "" abstains.
-    same: whether two answers are equal. A vote is compared with the first vote of each answer.
+    votes: the extracted answers of a problem's completions; None or "" is no vote.
+    same: whether two answers are equal. A vote is compared with the first vote for each answer.
 
   Returns:
-    None if all abstain. If several answers have the most votes, the one that was voted for first.
+    The index; None without any vote. Of several answers with the most votes, the one that was
+    voted for first wins.
   """
-  first: list[int] = []  # of each answer
+  first: list[int] = []  # index of the first vote for each answer
   count: list[int] = []
   for index, vote in enumerate(votes):
     if not vote:
@@ -55,11 +61,11 @@ def majority(votes: Sequence[str | None], same: Callable[[str, str], bool]) -> i
 def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
   """Wilson's confidence interval of a proportion: (low, high).
 
-  Unlike share ± z stderr it stays inside [0, 1] and has a width at 0 and 1.
+  Unlike share ± z * stderr, it stays inside [0, 1] and has a positive width for shares 0 and 1.
 
   Args:
     share: the observed proportion, in [0, 1].
-    n: number of trials, above 0; it may be an effective number and need not be whole.
+    n: number of trials, above 0. It may be an effective number, which need not be whole.
     z: quantile of the normal distribution; the default gives a 95% interval.
 
   Example: 8 of 10 gives (0.490, 0.943).
@@ -73,8 +79,8 @@ def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:
   """Accuracy over all completions, its standard error and 95% interval.
 
   The completions of one problem are not independent trials. So the standard error is that of the
-  mean over problems, sqrt(var / n). The interval is Wilson's for the number of independent trials
-  that would have this standard error, which is between n and n k.
+  mean over the n problems, sqrt(variance / n). The interval is Wilson's (`wilson`) for the number
+  of independent trials that would have this standard error; it lies between n and n k.
 
   Args:
     correct: for each of the n problems, the number of its completions that are correct.
@@ -104,9 +110,10 @@ def benchmark_metrics(
     same: whether two extracted answers are equal, for the majority vote.
 
   Returns:
-    "accuracy" (pass@1, or avg@k with k samples), "stderr", "low" and "high" (95%); "n", the number
-    of problems; "samples", k; "unparseable" and "timeout", shares of the rows. With k > 1 also
-    "pass@j" for j = 2, 4, 8, ... and k, and "majority@k".
+    "accuracy" (pass@1, or avg@k with k samples), its "stderr", and "low" and "high" of its 95%
+    interval; "n", the number of problems; "samples", k; "unparseable" and "timeout", shares of the
+    rows. With k > 1 also "pass@j" for j = 2, 4, 8, ... and k, and "majority@k", the share of
+    problems whose majority answer is correct. All shares are in [0, 1].
   """
   n, samples = len(problems), len(problems[0])
   correct = [sum(row["correct"] for row in rows) for rows in problems]

@@ -1,8 +1,8 @@
-"""Named evaluation protocols: what a published number means, so that ours can be compared.
+"""Named evaluation protocols: how published numbers were measured, so that ours can be compared.
 
-Numbers for one model differ by ten points between papers because prompts, lengths and
-graders differ. A protocol fixes all of them for each benchmark and says which parts its
-source does not state (`Setting.ours`). docs/evaluation.md explains each. No jax here.
+The accuracy of one model differs by ten points between papers, because prompts, lengths and
+graders differ. A protocol fixes all of them for each benchmark, and says what its source does not
+state (`Setting.ours`). docs/evaluation.md explains each protocol. This module does not import jax.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from igpo_jax.errors import UserError
 from igpo_jax.plugins import known_values
 from igpo_jax.rewards import answers
 
-PLAIN = "plain"  # the name of config.eval.protocol = "": prompts and settings of the config
+PLAIN = "plain"  # name for config.eval.protocol = "": prompts and settings come from the config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Setting:
   """How one benchmark is run.
 
   Attributes:
-    sampler: lengths, steps, block, temperature, suppression of end-of-text.
-    samples: k completions of each problem.
-    template: the user's message with "{question}" in it; "" leaves prompts alone.
-    prefill: how the assistant's turn begins; it counts neither to the length nor as
-      completion.
-    shots: solved examples that the source puts before the question.
-    rules: how the answer is found (`rewards.answers.RULES`), compared by `rewards.math`;
-      () grades with the run's own verifier.
-    published: accuracy of LLaDA-8B-Instruct, None where none is known.
-    source: of that number, and what it was measured on if not on this benchmark.
-    ours: what the source does not state and we chose.
+    sampler: completion length, steps, block length, temperature and the other sampling options.
+    samples: k, the number of completions of each problem.
+    template: the user's message, with "{question}" in it; "" keeps the prompts of the source.
+    prefill: how the assistant's turn begins. It is part of the prompt: it does not count towards
+      the completion's length.
+    shots: number of solved examples that the source puts before the question.
+    rules: how the answer is found (`rewards.answers.RULES`); it is then graded by the verifier
+      "math". () grades with the run's own verifier.
+    published: the published accuracy of LLaDA-8B-Instruct in [0, 1]; None if none is known.
+    source: where `published` stands, and what it was measured on if not on this benchmark.
+    ours: what the source does not state, so that we chose it.
   """
 
   sampler: SamplerConfig
@@ -51,7 +51,12 @@ class Setting:
   ours: tuple[str, ...] = ()
 
   def messages(self, question: str, examples: tuple[Record, ...] = ()) -> tuple[Message, ...]:
-    """The prompt of a question after solved examples, each a turn of its own."""
+    """The prompt of a question: a turn for each solved example and its trace, then the question.
+
+    Args:
+      question: text of the question.
+      examples: solved examples, in order.
+    """
 
     def ask(text: str) -> Message:
       return {"role": "user", "content": self.template.replace("{question}", text)}
@@ -76,7 +81,7 @@ IGPO_TEMPLATE = "{question}\n\nReason step by step, then give the final answer i
 
 
 def _igpo() -> Protocol:
-  """The IGPO paper's table 1; its code evaluates nothing, so prompt and lengths are ours."""
+  """The IGPO paper's table 1. Its code has no evaluation, so we chose prompt and lengths."""
 
   def setting(published: float, temperature: float = 0.0, samples: int = 1) -> tuple[Setting]:
     return (
@@ -99,8 +104,8 @@ def _igpo() -> Protocol:
   }
 
 
-# The wording belongs to the protocol: with another one it would be another protocol. The two
-# benchmarks' differ in white space, and one has a quotation mark at the end.
+# The exact wording is part of the protocol. The wordings for the two benchmarks differ in white
+# space, and that for MATH500 has a quotation mark near its end.
 _D1_SYSTEM = (
   "You are a math expert. You will be given a question to solve. Solve it step by step. "
   "Wrap the final answer in a \\boxed{}.%s\nRespond in the following format:\n<reasoning>\n"
@@ -111,7 +116,7 @@ _D1_MATH500 = _D1_SYSTEM % ("", '" \n')
 
 
 def _d1() -> Protocol:
-  """d1 and SPG: no examples, instructions in the user's turn, reasoning tag prefilled."""
+  """d1 and SPG: no examples, instructions in the user's turn, the reasoning tag prefilled."""
 
   def setting(system: str, source: str, length: int, published: float) -> Setting:
     return Setting(
@@ -132,7 +137,7 @@ def _d1() -> Protocol:
 
 
 def _opencompass_block() -> Protocol:
-  """LLaDA's own OpenCompass runs with blocks: four solved examples, one token per step."""
+  """LLaDA's own OpenCompass runs with blocks: four solved examples, one token in each step."""
   return {
     "gsm8k": (
       Setting(
@@ -162,15 +167,16 @@ PROTOCOLS: dict[str, Protocol] = {}
 
 
 def register_protocol(name: str, protocol: Mapping[str, Setting | Sequence[Setting]]) -> None:
-  """Makes `eval.protocol=name` run its benchmarks as the protocol says.
+  """Registers a protocol, so that `eval.protocol=name` chooses it.
 
   Args:
-    name: anything but "", which stands for the config's own settings, and "plain".
-    protocol: benchmark -> its setting, or several that differ in length. The items of `data.eval`
-      are named after the benchmarks.
+    name: any name except "", which stands for the config's own settings, and "plain".
+    protocol: name of a benchmark -> its setting, or several settings that differ in completion
+      length. The items of `data.eval` must have the benchmarks' names.
 
   Raises:
-    ValueError: the name is taken or reserved, no benchmark, or two settings of one length.
+    ValueError: the name is taken or reserved, there is no benchmark, or a benchmark has two
+      settings of one length.
   """
   if name in ("", PLAIN) or name in PROTOCOLS:
     taken = "already registered" if name in PROTOCOLS else "reserved"
@@ -200,12 +206,12 @@ class Task(NamedTuple):
   """One evaluation to make.
 
   Attributes:
-    name: in metrics and files: the benchmark's, with "@L" where its protocol has
+    name: used in metrics and files: the benchmark's name, followed by "@L" if its protocol has
       several lengths L.
-    uri: of the problems.
-    examples: URI of the solved examples, "" for none.
-    protocol: its name.
-    setting: see `Setting`.
+    uri: source of the problems.
+    examples: source of the solved examples, "" for none.
+    protocol: name of the protocol.
+    setting: how the benchmark is run.
   """
 
   name: str
@@ -216,7 +222,10 @@ class Task(NamedTuple):
 
 
 def plain_setting(config: Config) -> Setting:
-  """The rollouts' sampler at the evaluation's own temperature, steps and cache."""
+  """The setting without a protocol: the rollouts' sampler with options of `config.eval`.
+
+  These are temperature, steps (0: those of the rollouts), cache and number of samples.
+  """
   sampler = dataclasses.replace(
     config.sampler,
     temperature=config.eval.temperature,
@@ -231,11 +240,11 @@ def _with_cache(sampler: SamplerConfig, cache: str) -> SamplerConfig:
 
 
 def plan(config: Config) -> list[Task]:
-  """The evaluations that a config asks for; opens no file.
+  """The evaluations that a config asks for. No file is opened.
 
   Raises:
-    UserError: an unknown protocol, a benchmark or length that it does not define, or an
-      option that goes with none of them.
+    UserError: an unknown protocol, a benchmark or length that the protocol does not define, a
+      benchmark that is named twice, or solved examples that no benchmark uses.
   """
   chosen = config.eval.protocol
   examples = dict(item.split("=", 1) for item in config.eval.examples)
@@ -264,7 +273,7 @@ def plan(config: Config) -> list[Task]:
     if not any(task.examples == examples[name] for task in tasks):
       raise UserError(
         f"config: eval.examples: {name!r} is no benchmark of data.eval whose protocol shows"
-        " solved examples"
+        " solved examples: leave it out"
       )
   names = [task.name for task in tasks]
   if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -278,7 +287,9 @@ def _of_lengths(
   chosen = [s for s in settings if not lengths or s.sampler.gen_length in lengths]
   if not chosen:
     known = ", ".join(str(s.sampler.gen_length) for s in settings)
-    raise UserError(f"config: eval.lengths={lengths}: {what} at length {known}")
+    raise UserError(
+      f"config: eval.lengths={lengths} has none of the lengths at which {what}: {known}"
+    )
   return chosen
 
 
@@ -291,7 +302,7 @@ def _settings(protocol: str, benchmark: str) -> tuple[Setting, ...]:
   benchmark = one_name(benchmark)
   if benchmark not in PROTOCOLS[protocol]:
     raise UserError(
-      f"config: protocol {protocol!r} defines {', '.join(PROTOCOLS[protocol])}, not"
-      f" {benchmark!r}: name the items of data.eval after them"
+      f"config: data.eval: protocol {protocol!r} defines {', '.join(PROTOCOLS[protocol])}, not"
+      f" {benchmark!r}: give the items of data.eval these names"
     )
   return PROTOCOLS[protocol][benchmark]
