@@ -1,14 +1,15 @@
 """Published estimators and objectives, compared on one task.
 
-    python -m benchmarks.estimators --all --workdir=runs/estimators [--jobs=2] [--seeds=5]
+    python -m benchmarks.estimators --all --workdir=runs/estimators [--seeds=5]
     python -m benchmarks.estimators --methods=mean_field,espo,spg --workdir=runs/estimators
     python -m benchmarks.estimators --all --smoke --workdir=DIR
 
 Every method of docs/methods.md is run with GRPO's exploration (none) and with IGPO's (inpaint), on
-the task of `benchmarks.claims`. All runs of a seed start from the same SFT checkpoint. First a
-learning rate is chosen for each pair of method and exploration, on seeds that the study does not
-use: the one with the largest area under the accuracy curve. Then each pair is run on the seeds of
-the study.
+the task of `benchmarks.claims`. All runs of a seed start from the same SFT checkpoint, that of the
+claims. First a learning rate is chosen for each pair of method and exploration, on a seed that the
+study does not use: the one with the largest area under the accuracy curve. Then each pair is run on
+the seeds of the study. All runs are made in one process, a method after another, so that the
+programs of a method are compiled once.
 
 Methods are compared in two ways. At equal samples, all runs have the same number of RL steps. At
 equal forwards, the accuracy of a run is taken where it has cost as many forward passes as the
@@ -16,8 +17,13 @@ cheapest run in total. The rate is constant after the warm-up, so a shorter run 
 a longer one. A backward pass counts as two forward passes; if views are read twice to save memory,
 as three.
 
-An interrupted command continues where it was. It writes table.md, methods.png and results.json to
-the workdir and prints the table: mean and 95% interval (Student's t) over seeds. `--smoke` runs
+An interrupted command continues where it was. The result of a finished run is kept in
+seedS/RUN.json. A run that was stopped by SIGTERM or Ctrl-C continues from its checkpoint; one that
+was killed begins again. A run that cannot go on, because its updates are not finite, keeps its last
+accuracy and is counted in the column "failed". After each method table.md, methods.png and
+results.json are written to the workdir; at the end the table is printed: mean and 95% interval
+(Student's t) over seeds. Seconds are CPU seconds of a step, the median. If the machine has other
+work, set NPROC=1 for the process, so that its threads do not wait for each other. `--smoke` runs
 everything with tiny settings, as a test; its numbers mean nothing.
 """
 
@@ -26,6 +32,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,17 +43,20 @@ from etils import epath
 
 from benchmarks.claims.arms import make_config, sft_config
 from benchmarks.claims.claims import interval
-from benchmarks.claims.runs import Task, run_all
+from benchmarks.claims.runs import Task, finished
 from igpo_jax import cli
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import write_whole
 from igpo_jax.rl.methods import estimator_of, forwards_of, objective_of, views_kept
+from igpo_jax.train.continued import as_json
+from igpo_jax.train.workdir import hold
 
-RATES = (3e-4, 1e-3, 3e-3)
-PILOT_SEEDS = (100, 101)
+RATES = (1e-3, 3e-3)
+PILOT_SEEDS = (100,)
 EXPLORATIONS = {"none": "GRPO", "inpaint": "IGPO"}
-EVAL_EVERY = 4  # RL steps
+# Of the RL stage, smaller than the claims': there are 252 runs.
+STEPS, PROMPTS, EVAL_EVERY, PROBLEMS = 24, 8, 6, 256
 
 
 def pair(estimator: str, objective: str, **options: Any) -> dict[str, Any]:
@@ -57,7 +69,8 @@ def pair(estimator: str, objective: str, **options: Any) -> dict[str, Any]:
 
 
 TOKENS = {"o_ratio": "token", "o_normalize": "token", "o_eps_low": 0.5, "o_eps_high": 0.5}
-# As published where that is known, but for the learning rate; two inner updates for all.
+# As published where that is known, but for the learning rate and the number of draws; two inner
+# updates for all.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
   "mean_field": ("mean-field, sequence ratio (IGPO)", pair("mean_field", "clipped")),
   "coupled": ("coupled, sequence ratio", pair("coupled", "clipped")),
@@ -85,7 +98,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     pair("every_block", "elbo_ratio", o_scale="none") | {"rl.advantage": "std_sample"},
   ),
   "bgpo": (
-    "BGPO",
+    "BGPO, 4 draws",
     pair("elbo", "bgpo", e_counts="response", e_draws=4, e_complement=False)
     | {"rl.advantage": "std_sample"},
   ),
@@ -110,7 +123,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     pair("trace_sampled", "trace_ppo", e_steps="unsure", e_score="later", o_reduce="row_step",
          o_threshold=0.6) | {"rl.advantage": "std_sample"},
   ),
-  "agrpo": ("AGRPO", pair("trace_sampled", "trace_ppo", o_reduce="draws", o_beta=0.0)),
+  "agrpo": (
+    "AGRPO, 4 draws",
+    pair("trace_sampled", "trace_ppo", e_draws=4, o_reduce="draws", o_beta=0.0),
+  ),
   "justgrpo": (
     "JustGRPO",
     pair("autoregressive", "trace_ppo", o_reduce="valid_rows", o_beta=0.0)
@@ -123,10 +139,17 @@ def config_of(exploration: str, method: str, rate: float, seed: int, smoke: bool
   """The config of one run: that of the claims, with the method and a constant learning rate."""
   changes = {
     "rl.exploration": exploration,
-    "rl.eval_every": 1 if smoke else EVAL_EVERY,
     "rl_optimizer.learning_rate": rate,
     "rl_optimizer.schedule": "constant",
+    "checkpoint.every": 0,
   }
+  if not smoke:
+    changes |= {
+      "rl.steps": STEPS,
+      "rl.prompts_per_step": PROMPTS,
+      "rl.eval_every": EVAL_EVERY,
+      "eval.limit": PROBLEMS,
+    }
   return make_config("igpo", seed, smoke, METHODS[method][1] | changes)
 
 
@@ -177,8 +200,12 @@ def area(result: dict) -> float:
 
 
 def cost(result: dict, config: Config) -> np.ndarray:
-  """f64[steps + 1]: forward passes per completion until the end of each RL step; first 0."""
-  wrong = np.array(result["curves"]["rl/all_wrong_before"], float)
+  """f64[steps + 1]: forward passes per completion until the end of each RL step; first 0.
+
+  A run that failed is counted as if it had gone on as before.
+  """
+  wrong = [float(share) for share in result["curves"]["all_wrong_before"]] or [0.0]
+  wrong += [float(np.mean(wrong))] * (config.rl.steps - len(wrong))
   return np.concatenate([[0], np.cumsum([forwards_per_step(config, w) for w in wrong])])
 
 
@@ -219,9 +246,10 @@ def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> l
       "area": [area(result) for result, _ in pairs],
       "largest fall": [fall(result) for result, _ in pairs],
       "forwards": [float(cost(*one)[-1] / (len(cost(*one)) - 1)) for one in pairs],
-      "seconds": [result["step_seconds"] for result, _ in pairs],
+      "seconds": [result["step_cpu_seconds"] or math.nan for result, _ in pairs],
     }
-    rows.append({"exploration": exploration, "method": method,
+    failed = [result["failed"] for result, _ in pairs]
+    rows.append({"exploration": exploration, "method": method, "failed": failed,
                  "rate": chosen[exploration, method], "values": values})  # fmt: skip
   return rows
 
@@ -230,17 +258,19 @@ def table(rows: list[dict], seeds: Sequence[int]) -> str:
   """The rows as a Markdown table: mean and 95% interval over seeds."""
   lines = [
     "| method | exploration | learning rate | accuracy at equal samples | at equal forwards | "
-    "area under the curve | largest fall | forwards a step | RL seconds |",
-    "|---" * 9 + "|",
+    "area under the curve | largest fall | forwards a step | CPU seconds a step | failed |",
+    "|---" * 10 + "|",
   ]
   for row in rows:
     cells = []
     for column in COLUMNS:
-      mean, width = interval(row["values"][column])
-      digits = 3 if column in COLUMNS[:4] else 1
-      cells.append(f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if len(seeds) > 1 else ""))
+      values = [value for value in row["values"][column] if not math.isnan(value)]
+      mean, width = interval(values) if values else (math.nan, math.nan)
+      digits = 1 if column == "forwards" else 3
+      cells.append(f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if len(values) > 1 else ""))
     lines.append(f"| {METHODS[row['method']][0]} | {EXPLORATIONS[row['exploration']]} "
-                 f"| {row['rate']:g} | {' | '.join(cells)} |")  # fmt: skip
+                 f"| {row['rate']:g} | {' | '.join(cells)} "
+                 f"| {sum(map(bool, row['failed']))} of {len(seeds)} |")  # fmt: skip
   return "\n".join(lines)
 
 
@@ -286,12 +316,11 @@ def main() -> None:
   parser.add_argument("--smoke", action="store_true", help="on next to nothing")
   parser.add_argument("--workdir", type=epath.Path, required=True)
   parser.add_argument("--seeds", type=int, default=0, help="default: 5")
-  parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its own cores")
   args = parser.parse_args()
   if bool(args.methods) == args.all:
     raise UserError("give --methods=NAME,... or --all")
-  if args.seeds < 0 or args.jobs < 1:
-    raise UserError("--seeds and --jobs must be positive")
+  if args.seeds < 0:
+    raise UserError("--seeds must be positive")
   methods = args.methods.split(",") if args.methods else list(METHODS)
   for method in methods:
     if method not in METHODS:
@@ -299,24 +328,67 @@ def main() -> None:
   seeds = range(args.seeds or (1 if args.smoke else 5))
   pilots, rates = (PILOT_SEEDS[:1], RATES[:1]) if args.smoke else (PILOT_SEEDS, RATES)
 
-  def run(names: list[str], seeds: Sequence[int]) -> dict:
-    tasks = [Run(name, seed, args.workdir, args.smoke)
-             for seed in seeds for name in ("sft:aligned", *names)]  # fmt: skip
-    return run_all(tasks, args.jobs)
+  from igpo_jax.parallel.compile_cache import use_cache
 
-  pairs = [(exploration, method) for method in methods for exploration in EXPLORATIONS]
-  pilot = run([name_of(*pair, rate) for pair in pairs for rate in rates], pilots)
-  chosen = choose_rates(pilot, pairs, rates, pilots)
-  results = run([name_of(*pair, rate) for pair, rate in chosen.items()], seeds)
-  rows = measure(results, chosen, seeds, args.smoke)
+  use_cache()
+  chosen: dict[tuple[str, str], float] = {}
+  results: dict[tuple[str, int], dict] = {}
+  args.workdir.mkdir(parents=True, exist_ok=True)
+  with hold(args.workdir):
+    shared = shared_runs(args.workdir, args.smoke)
+
+    def run(pair: tuple[str, str], rates: Sequence[float], seeds: Sequence[int]) -> None:
+      for seed in seeds:
+        for rate in rates:
+          task = Run(name_of(*pair, rate), seed, args.workdir, args.smoke)
+          results[task.name, seed] = finished(task) or perform(task, shared)
+
+    for method in methods:
+      pairs = [(exploration, method) for exploration in EXPLORATIONS]
+      for pair in pairs:
+        run(pair, rates, pilots)
+      chosen |= choose_rates(results, pairs, rates, pilots)
+      for pair in pairs:
+        run(pair, (chosen[pair],), seeds)
+      text = write(args.workdir, results, chosen, seeds, args.smoke)
+  print(text)
+
+
+def shared_runs(workdir: epath.Path, smoke: bool) -> Any:
+  """What runs of the study share (`benchmarks.shared_runs`)."""
+  from benchmarks.shared_runs import SharedRuns
+
+  def sft(seed: int) -> tuple[Config, epath.Path]:
+    task = Run("sft:aligned", seed, workdir, smoke)
+    return task.config, task.root / "sft_aligned"
+
+  return SharedRuns(config_of("inpaint", "mean_field", RATES[0], 0, smoke), sft)
+
+
+def perform(task: Run, shared: Any) -> dict:
+  """Makes a run, or continues it, and keeps its result in place of its folder."""
+  began = time.perf_counter()
+  folder = task.root / task.name
+  result = shared.perform(task.config, folder)
+  result |= {"config": as_json(task.config), "seconds": time.perf_counter() - began}
+  write_whole(task.result, json.dumps(result) + "\n")
+  shutil.rmtree(folder)
+  print(f"{task.name}, seed {task.seed}: {result['cpu_seconds']:.0f} CPU s, "
+        f"{result['accuracy'][-1][1]:.3f} {result['failed']}", flush=True)  # fmt: skip
+  return result
+
+
+def write(workdir: epath.Path, results: dict, chosen: dict, seeds, smoke: bool) -> str:
+  """Writes table, picture and numbers of the methods that are done; returns what to print."""
+  rows = measure(results, chosen, seeds, smoke)
   text = table(rows, seeds)
-  minutes = sum(result["seconds"] for result in [*pilot.values(), *results.values()]) / 60
-  (args.workdir / "table.md").write_text(text + "\n")
-  draw(rows, seeds, args.workdir / "methods.png")
-  report = {"seeds": list(seeds), "pilot_seeds": list(pilots), "rates": list(rates),
-            "process_minutes": minutes, "rows": rows}  # fmt: skip
-  write_whole(args.workdir / "results.json", json.dumps(report, indent=2) + "\n")
-  print(f"\n{text}\n\nAll runs took {minutes:.1f} process minutes.")
+  minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
+  write_whole(workdir / "table.md", text + "\n")
+  draw(rows, seeds, workdir / "methods.png")
+  report = {"seeds": list(seeds), "pilot_seeds": list(PILOT_SEEDS), "rates": list(RATES),
+            "cpu_minutes": minutes, "rows": rows}  # fmt: skip
+  write_whole(workdir / "results.json", json.dumps(report, indent=2) + "\n")
+  return f"\n{text}\n\n{len(results)} runs took {minutes:.1f} CPU minutes."
 
 
 if __name__ == "__main__":

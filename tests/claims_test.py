@@ -10,11 +10,13 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import optax
 import pytest
 from etils import epath
 from PIL import Image
 
 from benchmarks import estimators as study
+from benchmarks import shared_runs
 from benchmarks.claims import __main__ as program
 from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
@@ -23,6 +25,7 @@ from igpo_jax.config import registry
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import open_tokenizer
 from igpo_jax.errors import UserError
+from igpo_jax.train.setup import make_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -229,15 +232,17 @@ def test_forward_passes_of_a_step_by_hand():
   assert study.forwards_per_step(espo) == 14 + 4 * (2 * 2 + 2 * 4)
 
 
-def run_of(*accuracies):
-  return {"accuracy": [[4 * k, a] for k, a in enumerate(accuracies)],
-          "curves": {"rl/all_wrong_before": [0.0] * 4 * (len(accuracies) - 1)}}  # fmt: skip
+def run_of(*accuracies, steps=None):
+  """A result with an evaluation every four steps; `steps` of them were made."""
+  made = 4 * (len(accuracies) - 1) if steps is None else steps
+  return {"accuracy": [[4 * k, a] for k, a in enumerate(accuracies)], "failed": "",
+          "step_cpu_seconds": 1.0, "curves": {"all_wrong_before": [0.0] * made}}  # fmt: skip
 
 
 def test_runs_are_compared_where_they_have_cost_as_much():
   config = study.config_of("none", "mean_field", 1e-3, 0)
   result = run_of(0.0, 0.4, 0.6)
-  assert study.accuracy_at(result, config, 6 * 15.0) == pytest.approx(0.5)
+  assert study.accuracy_at(result, config, 6 * 15.0) == pytest.approx(0.5)  # 15 a step
   assert study.accuracy_at(result, config, 1e9) == pytest.approx(0.6)
   assert study.area(result) == pytest.approx((0.2 + 0.5) / 2)
   assert study.fall(run_of(0.1, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
@@ -254,23 +259,84 @@ def test_the_rate_with_the_largest_area_on_the_pilot_seeds_is_taken():
   assert study.choose_rates(results, [pair], tuple(ends), (7, 8)) == {pair: 1e-3}
 
 
-@pytest.mark.slow
-def test_the_study_of_estimators_runs_end_to_end_and_goes_on_where_it_was(tmp_path):
-  def run(methods):
-    return subprocess.run(
-      [sys.executable, "-m", "benchmarks.estimators", "--smoke", f"--methods={methods}",
-       f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_a_run_that_failed_is_in_the_table_with_its_last_accuracy():
+  results = {}
+  for exploration in study.EXPLORATIONS:
+    name = study.name_of(exploration, "mean_field", 1e-3)
+    results |= {(name, seed): run_of(0.0, 0.5) for seed in (0, 1)}
+  chosen = {(exploration, "mean_field"): 1e-3 for exploration in study.EXPLORATIONS}
+  results[name, 1] |= {"failed": "5 updates in a row"}
+  at_once = run_of(0.2, steps=0) | {"failed": "at the first step", "step_cpu_seconds": None}
+  results["none.mean_field.0.001", 0] = at_once
+  rows = study.measure(results, chosen, (0, 1), smoke=False)
+  by = {row["exploration"]: row for row in rows}
+  assert by["inpaint"]["values"]["equal samples"] == [0.5, 0.5]
+  assert by["none"]["values"]["equal samples"] == [0.2, 0.5]
+  lines = study.table(rows, (0, 1)).splitlines()
+  assert lines[2].endswith("| 1 of 2 |") and lines[3].endswith("| 1 of 2 |") and len(lines) == 4
+  assert "nan" not in "".join(lines)
 
-  out = run("mean_field,trace_drawn")
-  assert out.returncode == 2 and "trace_drawn" in out.stderr and "Traceback" not in out.stderr
-  out = run("mean_field,rldf")
-  assert out.returncode == 0, out.stderr[-2000:]
+
+def test_a_rate_in_the_state_gives_the_update_of_a_rate_in_the_program():
+  config = study.config_of("none", "mean_field", 3e-3, 0)
+  decay = dataclasses.replace(config.rl_optimizer, weight_decay=0.1)
+  config = dataclasses.replace(config, rl_optimizer=decay)
+  params = {"w": jnp.linspace(-1.0, 2.0, 7)}
+  plain, ours = make_optimizer(decay, 48), shared_runs.at_rate(config)
+  states = [plain.init(params), ours.init(params)]
+  for step in range(8):  # through the warm-up
+    gradient = {"w": jnp.cos(params["w"] * (step + 1))}
+    expected, states[0] = plain.update(gradient, states[0], params)
+    update, states[1] = ours.update(gradient, states[1], params)
+    assert jnp.allclose(update["w"], expected["w"], rtol=1e-6, atol=0)
+    params = optax.apply_updates(params, expected)
+  other = study.config_of("inpaint", "mean_field", 1e-3, 3)
+  of = shared_runs.compiled_from
+  assert of(other) == of(study.config_of("none", "mean_field", 3e-3, 0))
+  assert of(other) != of(study.config_of("inpaint", "coupled", 1e-3, 3))
+
+
+@pytest.mark.slow
+def test_the_study_of_estimators_runs_end_to_end_and_goes_on_where_it_was(
+  tmp_path, monkeypatch, capsys
+):
+  def run(methods):
+    options = ["--smoke", f"--methods={methods}", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["estimators", *options])
+    study.main()
+
+  with pytest.raises(UserError, match="trace_drawn"):
+    run("rldf,trace_drawn")
+  made = []
+  make = shared_runs.make_policy_programs
+  monkeypatch.setattr(shared_runs, "make_policy_programs", lambda *a: made.append(1) or make(*a))
+  run("rldf")
+  assert len(made) == 1  # for two explorations, on two seeds each
   table = (tmp_path / "table.md").read_text()
-  assert table.count("\n") == 6 and "RLDF" in table and "nan" not in table
+  assert table.count("RLDF") == 2 and "nan" not in table and table in capsys.readouterr().out
   assert (tmp_path / "methods.png").read_bytes()[:4] == b"\x89PNG"
-  assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 4
-  (tmp_path / "seed0" / "none.rldf.0.0003.json").unlink()
-  again = run("mean_field,rldf")
-  assert again.returncode == 0 and (tmp_path / "table.md").read_text().count("RLDF") == 2
-  assert "none.rldf" in again.stdout and "inpaint.rldf" not in again.stdout
+  assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
+
+  # Started again, only what is not there is run.
+  cut = tmp_path / "seed0" / "none.rldf.0.001.json"
+  kept = json.loads(cut.read_text())
+  cut.unlink()
+  again = []
+  monkeypatch.setattr(study, "shared_runs", lambda *_: None)
+  monkeypatch.setattr(study, "perform", lambda task, _: again.append(task.name) or kept)
+  run("rldf")
+  assert again == ["none.rldf.0.001"] and (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.slow
+def test_a_run_of_the_study_goes_on_from_its_checkpoint_and_says_why_it_ended(tmp_path):
+  root = epath.Path(tmp_path)
+  shared = study.shared_runs(root, True)
+  config = study.config_of("inpaint", "mean_field", 1e-3, 0, True)
+  log = dataclasses.replace(config.log, stop_when=("rl/reward < 2",), stop_patience=1)
+  stopped = shared.perform(dataclasses.replace(config, log=log), root / "run")
+  assert "stopped at step 1: rl/reward" in stopped["failed"]
+  assert [step for step, _ in stopped["accuracy"]] == [0, 1]
+  rest, whole = (shared.perform(config, root / name) for name in ("run", "other"))
+  assert not rest["failed"] and [step for step, _ in rest["accuracy"]] == [0, 1, 2]
+  assert rest["accuracy"] == whole["accuracy"] and rest["curves"] == whole["curves"]

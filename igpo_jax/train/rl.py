@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
@@ -19,7 +20,7 @@ from igpo_jax.rl.rollout import Explorer
 from igpo_jax.rl.sampling import DeviceClock
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.micro_batches import shardings_of
-from igpo_jax.train.policy_update import make_policy_programs
+from igpo_jax.train.policy_update import PolicyPrograms, make_policy_programs
 from igpo_jax.train.progress import StepClock
 from igpo_jax.train.setup import (
   Model,
@@ -47,15 +48,21 @@ def make_stage(
   scorer: Scorer,
   stream: PromptStream,
   new_clock: Callable[[], DeviceClock] = DeviceClock,
+  optimizer: optax.GradientTransformation | None = None,
+  make_programs: Callable[..., PolicyPrograms] = make_policy_programs,
 ) -> tuple[Stage, TrainState]:
   """The stage's steps, and the state they start from.
 
   Args:
     stream: prompts with their traces (`preflight.rl_stream`).
     new_clock: makes what is told how far a step is.
+    optimizer: in place of the one that `rl_optimizer` asks for.
+    make_programs: in place of `make_policy_programs`, with its arguments: several stages of one
+      process may share what was compiled.
   """
   # policy, reference, optimizer
-  optimizer = make_optimizer(config.rl_optimizer, config.rl.steps * config.rl.inner_updates)
+  updates = config.rl.steps * config.rl.inner_updates
+  optimizer = optimizer or make_optimizer(config.rl_optimizer, updates)
   # What is only read is kept in the compute dtype. Under LoRA policy and reference share
   # the base; only the small adapters exist twice.
   readable = functools.partial(compute_copy, dtype=config.model.dtype)
@@ -67,7 +74,7 @@ def make_stage(
   all_params = functools.partial(lora.combine, frozen)
   prompts, micro_batches = config.rl.prompts_per_step, config.rl.micro_batches
   check_micro_batches(mesh, prompts, micro_batches, "rl.micro_batches")
-  programs = make_policy_programs(model.lm, optimizer, config, shardings_of(state))
+  programs = make_programs(model.lm, optimizer, config, shardings_of(state))
   explorer = Explorer(model.lm, model.tokenizer, scorer, config, mesh)
 
   # step
