@@ -14,7 +14,7 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=find_packages(include=["igpo_jax", "igpo_jax.*"]),
-  package_data={"igpo_jax": ["py.typed"]},
+  package_data={"igpo_jax": ["py.typed", "viewer/page/*"]},
   python_requires=">=3.11",
   # Upper bounds where a next major version may break what this package calls.
   install_requires=[
@@ -36,6 +36,7 @@ setup(
     "optax>=0.2.5,<1",
     "orbax-checkpoint>=0.11.30,<1",
     "pyarrow>=15",
+    "rich>=13",
     "safetensors>=0.5,<1",
     "sentencepiece>=0.2.3",
     "tensorboardX>=2.6",

@@ -7,6 +7,7 @@ command line, the config and the input files are reported before jax is loaded, 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -49,16 +50,17 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
   return config, epath.Path(FLAGS.workdir or f"runs/{name}")
 
 
-def train(config: Config, workdir: epath.Path) -> dict[str, Any]:
+def train(config: Config, workdir: epath.Path, command: str = "") -> dict[str, Any]:
   """Runs every stage of a config (`train.run.train`); returns the contents of summary.json."""
   from igpo_jax.train import run
 
-  return run.train(config, workdir)
+  return run.train(config, workdir, command)
 
 
 def main(argv: list[str] | None = None) -> None:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
-  config, workdir = parse_flags(sys.argv if argv is None else ["main", *argv])
+  words = sys.argv[1:] if argv is None else argv
+  config, workdir = parse_flags(["main", *words])
   if not (config.mesh.hardware or config.mesh.slice):  # else the devices are looked at first
     check_inputs(config)
   if os.environ.get("JAX_PROCESS_ID", "0") == "0":
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
       dry_run(config, workdir)
       return
-    train(config, workdir)
+    train(config, workdir, shlex.join(["python", "-m", "igpo_jax.main", *words]))
 
 
 if __name__ == "__main__":

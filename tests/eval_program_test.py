@@ -18,8 +18,8 @@ from igpo_jax import main
 from igpo_jax.config import freeze, load_config_file
 from igpo_jax.errors import UserError
 from igpo_jax.train import run
-from igpo_jax.train.report import summary_of, summary_table
 from igpo_jax.train.setup import Model
+from igpo_jax.viewer.summary import summary_of, summary_table
 from tests import tiny_config
 from tests.eval_rows import TASK, read, rows_file
 from tests.paths import REPO

@@ -18,9 +18,9 @@ from igpo_jax.eval.generations import Generations
 from igpo_jax.io import jsonl
 from igpo_jax.io.jsonl import row_file
 from igpo_jax.train.loop import Run, run_stage
-from igpo_jax.train.report import write_report
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.workdir import open_workdir
+from igpo_jax.viewer.report import write_report
 from tests import fake_gcs
 from tests.loop_test import ROWS, Killed, counting_stage, fresh, make_run
 

@@ -27,11 +27,12 @@ from igpo_jax.train import loop
 from igpo_jax.train.guards import Guards
 from igpo_jax.train.lock import Holder, WorkdirLock
 from igpo_jax.train.loop import NonFinite, Run, Stage, due, run_stage, should_save
-from igpo_jax.train.report import draw_curves, summary_of, summary_table
 from igpo_jax.train.runlog import RunLog
 from igpo_jax.train.sft import is_spent
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import TrainState
+from igpo_jax.viewer.curves import draw_curves
+from igpo_jax.viewer.summary import summary_of, summary_table
 from tests.paths import REPO
 
 # --- checkpoints ----------------------------------------------------------------------

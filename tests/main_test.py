@@ -88,6 +88,20 @@ def test_a_run_in_peace_writes_what_it_says(runs):
   hinted = [row for row in samples if row["phase"] == "hinted"]
   assert len(hinted) == 2 * round(2 * sum(row["rl/all_wrong_before"] for row in rl))
   assert any(row["used"] == "inserted" for row in hinted) and any(row["hints"] for row in hinted)
+  learned = [row for row in samples if row["used"] in ("kept", "inserted")]
+  assert all((row["advantage"] is None) == (row not in learned) for row in samples)
+  stats = [row for row in learned if "token_stats" in row]
+  # KL needs every group; a ratio says how far the step's updates moved a token.
+  assert len(stats) == len(learned) and {len(s["tokens"]) for s in samples} == {16}
+  for row in stats:
+    told = row["token_stats"]
+    assert set(told) == {"logp", "entropy", "ratio", "kept"} and len(told["kept"]) == 16
+    hint = [any(a <= k < b for a, b in row["hints"]) for k in range(16)]
+    end = row["pieces"].index("<eos>") if "<eos>" in row["pieces"] else 15
+    assert all(told["kept"][k] == (k <= end) for k in range(16) if not hint[k])
+    assert all(told["logp"][k] < 0 <= told["entropy"][k] for k in range(16))
+  moved = [abs(x - 1) for row in stats for x in row["token_stats"]["ratio"] if row["advantage"]]
+  assert max(moved) > 0
   summary = json.loads((peace / "summary.json").read_text())
   assert set(summary["eval"]) == {"init/test", "sft/test", "rl/test"}
   assert summary["eval"]["rl/test"]["n"] == 8

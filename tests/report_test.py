@@ -13,8 +13,9 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from igpo_jax.config import LogConfig
-from igpo_jax.train.report import draw_curves, summary_of, summary_table
 from igpo_jax.train.runlog import RunLog
+from igpo_jax.viewer.curves import draw_curves
+from igpo_jax.viewer.summary import summary_of, summary_table
 
 
 def scalars(folder):

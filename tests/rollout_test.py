@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -14,10 +15,11 @@ from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, Sampl
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
-from igpo_jax.diffusion.completions import prompt_keys
+from igpo_jax.diffusion.completions import prompt_keys, sample_rows
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
+from igpo_jax.rl import rows
 from igpo_jax.rl.rollout import Explorer, num_replacements, repeated_tokens
 from igpo_jax.rl.sampling import (
   Cut,
@@ -25,7 +27,6 @@ from igpo_jax.rl.sampling import (
   GroupSampler,
   cut_by_length,
   group_buckets,
-  sample_rows,
 )
 from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import make_optimizer, make_state, purpose_key
@@ -47,12 +48,14 @@ def score(texts, records):
   """Correct: nine h or more. A shaped part of the reward comes on top."""
   correct = np.array([text.count("h") >= ENOUGH for text in texts])
   shaped = np.array([record.answer == "shaped" for record in records])
+  reward = (correct + 0.25 * shaped * np.array([len(t) % 2 for t in texts])).astype(np.float32)
   return Scores(
-    reward=(correct + 0.25 * shaped * np.array([len(t) % 2 for t in texts])).astype(np.float32),
+    reward=reward,
     correct=correct,
     status=["ok" if text else "unparseable" for text in texts],
     extracted=list(texts),
-    parts={},
+    parts={"correct": correct.astype(np.float32), "shaped": reward - correct},
+    reason=["enough h" if right else "too few h" for right in correct],
   )
 
 
@@ -229,6 +232,37 @@ def test_rows_for_the_record_say_what_each_completion_was(inpaint):
         hinted[start:end] = True
       np.testing.assert_array_equal(hinted, rollout.hinted[p, g])
       assert row["correct"] == (row["completion"].count("h") >= ENOUGH)
+      assert row["tokens"] == rollout.completion[p, g].tolist() and row["version"] == 2
+      assert TOKENIZER.decode(row["tokens"]) == row["extracted"] == row["completion"]
+      text = "".join(row["pieces"]).partition("<eos>")[0]
+      assert text.replace("<mask>", "").replace("<2>", "") == row["completion"]
+      np.testing.assert_allclose(row["commit_logp"], rollout.commit_logp[p, g], atol=5.1e-5)
+      assert row["advantage"] == pytest.approx(rollout.advantages[p, g], abs=5.1e-5)
+      assert row["reward"] == pytest.approx(row["parts"]["correct"] + row["parts"]["shaped"])
+      assert row["reason"] == ("enough h" if row["correct"] else "too few h")
+  assert all(row["advantage"] is None for row in inpaint.rows if row["used"] == "dropped")
+  shown = [row["answer_shown"] for row in inpaint.rows if row["phase"] == "hinted"]
+  assert sum(shown) / len(shown) == pytest.approx(inpaint.metrics["answer_shown"])
+
+
+def test_a_few_rows_for_the_record_are_the_first_of_all(inpaint):
+  few = rows.sample_rows(inpaint.tries, TOKENIZER, 5)
+  assert json.dumps(few) == json.dumps(inpaint.rows[:5])
+
+
+def test_what_the_update_made_of_a_token_stands_with_the_completion_it_learned_from(inpaint):
+  group = next(row["group"] for row in inpaint.rows if row["used"] == "inserted")
+  place = np.arange(G)[:, None] + np.linspace(0, 0.5, LENGTH)
+  stats = {group: {"entropy": place, "kept": place > 1}}
+  made = rows.sample_rows(inpaint.tries, TOKENIZER, 0, stats)
+  for row in made:
+    slot = {"kept": row["number"], "inserted": row["partner"]}.get(row["used"])
+    if row["group"] != group or slot is None:
+      assert "token_stats" not in row
+      continue
+    told = row["token_stats"]
+    assert np.floor(told["entropy"]).tolist() == [slot] * LENGTH
+    assert told["kept"] == [slot > 1 or (slot == 1 and k > 0) for k in range(LENGTH)]
 
 
 @pytest.mark.parametrize(

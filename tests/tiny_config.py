@@ -86,5 +86,6 @@ def get_config():
   config.checkpoint.every = 2
   config.log.samples_every = 1
   config.log.samples_per_step = 0
+  config.log.token_stats = True
   config.log.tensorboard = False
   return config

@@ -91,6 +91,21 @@ def test_all_bytes_of_one_letter_cover_that_letter(every, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_the_text_token_by_token(every, kind):
+  t = every[kind]
+  text = TRACE if kind == "char" else f"🙂{TRACE} naïve 🙂🙂"
+  ids = [*t.encode(text), t.eos_id, *t.encode("eggs"), t.mask_id, t.vocab_size + 9]
+  pieces = t.pieces(ids)
+  assert len(pieces) == len(ids) and "".join(pieces).startswith(text)
+  named = [pieces[k] for k, i in enumerate(ids) if i in t.special_ids or i >= t.vocab_size]
+  assert len(named) == 3 and all(name.startswith("<") for name in named)
+  assert "".join(p for p in pieces if p not in named) == t.decode(ids, stop=False)
+  # What is cut in the middle of a character is shown as broken, and nothing is lost.
+  assert len(t.pieces(t.encode(text)[:-1])) == len(t.encode(text)) - 1
+  assert "".join(t.pieces(t.encode(text)[:-1])) == t.decode(t.encode(text)[:-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_decoding_stops_at_the_first_stop_id(every, kind):
   t = every[kind]
   a, b = t.encode("eggs"), t.encode("How")

@@ -48,7 +48,7 @@ from igpo_jax.config.run import (
   SFTConfig,
   stop_rule,
 )
-from igpo_jax.config.tree import check, default_config, freeze
+from igpo_jax.config.tree import check, default_config, freeze, from_json
 
 __all__ = [
   "RUN_CHOOSES",
@@ -86,6 +86,7 @@ __all__ = [
   "check_trainable",
   "default_config",
   "freeze",
+  "from_json",
   "full_dtype",
   "load_config_file",
   "require",

@@ -331,9 +331,14 @@ class LogConfig:
 
   Attributes:
     every: steps between rows of metrics.jsonl; 0: only at the end.
-    samples_every: RL steps between writes of samples.jsonl; 0: never.
+    samples_every: RL steps between writes of samples.jsonl (docs/samples.md); 0: never.
     samples_per_step: rows of samples.jsonl per write; 0: the whole batch. All-wrong groups and the
-      completions that replaced theirs come first.
+      completions that replaced theirs come first. A row has about 12 bytes per token of
+      `sampler.gen_length`, or 30 with `token_stats`.
+    token_stats: rows of samples.jsonl also have, for every token, what the update made of it. It
+      costs two more forward passes in steps whose samples are written.
+    report_every: steps between refreshes of report.html, the run's page (docs/samples.md); it is
+      written at the end in any case. 0: at the end only.
     tensorboard, wandb: also write there (wandb must be installed), over the steps of all
       stages in a row. At wandb a run that continues is one run: its id is in `wandb_id`
       of the workdir.
@@ -350,6 +355,8 @@ class LogConfig:
   every: Natural = 1
   samples_every: Natural = 10
   samples_per_step: Natural = 8
+  token_stats: bool = False
+  report_every: Natural = 100
   tensorboard: bool = True
   wandb: bool = False
   wandb_project: str = "igpo_jax"

@@ -9,8 +9,10 @@ that depend on each other.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -19,7 +21,7 @@ from ml_collections import config_dict
 from igpo_jax.config import registry
 from igpo_jax.config.fields import check_fields, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
-from igpo_jax.config.renamed import new_name
+from igpo_jax.config.renamed import new_name, upgraded
 from igpo_jax.config.run import METHOD_SECTIONS, STAGES, Config, method_section
 from igpo_jax.errors import UserError
 
@@ -57,6 +59,37 @@ def freeze(config: ml_collections.ConfigDict) -> Config:
   frozen = _from_config_dict(Config, config, "")
   check(frozen)
   return frozen
+
+
+def from_json(options: Mapping[str, Any], where: Any) -> Config:
+  """The config that a run wrote as config.json; an option that it lacks has its default.
+
+  Args:
+    options: contents of the file.
+    where: the file, for messages.
+
+  Raises:
+    UserError: an option that this version does not know, or a value that it cannot have.
+  """
+  defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
+  known = {name: value for name, value in upgraded(options).items() if name != "resolved"}
+  filled = config_dict.ConfigDict(_filled(known, defaults), type_safe=False)
+  try:
+    return freeze(filled)
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from error
+
+
+def _filled(given: Any, defaults: Any) -> Any:
+  """Nested options with the defaults of those that are not given; lists as tuples."""
+  if isinstance(given, list):
+    return tuple(_filled(item, None) for item in given)
+  if not isinstance(given, dict):
+    return given
+  rest = defaults if isinstance(defaults, dict) else {}
+  return {
+    name: _filled(given.get(name, rest.get(name)), rest.get(name)) for name in (*rest, *given)
+  }
 
 
 def check(config: Config) -> None:

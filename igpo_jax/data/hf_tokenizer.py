@@ -218,6 +218,11 @@ class HFTokenizer(base.Tokenizer):
       if name in self._files:
         base.write_file(directory, name, self._files[name].encode())
 
+  def _special_name(self, token: int) -> str:
+    if token in self._added:
+      return self._added[token].text
+    return self._special.id_to_token(token) or super()._special_name(token)
+
   def _decode_text(self, ids: list[int]) -> str:
     if not self._plain_added:
       return self._special.decode(ids, skip_special_tokens=True)

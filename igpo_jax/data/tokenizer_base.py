@@ -19,6 +19,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 
 Offsets = list[tuple[int, int]]
+LONGEST_CHARACTER = 4  # bytes in UTF-8, each of which may be a token
 
 
 class Tokenizer(abc.ABC):
@@ -88,6 +89,50 @@ class Tokenizer(abc.ABC):
     return self._decode_text(
       [i for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids]
     )
+
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    """The text that each token adds to those before it, to show a completion token by token.
+
+    Joined without the names of special tokens they are `decode(ids, stop=False)`.
+
+    Args:
+      ids: any integers.
+
+    Returns:
+      A text per id. A special token, or a number outside the vocabulary, gets a name such as
+      "<eos>", "<mask>" or "<17>". Where several tokens are the bytes of one character, the last
+      of them has it and the others are "".
+    """
+    out: list[str] = []
+    before: list[int] = []  # the last token with a text: spaces may depend on it
+    waiting: list[int] = []  # tokens whose character is not complete
+    last = -1  # where the last of them is in `out`
+
+    def added() -> str:
+      shown = self._decode_text(before)
+      text = self._decode_text([*before, *waiting])
+      return text[len(shown) :] if text.startswith(shown) else self._decode_text(waiting)
+
+    for i in map(int, ids):
+      if i in self.special_ids or not 0 <= i < self.vocab_size:
+        out.append(self._special_name(i))
+        continue
+      waiting.append(i)
+      last = len(out)
+      text = added()
+      if text.endswith("\ufffd") and len(waiting) < LONGEST_CHARACTER:
+        out.append("")
+        continue
+      out.append(text)
+      before, waiting = waiting, []
+    if waiting:
+      out[last] = added()
+    return out
+
+  def _special_name(self, token: int) -> str:
+    # One id may have several of the roles: the last name in this list wins.
+    names = {self.pad_id: "pad", self.turn_id: "turn", self.mask_id: "mask", self.eos_id: "eos"}
+    return f"<{names.get(token, token)}>"
 
 
 class Prefill(NamedTuple):

@@ -58,6 +58,23 @@ def row_file(path: epath.PathLike) -> DiskRows | PartRows:
   return DiskRows(path) if can_append(path) else PartRows(path)
 
 
+def row_parts(path: epath.PathLike) -> Iterator[epath.Path]:
+  """The files that hold the rows of X.jsonl, in order: itself, and the parts of a run on gs://.
+
+  Reading them is safe while a run writes; a part that `close` joins meanwhile may be seen twice.
+  """
+  path = epath.Path(path)
+  if path.exists():
+    yield path
+  if not can_append(path):
+    numbered = (_numbered(path, number) for number in itertools.count())
+    yield from itertools.takewhile(lambda part: part.exists(), numbered)
+
+
+def _numbered(path: epath.Path, number: int) -> epath.Path:
+  return path.parent / f"{path.stem}-{number:05d}{path.suffix}"
+
+
 class DiskRows:
   """Rows in one file of a file system."""
 
@@ -164,7 +181,7 @@ class PartRows:
     self._start_part()
 
   def _part(self, number: int) -> epath.Path:
-    return self.path.parent / f"{self.path.stem}-{number:05d}{self.path.suffix}"
+    return _numbered(self.path, number)
 
   def _parts(self) -> list[epath.Path]:
     """The parts there are, in order. A part is never missing between two others."""

@@ -30,11 +30,28 @@ class Verdict:
     extracted: the answer found in the completion, or None.
     status: "ok"; "unparseable" if there is no answer or it cannot be read; "timeout" if reading
       or comparing it exceeded the limit of time or memory. Only "ok" can be correct.
+    reason: why, in a few words, for people who look at completions; "" leaves it to `reason_of`.
   """
 
   correct: bool
   extracted: str | None
   status: str
+  reason: str = ""
+
+
+def reason_of(verdict: Verdict, record: Record) -> str:
+  """A few words on why a verdict is what it is."""
+  if verdict.reason:
+    return verdict.reason
+  if verdict.status == TIMEOUT:
+    return "reading or comparing the answer took too long"
+  if verdict.extracted is None:
+    return "no answer was found"
+  if verdict.status == UNPARSEABLE:
+    return "the answer cannot be read"
+  if verdict.correct:
+    return "the answer is right"
+  return f"the answer is not {record.answer}" if record.answer else "the answer is wrong"
 
 
 Verifier = Callable[[str, Record], Verdict]

@@ -32,6 +32,7 @@ class Scores:
     status: B strings, each "ok", "unparseable" or "timeout" (`Verdict`).
     extracted: B extracted answers, None where there is none.
     parts: name -> f32[B], the values of each part before they are weighted.
+    reason: B texts, why the verdicts are what they are; empty where nobody asked.
   """
 
   reward: np.ndarray
@@ -39,6 +40,7 @@ class Scores:
   status: list[str]
   extracted: list[str | None]
   parts: dict[str, np.ndarray]
+  reason: list[str] = dataclasses.field(default_factory=list)
 
 
 class PendingScores:
@@ -233,6 +235,7 @@ class Scorer:
       [v.status for v in verdicts],
       [v.extracted for v in verdicts],
       parts,
+      [registry.reason_of(v, record) for record, v in zip(records, verdicts, strict=True)],
     )
 
   def close(self) -> None:

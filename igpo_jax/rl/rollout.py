@@ -8,7 +8,7 @@ hinted, padded to a bucket) is agreed on by all hosts.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
 from typing import Any
 
@@ -26,6 +26,7 @@ from igpo_jax.rewards.registry import shown_spans
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import host_advantages
 from igpo_jax.rl.methods import objective_of
+from igpo_jax.rl.rows import HINTED, RESAMPLED, Tries, sample_rows
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
 from igpo_jax.types import LM, Array, Params, Rollout
 
@@ -59,14 +60,21 @@ class Exploration:
       filled up to one of a few static sizes.
     update_groups: i64[X], their indices among this process's groups.
     metrics: means over all hosts.
-    rows: one dict per completion of this host, both tries, for samples.jsonl; see `_rows`.
+    tries: all that was sampled on this host, both tries.
+    tokenizer: of the policy.
   """
 
   rollout: Rollout
   update_rollout: Rollout
   update_groups: np.ndarray
   metrics: dict[str, float]
-  rows: list[dict[str, Any]]
+  tries: Tries
+  tokenizer: Tokenizer
+
+  @functools.cached_property
+  def rows(self) -> list[dict[str, Any]]:
+    """One dict per completion of this host, both tries, for samples.jsonl (docs/samples.md)."""
+    return sample_rows(self.tries, self.tokenizer)
 
 
 def repeated_tokens(completion: np.ndarray, length: np.ndarray) -> tuple[int, int]:
@@ -163,9 +171,13 @@ class Explorer:
     rollout = update_rollout = Rollout(**shard_rows(self.mesh, arrays))
     if len(live) < p:
       update_rollout = Rollout(**shard_rows(self.mesh, {k: x[live] for k, x in arrays.items()}))
-    metrics = self._metrics(batch, own, mixed, extra, wrong, source >= 0, arrays["advantages"])
-    rows = self._rows(batch, own, extra, wrong, source)
-    return Exploration(rollout, update_rollout, live, metrics, rows)
+    shown = self._answer_shown(batch, extra, wrong)
+    metrics = self._metrics(
+      batch, own, mixed, extra, wrong, source >= 0, arrays["advantages"], shown
+    )
+    second = HINTED if cfg.rl.exploration == "inpaint" else RESAMPLED
+    tries = Tries(batch, own, extra, wrong, second, source, arrays["advantages"], shown)
+    return Exploration(rollout, update_rollout, live, metrics, tries, self.tokenizer)
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -215,28 +227,31 @@ class Explorer:
     size = next(size for size in self.update_sizes if size >= most)
     return np.sort(np.argsort(~live, kind="stable")[:size])
 
-  def _answer_shown(self, batch, extra: Samples, wrong) -> int:
-    """How many hinted canvases show the answer's value in a run of hint tokens."""
-    shown = 0
+  def _answer_shown(self, batch, extra: Samples | None, wrong) -> np.ndarray:
+    """Which hinted canvases show the answer's value in a run of hint tokens: bool[X,G]."""
+    shown = np.zeros((len(wrong), self.config.rl.group_size), bool)
+    if extra is None:
+      return shown
     for row, group in enumerate(wrong):
       record, verifier = batch.records[group], self.config.reward.verifier
-      for tokens, hinted in zip(extra.completion[row], extra.hinted[row], strict=True):
+      canvases = zip(extra.completion[row], extra.hinted[row], strict=True)
+      for k, (tokens, hinted) in enumerate(canvases):
         runs = [self.tokenizer.decode(tokens[a:b], stop=False) for a, b in segments(hinted)]
-        shown += any(shown_spans(run, record, verifier) for run in runs)
+        shown[row, k] = any(shown_spans(run, record, verifier) for run in runs)
     return shown
 
   def _metrics(
-    self, batch, own: Samples, mixed: Samples, extra: Samples | None, wrong, replaced, advantages
-  ) -> dict[str, float]:
+    self, batch, own: Samples, mixed: Samples, extra: Samples | None, wrong, replaced, advantages,
+    shown,
+  ) -> dict[str, float]:  # fmt: skip
     """Shares and means over the rows of all processes."""
     p, g = own.reward.shape
     stops = np.isin(own.completion, self.lm.stop_ids)
     length = np.where(stops.any(-1), stops.argmax(-1) + 1, own.completion.shape[-1])
-    tried, extra_correct, shown = 0, 0, 0
+    tried, extra_correct = 0, 0
     if extra is not None and len(wrong):
       tried = len(wrong) * g
       extra_correct = extra.correct[: len(wrong)].sum()
-      shown = self._answer_shown(batch, extra, wrong)
     status = [s for group in own.status for s in group]
     broken = (~own.finite).sum() + (0 if extra is None else (~extra.finite[: len(wrong)]).sum())
     sums = {  # name: (numerator, denominator)
@@ -247,7 +262,7 @@ class Explorer:
       "all_wrong_after": ((~mixed.correct.any(axis=1)).sum(), p),
       "no_advantage": ((advantages == 0).all(axis=1).sum(), p),
       "extra_correct": (extra_correct, tried),
-      "answer_shown": (shown, tried),
+      "answer_shown": (shown.sum(), tried),
       "replaced": (replaced.sum(), p * g),
       "length": (length.sum(), p * g),
       "unparseable": (status.count("unparseable"), p * g),
@@ -269,58 +284,3 @@ class Explorer:
     means = {name: (a / max(b, 1), b) for name, (a, b) in zip(sums, totals, strict=True)}
     # A step without a prompt of some task says nothing of it.
     return {name: float(mean) for name, (mean, b) in means.items() if b or "/" not in name}
-
-  def _rows(self, batch, own: Samples, extra: Samples | None, wrong, source) -> list[dict]:
-    """One dict per completion, those first that show what inpainting did.
-
-    Groups in which something was inserted come first, then the others that were all wrong,
-    then the rest: `rank` says so, for rows of several processes. Within a group, every
-    inserted completion is followed by the one that it replaced, and the two tries alternate.
-
-    "phase": "own", "hinted" or "resampled". "used": an own completion is "kept" or
-    "replaced", one of the second try "inserted" or "dropped". "number": its place in its
-    try; "partner": that of the completion it replaced or was replaced by, None without one.
-    """
-    second = "hinted" if self.config.rl.exploration == "inpaint" else "resampled"
-    tries = {group: row for row, group in enumerate(wrong if extra is not None else [])}
-    out = []
-    for group, record in enumerate(batch.records):
-      taken = {int(number): k for k, number in enumerate(source[group]) if number >= 0}
-      first = [
-        self._row(record, own, group, k, "own", *(("kept", None) if s < 0 else ("replaced", s)))
-        for k, s in enumerate(source[group].tolist())
-      ]
-      again = []
-      if extra is not None and group in tries:
-        again = [
-          self._row(record, extra, tries[group], k, second,
-                    *(("inserted", taken[k]) if k in taken else ("dropped", None)))
-          for k in range(len(first))
-        ]  # fmt: skip
-      rows = [row for number, k in taken.items() for row in (again[number], first[k])]
-      # The others in turn, so that a few rows of a group show both tries.
-      alone = [[row for row in tried if row["partner"] is None] for tried in (again, first)]
-      rows += [row for pair in itertools.zip_longest(*alone) for row in pair if row]
-      place = {
-        "group": jax.process_index() * len(batch.records) + group,
-        "rank": 0 if taken else 1 if again else 2,
-      }
-      out += [place | row for row in rows]
-    return sorted(out, key=lambda row: row["rank"])
-
-  def _row(self, record, samples: Samples, group, k, phase, used, partner) -> dict[str, Any]:
-    return {
-      "id": record.id,
-      "prompt": record.question,
-      "answer": record.answer,
-      "completion": samples.texts[group][k],
-      "hints": segments(samples.hinted[group, k]),
-      "commit_step": samples.commit_step[group, k].tolist(),
-      "reward": float(samples.reward[group, k]),
-      "correct": bool(samples.correct[group, k]),
-      "status": samples.status[group][k],
-      "phase": phase,
-      "used": used,
-      "number": k,
-      "partner": partner,
-    }

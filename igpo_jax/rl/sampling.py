@@ -46,6 +46,9 @@ class Samples:
     reward: f32[P,G].
     correct: bool[P,G].
     status: P lists of G of "ok", "unparseable", "timeout".
+    extracted: P lists of G answers as the verifier found them; None where there is none.
+    reason: P lists of G, why the verdict is what it is.
+    parts: P lists of G of {name: value}, the parts of the reward before their weights.
   """
 
   completion: np.ndarray
@@ -57,9 +60,12 @@ class Samples:
   reward: np.ndarray
   correct: np.ndarray
   status: list[list[str]]
+  extracted: list[list[str | None]]
+  reason: list[list[str]]
+  parts: list[list[dict[str, float]]]
 
   ARRAYS = ("completion", "commit_step", "commit_logp", "hinted", "finite", "reward", "correct")
-  LISTS = ("texts", "status")
+  LISTS = ("texts", "status", "extracted", "reason", "parts")
 
   def copy(self) -> Samples:
     """A copy that `put` may change."""
@@ -300,4 +306,7 @@ class GroupSampler:
       reward=scores.reward.reshape(x, g).copy(),
       correct=scores.correct.reshape(x, g).copy(),
       status=in_groups(scores.status),
+      extracted=in_groups(scores.extracted),
+      reason=in_groups(scores.reason or [""] * (x * g)),
+      parts=in_groups([{n: float(v[i]) for n, v in scores.parts.items()} for i in range(x * g)]),
     )

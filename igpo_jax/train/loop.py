@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
-from igpo_jax.config import CheckpointConfig, Config
+from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.train.guards import Guards
@@ -28,6 +28,7 @@ from igpo_jax.train.progress import Profiler, Progress, device_memory
 from igpo_jax.train.runlog import RunLog, plain, print_once
 from igpo_jax.train.stop import Stopped, StopSignal
 from igpo_jax.types import Params, TrainState
+from igpo_jax.viewer.report import write_page
 
 
 class Collapsed(UserError):
@@ -72,6 +73,12 @@ class Run:
     scores = from_first(lambda: self.log.values(stage, checkpoint.best_metric))
     return Checkpoints(self.workdir / "checkpoints" / stage, checkpoint.keep, dict(scores))
 
+  def write_page(self) -> None:
+    """Writes report.html, with all rows so far. Only process 0 does."""
+    self.log.flush()
+    if jax.process_index() == 0 and (why := write_page(self.workdir)):
+      print_once(why)
+
   def is_taken_over(self) -> bool:
     """True if this process has seen that another run has taken the workdir over."""
     return self.lock is not None and self.lock.taken_by is not None
@@ -92,6 +99,8 @@ class Stage:
       included.
     shown: names of the metrics that the progress display shows.
     programs: number of programs that the first step compiles.
+    explore: of RL: (state, n) -> (policy, `Exploration`), the rollout of step n without its
+      updates. None of other stages.
   """
 
   name: str
@@ -101,11 +110,22 @@ class Stage:
   all_params: Callable[[Params], Params]
   shown: tuple[str, ...]
   programs: int = 1
+  explore: Callable[[TrainState, int], tuple[Params, Any]] | None = None
+
+
+def is_multiple(every: int, done: int) -> bool:
+  """True if `done` is a multiple of `every` (0: never)."""
+  return every > 0 and done % every == 0
 
 
 def due(every: int, done: int, total: int) -> bool:
   """True if `done` is a multiple of `every` (0: never), or all of `total` steps."""
-  return done == total or (every > 0 and done % every == 0)
+  return done == total or is_multiple(every, done)
+
+
+def samples_due(log: LogConfig, done: int, total: int) -> bool:
+  """Whether rows of samples.jsonl are written after `done` of `total` steps."""
+  return log.samples_every > 0 and due(log.samples_every, done, total)
 
 
 def should_save(
@@ -209,9 +229,10 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
               f"{run.log.metrics_path}): lower {stage.name}_optimizer.learning_rate, or look at "
               "the weights that it began with"
             )
-        wanted = log is not None and config.log.samples_every
-        if samples and wanted and due(config.log.samples_every, done, stage.steps):
+        if samples and log is not None and samples_due(config.log, done, stage.steps):
           run.log.samples(stage.name, done, samples, config.log.samples_per_step)
+        if log is not None and is_multiple(config.log.report_every, done):
+          run.write_page()
         score(row)
         waiting = plain(row) if evaluating else None
         late, lost = is_late(config.checkpoint, saved_at), run.is_taken_over()

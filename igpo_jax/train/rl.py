@@ -17,8 +17,9 @@ from igpo_jax.parallel.mesh import check_micro_batches, shard_rows
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.methods import objective_of
 from igpo_jax.rl.rollout import Explorer
+from igpo_jax.rl.rows import sample_rows
 from igpo_jax.rl.sampling import DeviceClock
-from igpo_jax.train.loop import Run, Stage, run_stage
+from igpo_jax.train.loop import Run, Stage, run_stage, samples_due
 from igpo_jax.train.micro_batches import shardings_of
 from igpo_jax.train.policy_update import PolicyPrograms, make_policy_programs
 from igpo_jax.train.progress import StepClock
@@ -30,6 +31,7 @@ from igpo_jax.train.setup import (
   rounding_key,
   start_state,
 )
+from igpo_jax.train.token_stats import by_group, make_token_stats
 from igpo_jax.types import Params, TrainState
 
 
@@ -77,27 +79,46 @@ def make_stage(
   programs = make_programs(model.lm, optimizer, config, shardings_of(state))
   explorer = Explorer(model.lm, model.tokenizer, scorer, config, mesh)
 
+  token_stats = make_token_stats(model.lm, config) if config.log.token_stats else None
+
   # step
+  def explore(state, n, clock):
+    keys = {purpose: purpose_key(config.seed, n, purpose) for purpose in ("sample", "resample")}
+    policy = readable(all_params(state.params), key=rounding_key(config, n))
+    return policy, explorer(policy, stream.batch(n), n, keys, clock)
+
   def step(state, n):
-    clock = new_clock()
-    key = lambda purpose: purpose_key(config.seed, n, purpose)
-    rounding = rounding_key(config, n)
-    policy, batch = readable(all_params(state.params), key=rounding), stream.batch(n)
-    explored = explorer(policy, batch, n, {p: key(p) for p in ("sample", "resample")}, clock)
-    keys_of = lambda ids: prompt_keys(key("estimate"), shard_rows(mesh, ids))
+    clock, rounding = new_clock(), rounding_key(config, n)
+    policy, explored = explore(state, n, clock)
+    batch = explored.tries.batch
+    wanted = samples_due(config.log, n + 1, config.rl.steps)
+    keys_of = lambda ids: prompt_keys(
+      purpose_key(config.seed, n, "estimate"), shard_rows(mesh, ids)
+    )
     rollout, keys = explored.update_rollout, keys_of(batch.row_id[explored.update_groups])
     full_batch = (explored.rollout, keys_of(batch.row_id))
     with clock.program("likelihood", rollout.completion.shape):
       scores = programs.score(policy, reference, rollout, keys, full_batch)
+    before = token_stats(policy, rollout, keys) if wanted and token_stats else None
     clock.dispatched()
     del policy  # updates read the parameters themselves: room for what they work with
     for u in range(config.rl.inner_updates):
       with clock.program("update", rollout.completion.shape):
         inner = (rollout, scores, keys, jnp.int32(u), rounding)
         state, metrics = programs.update(state, frozen, *inner)
+    stats = None
+    if before is not None:
+      after = token_stats(readable(all_params(state.params), key=rounding), rollout, keys)
+      stats = by_group(explored.update_groups, before, after)
+    rows = []
+    if wanted:
+      rows = sample_rows(explored.tries, model.tokenizer, config.log.samples_per_step, stats)
     idle = {"time/device_idle_seconds": clock.idle_seconds}
-    return state, {**metrics, **explored.metrics, **idle}, explored.rows
+    return state, {**metrics, **explored.metrics, **idle}, rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
-  stage = Stage("rl", config.rl.steps, config.rl.eval_every, step, all_params, shown, programs=3)
+  stage = Stage(
+    "rl", config.rl.steps, config.rl.eval_every, step, all_params, shown, programs=3,
+    explore=lambda state, n: explore(state, n, new_clock()),
+  )  # fmt: skip
   return stage, state

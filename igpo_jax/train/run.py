@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable
 
 import jax
 from etils import epath
 
+import igpo_jax
 from igpo_jax.config import Config
 from igpo_jax.convert.open import open_source
 from igpo_jax.data.records import Record
@@ -25,7 +28,6 @@ from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
 from igpo_jax.train.preflight import Inputs
 from igpo_jax.train.progress import track
-from igpo_jax.train.report import summary_table, write_report
 from igpo_jax.train.rl import train_rl
 from igpo_jax.train.room import check_room
 from igpo_jax.train.runlog import RunLog, print_once
@@ -41,10 +43,16 @@ from igpo_jax.train.sft import handed_on, is_spent, train_sft
 from igpo_jax.train.sizes import asked, resolve, said
 from igpo_jax.train.stop import StopSignal
 from igpo_jax.train.workdir import hold, open_workdir
+from igpo_jax.viewer.report import PAGE, write_page, write_report
+from igpo_jax.viewer.summary import summary_table
 
 
-def train(config: Config, workdir: epath.Path) -> dict:
-  """Runs every stage of a config in `workdir`; returns the contents of summary.json."""
+def train(config: Config, workdir: epath.Path, command: str = "") -> dict:
+  """Runs every stage of a config in `workdir`; returns the contents of summary.json.
+
+  Args:
+    command: what to type to run it again, for config.json; "" if it was no command.
+  """
   machine = here()
   check_machine(config.mesh, machine)
   check_inputs(config)
@@ -52,10 +60,18 @@ def train(config: Config, workdir: epath.Path) -> dict:
     with_lora(open_source(config.init_from), config.model.lora)  # a mistake costs no workdir
   sized = resolve(config, machine)
   with hold(workdir) as lock:
-    open_workdir(workdir, config, {"devices": str(machine), **asked(sized)})
+    told = {"devices": str(machine), "versions": versions(), **asked(sized)}
+    open_workdir(workdir, config, told | ({"command": command} if command else {}))
     distributed.agree("the choice of sizes", asked(sized))
     print_once(said(sized, machine))
     return _train(sized, workdir, lock)
+
+
+def versions() -> dict[str, str]:
+  """The versions of what decides a run's numbers, for config.json."""
+  names = ("igpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+  known = {name: importlib.metadata.version(name) for name in names[1:]}
+  return {"igpo_jax": igpo_jax.__version__, "python": platform.python_version(), **known}
 
 
 def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
@@ -92,8 +108,10 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
   if jax.process_index() == 0:
     summary = write_report(log.rows, workdir)
     print(summary_table(summary))
+    why = write_page(workdir)
     print_once(
       f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl"
+      + (f"; {why}" if why else f", and {PAGE} to look at in a browser")
     )
   return summary
 

@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,9 +23,7 @@ from igpo_jax.config import LogConfig
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row, can_append, row_file, write_whole
 from igpo_jax.parallel.distributed import from_first, share
-
-# The order of stages in a run; "init" is the evaluation before the first one.
-STAGE_ORDER = ("init", "sft", "rl", "eval")
+from igpo_jax.viewer.summary import STAGE_ORDER, offsets
 
 
 def print_once(message: str) -> None:
@@ -39,15 +37,6 @@ def until(stage: str, step: int) -> Callable[[Row], bool]:
   """A function that is True for the rows up to `step` of `stage`."""
   position = (STAGE_ORDER.index(stage), step)
   return lambda row: (STAGE_ORDER.index(row["stage"]), row["step"]) <= position
-
-
-def offsets(rows: Sequence[Row]) -> dict[str, int]:
-  """Stage -> number of steps of the stages before it, for a count of steps over the whole run."""
-  out, total = {}, 0
-  for stage in STAGE_ORDER:
-    out[stage] = total
-    total += max((row["step"] for row in rows if row["stage"] == stage), default=0)
-  return out
 
 
 def tag(stage: str, name: str) -> str:

@@ -1,15 +1,15 @@
-"""The report of a finished run: summary.json, a table, and the curves as a PNG."""
+"""The summary of a run from its metric rows: means, last evaluations, a table."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
+from igpo_jax.io.jsonl import Row
 
-from igpo_jax.train.runlog import Row, offsets
+# The order of stages in a run; "init" is the evaluation before the first one.
+STAGE_ORDER = ("init", "sft", "rl", "eval")
 
 RL_MEANS = (
   "all_wrong_before",
@@ -25,6 +25,15 @@ RL_MEANS = (
 )
 
 
+def offsets(rows: Sequence[Row]) -> dict[str, int]:
+  """Stage -> number of steps of the stages before it, for a count of steps over the whole run."""
+  out, total = {}, 0
+  for stage in STAGE_ORDER:
+    out[stage] = total
+    total += max((row["step"] for row in rows if row["stage"] == stage), default=0)
+  return out
+
+
 def summary_of(rows: list[Row]) -> dict[str, Any]:
   """The summary of a run, from its metric rows.
 
@@ -35,11 +44,11 @@ def summary_of(rows: list[Row]) -> dict[str, Any]:
   """
   evals: dict[str, dict[str, Any]] = {}
   steps: dict[str, int] = {}
-  usual = _usual(rows)
+  usual = usual_settings(rows)
   for row in rows:
     steps[row["stage"]] = max(steps.get(row["stage"], 0), row["step"])
-    for bench, result in _evaluations(row).items():
-      unlike = _unlike(result, usual[bench])
+    for bench, result in evaluations(row).items():
+      unlike = unlike_usual(result, usual[bench])
       evals[f"{row['stage']}/{bench}"] = result | ({"unlike": unlike} if unlike else {})
   rl_rows = [row for row in rows if row["stage"] == "rl"]
   means = {}
@@ -50,7 +59,7 @@ def summary_of(rows: list[Row]) -> dict[str, Any]:
   return {"eval": evals, "rl": means, "steps": steps}
 
 
-def _evaluations(row: Row) -> dict[str, dict[str, Any]]:
+def evaluations(row: Row) -> dict[str, dict[str, Any]]:
   """Benchmark -> its metrics, of one row."""
   out: dict[str, dict[str, Any]] = {}
   for name, value in row.items():
@@ -70,16 +79,16 @@ def _settings(result: dict[str, Any]) -> dict[str, str]:
   return out | {name: str(result[name]) for name in ("cache", "samples", "n") if name in result}
 
 
-def _usual(rows: list[Row]) -> dict[str, dict[str, str]]:
+def usual_settings(rows: list[Row]) -> dict[str, dict[str, str]]:
   """Benchmark -> the most frequent settings of its evaluations, or the first of several."""
   counts: dict[str, Counter[tuple[tuple[str, str], ...]]] = {}
   for row in rows:
-    for bench, result in _evaluations(row).items():
+    for bench, result in evaluations(row).items():
       counts.setdefault(bench, Counter())[tuple(sorted(_settings(result).items()))] += 1
   return {bench: dict(count.most_common(1)[0][0]) for bench, count in counts.items()}
 
 
-def _unlike(result: dict[str, Any], usual: dict[str, str]) -> str:
+def unlike_usual(result: dict[str, Any], usual: dict[str, str]) -> str:
   """The settings of an evaluation that differ from the usual, such as "cache=dual, steps=8"."""
   own = _settings(result)
   if not ("settings" in result and "steps" in usual):  # one of them is of an earlier version
@@ -144,77 +153,3 @@ def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
       f"| {result['published']:.3f} | | | |"
     )
   return lines
-
-
-OTHER_MARKERS: Sequence[str] = ("s", "^", "D", "v", "P", "X")
-
-
-def draw_curves(rows: list[Row], path: epath.Path) -> None:
-  """Draws loss, reward, all-wrong groups and held-out accuracy over steps into a PNG file."""
-  # Not pyplot: it would change the backend of a notebook that calls this.
-  from matplotlib.figure import Figure
-
-  fig = Figure(figsize=(10, 7), layout="constrained")
-  axes = fig.subplots(2, 2)
-  _lines(axes[0, 0], rows, "sft", {"sft/loss": "NELBO"}, "SFT loss (nats per token)")
-  _lines(axes[0, 1], rows, "rl", {"rl/reward": "reward"}, "Reward of the policy's own samples")
-  _lines(
-    axes[1, 0],
-    rows,
-    "rl",
-    {"rl/all_wrong_before": "before inpainting", "rl/all_wrong_after": "after inpainting"},
-    "All-wrong groups (share)",
-  )
-  _accuracies(axes[1, 1], rows)
-  with path.open("wb") as file:
-    fig.savefig(file, format="png", dpi=120)
-
-
-def _lines(ax, rows, stage, names, title, window: int = 10) -> None:
-  """Draws metrics over steps: raw values in faint color, and their running mean."""
-  for name, label in names.items():
-    points = [(r["step"], r[name]) for r in rows if r["stage"] == stage and r.get(name) is not None]
-    if not points:
-      continue
-    steps, values = zip(*points, strict=True)
-    means = [
-      sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
-      for i in range(len(values))
-    ]
-    (line,) = ax.plot(steps, means, label=label)
-    ax.plot(steps, values, alpha=0.25, color=line.get_color(), linewidth=0.8)
-  ax.set(title=title, xlabel=f"{stage} step")
-  if len(names) > 1 and ax.lines:
-    ax.legend()
-
-
-def _accuracies(ax, rows) -> None:
-  """Draws held-out accuracy with its standard error over the steps of the run.
-
-  Evaluations with the usual settings are joined by a line. Others have markers of their own.
-  """
-  before, usual = offsets(rows), _usual(rows)
-  series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
-  for row in rows:
-    for bench, result in _evaluations(row).items():
-      point = (before[row["stage"]] + row["step"], result["accuracy"], result["stderr"])
-      series.setdefault((bench, _unlike(result, usual[bench])), []).append(point)
-  others = iter(OTHER_MARKERS * len(series))
-  for (bench, unlike), points in sorted(series.items()):
-    steps, values, errors = zip(*points, strict=True)
-    style = {"marker": next(others), "linestyle": "none"} if unlike else {"marker": "o"}
-    label = f"{bench}: {unlike}" if unlike else bench
-    ax.errorbar(steps, values, yerr=errors, capsize=3, label=label, **style)
-  ax.axvline(before["rl"], color="grey", linestyle=":", linewidth=1)
-  ax.set(title="Held-out accuracy (± standard error)", xlabel="step (SFT, then RL)", ylim=(0, 1))
-  if series:
-    ax.legend()
-
-
-def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
-  """Writes summary.json, table.md and curves.png; returns the summary."""
-  summary = summary_of(rows)
-  workdir.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-  workdir.joinpath("table.md").write_text(summary_table(summary) + "\n")
-  draw_curves(rows, workdir / "curves.png")
-  return summary

@@ -1,0 +1,265 @@
+"""Makes the rollout of any step of a run again (docs/samples.md#replay).
+
+Every step is a function of the state before it, the seed and its number. So from the nearest
+checkpoint the steps up to the one that is asked for are run again, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.config import Config, SamplerConfig
+from igpo_jax.data.tokenizer import load_tokenizer
+from igpo_jax.diffusion.completions import row_keys, sample_rows
+from igpo_jax.errors import UserError
+from igpo_jax.hints.leak import segments
+from igpo_jax.io.jsonl import row_file
+from igpo_jax.models import lora
+from igpo_jax.parallel.machine import check_machine, here
+from igpo_jax.parallel.mesh import configured_mesh, local_rows
+from igpo_jax.rewards.score import Scorer, make_scorer
+from igpo_jax.rl.methods import objective_of
+from igpo_jax.rl.rollout import Exploration
+from igpo_jax.rl.rows import OWN
+from igpo_jax.rl.rows import sample_rows as rows_of_tries
+from igpo_jax.train.preflight import rl_stream
+from igpo_jax.train.rl import make_stage
+from igpo_jax.train.runlog import print_once
+from igpo_jax.train.setup import Model, load_source, make_model, purpose_key
+from igpo_jax.train.sizes import resolve
+from igpo_jax.types import LM, Array, Params
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+  """The rollout of one step, made again.
+
+  Attributes:
+    config: of the run.
+    model: of the run; its parameters are those that RL began with.
+    policy: the parameters that sampled.
+    explored: what was sampled.
+    rows: all completions, as in samples.jsonl.
+    scorer: of the run.
+    step: of the run, from 1.
+  """
+
+  config: Config
+  model: Model
+  policy: Params
+  explored: Exploration
+  rows: list[Row]
+  scorer: Scorer
+  step: int
+
+
+@contextlib.contextmanager
+def replayed(config: Config, workdir: epath.Path, step: int) -> Iterator[Replay]:
+  """Makes the rollout of RL step `step` (from 1) again, in the body of the `with`.
+
+  Raises:
+    UserError: the run has no RL or no such step, or there is no checkpoint to begin with.
+  """
+  if "rl" not in config.stages or not 1 <= step <= config.rl.steps:
+    what = f"{config.rl.steps} steps" if "rl" in config.stages else "no RL stage"
+    raise UserError(f"--step={step}: the run in {workdir} has {what}")
+  machine = here()
+  check_machine(config.mesh, machine)
+  quiet = dataclasses.replace(config.log, samples_every=0, token_stats=False)
+  config = dataclasses.replace(resolve(config, machine), log=quiet)
+  mesh = configured_mesh(config.mesh)
+  with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    stream = rl_stream(config, tokenizer, load_source(config.data.rl))
+    begin = _nearest(workdir / "checkpoints" / "rl", step - 1)
+    model = _start(config, workdir, make_model(config, tokenizer, mesh), begin == step - 1)
+    stage, state = make_stage(config, mesh, model, scorer, stream)
+    if begin:
+      like = jax.tree.map(_shape_of, state)
+      jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
+      with contextlib.closing(Checkpoints(workdir / "checkpoints" / "rl")) as checkpoints:
+        state = checkpoints.restore(begin, like)
+    print_once(
+      f"replay: from {f'the checkpoint of rl step {begin}' if begin else 'the beginning of RL'}"
+      + (f", steps {begin + 1} to {step - 1} again" if begin < step - 1 else "")
+    )
+    for n in range(begin, step - 1):
+      state, _, _ = stage.step(state, n)
+    policy, explored = stage.explore(state, step - 1)
+    rows = rows_of_tries(explored.tries, tokenizer)
+    yield Replay(config, model, policy, explored, rows, scorer, step)
+
+
+def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  entries = folder.iterdir() if folder.is_dir() else ()
+  return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
+
+
+def _nearest(folder: epath.Path, done: int) -> int:
+  """The step of the last checkpoint with at most `done` steps; 0 if there is none."""
+  return max((step for step in _steps(folder) if step <= done), default=0)
+
+
+def _start(config: Config, workdir: epath.Path, model: Model, is_there: bool) -> Model:
+  """The model that RL began with: what SFT ended with, if there was SFT.
+
+  Args:
+    is_there: the state of the step that is asked for is at hand, so no reference is needed.
+  """
+  if "sft" not in config.stages:
+    return model
+  folder = workdir / "checkpoints" / "sft"
+  if not _steps(folder):
+    if is_there or (_steps(workdir / "checkpoints" / "rl") and not _needs_reference(config)):
+      return model
+    raise UserError(f"replay: {folder} holds no checkpoint, with which the run's RL began")
+  scores = {}
+  if config.sft.select == "best":
+    name = config.checkpoint.best_metric
+    rows = row_file(workdir / "metrics.jsonl").read()
+    scores = {r["step"]: r[name] for r in rows if r["stage"] == "sft" and r.get(name) is not None}
+  trainable, frozen = lora.split(model.params)
+  like = jax.tree.map(_shape_of, trainable)
+  jax.tree.map(lambda x: x.delete(), trainable)
+  with contextlib.closing(Checkpoints(folder, scores=scores)) as checkpoints:
+    step = checkpoints.best() if scores else checkpoints.latest()
+    params = checkpoints.restore_part(step, {"params": like})["params"]
+  return dataclasses.replace(model, params=lora.combine(frozen, params))
+
+
+def _needs_reference(config: Config) -> bool:
+  return objective_of(config).needs_reference
+
+
+# --- what differs, and how it came about -----------------------------------------------------
+
+
+def where_differs(logged: Row, again: Row) -> str:
+  """What differs first between a logged completion and the one made again; "" if nothing."""
+  if "tokens" not in logged:  # of version 1
+    return "" if logged["completion"] == again["completion"] else "the text differs"
+  for name in ("tokens", "commit_step"):
+    for k, (old, new) in enumerate(zip(logged[name], again[name], strict=True)):
+      if old != new:
+        return f"{name} differ from position {k} on: {old} logged, {new} now"
+  return ""
+
+
+class Choice(NamedTuple):
+  """What the model thought of one position when it was filled in.
+
+  Attributes:
+    position: in the completion.
+    tokens: ids of the likeliest tokens, the likeliest first.
+    probabilities: of these, under the softmax at temperature 1.
+  """
+
+  position: int
+  tokens: list[int]
+  probabilities: list[float]
+
+
+def canvas_at(row: Row, step: int, mask_id: int) -> np.ndarray:
+  """i32[L]: the canvas after denoising step `step`; -1: before the first, hints alone."""
+  commit = np.array(row["commit_step"])
+  return np.where(commit <= step, np.array(row["tokens"]), mask_id).astype(np.int32)
+
+
+def hinted_of(row: Row) -> np.ndarray:
+  """bool[L], the positions that were given."""
+  hinted = np.zeros(len(row["tokens"]), bool)
+  for begin, end in row["hints"]:
+    hinted[begin:end] = True
+  return hinted
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "width", "count"))
+def _likeliest(lm: LM, params: Params, tokens: Array, valid: Array, begin, width: int, count: int):
+  hidden, _ = lm.hidden(params, tokens, valid)
+  logits = lm.head(params, jax.lax.dynamic_slice_in_dim(hidden[0], begin, width))
+  return jax.lax.top_k(jax.nn.softmax(logits.at[:, lm.mask_id].set(-jnp.inf)), count)
+
+
+def choices(replay: Replay, row: Row, count: int = 3) -> Iterator[tuple[int, list[Choice]]]:
+  """(denoising step, what the model thought of the positions it filled in), step by step.
+
+  The model is asked anew, with the whole canvas: with a cache of keys and values
+  (`sampler.cache`) the sampler itself saw something near. Guidance is left out.
+  """
+  lm, width = replay.model.lm, replay.config.sampler.block_length
+  prompt, valid = _prompt_of(replay, row)
+  commit = np.array(row["commit_step"])
+  count = min(count, lm.vocab_size - 1)
+  for step in sorted(set(commit[commit >= 0].tolist())):
+    where = np.flatnonzero(commit == step)
+    block = int(where[0]) // width * width
+    tokens = np.concatenate([prompt, canvas_at(row, step - 1, lm.mask_id)])[None]
+    valid_row = np.concatenate([valid, np.ones(len(commit), bool)])[None]
+    shares, ids = jax.device_get(
+      _likeliest(lm, replay.policy, tokens, valid_row, len(prompt) + block, width, count)
+    )
+    inside = [int(k) for k in where if block <= k < block + width]
+    yield step, [Choice(k, ids[k - block].tolist(), shares[k - block].tolist()) for k in inside]
+
+
+def _prompt_of(replay: Replay, row: Row) -> tuple[np.ndarray, np.ndarray]:
+  batch = replay.explored.tries.batch
+  return batch.tokens[row["group"]], batch.valid[row["group"]]
+
+
+def edited(
+  replay: Replay, row: Row, sampler: SamplerConfig, tokens: np.ndarray, hinted: np.ndarray
+) -> Row:
+  """The completion of `row` sampled with other options or hints, and the same noise.
+
+  Args:
+    sampler: with the lengths of the run's.
+    tokens: i32[L], masks and hints.
+    hinted: bool[L].
+  """
+  tries, tokenizer = replay.explored.tries, replay.model.tokenizer
+  prompt, valid = _prompt_of(replay, row)
+  purpose = "sample" if row["phase"] == OWN else "resample"
+  key = purpose_key(replay.config.seed, replay.step - 1, purpose)
+  ids = tries.batch.row_id[[row["group"]]]
+  keys = row_keys(key, ids, np.array([row["number"]], np.int32))
+  out = sample_rows(
+    replay.model.lm, replay.policy, prompt[None], valid[None], tokens[None], hinted[None], keys,
+    sampler,
+  )  # fmt: skip
+  completion, commit_step, commit_logp, _ = (x[0] for x in local_rows(out))
+  record = tries.batch.records[row["group"]]
+  text = tokenizer.decode(completion)
+  scores = replay.scorer([text], [record])
+  new = {
+    "completion": text,
+    "tokens": completion.tolist(),
+    "pieces": tokenizer.pieces(completion),
+    "commit_step": commit_step.tolist(),
+    "commit_logp": np.round(commit_logp, 4).tolist(),
+    "hints": segments(hinted),
+    "reward": float(scores.reward[0]),
+    "parts": {name: float(values[0]) for name, values in scores.parts.items()},
+    "correct": bool(scores.correct[0]),
+    "status": scores.status[0],
+    "extracted": scores.extracted[0],
+    "reason": scores.reason[0],
+    "advantage": None,
+  }
+  return {k: v for k, v in row.items() if k != "token_stats"} | new

@@ -1,0 +1,72 @@
+"""What an update made of every token: for samples.jsonl, with `log.token_stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from igpo_jax.config import Config
+from igpo_jax.parallel.mesh import local_rows
+from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of
+from igpo_jax.rl.hint_filter import entropy_filter
+from igpo_jax.rl.methods import estimator_of
+from igpo_jax.train.micro_batches import map_micro_batches
+from igpo_jax.types import LM, Array, Params, Rollout
+
+Stats = dict[str, Array]
+
+
+def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array], Stats]:
+  """A jitted (params, rollout, keys) -> {"logp", "entropy", "scored", "kept"}, [P,G,L] each.
+
+  They are read through the estimator's views of the first inner update: `logp` and `entropy` are
+  f32, means over the views that score a position, 0 where none does (`scored`, bool). `kept`, bool:
+  in the loss and not dropped by the entropy filter, with these entropies.
+  """
+  rl, estimator, sizes = config.rl, estimator_of(config), sizes_of(config, lm)
+
+  @jax.jit
+  def stats(params: Params, rollout: Rollout, keys: Array) -> Stats:
+    groups = groups_of(rollout, lm.stop_ids, rl.loss_region)
+
+    def read(part):
+      out: Estimate = estimate(lm, params, estimator, *part, 0, sizes, rl.views_at_once)
+      views = out.views.scored
+      total = jnp.sum(jnp.where(views, out.logp, 0.0), axis=1)
+      return total / jnp.maximum(jnp.sum(views, axis=1), 1), out.token_entropy, out.scored
+
+    logp, entropy, scored = map_micro_batches(read, (groups, keys), rl.micro_batches)
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    kept = entropy_filter(
+      flat(entropy), flat(groups.region & scored), flat(groups.hinted),
+      config.objective.entropy_keep,
+    )  # fmt: skip
+    return {"logp": logp, "entropy": entropy, "scored": scored, "kept": kept.reshape(scored.shape)}
+
+  return stats
+
+
+def by_group(groups: np.ndarray, before: Stats, after: Stats) -> Mapping[int, dict]:
+  """This process's statistics: group -> name -> [G,L], as docs/samples.md has them.
+
+  Args:
+    groups: i64[X], the groups that were learned from.
+    before: of the policy that sampled, [X,G,L] each.
+    after: of the policy after the last inner update.
+  """
+  old, new = local_rows(before), local_rows(after)
+  scored = old["scored"]
+  only = lambda x: np.where(scored, x, np.nan)
+  arrays = {
+    "logp": only(old["logp"]),
+    "entropy": only(old["entropy"]),
+    "ratio": only(np.exp(new["logp"] - old["logp"])),
+    "kept": old["kept"],
+  }
+  return {
+    int(group): {name: values[row] for name, values in arrays.items()}
+    for row, group in enumerate(groups)
+  }

@@ -1,0 +1,1 @@
+"""Looking at a run: its files read, and one drawing for the page, the terminal and the notebook."""

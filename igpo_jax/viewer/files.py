@@ -1,0 +1,124 @@
+"""The files of a run as the viewers read them: every version, half-written ones, parts on gs://."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import Row, can_append, row_parts
+from igpo_jax.io.text import read_object
+
+NEWEST = 2  # the newest version of a sample's row that is known here (docs/samples.md)
+
+
+def open_run(workdir: str) -> epath.Path:
+  """The workdir of a run.
+
+  Raises:
+    UserError: there is no such folder, or it holds no run.
+  """
+  path = epath.Path(workdir)
+  if not workdir or not path.is_dir():
+    raise UserError(f"--workdir={workdir}: no such directory")
+  if not path.joinpath("config.json").exists() and not any(row_parts(path / "metrics.jsonl")):
+    raise UserError(f"--workdir={workdir} holds no run: it has neither config.json nor rows")
+  return path
+
+
+def config_of(workdir: epath.Path) -> dict[str, Any]:
+  """config.json as it is; {} where there is none."""
+  return read_object(workdir / "config.json", missing={})
+
+
+def each_row(path: epath.Path) -> Iterator[Row]:
+  """The rows of X.jsonl one by one, so that a large file takes no memory. What is half-written is
+  left out: a run may be writing.
+
+  Raises:
+    UserError: a line in the middle is not a JSON object.
+  """
+  for part in row_parts(path):
+    with part.open("rb") as file:
+      before: bytes | None = None
+      for number, line in enumerate(file, start=1):
+        row = _object(line) if line.endswith(b"\n") else None
+        if before is not None:
+          raise UserError(f"{part}, line {number - 1}: not a row: {before[:60]!r}")
+        if row is None:
+          before = line
+          continue
+        yield row
+
+
+def _object(line: bytes) -> Row | None:
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) else None
+
+
+def metric_rows(workdir: epath.Path) -> list[Row]:
+  """The rows of metrics.jsonl."""
+  return list(each_row(workdir / "metrics.jsonl"))
+
+
+def sample_rows(workdir: epath.Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+  """The rows of samples.jsonl for which `keep` is True, as version 2 has them.
+
+  A row of version 1 gets None for the fields that it lacks.
+
+  Raises:
+    UserError: a row of a version that is newer than this program.
+  """
+  path = workdir / "samples.jsonl"
+  return [upgraded(row, path) for row in each_row(path) if keep(row)]
+
+
+# Fields that version 1 does not have.
+ADDED = ("tokens", "pieces", "commit_logp", "parts", "extracted", "reason", "advantage")
+
+
+def upgraded(row: Row, path: Any = "samples.jsonl") -> Row:
+  """A row with all fields of version 2."""
+  version = row.get("version", 1)
+  if not isinstance(version, int) or version > NEWEST:
+    raise UserError(
+      f"{path} has rows of version {version}; this program reads up to {NEWEST}: use a newer one"
+    )
+  return {name: None for name in ADDED} | row
+
+
+class Follower:
+  """The rows that a run adds to a file while it is watched.
+
+  Args:
+    path: X.jsonl, which need not exist yet.
+  """
+
+  def __init__(self, path: epath.Path):
+    self.path = path
+    self._at = 0  # bytes of the file, or rows of the parts on gs://, that were read
+
+  def new_rows(self) -> list[Row]:
+    """The rows since the last call. If the file became shorter (a run that was continued from its
+    checkpoint), it is read anew from its new end."""
+    if not can_append(self.path):
+      rows = list(each_row(self.path))
+      new, self._at = rows[min(self._at, len(rows)) :], len(rows)
+      return new
+    if not self.path.exists():
+      return []
+    with self.path.open("rb") as file:
+      if self._at > file.seek(0, os.SEEK_END):
+        self._at = file.tell()
+      file.seek(self._at)
+      data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    self._at += len(whole)
+    return [row for row in map(_object, whole.split(b"\n")) if row is not None]

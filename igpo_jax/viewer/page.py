@@ -1,0 +1,81 @@
+"""The page of a run: one HTML file that needs nothing else (docs/samples.md#the-page).
+
+jinja2 fills the template and escapes every text. uPlot (MIT), which draws the curves, is in the
+package and is written into the page. The data stands in the page as JSON in ASCII, in which no
+character can end a script; the scripts put it into the document as text only. A content security
+policy lets no other script run and nothing be fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+
+import jinja2
+from etils import epath
+from markupsafe import Markup
+
+from igpo_jax.viewer.collect import Data, collect
+
+SCRIPTS = ("uPlot.iife.min.js", "text.js", "curves.js", "rollouts.js", "evaluations.js", "page.js")
+STYLES = ("uPlot.min.css", "page.css")
+
+
+@functools.cache
+def _asset(name: str) -> str:
+  return importlib.resources.files("igpo_jax.viewer").joinpath("page", name).read_text("utf-8")
+
+
+def as_script(data: Data) -> str:
+  """JSON that may stand inside a <script>: ASCII, and "<", ">" and "&" are escaped as well.
+
+  Half a character (a lone surrogate) stays what it is, as an escape.
+  """
+  text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+  for character in "<>&":
+    text = text.replace(character, f"\\u{ord(character):04x}")
+  return text
+
+
+def _hash(script: str) -> str:
+  return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def render(data: Data, title: str = "igpo_jax", section: str = "") -> str:
+  """The page as HTML.
+
+  Args:
+    data: see `collect`.
+    title: of the page.
+    section: show this part only: "rollouts", for notebooks; "": all.
+  """
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  scripts = [_asset(name) for name in SCRIPTS]
+  return environment.from_string(_asset("page.html")).render(
+    title=title,
+    section=section,
+    styles=[Markup(_asset(name)) for name in STYLES],
+    scripts=[Markup(script) for script in scripts],
+    policy="; ".join([
+      "default-src 'none'",
+      "script-src " + " ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+      "style-src 'unsafe-inline'",
+      "img-src data:",
+    ]),
+    data=Markup(as_script(data)),
+  )  # fmt: skip
+
+
+def make_page(workdirs: Sequence[epath.Path]) -> str:
+  """The page about some runs.
+
+  Raises:
+    UserError: a file of a run makes no sense.
+  """
+  data = collect(workdirs)
+  title = f"{', '.join(run['name'] for run in data['runs'])} - igpo_jax"
+  return render(data, title).encode("utf-8", "replace").decode()
