@@ -116,7 +116,7 @@ def watch(
 def main(argv: list[str] | None = None) -> None:
   """Runs a command line; `argv` is what follows the program's name, default the process's."""
   args = make_parser().parse_args(argv)
-  workdir, console = files.open_run(args.workdir), terminal.make_console()
+  workdir, console = files.open_run(args.workdir, ""), terminal.make_console()
   if args.watch:
     watch(workdir, args, console, polls())
   else:

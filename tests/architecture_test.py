@@ -202,6 +202,9 @@ def test_no_path_is_one_machines():
     "igpo_jax.convert.__main__",
     "igpo_jax.aot",
     "igpo_jax.rehearse",
+    "igpo_jax.replay",
+    "igpo_jax.report",
+    "igpo_jax.show",
   ],
 )
 def test_host_modules_start_without_jax(module):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from igpo_jax import aot, chat, cli, flags, generate, grade, rehearse, usage
+from igpo_jax import aot, chat, cli, flags, generate, grade, rehearse, replay, report, show, usage
 from igpo_jax import main as program
 from igpo_jax.config import default_config
 from igpo_jax.convert import __main__ as convert
@@ -118,7 +118,7 @@ def test_options_are_understood_with_hyphens_and_with_underscores():
 
 
 COMMANDS = {"generate": generate, "chat": chat, "grade": grade, "rewrite": rewrite,
-            "convert": convert}  # fmt: skip
+            "convert": convert, "replay": replay, "report": report, "show": show}  # fmt: skip
 NUMBERS = [
   (name, action)
   for name, command in COMMANDS.items()

@@ -102,6 +102,18 @@ def test_the_command_prints_the_answer_and_the_order(model, capsys):
   assert shown.startswith(plain) and "\n    hint  [0] '1" in shown and "step 7" in shown
 
 
+def test_an_animation_is_the_canvas_after_every_step(model, capsys):
+  options = ["--prompt=How many eggs?", "--hint=16 - 3@0"]
+  plain = run(capsys, model, *options)
+  *lines, last = run(capsys, model, *options, "--animate").splitlines()
+  assert last + "\n" == plain
+  starts = [line.split("  ⟦16 - 3⟧")[0].strip() for line in lines if "⟦" in line]
+  assert starts == ["hints", *(f"step {n}" for n in range(8))]
+  assert lines[0].count("░") > lines[1].count("░") > lines[-1].count("░") == 0
+  with pytest.raises(UserError, match="--animate goes with --prompt"):
+    generate.main([f"--model={model}", "--input=x.jsonl", "--animate"])
+
+
 def test_a_file_of_prompts_comes_back_line_by_line(model, tmp_path, capsys):
   rows = [
     {"id": 1, "prompt": "How many eggs?"},
@@ -524,6 +536,15 @@ def test_a_session_changes_its_sampler_and_remembers_turns(run_folder, monkeypat
   out, err = converse(monkeypatch, capsys, run_folder, *lines)
   assert "gen_length=16 block_length=8 steps=8" in err and "allow_mask=True" in err
   assert out.count("\n    step 0") == 2 or out.count("step 0 ") == 2
+
+
+def test_generate_can_be_a_session_that_remembers_turns(run_folder, monkeypatch, capsys):
+  expected, _ = converse(monkeypatch, capsys, run_folder, "/history", "1", "2")
+  monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
+  generate.main([f"--model={run_folder}", "--chat"])
+  assert capsys.readouterr().out == expected
+  with pytest.raises(UserError, match="--template is of a single answer"):
+    generate.main([f"--model={run_folder}", "--chat", "--template=x"])
 
 
 def test_history_is_what_was_said(run_folder):

@@ -12,10 +12,12 @@ import pytest
 from etils import epath
 
 from igpo_jax import main as program
+from igpo_jax import replay
 from igpo_jax.config import default_config, freeze
 from igpo_jax.errors import UserError
 from igpo_jax.train.workdir import hold, open_workdir
-from tests.paths import REPO
+from tests import metrics_page
+from tests.paths import REPO, run_on_devices
 
 CONFIG = "tests/tiny_config.py"
 
@@ -107,6 +109,32 @@ def test_a_run_in_peace_writes_what_it_says(runs):
   assert summary["eval"]["rl/test"]["n"] == 8
   for name in ("all_wrong_before", "all_wrong_after", "reward"):
     assert summary["rl"][name] == pytest.approx(share(name))
+
+
+@pytest.mark.slow
+def test_every_metric_that_a_run_writes_is_described_and_no_other(runs):
+  rows = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+  names = {name for row in rows for name in row}
+  assert not metrics_page.undescribed(names), "docs/metrics.md lacks them"
+  assert not set(metrics_page.always()) - names, "docs/metrics.md has names that nobody writes"
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
+  """Step 2 from SFT's checkpoint; step 6 from RL's newest, on eight devices."""
+  _, peace, _, _ = runs
+  page = (peace / "report.html").read_text()
+  assert '"command":"python -m igpo_jax.main --config=tests/tiny_config.py' in page
+  before = {path: path.stat().st_mtime_ns for path in peace.rglob("*")}
+  replay.main([f"--workdir={peace}", "--step=2", f"--plugins={REPO / CONFIG}"])
+  out, told = capsys.readouterr()
+  logged = [row for row in rows_of(peace / "samples.jsonl") if row["step"] == 2]
+  assert f"all {len(logged)} logged completions were made again, token for token" in told
+  assert "hints" in out and "likeliest" in out
+  done = run_on_devices(8, "-m", "igpo_jax.replay", f"--workdir={peace}", "--step=6",
+                        f"--plugins={CONFIG}", "--alternatives=0")  # fmt: skip
+  assert "made again, token for token" in done.stderr
+  assert before == {path: path.stat().st_mtime_ns for path in peace.rglob("*")}, "nothing written"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from igpo_jax import aot, chat, cli, generate, grade
+from igpo_jax import aot, chat, cli, generate, grade, replay, report, show
 from igpo_jax import main as train
 from igpo_jax.convert import __main__ as convert
 from igpo_jax.rewrite import __main__ as rewrite
@@ -23,8 +23,9 @@ from tests.registered import only_built_in
 from tests.tiny_tokenizer import make_directory
 
 PAGE = REPO / "docs" / "mistakes.md"
-COMMANDS = {"main": train, "generate": generate, "chat": chat, "grade": grade,
-            "rewrite": rewrite, "convert": convert, "aot": aot}  # fmt: skip
+COMMANDS = {"main": train, "generate": generate, "chat": chat, "grade": grade, "report": report,
+            "show": show, "replay": replay, "rewrite": rewrite, "convert": convert,
+            "aot": aot}  # fmt: skip
 HEAD = """# Mistakes, and what is said about them
 
 Every mistake of a user is one line on standard error that says what is wrong, where, and what to
@@ -116,6 +117,8 @@ MISTAKES = {
     "M --template=a[MASK*x]",
     "M --template=[END]a",
     "M --output=out.jsonl",
+    "--model=model --chat --template=x",
+    "--model=model --input=prompts.jsonl --animate",
     "--model=model --input=nowhere.jsonl",
     "--model=model --input=nothing.jsonl",
     "--model=model --input=cut.jsonl",
@@ -128,6 +131,17 @@ MISTAKES = {
     "--model=model --input=prompts.jsonl --output=prompts.jsonl",
     "--model=model --input=prompts.jsonl --output=model",
     "--model=model --input=prompts.jsonl --batch_size=0",
+  ),
+  "report": ("", "--workdir=nowhere", "--workdir=model --output=x.html"),
+  "show": ("nowhere", "model", "model --step=0"),
+  "replay": (
+    "--workdir=nowhere --step=1",
+    "--workdir=model --step=zero",
+    "--workdir=model --step=1 --edit=hotter",
+    "--workdir=model --step=1 --edit=temprature=0",
+    "--workdir=model --step=1 --edit=gen_length=8",
+    "--workdir=model --step=1 --edit=hint=eggs",
+    "--workdir=model --step=1",
   ),
   "chat": ("--model=nowhere", "--model=model --block_length=0"),
   "grade": (

@@ -16,17 +16,17 @@ from igpo_jax.io.text import read_object
 NEWEST = 2  # the newest version of a sample's row that is known here (docs/samples.md)
 
 
-def open_run(workdir: str) -> epath.Path:
-  """The workdir of a run.
+def open_run(workdir: str, flag: str = "--workdir=") -> epath.Path:
+  """The workdir of a run; `flag` stands before it in messages.
 
   Raises:
     UserError: there is no such folder, or it holds no run.
   """
   path = epath.Path(workdir)
   if not workdir or not path.is_dir():
-    raise UserError(f"--workdir={workdir}: no such directory")
-  if not path.joinpath("config.json").exists() and not any(row_parts(path / "metrics.jsonl")):
-    raise UserError(f"--workdir={workdir} holds no run: it has neither config.json nor rows")
+    raise UserError(f"{flag}{workdir}: no such directory")
+  if "stages" not in config_of(path) and not any(row_parts(path / "metrics.jsonl")):
+    raise UserError(f"{flag}{workdir} holds no run: neither its config.json nor metrics.jsonl")
   return path
 
 

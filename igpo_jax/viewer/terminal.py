@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,7 @@ from igpo_jax.viewer.text import shortened, visible
 MASK = "░"
 HINT, NEW, FADED = "bold black on yellow", "bold black on bright_green", "dim"
 LONGEST_PIECE = 200  # characters of a token's text
+LONGEST_PAUSE, WHOLE_ANIMATION = 0.2, 8.0  # seconds of a step, of all of them
 OPEN, CLOSE = "⟦", "⟧"  # around hints, for eyes and terminals without colours
 
 
@@ -123,6 +126,22 @@ def fate(row: Row) -> str:
 def step_line(row: Row, step: int) -> Text:
   """One line: the canvas after a denoising step; before the first one for -1."""
   return Text(f"{'hints' if step < 0 else f'step {step}':>8}  ", FADED) + canvas(row, step)
+
+
+def animate(row: Row, block_length: int = 0, console: Console | None = None) -> None:
+  """Draws the canvas after every denoising step: in its place on a terminal, else line by line."""
+  console = console or make_console()
+  steps = [-1, *steps_of(row)]
+  if not console.is_terminal:
+    for step in steps:
+      console.print(step_line(row, step))
+    return
+  pause = min(LONGEST_PAUSE, WHOLE_ANIMATION / len(steps))
+  with Live(console=console, refresh_per_second=30) as live:
+    for step in steps:
+      live.update(canvas(row, step, block_length), refresh=True)
+      time.sleep(pause)
+    live.update(canvas(row, None, block_length), refresh=True)
 
 
 def draw_row(row: Row, block_length: int = 0, order: bool = False) -> Panel:

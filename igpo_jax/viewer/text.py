@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 # What is drawn for characters that one could not see.
-_SHOWN = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀", "\x1b": "␛"}
+_SHOWN = {"\n": "⏎", "\t": "⇥", "\0": "␀", "\x1b": "␛"}
 LONGEST = 20_000  # characters of one text that are shown
 
 

@@ -80,7 +80,7 @@ function drawChart(chart, card, smoothing, bands) {
     bands: fills, cursor: {sync: {key: chart.evals ? "run" : chart.stage}},
   }, data, card);
   // The edges of an interval need no line in the legend.
-  card.querySelectorAll(".u-legend .u-series").forEach((row, k) => { if (k && series[k - 1].edge) row.hidden = true; });
+  card.querySelectorAll(".u-legend .u-series").forEach((row, k) => { if (k && series[k - 1].edge) row.style.display = "none"; });
   plots.push({plot, width});
   return true;
 }

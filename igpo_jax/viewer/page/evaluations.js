@@ -33,7 +33,7 @@ function drawEvaluations() {
       columns.map((c, k) => option(String(k), c.name, String(state[key]))));
     controls.replaceChildren(
       el("label", {}, "benchmark", el("select", {id: "bench", onchange: (e) => { state.bench = e.target.value; begin(); }}, [...benches.keys()].map((b) => option(b, b, state.bench)))),
-      el("label", {}, "from", choose("first", "first")), el("label", {}, "to", choose("second", "second")),
+      el("label", {}, "from", choose("from", "first")), el("label", {}, "to", choose("to", "second")),
       el("label", {}, "show", el("select", {id: "wanted", onchange: (e) => { state.wanted = e.target.value; state.shown = ITEMS_AT_ONCE; draw(); }},
         Object.entries(WANTED).map(([key, [label]]) => option(key, label, state.wanted)))));
     const a = columns[state.first].column, b = columns[state.second].column;

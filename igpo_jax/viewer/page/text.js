@@ -17,7 +17,7 @@ function el(tag, attributes, ...children) {
   return node;
 }
 
-const SIGNS = {"\n": "⏎\n", "\t": "⇥", "\r": "␍", "\0": "␀", "\x1b": "␛"};
+const SIGNS = {"\n": "⏎\n", "\t": "⇥", "\0": "␀", "\x1b": "␛"};
 
 // Control characters, direction marks and half characters as signs that can be seen.
 function shown(text) {
