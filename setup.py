@@ -51,6 +51,7 @@ setup(
       "hypothesis>=6.100",
       "ipykernel>=6.29",
       "nbclient>=0.10",
+      "playwright>=1.49",
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff>=0.8",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
   from igpo_jax.parallel.machine import claim_memory
   from igpo_jax.train import again
 
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's words about what it does not read
   claim_memory(config.mesh)
   use_cache(config.compilation_cache)
   with again.replayed(config, workdir, args.step) as replay:

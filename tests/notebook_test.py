@@ -64,7 +64,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
   data = [out.data for cell in notebook.cells for out in cell.get("outputs", ()) if "data" in out]
   (figure,) = (d["image/png"] for d in data if "image/png" in d)
   assert base64.b64decode(figure).startswith(b"\x89PNG")
-  (page,) = (d["text/html"] for d in data if "text/html" in d)
+  page, viewer = (d["text/html"] for d in data if "text/html" in d)
+  assert viewer.startswith("<iframe sandbox=") and samples[0]["id"] in viewer
   without, hinted = page.split("With hints")
   assert ">hint<" in hinted and ">hint<" not in without
   assert page.count("<table") == 2 and page.count("wrong") + page.count("right") >= 8
