@@ -15,6 +15,7 @@ from igpo_jax import main as program
 from igpo_jax import replay
 from igpo_jax.config import default_config, freeze
 from igpo_jax.errors import UserError
+from igpo_jax.train import again
 from igpo_jax.train.workdir import hold, open_workdir
 from tests import metrics_page
 from tests.paths import REPO, run_on_devices
@@ -126,15 +127,31 @@ def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
   page = (peace / "report.html").read_text()
   assert '"command":"python -m igpo_jax.main --config=tests/tiny_config.py' in page
   before = {path: path.stat().st_mtime_ns for path in peace.rglob("*")}
-  replay.main([f"--workdir={peace}", "--step=2", f"--plugins={REPO / CONFIG}"])
+  words = [f"--workdir={peace}", "--step=2", f"--plugins={REPO / CONFIG}"]
+  assert replay.main([*words, "--edit=temperature=0", "--edit=hint=9@3"]) == 0
   out, told = capsys.readouterr()
   logged = [row for row in rows_of(peace / "samples.jsonl") if row["step"] == 2]
   assert f"all {len(logged)} logged completions were made again, token for token" in told
-  assert "hints" in out and "likeliest" in out
+  assert out.index("likeliest") < out.index("with the edit")
+  assert "⟦9⟧" in out[out.index("with the edit") :], "the hint that was asked for stays"
   done = run_on_devices(2, "-m", "igpo_jax.replay", f"--workdir={peace}", "--step=5",
                         f"--plugins={CONFIG}", "--alternatives=0")  # fmt: skip
   assert "made again, token for token" in done.stderr
   assert before == {path: path.stat().st_mtime_ns for path in peace.rglob("*")}, "nothing written"
+
+
+@pytest.mark.slow
+def test_a_replay_says_what_differs(runs, tmp_path):
+  (row, *others) = [row for row in rows_of(runs[1] / "samples.jsonl") if row["step"] == 2]
+  assert replay.compare([row, *others], [*others, row], again.where_differs) == []
+  changed = row | {"tokens": [*row["tokens"][:3], 99, *row["tokens"][4:]]}
+  (line,) = replay.compare([row], [changed], again.where_differs)
+  assert f"tokens differ from position 3 on: {row['tokens'][3]} logged, 99 now" in line
+  old = {name: value for name, value in row.items() if name not in ("tokens", "version")}
+  assert not again.where_differs(old, changed)
+  assert again.where_differs(old, changed | {"completion": "else"}) == "the text differs"
+  (line,) = replay.compare([row], others, again.where_differs)
+  assert line.endswith("it was not made again")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from etils import epath
 from igpo_jax import report, show
 from igpo_jax.errors import UserError
 from igpo_jax.viewer import collect, files, notebook, page, terminal, text
+from tests import fake_gcs
 from tests.sample_runs import HOSTILE, LENGTH, hostile_run, make_run, samples, write_rows
 
 HARMLESS = {"\n", "\r", " "}
@@ -68,6 +69,24 @@ def test_what_follows_a_run_sees_each_row_once_and_bears_that_it_is_continued(tm
   with path.open("a") as file:
     file.write('{"step": 2}\n')
   assert [row["step"] for row in follower.new_rows()] == [2]
+
+
+def test_a_run_on_an_object_store_is_read_with_its_parts(tmp_path, monkeypatch):
+  fake_gcs.install(monkeypatch, tmp_path)
+  local = make_run(tmp_path / "bucket" / "run")
+  lines = (local / "samples.jsonl").read_text().splitlines(keepends=True)
+  (local / "samples.jsonl").unlink()
+  for number, part in enumerate((lines[:5], lines[5:])):
+    (local / f"samples-{number:05d}.jsonl").write_text("".join(part))
+  run = files.open_run("gs://bucket/run")
+  follower = files.Follower(run / "samples.jsonl")
+  assert len(files.sample_rows(run)) == len(follower.new_rows()) == len(lines)
+  (local / "samples-00002.jsonl").write_text(lines[0])
+  assert len(follower.new_rows()) == 1
+  assert report.main(["--workdir=gs://bucket/run"]) is None
+  assert (local / "report.html").read_text().count("<script") == 1 + len(page.SCRIPTS)
+  (data,) = collect.collect([run])["runs"]
+  assert len(data["samples"]) == len(lines) + 1 and len(data["items"]["test"]["labels"]) == 3
 
 
 # --- texts -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 
 from igpo_jax.config import Config
 from igpo_jax.parallel.mesh import local_rows
+from igpo_jax.parallel.sharding import constrain
 from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of
 from igpo_jax.rl.hint_filter import entropy_filter
 from igpo_jax.rl.methods import estimator_of
@@ -44,7 +45,9 @@ def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array
       flat(entropy), flat(groups.region & scored), flat(groups.hinted),
       config.objective.entropy_keep,
     )  # fmt: skip
-    return {"logp": logp, "entropy": entropy, "scored": scored, "kept": kept.reshape(scored.shape)}
+    out = {"logp": logp, "entropy": entropy, "scored": scored, "kept": kept.reshape(scored.shape)}
+    # Each process takes its own groups from the result (`local_rows`), as it gave them.
+    return {name: constrain(x, "act_batch", None, None) for name, x in out.items()}
 
   return stats
 

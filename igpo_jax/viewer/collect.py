@@ -290,8 +290,8 @@ def _items(workdir: epath.Path, budget: int) -> tuple[Data, str]:
   found: dict[str, dict[str, dict[tuple[Any, Any], Row]]] = {}
   labels = sorted((p.name for p in folder.iterdir()), key=_label_order) if folder.is_dir() else []
   for label in labels:
-    for path in sorted((folder / label).glob("*/*.jsonl")):
-      bench = re.sub(r"-[0-9a-f]{8}(-\d{5})?$", "", path.stem)
+    for path in _files_below(folder / label):
+      bench = re.sub(r"-[0-9a-f]{8}$", "", path.stem)
       rows = found.setdefault(bench, {}).setdefault(label, {})
       for row in files.each_row(path):
         if "id" in row:
@@ -305,6 +305,18 @@ def _items(workdir: epath.Path, budget: int) -> tuple[Data, str]:
     out[bench] = {"labels": list(by_label), "items": kept}
   note = f"{shown:,} of {total:,} items of evaluations are here, those that changed first"
   return out, note if shown < total else ""
+
+
+def _files_below(folder: epath.Path) -> list[epath.Path]:
+  """FOLDER/PROTOCOL/X.jsonl, sorted; parts of a file (gs://) by the file's own name."""
+  protocols = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+  names = {
+    protocol / re.sub(r"-\d{5}\.jsonl$", ".jsonl", path.name)
+    for protocol in protocols
+    for path in protocol.iterdir()
+    if path.name.endswith(".jsonl")
+  }
+  return sorted(names)
 
 
 def _label_order(label: str) -> tuple[int, int, str]:
