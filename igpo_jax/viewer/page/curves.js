@@ -56,7 +56,8 @@ function tablesOf(chart, smoothing, bands) {
     if (found.length < 2) return;
     const [x, ...ys] = uPlot.join(found.map((c) => [c.x, chart.evals ? c.y : runningMean(c.y, smoothing)]));
     const over = (f) => x.map((_, k) => { const v = ys.map((y) => y[k]).filter((y) => y !== null && y !== undefined); return v.length ? f(v) : null; });
-    const style = {stroke: PALETTE[(b + n) % PALETTE.length], width: 2, label: shown(label(band.name, name)), spanGaps: true};
+    const style = {stroke: PALETTE[(b + n) % PALETTE.length], width: 2, label: shown(label(band.name, name)), spanGaps: true,
+      points: {show: Boolean(chart.evals), size: 6}};
     const edge = (end) => ({...style, label: `${style.label} ${end}`, width: 0, points: {show: false}, edge: end});
     add(x, [over((v) => v.reduce((a, c) => a + c) / v.length), over((v) => Math.max(...v)), over((v) => Math.min(...v))],
         [style, edge("high"), edge("low")]);

@@ -34,6 +34,7 @@ function textBlock(text) {
 
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "-";
+  if (Math.abs(value) < 1e-12) return "0";
   return Number.isInteger(value) ? String(value) : Number(value).toPrecision(digits);
 }
 
