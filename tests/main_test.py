@@ -103,6 +103,12 @@ def test_a_run_in_peace_writes_what_it_says(runs):
     end = row["pieces"].index("<eos>") if "<eos>" in row["pieces"] else 15
     assert all(told["kept"][k] == (k <= end) for k in range(16) if not hint[k])
     assert all(told["logp"][k] < 0 <= told["entropy"][k] for k in range(16))
+    # Of the hints in the loss a fifth is kept, at least one, where the policy is least sure.
+    hints = sorted((k for k in range(end + 1) if hint[k]), key=lambda k: told["kept"][k])
+    kept = sum(told["kept"][k] for k in hints)
+    assert kept == (max(1, len(hints) // 5) if hints else 0)
+    entropies = [told["entropy"][k] for k in hints]
+    assert max(entropies[:-kept], default=0) <= min(entropies[-kept:], default=0)
   moved = [abs(x - 1) for row in stats for x in row["token_stats"]["ratio"] if row["advantage"]]
   assert max(moved) > 0
   summary = json.loads((peace / "summary.json").read_text())

@@ -333,8 +333,8 @@ class LogConfig:
     every: steps between rows of metrics.jsonl; 0: only at the end.
     samples_every: RL steps between writes of samples.jsonl (docs/samples.md); 0: never.
     samples_per_step: rows of samples.jsonl per write; 0: the whole batch. All-wrong groups and the
-      completions that replaced theirs come first. A row has about 12 bytes per token of
-      `sampler.gen_length`, or 30 with `token_stats`.
+      completions that replaced theirs come first. A row has about 25 bytes per token of
+      `sampler.gen_length`, or 55 with `token_stats`.
     token_stats: rows of samples.jsonl also have, for every token, what the update made of it. It
       costs two more forward passes in steps whose samples are written.
     report_every: steps between refreshes of report.html, the run's page (docs/samples.md); it is
