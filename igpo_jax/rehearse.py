@@ -269,7 +269,7 @@ def _wrapped(head: str, items: list[str], width: int = 100) -> list[str]:
 
 def _work_lines(config: Config, machine) -> list[str]:
   """Lines on how the batches of a step are split."""
-  lines, ways = [], config.mesh.data * config.mesh.fsdp
+  lines, ways = [], config.mesh.data * config.mesh.fsdp * config.mesh.expert
   lengths = ", ".join(map(str, config.data.prompt_buckets))
   if "rl" in config.stages:
     rl, sampler = config.rl, config.sampler

@@ -222,7 +222,7 @@ def test_batches_are_halved_while_they_divide_over_the_devices():
   assert batch_sizes(8, options(batch_sizes=3)) == [8, 4, 2]
   assert batch_sizes(6, options(batch_sizes=3)) == [6, 3]
   assert batch_sizes(8, options(batch_sizes=3, early_stop="batch")) == [8]
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 2), AXES)):
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 1, 2), AXES)):
     assert batch_sizes(24, options(batch_sizes=9)) == [24, 12]
 
 

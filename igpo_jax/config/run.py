@@ -392,6 +392,9 @@ class MeshConfig:
     devices: number of devices that the config is sized for; fewer are refused. 0: any number.
     data: size of the axis that splits the rows of a batch; parameters are copied along it.
     fsdp: size of the axis that splits both rows and parameters.
+    expert: size of the axis that splits both rows and experts; divides `model.moe.experts`. Each
+      device has experts of its own, and works on the rows of all devices along this axis
+      (docs/models.md#experts).
     tensor: size of the axis that splits heads, hidden units and the vocabulary.
   """
 
@@ -400,6 +403,7 @@ class MeshConfig:
   devices: Natural = 0
   data: AutoAxisSize = -1
   fsdp: AutoAxisSize = 1
+  expert: AxisSize = 1
   tensor: AxisSize = 1
 
   def __post_init__(self):

@@ -96,7 +96,7 @@ def make_stream(
     problems: the rows.
     tokenizer: of the model.
     batch_size: rows of a batch. It is lowered to the number of rows if there are fewer, then
-      rounded up to a multiple of the devices (data x fsdp) and of the processes.
+      rounded up to a multiple of the devices (data x fsdp x expert) and of the processes.
     buckets: prompt lengths in tokens, ascending. A longer one is added if a prompt needs it.
     mesh: the device mesh.
     embedding_rows: number of tokens that the model knows, see `PromptStream`.

@@ -82,8 +82,10 @@ def add_axes(axes: Any, cfg: LoRAConfig) -> Any:
   out = axes
   for path in find_targets(axes, cfg):
     *stack, _, _ = _get(axes, path)["kernel"]
-    fan = "lora_fan" if set(stack) <= {"layers"} else None  # experts are shared out already
-    pair = {"lora_a": (*stack, fan, "lora_rank"), "lora_b": (*stack, "lora_rank", fan)}
+    pair = {
+      "lora_a": (*stack, "lora_fan", "lora_rank"),
+      "lora_b": (*stack, "lora_rank", "lora_fan"),
+    }
     out = combine(out, _nest(path, pair))
   return out
 

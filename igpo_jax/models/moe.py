@@ -6,8 +6,11 @@ No token is dropped and no expert has a limit: the B t k pairs of a token and an
 sorted by expert, and each expert multiplies its own rows (`jax.lax.ragged_dot`). The plain twin
 lets every expert work on every token and gives most of them the weight 0.
 
-Over a mesh every device works on its own rows. Experts lie over its fsdp axis and are gathered
-layer by layer, as other weights are; their hidden units are shared out over its tensor axis.
+Over a mesh every device works on its own rows. Experts are gathered over its fsdp axis layer by
+layer, as other weights are, and their hidden units are shared out over its tensor axis. Along its
+expert axis it is the other way round: a device keeps its experts, is sent the rows of all devices
+along that axis, and sends back what its experts made of them. Still no token is dropped: there is
+room for all of them to come to one device.
 """
 
 from __future__ import annotations
@@ -154,33 +157,54 @@ class Experts(nn.Module):
 
 
 def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
-  """`compute(h, experts, weights, kernels)` on every device of the mesh in context, of its rows
-  and its share of the hidden units; what the devices of a row have is added up."""
+  """`compute(h, experts, weights, kernels)` on every device of the mesh in context, of its rows,
+  its experts and its share of the hidden units; what the devices have of a row is added up."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return compute(h, choice.experts, choice.weights, kernels).astype(h.dtype)
   rows = partition_spec(("act_batch",))[0]
   if h.shape[0] % num_shards("act_batch", mesh=mesh):
     rows = None  # too few rows to share: whole on every device
-  hidden = partition_spec(("mlp",))[0]
+  owners, hidden = partition_spec(("experts", "mlp"))
   of_row, spec = PartitionSpec(rows, None, None), {}
   for name, tree in kernels.items():
     inner, outer = (hidden, None) if name == "ff_out" else (None, hidden)
     place = {"kernel": (inner, outer), "lora_a": (inner, None), "lora_b": (None, outer)}
-    spec[name] = {leaf: PartitionSpec(None, *place[leaf]) for leaf in tree}
-  # One more axis, over which the parts lie: their sum is the compiler's.
-  part = lambda *args: compute(*args)[None]
+    spec[name] = {leaf: PartitionSpec(owners, *place[leaf]) for leaf in tree}
+  alone = mesh.shape[owners] == 1  # one device has all experts
+  sent = rows is not None and not alone
+
+  def part(h, experts, weights, kernels):
+    if sent:
+      gather = lambda x: jax.lax.all_gather(x, owners, axis=0, tiled=True)
+      h, experts, weights = gather(h), gather(experts), gather(weights)
+    if not alone:
+      # Numbers of the device's own experts; of others, past the last of them.
+      count = kernels["ff_proj"]["kernel"].shape[0]
+      experts = experts - jax.lax.axis_index(owners) * count
+      experts = jnp.where((experts >= 0) & (experts < count), experts, count)
+    out = compute(h, experts, weights, kernels)
+    if sent:
+      out = jax.lax.psum_scatter(out, owners, scatter_dimension=0, tiled=True)
+    return out[None]
+
+  # One more axis, over which the parts of a row lie: their sum is the compiler's.
+  over = (owners, hidden) if rows is None else hidden
   parts = jax.shard_map(
     part,
     in_specs=(of_row, of_row, of_row, spec),
-    out_specs=PartitionSpec(hidden, rows, None, None),
+    out_specs=PartitionSpec(over, rows, None, None),
     check_vma=False,
   )(h, choice.experts, choice.weights, kernels)
   return jnp.sum(parts, axis=0).astype(h.dtype)
 
 
 def ragged(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
-  """f32[B,t,D]; every expert multiplies the rows that were sent to it."""
+  """f32[B,t,D]; every expert multiplies the rows that were sent to it.
+
+  Experts are numbers of those in `kernels`, or past the last of them: such a one is another
+  device's, and adds nothing here.
+  """
   b, t, d = h.shape
   count, k = kernels["ff_proj"]["kernel"].shape[0], experts.shape[-1]
   flat = experts.reshape(-1)  # i32[B*t*k]
@@ -192,6 +216,8 @@ def ragged(h: Array, experts: Array, weights: Array, kernels: Params, alpha: flo
     return grouped_linear(x, kernels[name], sizes, alpha)
 
   out = linear(jax.nn.silu(linear(rows, "ff_proj")) * linear(rows, "up_proj"), "ff_out")
+  # What a grouped product holds in rows of no group is the platform's choice.
+  out = jnp.where(jnp.arange(len(out))[:, None] < jnp.sum(sizes), out, 0)
   back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(b, t, k, d)
   return jnp.einsum("btkd,btk->btd", back, weights, preferred_element_type=jnp.float32)
 

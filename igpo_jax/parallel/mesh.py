@@ -1,4 +1,7 @@
-"""The device mesh with axes (data, fsdp, tensor): one program runs on a laptop and on a pod."""
+"""The device mesh: one program runs on a laptop and on a pod.
+
+Its axes are data, fsdp, expert and tensor; `config.MeshConfig` says what each of them splits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import num_shards, partition_spec
 from igpo_jax.parallel.tpu import find_slice
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def check_devices() -> None:
@@ -39,15 +42,17 @@ def check_devices() -> None:
     ) from error
 
 
-def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
-  """The sizes of the axes, with the one that may be -1 replaced by the rest of the devices.
+def mesh_shape(
+  data: int, fsdp: int, tensor: int, num_devices: int, expert: int = 1
+) -> tuple[int, int, int, int]:
+  """The sizes of `AXES`, with the one that may be -1 replaced by the rest of the devices.
 
-  Example: `mesh_shape(-1, 2, 1, num_devices=8) == (4, 2, 1)`.
+  Example: `mesh_shape(-1, 2, 1, num_devices=8) == (4, 2, 1, 1)`.
 
   Raises:
     UserError: more than one -1, a size below 1, or a product that is not `num_devices`.
   """
-  sizes = [data, fsdp, tensor]
+  sizes = [data, fsdp, expert, tensor]
   text = f"config.mesh ({', '.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))})"
   if sizes.count(-1) > 1:
     raise UserError(f"{text}: only one axis may be -1 (the rest of the devices)")
@@ -71,18 +76,20 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
   return tuple(sizes)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-  """A mesh with axes data, fsdp and tensor over all devices, or over the given ones.
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, expert: int = 1
+) -> jax.sharding.Mesh:
+  """A mesh with the axes `AXES` over all devices, or over the given ones.
 
   Args:
-    data, fsdp, tensor: sizes of the axes; one of them may be -1, the rest of the devices.
+    data, fsdp, tensor, expert: sizes of the axes; one may be -1, the rest of the devices.
     devices: None takes all devices of all processes.
 
   Raises:
     UserError: sizes that do not fit the devices, or a tensor axis over several processes.
   """
   devices = jax.devices() if devices is None else devices
-  shape = mesh_shape(data, fsdp, tensor, len(devices))
+  shape = mesh_shape(data, fsdp, tensor, len(devices), expert)
   mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
   check_rows_per_process(
     np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
@@ -94,7 +101,7 @@ def check_rows_per_process(process_of: np.ndarray) -> None:
   """Checks that every process can have rows of its own. Reading and grading rely on it.
 
   Args:
-    process_of: int[data,fsdp,tensor], for each device the index of its process.
+    process_of: int[...,tensor], for each device the index of its process.
 
   Raises:
     UserError: the tensor axis would make several processes hold the same rows.
@@ -123,8 +130,8 @@ def check_micro_batches(mesh: jax.sharding.Mesh, rows: int, count: int, name: st
   if count > 1 and (rows // count) % ways:
     raise UserError(
       f"config: {name}={count} leaves {rows // count} of {rows} rows, which do not divide over "
-      f"{ways} devices (mesh data x fsdp): lower it, leave it to the devices with 0, or raise "
-      "mesh.tensor"
+      f"{ways} devices (mesh data x fsdp x expert): lower it, leave it to the "
+      "devices with 0, or raise mesh.tensor"
     )
 
 
@@ -150,7 +157,8 @@ def check_sample_slices(mesh, prompts: int, group_size: int, slices: int, proces
   if (prompts // slices * group_size) % ways:
     raise UserError(
       f"config: rl.sample_slices={slices} leaves {prompts // slices} prompts x {group_size} "
-      f"completions, which do not share out over {ways} devices (mesh data x fsdp): {advice}"
+      f"completions, which do not share out over {ways} devices (mesh data x fsdp x expert): "
+      f"{advice}"
     )
 
 
@@ -161,11 +169,22 @@ def _check_resolved(count: int, name: str) -> None:
     )
 
 
-def _sizes(config: MeshConfig) -> tuple[int, int, int]:
-  """Sizes of (data, fsdp, tensor): those of the TPU slice that the config names, or its own."""
-  if config.slice:
-    return find_slice(config.slice).mesh
-  return config.data, config.fsdp, config.tensor
+def _sizes(config: MeshConfig) -> dict[str, int]:
+  """Sizes of the axes: those of the TPU slice that the config names, or its own.
+
+  A slice's fsdp axis gives up the devices that `config.expert` asks for.
+  """
+  if not config.slice:
+    return {axis: getattr(config, axis) for axis in AXES}
+  data, fsdp, tensor = find_slice(config.slice).mesh
+  if fsdp % config.expert:
+    raise UserError(
+      f"config: mesh.expert={config.expert} does not divide the {fsdp} devices along fsdp of "
+      f"mesh.slice={config.slice!r}"
+    )
+  return {
+    "data": data, "fsdp": fsdp // config.expert, "expert": config.expert, "tensor": tensor
+  }  # fmt: skip
 
 
 def configured_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -174,7 +193,7 @@ def configured_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   Raises:
     UserError: an unknown slice, or sizes that do not fit the devices.
   """
-  return make_mesh(*_sizes(config), devices=devices)
+  return make_mesh(**_sizes(config), devices=devices)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
@@ -182,12 +201,12 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.Abstract
 
   Shardings over it tell where arrays would live; no array can be placed on it.
   """
-  shape = mesh_shape(*_sizes(config), num_devices)
+  shape = mesh_shape(**_sizes(config), num_devices=num_devices)
   return jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Puts numpy arrays onto the devices, their first axis sharded over data x fsdp.
+  """Puts numpy arrays onto the devices, their first axis sharded over data, fsdp and expert.
 
   Args:
     mesh: the device mesh.
@@ -197,7 +216,7 @@ def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     A tree of jax arrays with the rows of all processes, in the order of the processes.
 
   Raises:
-    UserError: the rows of all processes do not divide over data x fsdp.
+    UserError: the rows of all processes do not divide over these axes.
   """
   ways = num_shards("act_batch", mesh=mesh)
   sharding = NamedSharding(mesh, partition_spec(("act_batch",)))
@@ -206,7 +225,7 @@ def shard_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     rows = x.shape[0] * jax.process_count()
     if rows % ways:
       raise UserError(
-        f"a batch of {rows} rows does not divide over {ways} devices (mesh data x fsdp): "
+        f"a batch of {rows} rows does not divide over {ways} devices (mesh data x fsdp x expert): "
         "make the batch a multiple of them, or lower config.mesh.data or config.mesh.fsdp"
       )
     if jax.process_count() == 1:

@@ -1,9 +1,10 @@
 """Logical axis names, the one table that maps them to the mesh, and constraints.
 
 Dimensions of parameters and of activations have different names, since they are laid out
-differently: parameters are split over the mesh axes `fsdp` and `tensor`, activations over the batch
-(`data` x `fsdp`) and `tensor`. An unknown name raises. If it silently meant "replicated", the first
-sign of a misspelled name would be an out-of-memory error on a pod.
+differently: parameters are split over the mesh axes `fsdp`, `tensor` and, of experts, `expert`;
+activations over the batch (`data` x `fsdp` x `expert`) and `tensor`. An unknown name raises. If it
+silently meant "replicated", the first sign of a misspelled name would be an out-of-memory error on
+a pod.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "qkv": "tensor",  # queries, keys and values as one product
-  "experts": "fsdp",
-  "expert_embed": None,
+  "experts": "expert",
+  "expert_embed": "fsdp",
   "norm": None,
   "lora_rank": None,
   "lora_fan": ("fsdp", "tensor"),  # an adapter's other dimension, whatever the kernel's is
   # activations
-  "act_batch": ("data", "fsdp"),
+  "act_batch": ("data", "fsdp", "expert"),
   "act_length": None,
   "act_sequence": "tensor",  # the same dimension where ModelConfig.shard_sequence is on
   "act_embed": None,

@@ -65,7 +65,7 @@ class Slice:
 
   Attributes:
     topology: its name for the compiler, as `igpo_jax.aot --topology` takes it.
-    mesh: sizes of the axes (data, fsdp, tensor).
+    mesh: sizes of the axes data, fsdp and tensor.
   """
 
   topology: str

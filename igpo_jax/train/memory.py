@@ -215,7 +215,9 @@ def largest(memories: dict[str, Memory]) -> tuple[str, Memory]:
 
 def checkpoint_bytes(config: Config, mesh) -> int:
   """Bytes of one checkpoint on disk: trained parameters and optimizer moments, over all devices."""
-  whole = jax.sharding.AbstractMesh((1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types)
+  whole = jax.sharding.AbstractMesh(
+    (1,) * len(mesh.axis_names), mesh.axis_names, axis_types=mesh.axis_types
+  )
   held = _held(config.model, whole)
   return held["parameters"] + held["optimizer"]
 

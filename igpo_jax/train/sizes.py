@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from igpo_jax.config import Config, ModelConfig
+from igpo_jax.config import RUN_CHOOSES, Config, ModelConfig
 from igpo_jax.convert.open import open_source
 from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plan
@@ -46,7 +46,7 @@ SLICES_WANTED, FEWEST_ROWS = 4, 4
 MACHINE_DEVICES = 8
 
 SIZES = ("rl.sample_slices", "rl.micro_batches", "sft.micro_batches", "eval.batch_size",
-         "mesh.data", "mesh.fsdp", "mesh.tensor")  # fmt: skip
+         "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")  # fmt: skip
 
 
 def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
@@ -63,6 +63,11 @@ def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
   """
   check_machine(config.mesh, machine)
   counted = dataclasses.replace(config, model=model_of(config))
+  if config.mesh.expert > 1 and not counted.model.moe.experts:
+    raise UserError(
+      f"config: mesh.expert={config.mesh.expert}, and the model has no experts: use mesh.fsdp or "
+      "mesh.data for these devices"
+    )
   failures, uneven = [], None
   for mesh in _meshes(config, machine):
     whole = dataclasses.replace(counted, mesh=dataclasses.replace(config.mesh, **mesh))
@@ -110,8 +115,7 @@ def model_of(config: Config) -> ModelConfig:
   model = config.model
   if config.init_from and epath.Path(config.init_from).exists():
     found = open_source(config.init_from).config
-    kept = ("dtype", "param_dtype", "remat", "attention", "shard_sequence", "lora")
-    model = dataclasses.replace(found, **{name: getattr(model, name) for name in kept})
+    model = dataclasses.replace(found, **{name: getattr(model, name) for name in RUN_CHOOSES})
   if not model.vocab_size:
     pieces = config.data.tokenizer.partition("sentencepiece:")[2]
     size = int(pieces) + 64 if pieces.isdigit() else 256
@@ -161,7 +165,7 @@ def _meshes(config: Config, machine: Machine) -> Iterator[dict[str, Any]]:
     least = max(n for n in parts if n <= MACHINE_DEVICES)
     parts = sorted(parts, key=lambda n: (n < least, abs(n - least)))
   for fsdp in parts:
-    yield {"data": free // fsdp, "fsdp": fsdp, "tensor": cfg.tensor}
+    yield {"data": free // fsdp, "fsdp": fsdp, "expert": cfg.expert, "tensor": cfg.tensor}
 
 
 def _check_batches(config: Config, mesh, machine: Machine) -> None:
@@ -177,9 +181,9 @@ def _check_batches(config: Config, mesh, machine: Machine) -> None:
     if stage in config.stages and size % unit:
       near = sorted({max(size // unit, 1) * unit, (size // unit + 1) * unit})
       raise UserError(
-        f"config: {name}={size} does not share out over {ways} devices (mesh data x fsdp) in "
-        f"{processes} process(es): make it {' or '.join(map(str, near))}, use a number of devices "
-        "that divides it, or raise mesh.tensor"
+        f"config: {name}={size} does not share out over {ways} devices (mesh data x fsdp x "
+        f"expert) in {processes} process(es): make it {' or '.join(map(str, near))}, use a number "
+        "of devices that divides it, or raise mesh.tensor"
       )
 
 
