@@ -524,6 +524,65 @@ def test_chatml_is_recognised_by_its_tokens(tmp_path):
   assert t.decode([*t.encode("eggs"), t.turn_id, *t.encode("How")]) == "eggs"
 
 
+def bpe_directory(path, name, added=(), **settings):
+  """A directory with vocab.json and merges.txt in place of tokenizer.json."""
+  text = (tiny_tokenizer.make_directory(path) / "tokenizer.json").read_text()
+  model = json.loads(text)["model"]
+  ids = {**model["vocab"], "12": 400, "1's": 401}  # tokens that digits and words forbid
+  plain = {token: id for token, id in ids.items() if token not in tiny_tokenizer.SPECIAL}
+  (path / "vocab.json").write_text(json.dumps(plain))
+  merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), "1 2", ""]
+  (path / "merges.txt").write_text("\n".join(merges))
+  decoder = {str(410 + n): {"content": token, "special": True} for n, token in enumerate(added)}
+  config = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "added_tokens_decoder": decoder}
+  (path / "tokenizer_config.json").write_text(json.dumps(config | settings))
+  (path / "tokenizer.json").unlink()
+  return path
+
+
+DREAM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
+
+
+def test_a_vocabulary_and_its_merges_are_as_good_as_a_tokenizer_file(tmp_path):
+  whole = tokenizer.load_tokenizer(tiny_tokenizer.make_directory(tmp_path / "whole"))
+  directory = bpe_directory(tmp_path / "parts", "GPT2Tokenizer", DREAM)
+  assert tokenizer.has_tokenizer(directory)
+  parts = tokenizer.load_tokenizer(directory)
+  text = TRACE.replace("12", "")
+  assert parts.encode_with_offsets(text) == whole.encode_with_offsets(text)
+  assert parts.encode("12") == [400]
+
+  dream = tokenizer.load_tokenizer(bpe_directory(tmp_path / "dream", "DreamTokenizer", DREAM))
+  assert dream.encode("12") == [*dream.encode("1"), *dream.encode("2")]
+  assert dream.encode("e\u0301") == dream.encode("\u00e9")
+  assert (dream.eos_id, dream.turn_id, dream.mask_id) == (410, 412, 414)
+  dream.save(tmp_path / "saved")
+  again = tokenizer.load_tokenizer(tmp_path / "saved")
+  for one in (dream, again):
+    assert one.decode(one.encode(TRACE)) == TRACE
+    assert one.render_prompt(USER) == (
+      "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+      "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
+    )
+  mine = [{"role": "system", "content": "Be brief."}, *USER]
+  assert dream.render_prompt(mine).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+  assert dream.encode_prompt(USER)[0] == again.encode_prompt(USER)[0] == 411
+
+
+def test_a_vocabulary_that_cannot_be_read_as_its_own_code_does_is_one_clear_line(tmp_path):
+  directory = bpe_directory(tmp_path, "OtherTokenizer", DREAM)
+  with pytest.raises(UserError, match=r"tokenizer_class='OtherTokenizer' in .*; known: Dream"):
+    tokenizer.load_tokenizer(directory)
+  directory = bpe_directory(tmp_path, "Qwen2Tokenizer", DREAM)
+  for merges, line in (("1 2\n1 nope\n", "line 2, '1 nope'"), ("12\n", "line 1, '12'")):
+    (directory / "merges.txt").write_text(merges)
+    with pytest.raises(UserError, match=line):
+      tokenizer.load_tokenizer(directory)
+  (directory / "vocab.json").write_text('{"a": "b"}')
+  with pytest.raises(UserError, match="'a' has the id \"b\""):
+    tokenizer.load_tokenizer(directory)
+
+
 # --- files ---
 
 

@@ -24,6 +24,7 @@ from igpo_jax.convert.arrays import (
 )
 from igpo_jax.convert.entries import Entry, entries, split_entries, tied_copies
 from igpo_jax.convert.safetensors_io import Reader
+from igpo_jax.data import bpe_files
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import resolved
@@ -41,6 +42,8 @@ TOKENIZER_FILES = (
   tokenizer_lib.HF_FILE,
   tokenizer_lib.SENTENCEPIECE_FILE,
   tokenizer_lib.DESCRIPTION_FILE,
+  bpe_files.VOCABULARY_FILE,
+  bpe_files.MERGES_FILE,
   "tokenizer_config.json",
   "special_tokens_map.json",
   "chat_template.jinja",

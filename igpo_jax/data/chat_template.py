@@ -53,6 +53,14 @@ def chatml_chat(messages: Sequence[Message]) -> list[Segment]:
   return [*segments, ("<|im_start|>", True), ("assistant\n", False)]
 
 
+def dream_chat(messages: Sequence[Message]) -> list[Segment]:
+  """ChatML with Dream's system prompt where the conversation has none."""
+  if not messages or messages[0]["role"] != "system":
+    system: Message = {"role": "system", "content": "You are a helpful assistant."}
+    messages = [system, *messages]
+  return chatml_chat(messages)
+
+
 def role_chat(messages: Sequence[Message]) -> list[Segment]:
   """The format of LLaDA-MoE and LLaDA2, up to the assistant's header.
 

@@ -1,5 +1,7 @@
 """The tokenizer of a Hugging Face directory: tokenizer.json and the files beside it.
 
+A directory with vocab.json and merges.txt in its place is read as if it had one (bpe_files).
+
 Special ids are looked for in this order: config.json (what the model was trained with),
 tokenizer_config.json and special_tokens_map.json, well-known names in the vocabulary. The chat
 format is that of the directory's own template.
@@ -14,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.data import added_tokens, chat_template
+from igpo_jax.data import added_tokens, bpe_files, chat_template
 from igpo_jax.data import tokenizer_base as base
 from igpo_jax.data.records import Message
 from igpo_jax.errors import UserError
@@ -37,9 +39,9 @@ class HFTokenizer(base.Tokenizer):
   """A `tokenizer.json` with its special ids and chat format.
 
   Args:
-    directory: has tokenizer.json. These files are read if they are there: tokenizer_config.json,
-      special_tokens_map.json, added_tokens.json, chat_template.jinja, and the model's config.json
-      and generation_config.json.
+    directory: has tokenizer.json, or vocab.json and merges.txt. These files are read if they are
+      there: tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+      chat_template.jinja, and the model's config.json and generation_config.json.
 
   Raises:
     UserError: a file cannot be read, or no mask token or end of text is found.
@@ -56,8 +58,12 @@ class HFTokenizer(base.Tokenizer):
         for name in _FILES
         if (directory / name).exists()
       }
+      if base.HF_FILE not in self._files:
+        self._files[base.HF_FILE] = bpe_files.tokenizer_json(directory)
       self._text = tokenizers.Tokenizer.from_str(_untrimmed(self._files[base.HF_FILE]))
       self._special = tokenizers.Tokenizer.from_str(self._files[base.HF_FILE])
+    except UserError:
+      raise
     except Exception as error:  # the library raises nothing narrower
       raise UserError(f"cannot read {directory / base.HF_FILE}: {error}") from error
     for tokenizer in (self._text, self._special):
@@ -131,6 +137,7 @@ class HFTokenizer(base.Tokenizer):
     """The format of ours that goes with the special tokens of the vocabulary."""
     known = (
       (("<|start_header_id|>", "<|startoftext|>"), chat_template.llada_chat),
+      (("<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"), chat_template.dream_chat),
       (("<|im_start|>", "<|im_end|>"), chat_template.chatml_chat),
       (("<role>", "<|role_end|>"), chat_template.role_chat),
     )

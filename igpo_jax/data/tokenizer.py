@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
+from igpo_jax.data import bpe_files
 from igpo_jax.data.records import ROLES, Message
 from igpo_jax.data.task_registry import task_with
 from igpo_jax.data.tokenizer_base import (
@@ -280,6 +281,7 @@ def has_tokenizer(directory: epath.PathLike) -> bool:
   return directory.is_dir() and (
     read_object(directory / DESCRIPTION_FILE, missing={}).get("type") in OWN_KINDS
     or directory.joinpath(HF_FILE).exists()
+    or bpe_files.has_bpe_files(directory)
     or _find_sentencepiece(directory) is not None
   )
 
@@ -310,7 +312,7 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
   """Reads a tokenizer from a directory, or from the directory of a file.
 
   It looks for, in this order: a character or word tokenizer that this program wrote,
-  `tokenizer.json` (Hugging Face), and a SentencePiece `.model`.
+  `tokenizer.json`, or `vocab.json` and `merges.txt` (Hugging Face), and a SentencePiece `.model`.
 
   Raises:
     UserError: there is no such path, it has none of these files, or one cannot be read.
@@ -328,13 +330,14 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
   if description.get("type") == WORDS:
     words = description.get("words")
     return WordTokenizer([str(word) for word in words] if isinstance(words, list) else ())
-  if (path / HF_FILE).exists():
+  if (path / HF_FILE).exists() or bpe_files.has_bpe_files(path):
     from igpo_jax.data import hf_tokenizer
 
     return hf_tokenizer.HFTokenizer(path)
   model = _find_sentencepiece(path)
   if model is None:
     raise UserError(
-      f"no tokenizer in {path}: expected {HF_FILE}, a SentencePiece *.model or {DESCRIPTION_FILE}"
+      f"no tokenizer in {path}: expected {HF_FILE}, {bpe_files.VOCABULARY_FILE} with "
+      f"{bpe_files.MERGES_FILE}, a SentencePiece *.model or {DESCRIPTION_FILE}"
     )
   return SentencePieceTokenizer(model.read_bytes())

@@ -46,7 +46,7 @@ SLICES_WANTED, FEWEST_ROWS = 4, 4
 MACHINE_DEVICES = 8
 
 SIZES = ("rl.sample_slices", "rl.micro_batches", "sft.micro_batches", "eval.batch_size",
-         "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")  # fmt: skip
+         "mesh.data", "mesh.fsdp", "mesh.tensor")  # fmt: skip
 
 
 def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
@@ -132,6 +132,8 @@ def asked(config: Config) -> dict[str, int]:
   """The sizes as the config has them, 0 where they are left to the devices."""
   section = lambda name: getattr(config, name.partition(".")[0])
   sizes = {name: getattr(section(name), name.partition(".")[2]) for name in SIZES}
+  if config.mesh.expert > 1:
+    sizes["mesh.expert"] = config.mesh.expert
   unused = {stage for stage in ("sft", "rl") if stage not in config.stages}
   return {name: size for name, size in sizes.items() if name.partition(".")[0] not in unused}
 
