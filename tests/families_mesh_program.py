@@ -54,7 +54,7 @@ def run(config, sizes) -> dict:
   response, p = np.ones((ROWS, LENGTH), bool), np.full(ROWS, 0.7, np.float32)
 
   def nelbo(adapters, base, *rows):
-    return nelbo_sum(lm, lora.combine(base, adapters), *rows)
+    return nelbo_sum(lm, lora.combine(base, adapters), *rows)[0]
 
   with jax.set_mesh(mesh):
     shardings = lora.split(tree_shardings(lm.logical_axes(), mesh))

@@ -32,6 +32,9 @@ from igpo_jax.models.family import Router
 from igpo_jax.ops.load_balance import balance
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import is_axes
+from igpo_jax.rl.estimate import estimate
+from igpo_jax.rl.estimators.base import Group, Sizes
+from igpo_jax.rl.estimators.mean_field import MeanField
 from igpo_jax.train.ahead_of_time import programs
 from igpo_jax.types import Canvas, Routing
 from tests import families_mesh_program, golden_families
@@ -233,6 +236,36 @@ def test_two_copies_show_every_block_what_decoding_shows_it(name):
     np.testing.assert_allclose(noisy_h[inside], np.asarray(h)[inside], atol=5e-5)
 
 
+def test_an_estimate_of_a_block_causal_model_reads_what_decoding_shows_it():
+  """mean_field too: each block all masks, after the completion's own clean blocks."""
+  _, lm, params = tiny("sdar")
+  canvas = rows_with_hints(5)
+  tokens = np.where(canvas.tokens == MASK, 9, canvas.tokens)
+  prompt = np.repeat(tokens[::2, :PROMPT], 2, axis=0)  # two prompts, each with two completions
+  valid = np.repeat(canvas.valid[::2], 2, axis=0)
+  clean = np.concatenate([prompt, tokens[:, PROMPT:]], axis=1)
+  of_group = lambda x, dtype=bool: jnp.asarray(x, dtype).reshape(2, 2, LENGTH)
+  nothing, length = np.zeros((ROWS, LENGTH)), jnp.full((2, 2), LENGTH)
+  groups = Group(
+    jnp.asarray(prompt[::2]), jnp.asarray(valid[::2, :PROMPT]),
+    of_group(clean[:, PROMPT:], jnp.int32), of_group(nothing), of_group(nothing, jnp.int32),
+    of_group(nothing + 1), length,
+  )  # fmt: skip
+  sizes = Sizes(2, LENGTH, 4, BLOCK, 1, MASK, EOS, (EOS,))
+  keys = jax.random.split(jax.random.key(0), 2)
+  found = jax.jit(lambda p: estimate(lm, p, MeanField(), groups, keys, 0, sizes))(params)
+  logp = np.asarray(found.logp).reshape(ROWS, LENGTH)
+  position, begins = np.arange(clean.shape[1]), np.argmax(valid, axis=1)
+  for block in range(4):
+    first = (begins + block * BLOCK)[:, None]
+    inside = (position >= first) & (position < first + BLOCK) & (position >= PROMPT)
+    shown = np.where((position < first) | (position < PROMPT), clean, MASK)
+    h = hidden_of("sdar")(jnp.asarray(shown), jnp.asarray(valid))
+    each = jax.nn.log_softmax(lm.head(params, h))
+    expected = np.take_along_axis(np.asarray(each), clean[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logp[inside[:, PROMPT:]], expected[inside], atol=1e-4)
+
+
 def test_options_that_a_family_has_not_are_refused():
   for options, message in (
     ({"family": "gpt"}, "model.family='gpt' is not one of llada"),
@@ -297,7 +330,10 @@ def test_the_load_balancing_loss_by_hand():
   # Padding does not count.
   probabilities = one.probabilities.at[0, 0, 3].set(jnp.asarray([0.0, 1.0]))
   half = Routing(probabilities, one.experts.at[0, 0, 3].set(1))
-  assert float(balance(half, jnp.asarray([[True, True, True, False]]))[0]) == 2.0
+  assert float(balance(half, jnp.asarray([[True, True, True, False]])).loss) == 2.0
+  told = balance(half, None).metrics()  # three of four positions, none without an expert
+  assert (told["router_busiest"], told["router_idle"]) == (1.5, 0.0)
+  assert balance(one, None).metrics()["router_idle"] == 0.5
   _, lm, params = tiny("llada_moe")
   canvas = rows_with_hints(7)
   args = jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid)

@@ -17,7 +17,7 @@ from igpo_jax.config import HintConfig
 from igpo_jax.data.spans import find_answer_span
 from igpo_jax.errors import UserError
 from igpo_jax.hints.chunks import choose_chunks, place_stretched, split_chunks
-from igpo_jax.hints.inject import hint_canvas, hinted_group
+from igpo_jax.hints.inject import hint_canvas, hinted_group, visible_hints
 from igpo_jax.hints.leak import segments, value_spans, value_tokens
 from tests.paths import REPO
 
@@ -353,3 +353,18 @@ def test_segments_are_the_maximal_runs(bits):
     assert end == len(bits) or not bits[end]
     rebuilt[start:end] = True
   np.testing.assert_array_equal(rebuilt, bits)
+
+
+@examples(max_examples=100)
+@hypothesis.given(
+  st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 9), st.integers(1, 5)
+)
+def test_a_block_causal_model_keeps_the_hints_that_it_sees_while_it_writes(bits, prompt, block):
+  hinted = np.array([bits])
+  tokens = np.where(hinted, 7, 1).astype(np.int32)
+  kept_tokens, kept = visible_hints(tokens, hinted, prompt, block, mask_id=1)
+  place = (prompt + np.arange(len(bits))) // block
+  for k in range(len(bits)):
+    seen = any(not hinted[0, j] and place[j] >= place[k] for j in range(len(bits)))
+    assert kept[0, k] == (hinted[0, k] and seen)
+  np.testing.assert_array_equal(kept_tokens, np.where(kept, 7, 1))

@@ -17,6 +17,7 @@ from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
 from igpo_jax.diffusion.completions import prompt_keys, sample_rows
 from igpo_jax.errors import UserError
+from igpo_jax.hints.inject import visible_hints
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import PendingScores, Scores
 from igpo_jax.rl import rows
@@ -100,6 +101,20 @@ def test_completions_from_logits_that_are_no_numbers_are_counted(none):
   config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, exploration="none"))
   keys = {p: purpose_key(config.seed, 0, p) for p in ("sample", "resample")}
   assert explorer(config)(broken, batch_of(RECORDS), 0, keys).metrics["not_finite"] == 1
+
+
+def test_a_block_causal_model_is_shown_no_hint_past_what_it_writes():
+  """A trace that fills the canvas to its end, all of it hinted but for what is hidden."""
+  lm, _ = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  hints = dataclasses.replace(CONFIG.hints, ratio_low=0.99, ratio_high=1.0, leak_answer=True)
+  config = dataclasses.replace(CONFIG, hints=hints)
+  batch = batch_of([record(0, trace="hg" * LENGTH)])
+  of = lambda lm: Explorer(lm, TOKENIZER, Grader(), config, make_mesh())._hints(batch, 0, 0)
+  everywhere, block_causal = of(lm), of(lm._replace(block_length=4))
+  prompt_length = int(batch.valid.sum())
+  expected = visible_hints(*everywhere, prompt_length, 4, lm.mask_id)
+  np.testing.assert_array_equal(block_causal, expected)
+  assert block_causal[1].sum() < everywhere[1].sum()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from igpo_jax.types import LM, Array, Params
 
 def nelbo_sum(
   lm: LM, params: Params, noisy, masked, p, tokens, valid, response, dropout_key=None
-) -> Array:
+) -> tuple[Array, dict[str, Array]]:
   """Sum over rows of sum(masked cross-entropy / p) / response length.
 
   Args:
@@ -23,12 +23,16 @@ def nelbo_sum(
     dropout_key: of the adapters' dropout; None turns it off.
 
   Returns:
-    f32[]; of a model with experts with the load-balancing loss times `lm.router_loss`, once for
-    each row.
+    (f32[], metrics f32[]). Of a model with experts the sum has the load-balancing loss times
+    `lm.router_loss`, once for each row, and the metrics are `Balance.metrics`; else there are none.
   """
-  h, penalty = noisy_hidden(lm, params, noisy, tokens, valid, dropout_key)
+  h, routers = noisy_hidden(lm, params, noisy, tokens, valid, dropout_key)
   read = lambda x: x[:, -response.shape[1] :]
   logp, _ = token_stats(lambda x: lm.head(params, x), read(h), read(tokens)[:, None])
   per_row = masked_sum(-logp[:, 0], read(masked), axis=1) / p
   nelbo = jnp.sum(per_row / jnp.maximum(jnp.sum(response, axis=1), 1))
-  return nelbo + len(noisy) * penalty if lm.router_loss else nelbo
+  if routers is None:
+    return nelbo, {}
+  if lm.router_loss:
+    nelbo += len(noisy) * lm.router_loss * routers.loss
+  return nelbo, routers.metrics()

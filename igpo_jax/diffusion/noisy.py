@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from igpo_jax.ops.load_balance import balance
+from igpo_jax.ops.load_balance import Balance, balance
 from igpo_jax.types import LM, Array, Params
 
 
@@ -15,8 +15,8 @@ def noisy_hidden(
   clean: Array,
   valid: Array,
   dropout_key: Array | None = None,
-) -> tuple[Array, Array | float]:
-  """(h [B,T,D] of the noisy rows, the weighted load-balancing loss f32[], 0 without one).
+) -> tuple[Array, Balance | None]:
+  """(h [B,T,D] of the noisy rows; of a model with experts, how evenly they share the work).
 
   A block-causal model sees clean blocks before a noisy one, whatever is masked there: it is given
   both copies of the rows.
@@ -27,12 +27,12 @@ def noisy_hidden(
     dropout_key: of the adapters' dropout; None turns it off.
   """
   dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
-  if lm.routed is not None and lm.router_loss:
+  if lm.routed is not None:
     copies = {"clean": clean} if lm.block_length else {}
     h, routing = lm.routed(params, noisy, valid, **copies, **dropout)
     both = jnp.concatenate([valid, valid], axis=1) if lm.block_length else valid
-    return h, lm.router_loss * balance(routing, both)[0]
+    return h, balance(routing, both)
   if lm.block_length:
     assert lm.hidden_of_two is not None
-    return lm.hidden_of_two(params, noisy, clean, valid, **dropout), 0.0
-  return lm.hidden(params, noisy, valid, **dropout)[0], 0.0
+    return lm.hidden_of_two(params, noisy, clean, valid, **dropout), None
+  return lm.hidden(params, noisy, valid, **dropout)[0], None

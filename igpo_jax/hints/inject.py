@@ -95,6 +95,35 @@ def _allowed(chunks: list[Chunk], forbidden: Sequence[Chunk]) -> list[Chunk]:
   return [(s, e) for s, e in chunks if not any(s < fe and fs < e for fs, fe in forbidden)]
 
 
+def visible_hints(
+  tokens: Int32[np.ndarray, "G L"],
+  hinted: Bool[np.ndarray, "G L"],
+  prompt_length: int,
+  block_length: int,
+  mask_id: int,
+) -> tuple[Int32[np.ndarray, "G L"], Bool[np.ndarray, "G L"]]:
+  """The hints that a block-causal model sees while it still has something to write.
+
+  It writes block after block and sees a hint from that hint's block on, not before. A hint in a
+  block after the last one with a mask is seen by nothing that the model writes: it would only be
+  pasted to the answer. Such hints become masks.
+
+  Example, blocks of 2 and no prompt, hints "a" to "c" and masks ".": ". a b c" -> ". a . .".
+
+  Args:
+    tokens, hinted: canvases with hints, as `hinted_group` gives them.
+    prompt_length: tokens of the prompt; blocks are counted from its first one.
+    block_length: positions of a block of the model.
+
+  Returns:
+    (tokens i32[G,L], hinted bool[G,L]).
+  """
+  block = (prompt_length + np.arange(tokens.shape[1])) // block_length
+  last = np.max(np.where(hinted, -1, block), axis=1, keepdims=True)
+  seen = hinted & (block <= last)
+  return np.where(hinted & ~seen, np.int32(mask_id), tokens), seen
+
+
 def hinted_group(
   trace_ids: Sequence[int] | Integer[np.ndarray, " N"],
   answer_span: tuple[int, int] | None,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from igpo_jax.config import Config, ModelConfig
 from igpo_jax.diffusion.completions import join
 from igpo_jax.ops.token_stats import token_stats
-from igpo_jax.rl.estimators.base import Estimator, Group, Sizes, Views
+from igpo_jax.rl.estimators.base import Estimator, Forwards, Group, Sizes, Views
 from igpo_jax.rl.region import completion_length, loss_region
 from igpo_jax.types import LM, Array, Params, Rollout
 
@@ -94,6 +94,16 @@ def groups_of(rollout: Rollout, stop_ids: tuple[int, ...], region: str) -> Group
   )
 
 
+def forwards_of_model(forwards: Forwards, block_length: int) -> Forwards:
+  """What a model makes of an estimator's forwards.
+
+  Args:
+    block_length: of a block-causal model, else 0. Such a model sees a completion's own clean blocks
+      before each noisy one, so no input is the same for a whole group.
+  """
+  return Forwards(0, forwards.views) if block_length else forwards
+
+
 def views_of(
   estimator: Estimator, groups: Group, keys: Array, update: Array | int, sizes: Sizes
 ) -> Views:
@@ -133,7 +143,7 @@ def read_views(
     views: [P,R,G,...].
     views_at_once: at least 1.
   """
-  shared, own = estimator.forwards(sizes)
+  shared, own = forwards_of_model(estimator.forwards(sizes), lm.block_length)
   if views.masked.shape[1] != shared + own:
     raise ValueError(
       f"estimator {estimator.name!r} made {views.masked.shape[1]} views and declares {shared + own}"
@@ -228,7 +238,7 @@ def _read(
   if hide is not None:
     prompt = jnp.where(hide & valid, lm.mask_id, prompt)
   tokens, seen = join(prompt, valid, canvas)
-  if lm.block_length and not shared:  # it sees clean blocks before a noisy one
+  if lm.block_length:  # it sees clean blocks before a noisy one
     assert lm.hidden_of_two is not None  # block-causal families have it
     h = lm.hidden_of_two(params, tokens, join(known, valid, rows)[0], seen)
   else:

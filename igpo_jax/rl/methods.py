@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from igpo_jax.config import Config, ObjectiveConfig, registry
-from igpo_jax.rl.estimate import largest_part, sizes_of
+from igpo_jax.models.families import check
+from igpo_jax.rl.estimate import forwards_of_model, largest_part, sizes_of
 from igpo_jax.rl.estimators.base import Estimator, Forwards
 from igpo_jax.rl.objectives.base import Objective
 
@@ -30,8 +31,9 @@ def objective_of(config: Config) -> Objective:
 
 
 def forwards_of(config: Config) -> Forwards:
-  """How many forward passes an estimate takes, as the estimator declares it."""
-  return estimator_of(config).forwards(sizes_of(config, config.model))
+  """How many forward passes an estimate takes, as the estimator declares it for the model."""
+  declared = estimator_of(config).forwards(sizes_of(config, config.model))
+  return forwards_of_model(declared, check(config.model).design(config.model).block_length)
 
 
 def rows_per_prompt(config: Config) -> int:

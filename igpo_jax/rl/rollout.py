@@ -18,7 +18,7 @@ import numpy as np
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.hints.inject import hinted_group
+from igpo_jax.hints.inject import hinted_group, visible_hints
 from igpo_jax.hints.leak import overlapping_tokens, segments
 from igpo_jax.parallel.mesh import over_processes, shard_rows
 from igpo_jax.parallel.sharding import num_shards
@@ -189,10 +189,14 @@ class Explorer:
       shown = shown_spans(record.trace, record, cfg.reward.verifier)
       forbidden = overlapping_tokens(shown, offsets)
     rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 0])
-    return hinted_group(
+    canvases = hinted_group(
       batch.traces[group], batch.answer_spans[group], cfg.rl.group_size,
       cfg.sampler.gen_length, cfg.hints, rng, self.lm.mask_id, forbidden,
     )  # fmt: skip
+    if not self.lm.block_length:
+      return canvases
+    prompt_length = int(np.sum(batch.valid[group]))
+    return visible_hints(*canvases, prompt_length, self.lm.block_length, self.lm.mask_id)
 
   def _arrays(self, batch: PromptBatch, samples: Samples) -> dict[str, np.ndarray]:
     """The arrays of this process's `Rollout`, on the host."""

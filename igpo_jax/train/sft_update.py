@@ -25,7 +25,7 @@ def make_sft_update(
   The state is donated. `frozen` is what is not trained: the base under LoRA, else {}. `tokens`
   and `valid` are [B,T], `response` bool[B,W] is of their last W columns: W = T may be, but the
   head is then applied to the prompts, too. Adapters have dropout if `lm` has; its patterns, unlike
-  everything else, differ with the number of micro-batches.
+  everything else, differ with the number of micro-batches. Metrics of routers are means over them.
 
   Args:
     shardings: of the state that goes in and comes out; None leaves them to the compiler.
@@ -41,12 +41,12 @@ def make_sft_update(
 
     def loss_sums(trainable, part):
       *part, keys = part
-      loss = nelbo_sum(lm, lora.combine(frozen, trainable), *part, keys[0]) / rows
-      return loss, Sums({}, {})
+      loss, routers = nelbo_sum(lm, lora.combine(frozen, trainable), *part, keys[0])
+      return loss / rows, Sums({k: v / cfg.micro_batches for k, v in routers.items()}, {})
 
     slices = split_micro_batches(batch, cfg.micro_batches)
-    loss, _, grads = accumulate(loss_sums, state.params, slices)
+    loss, routers, grads = accumulate(loss_sums, state.params, slices)
     state, metrics = apply_gradient(state, optimizer, loss, grads)
-    return state, metrics | {"masked": jnp.sum(masked) / jnp.sum(response)}
+    return state, metrics | routers.added | {"masked": jnp.sum(masked) / jnp.sum(response)}
 
   return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
