@@ -1,10 +1,12 @@
 """IGPO on Dream-7B-Instruct or DiffuCoder with LoRA, decoded by Dream's own rules.
 
+    python -m igpo_jax.main --config=configs/dream_7b.py:DATA,HARDWARE --workdir=DIR
     python -m igpo_jax.main --config=configs/dream_7b.py \\
         --config.init_from=DIR --config.data.rl=URI --config.data.eval=gsm8k=URI
 
-What is not the model's and not the sampler's is that of llada_8b.py. Nobody has published IGPO
-on this model: the rates are LLaDA's, and untried here.
+What DATA holds and what HARDWARE may be: see llada_math.py, with Dream-v0-Instruct-7B/ in place of
+LLaDA's directory. What is not the model's and not the sampler's is LLaDA's. Nobody has published
+IGPO on this model: the rates are untried here.
 """
 
 import pathlib
@@ -12,8 +14,14 @@ import pathlib
 from igpo_jax.config import load_config_file
 
 
-def get_config():
-  config = load_config_file(pathlib.Path(__file__).with_name("llada_8b.py"))
+def get_config(argument=""):
+  beside = pathlib.Path(__file__).with_name
+  if argument:
+    config = load_config_file(beside("llada_math.py"), argument)
+    config.init_from = f"{argument.partition(',')[0]}/Dream-v0-Instruct-7B"
+    config.eval.protocol = ""  # those that are known here decode as LLaDA does
+  else:
+    config = load_config_file(beside("llada_8b.py"))
   model = config.model
   model.family = "dream"
   model.d_model = 3584

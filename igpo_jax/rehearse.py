@@ -10,7 +10,8 @@ if the run could start; if not, it is 2 after a line with the reason.
   --processes   number of processes; default: one for up to 8 GPUs, one per GPU beyond that (as
                 slurm.sbatch starts them), one per machine of a TPU slice. None is started; what
                 each would hold is counted.
-  --chip        h100, h200, a100, v5e, v5p or v6e; default: the config's; for any GPU an h100
+  --chip        h100, h200, a100, a100-40, l4, t4, v5e, v5p or v6e; default: the config's; for any
+                GPU an h100
   --share       share of the chips' peak that the hours assume; default 0.4. It is not measured.
   --hinted      share of the groups that are all wrong and sampled again; default 0.3
   --nolower     do not lower the programs, which takes most of the time

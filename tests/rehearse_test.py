@@ -29,8 +29,9 @@ OTHERS = {
   "stories.py": [],
   "llada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
   "illada_8b.py": [SOURCE, "--chip=h100", "--devices=8"],
-  "dream_7b.py": [SOURCE, "--chip=h100", "--devices=8"],
-  "llada_moe.py": [SOURCE, "--chip=h100", "--devices=8"],
+  **{f"{file}.py:data,{hardware}": [] for file in ("dream_7b", "llada_moe")
+     for hardware in ("v5e-64", "v5p-32", "h100-8")},
+  **{f"a2d_gsm8k.py:data,{hardware}": [] for hardware in ("v5e", "v5e-8", "t4", "a100", "gpu-8")},
   "a2d_sft.py": ["--chip=h100", "--devices=8"],
 }  # fmt: skip
 

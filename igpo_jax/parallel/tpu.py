@@ -3,8 +3,8 @@
 Peak rates and bandwidths are the published ones. TPUs: Cloud TPU documentation, "TPU v5e", "TPU
 v5p", "TPU v6e", system architecture; usable memory is what XLA's compiler allows a program.
 GPUs: NVIDIA's data sheets of the H100, H200 and A100 (SXM boards; peaks without sparsity; NVLink
-counted in one direction); usable memory is the share that this program asks for of what CUDA
-reports.
+counted in one direction), L4 and T4 (PCI Express in one direction); usable memory is the share that
+this program asks for of what CUDA reports.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ CHIPS = {
   "TPU v6 lite": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 400e9),
   "NVIDIA H100 80GB HBM3": Chip("gpu", int(GPU_SHARE * 79.1 * GIB), 989e12, 3350e9, 450e9),
   "NVIDIA H200": Chip("gpu", int(GPU_SHARE * 139.7 * GIB), 989e12, 4800e9, 450e9),
+  "NVIDIA A100-SXM4-40GB": Chip("gpu", int(GPU_SHARE * 39.4 * GIB), 312e12, 1555e9, 300e9),
+  "NVIDIA L4": Chip("gpu", int(GPU_SHARE * 22.0 * GIB), 121e12, 300e9, 32e9),
+  # Its peak is that of float32: it has no units for bfloat16.
+  "Tesla T4": Chip("gpu", int(GPU_SHARE * 14.6 * GIB), 8.1e12, 320e9, 16e9),
   "NVIDIA A100-SXM4-80GB": Chip("gpu", int(GPU_SHARE * 79.1 * GIB), 312e12, 2039e9, 300e9),
 }
 # By the name that `config.mesh.hardware` gives it.
@@ -55,6 +59,9 @@ KINDS = {
   "h100": "NVIDIA H100 80GB HBM3",
   "h200": "NVIDIA H200",
   "a100": "NVIDIA A100-SXM4-80GB",
+  "a100-40": "NVIDIA A100-SXM4-40GB",
+  "l4": "NVIDIA L4",
+  "t4": "Tesla T4",
 }
 PLATFORMS = ("cpu", "gpu", "tpu")
 
