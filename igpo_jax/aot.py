@@ -5,7 +5,7 @@ Compiles a config's programs for a TPU slice, on a machine without one. It needs
 program it reports the memory of a chip and whether the program fits, FLOPs, bytes read and written,
 bytes sent between chips, and a lower bound of the time.
 
-  --topology   such as v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: that of config.mesh.slice
+  --topology   such as v5e:1x1, v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: that of config.mesh.slice
   --programs   compile only these, separated by commas: sft, rollout, likelihood, update
   --layout     instead of compiling, print the sharding of every parameter; needs no libtpu
 
@@ -51,8 +51,10 @@ def topology_devices(name: str) -> list[Any]:
   """
   from jax.experimental import topologies
 
+  # A host has four chips or more, unless it is told that it has one.
+  alone = {"chips_per_host_bounds": (1, 1, 1)} if chips_of(name) == 1 else {}
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
   except Exception as error:  # whatever libtpu says: RuntimeError, ValueError, NotImplementedError
     reason = str(error).strip().splitlines()
     raise UserError(
@@ -191,10 +193,15 @@ def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -
   import jax
 
   from igpo_jax.parallel.mesh import configured_mesh
+  from igpo_jax.parallel.machine import Machine
   from igpo_jax.train.ahead_of_time import programs
+  from igpo_jax.train.sizes import asked, resolve
 
   devices = topology_devices(topology)
   chip = find_chip(devices[0].device_kind)
+  if 0 in asked(config).values():  # left to the devices
+    machine = Machine(chip.platform, devices[0].device_kind, len(devices), 1, chip.hbm_bytes)
+    config = resolve(config, machine)
   mesh = configured_mesh(config.mesh, devices=devices)
   all_programs = programs(config, mesh)
   unknown = sorted(set(names) - set(all_programs))
