@@ -5,7 +5,7 @@ Compiles a config's programs for a TPU slice, on a machine without one. It needs
 program it reports the memory of a chip and whether the program fits, FLOPs, bytes read and written,
 bytes sent between chips, and a lower bound of the time.
 
-  --topology   such as v5e:1x1, v5e:2x4, v5e:8x8, v5p:2x2x4, v6e:4x4; default: that of config.mesh.slice
+  --topology   such as v5e:1x1, v5e:2x4, v5e:8x8, v5p:2x2x4; default: that of config.mesh.slice
   --programs   compile only these, separated by commas: sft, rollout, likelihood, update
   --layout     instead of compiling, print the sharding of every parameter; needs no libtpu
 
@@ -192,8 +192,8 @@ def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -
   """Compiles programs of a config for a topology; returns the JSON object."""
   import jax
 
-  from igpo_jax.parallel.mesh import configured_mesh
   from igpo_jax.parallel.machine import Machine
+  from igpo_jax.parallel.mesh import configured_mesh
   from igpo_jax.train.ahead_of_time import programs
   from igpo_jax.train.sizes import asked, resolve
 
