@@ -69,5 +69,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
   without, hinted = page.split("With hints")
   assert ">hint<" in hinted and ">hint<" not in without
   assert page.count("<table") == 2 and page.count("wrong") + page.count("right") >= 8
+  told = "".join(out.get("text", "") for c in notebook.cells for out in c.get("outputs", ()))
+  assert "Second part skipped: there is neither a TPU nor a GPU here.\n" in told
+  assert "Traceback" not in told and not (tmp_path / "runs" / "a2d_gsm8k").exists()
   everything = [pathlib.Path(p).name for p in tmp_path.iterdir()]
   assert everything == ["runs"], "the notebook writes to runs/ only"
