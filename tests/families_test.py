@@ -474,6 +474,7 @@ def test_programs_can_be_lowered_for_accelerators(name, platform):
 
 
 @pytest.mark.parametrize("name, published", [("dream_7b", "Dream-7B"),
+                                             ("a2d_gsm8k", "A2D-Qwen3-0.6B"),
                                              ("llada_moe", "LLaDA-MoE-7B-A1B")])  # fmt: skip
 def test_the_presets_are_the_published_models(name, published):
   config = load_config_file(REPO / "configs" / f"{name}.py")
@@ -491,6 +492,6 @@ def test_the_presets_are_the_published_models(name, published):
 @pytest.mark.parametrize("name", ["dream", "llada_moe", "sdar", "llada2"])
 @pytest.mark.slow
 def test_the_reference_implementations_agree(name):
-  results = list(golden_families.results_of(shared_path("golden", name)))
+  results = list(golden_families.results_of(shared_path("golden", name), brief=True))
   assert len(results) > 20
   assert not [str(result) for result in results if not result.passed]

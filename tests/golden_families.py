@@ -257,12 +257,14 @@ def trace_cases(pre: Pretrained, golden) -> Iterator[Result]:
 # --- decoding -----------------------------------------------------------------------------------
 
 
-def decoding_cases(pre: Pretrained, folder: pathlib.Path) -> Iterator[Result]:
+def decoding_cases(pre: Pretrained, folder: pathlib.Path, brief: bool) -> Iterator[Result]:
+  seen = set()
   for file in sorted(folder.glob("generate/*.npz")):
     case = dict(np.load(file))
     for kind, run in KINDS:
       if kind(file.stem, case):
-        yield from run(pre, f"generate/{file.stem}", case)
+        yield from run(pre, f"generate/{file.stem}", case, brief and run in seen)
+        seen.add(run)
         break
     else:
       yield Result(f"generate/{file.stem}", np.nan, 0, "no decoder is known for these fields")
@@ -274,8 +276,9 @@ def run_denoise(pre: Pretrained, tokens, fixed, valid, cfg: SamplerConfig, lm=No
   return np.asarray(out.tokens), np.asarray(out.commit_step), int(out.forwards)
 
 
-def official(pre: Pretrained, name: str, case) -> Iterator[Result]:
+def official(pre: Pretrained, name: str, case, brief: bool) -> Iterator[Result]:
   """The loop of IGPO's authors."""
+  del brief  # one way only
   eot = int(case["eot_id"])
   lm = pre.lm._replace(eos_id=eot, stop_ids=(eot,), mask_id=int(case["mask_id"]))
   options = {k: int(case[k]) for k in ("gen_length", "block_length", "steps")}
@@ -305,8 +308,9 @@ def in_order(calls: np.ndarray) -> np.ndarray:
   return out
 
 
-def mdlm(pre: Pretrained, name: str, case) -> Iterator[Result]:
+def mdlm(pre: Pretrained, name: str, case, brief: bool) -> Iterator[Result]:
   """dllm's block loop; of "sample" blocks are counted from the end of each row's prompt."""
+  del brief  # one way only
   initial, mask = case["initial_x"], case["attention_mask"] == 1
   block, per_block = int(case["block_size"]), int(case["steps_per_block"])
   rows, total = initial.shape
@@ -337,8 +341,9 @@ def mdlm(pre: Pretrained, name: str, case) -> Iterator[Result]:
   yield count_different(f"{name}: order", in_order(calls), in_order(reveals_of(case)))
 
 
-def dream(pre: Pretrained, name: str, case) -> Iterator[Result]:
+def dream(pre: Pretrained, name: str, case, brief: bool) -> Iterator[Result]:
   """Dream's own loop over the whole answer."""
+  del brief  # one way only
   initial = case["initial_x"]
   length, alg = int(case["max_new_tokens"]), str(case["alg"])
   valid = np.ones(initial.shape, bool)
@@ -358,7 +363,7 @@ def dream(pre: Pretrained, name: str, case) -> Iterator[Result]:
   yield count_different(f"{name}: order", in_order(steps), in_order(reveals_of(case)))
 
 
-def block_diffusion(pre: Pretrained, name: str, case) -> Iterator[Result]:
+def block_diffusion(pre: Pretrained, name: str, case, brief: bool) -> Iterator[Result]:
   """SDAR's and LLaDA2.0's loops: blocks from the beginning of the prompt, the last one whole."""
   case = {k: v[None] if k in ("initial_x", "final_x") and v.ndim == 1 else v
           for k, v in case.items()}  # fmt: skip
@@ -379,11 +384,12 @@ def block_diffusion(pre: Pretrained, name: str, case) -> Iterator[Result]:
     "early_stop": "stop_token" if stops else "none",
   }  # fmt: skip
   # With and without left padding, and the cache; the canvas begins with the prompt, or behind it.
-  for label, padding, first, cache in (
-    ("", 0, 0, "none"),
+  ways = (
     ("left padding, ", 3, 0, "dual"),
+    ("", 0, 0, "none"),
     ("from the prompt's end, ", 2, prompt, "dual"),
-  ):
+  )
+  for label, padding, first, cache in ways[:1] if brief else ways:
     left = -(-first // block) * block + padding - first if first else padding
     length = total - first
     if first:  # the canvas has whole blocks: it begins a little earlier
@@ -406,11 +412,12 @@ def block_diffusion(pre: Pretrained, name: str, case) -> Iterator[Result]:
     yield count_different(f"{name}: order, {told}", in_order(ours), in_order(reveals))
 
 
-def token_editing(pre: Pretrained, name: str, case) -> Iterator[Result]:
+def token_editing(pre: Pretrained, name: str, case, brief: bool) -> Iterator[Result]:
   """LLaDA2.1's loop: what is filled may be replaced while its block is the active one."""
   initial, block = case["initial_x"][None], int(case["block_size"])
   total, prompt = initial.shape[1], len(case["prompt_ids"])
-  for label, padding, cache in (("", 0, "none"), (", left padding", 3, "dual")):
+  ways = ((", left padding", 3, "dual"), ("", 0, "none"))
+  for label, padding, cache in ways[:1] if brief else ways:
     pad = lambda x, value, n=padding: np.pad(x, ((0, 0), (n, 0)), constant_values=value)
     fixed = pad((np.arange(total) < prompt)[None], True)
     valid = pad(np.ones(initial.shape, bool), False)
@@ -437,13 +444,18 @@ KINDS = (
 # --- all of it -----------------------------------------------------------------------------------
 
 
-def results_of(folder: pathlib.Path) -> Iterator[Result]:
-  """Every case of a family's folder."""
+def results_of(folder: pathlib.Path, brief: bool = False) -> Iterator[Result]:
+  """Every case of a family's folder.
+
+  Args:
+    brief: all ways to decode (with a cache and without one, padded, from the prompt's end) for the
+      first case of each loop only; the others are padded and cached.
+  """
   with tempfile.TemporaryDirectory() as work, jax.default_matmul_precision("highest"):
     pre, round_trip = open_folder(folder, pathlib.Path(work))
     yield round_trip
     yield from forward_cases(pre, folder)
-    yield from decoding_cases(pre, folder)
+    yield from decoding_cases(pre, folder, brief)
 
 
 def is_family(folder: pathlib.Path) -> bool:
