@@ -122,7 +122,7 @@ def _item(model: ModelConfig) -> int:
   return jnp.dtype(model.dtype).itemsize
 
 
-def _layer_width(model: ModelConfig, tensor: int) -> int:
+def _layer_width(model: ModelConfig, mesh) -> int:
   """Bytes for each token that a layer works with at a time: its widest place.
 
   In the MLP: the residual stream, its norm, two branches and their product; under LoRA the
@@ -135,28 +135,31 @@ def _layer_width(model: ModelConfig, tensor: int) -> int:
   if model.lora.rank:
     mlp += FLOAT * 3 * model.mlp_units
     attention += FLOAT * heads
-  # An expert gets rows of its own: each token is there once for each of its experts, in and out.
+  # An expert gets rows of its own: each token is there once for each of its experts, in and out;
+  # and those of all devices along the expert axis.
   mlp += _item(model) * 2 * model.d_model * model.moe.experts_per_token
-  return _item(model) * 2 * model.d_model + max(mlp, attention) // tensor
+  mlp *= mesh.shape["expert"]
+  return _item(model) * 2 * model.d_model + max(mlp, attention) // mesh.shape["tensor"]
 
 
 def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
   """Of a forward pass over `rows` rows of `total` positions on a device."""
   tensor = mesh.shape["tensor"]
-  work = {"activations": rows * total * _layer_width(model, tensor)}
+  work = {"activations": rows * total * _layer_width(model, mesh)}
   if model.attention == "einsum":
     # Scores and weights of all pairs, which fused attention never holds.
     work["attention scores"] = 2 * FLOAT * rows * total**2 * model.n_heads // tensor
   if mesh.shape["fsdp"] > 1:
-    work["gathered weights"] = _gathered(model, tensor)
+    work["gathered weights"] = _gathered(model, mesh)
   return work
 
 
-def _gathered(model: ModelConfig, tensor: int) -> int:
+def _gathered(model: ModelConfig, mesh) -> int:
   """The weights of two layers, one at work and one on its way, and the head's."""
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
-  layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * model.stored_mlp_units)
-  return _item(model) * (2 * layer + model.d_model * model.vocab_size) // tensor
+  mlp = model.stored_mlp_units // mesh.shape["expert"]
+  layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * mlp)
+  return _item(model) * (2 * layer + model.d_model * model.vocab_size) // mesh.shape["tensor"]
 
 
 def _denoising(
@@ -186,7 +189,7 @@ def _backward(
 ) -> dict[str, int]:
   """Of an update: a forward and a backward pass over `rows` rows of a device, and its gradients."""
   tensor, tokens = mesh.shape["tensor"], rows * total
-  width = _layer_width(model, tensor)
+  width = _layer_width(model, mesh)
   stream = _item(model) * model.d_model // (tensor if model.shard_sequence else 1)
   # What remat keeps of every layer: its input; also the products; or all it worked with.
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
