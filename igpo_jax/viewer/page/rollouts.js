@@ -63,7 +63,7 @@ function tokenSpan(row, k, at, color, block) {
   if (hint) names.push("hint");
   if (masked) names.push("masked");
   else if (at !== null && step === at && !hint) names.push("new");
-  if (/^<[^>]+>$/.test(piece)) names.push("special");
+  if (/^<[^>]+>$/.test(piece) && !masked) names.push("special");
   if (row.token_stats && hint && !row.token_stats.kept[k]) names.push("dropped");
   if (block && k % block === block - 1 && k < row.pieces.length - 1) names.push("block");
   const about = [`position ${k}`, row.tokens ? `id ${row.tokens[k]}` : "", hint ? "hint" : `step ${step}`];
@@ -200,7 +200,7 @@ function drawRollouts() {
         verdictLine(row),
         row.pieces ? el("div", {class: "row"}, play, slider, told, el("label", {}, "colour", color), scale) : el("p", {class: "soft"}, "This row is of an older version, without tokens: see docs/samples.md."),
         canvas,
-        row.pieces ? el("p", {class: "soft"}, "Yellow: hints. ░: still masked. Underlined: filled in by this step. Struck through: a hint that the entropy filter drops from the loss. Dashed lines: blocks.") : null),
+        row.pieces ? el("p", {class: "soft"}, "Yellow: hints. Grey: still masked. Underlined: filled in by this step. Struck through: a hint that the entropy filter drops from the loss. Dashed lines: blocks.") : null),
       el("div", {class: "pair"},
         el("div", {id: "own"}, el("h3", {}, `The policy's own tries (${own.length} here)`), own.map(button)),
         el("div", {id: "second"}, el("h3", {}, `Second try (${second.length} here)`), second.length ? second.map(button) : el("p", {class: "soft"}, "none: not all were wrong, or not in this file"))));
