@@ -133,17 +133,26 @@ def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
   page = (peace / "report.html").read_text()
   assert '"command":"python -m igpo_jax.main --config=tests/tiny_config.py' in page
   before = {path: path.stat().st_mtime_ns for path in peace.rglob("*")}
-  words = [f"--workdir={peace}", "--step=2", f"--plugins={REPO / CONFIG}"]
-  assert replay.main([*words, "--edit=temperature=0", "--edit=hint=9@3"]) == 0
-  out, told = capsys.readouterr()
+  plugins = f"--plugins={REPO / CONFIG}"
+  assert replay.main([f"--workdir={peace}", "--step=2", plugins, "--alternatives=0"]) == 0
   logged = [row for row in rows_of(peace / "samples.jsonl") if row["step"] == 2]
+  told = capsys.readouterr().err
   assert f"all {len(logged)} logged completions were made again, token for token" in told
-  assert out.index("likeliest") < out.index("with the edit")
-  assert "⟦9⟧" in out[out.index("with the edit") :], "the hint that was asked for stays"
-  done = run_on_devices(2, "-m", "igpo_jax.replay", f"--workdir={peace}", "--step=5",
-                        f"--plugins={CONFIG}", "--alternatives=0")  # fmt: skip
+  edits = ("--edit=temperature=0", "--edit=hint=9@3")
+  done = run_on_devices(
+    2, "-m", "igpo_jax.replay", f"--workdir={peace}", "--step=5", plugins, *edits
+  )
   assert "made again, token for token" in done.stderr
+  before_edit, _, after_edit = done.stdout.partition("with the edit")
+  assert "likeliest" in before_edit and "⟦9⟧" in after_edit, "the hint that was asked for stays"
   assert before == {path: path.stat().st_mtime_ns for path in peace.rglob("*")}, "nothing written"
+  sft, elsewhere = peace / "checkpoints" / "sft", peace / "sft"
+  sft.rename(elsewhere)
+  try:  # not from the weights before SFT
+    with pytest.raises(UserError, match="sft holds no checkpoint, with which the run's RL began"):
+      replay.main([f"--workdir={peace}", "--step=1", plugins])
+  finally:
+    elsewhere.rename(sft)
 
 
 @pytest.mark.slow

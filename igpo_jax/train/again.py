@@ -26,7 +26,8 @@ from igpo_jax.hints.leak import segments
 from igpo_jax.io.jsonl import row_file
 from igpo_jax.models import lora
 from igpo_jax.parallel.machine import check_machine, here
-from igpo_jax.parallel.mesh import configured_mesh, local_rows
+from igpo_jax.parallel.mesh import configured_mesh, local_rows, shard_rows
+from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, make_scorer
 from igpo_jax.rl.methods import objective_of
 from igpo_jax.rl.rollout import Exploration
@@ -84,7 +85,7 @@ def replayed(config: Config, workdir: epath.Path, step: int) -> Iterator[Replay]
     tokenizer = load_tokenizer(workdir / "tokenizer")
     stream = rl_stream(config, tokenizer, load_source(config.data.rl))
     begin = _nearest(workdir / "checkpoints" / "rl", step - 1)
-    model = _start(config, workdir, make_model(config, tokenizer, mesh), begin == step - 1)
+    model = _start(config, workdir, make_model(config, tokenizer, mesh), begin, step)
     stage, state = make_stage(config, mesh, model, scorer, stream)
     if begin:
       like = jax.tree.map(_shape_of, state)
@@ -116,21 +117,26 @@ def _nearest(folder: epath.Path, done: int) -> int:
   return max((step for step in _steps(folder) if step <= done), default=0)
 
 
-def _start(config: Config, workdir: epath.Path, model: Model, is_there: bool) -> Model:
+def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: int) -> Model:
   """The model that RL began with: what SFT ended with, if there was SFT.
 
   Args:
-    is_there: the state of the step that is asked for is at hand, so no reference is needed.
+    begin: the step of the RL checkpoint that the steps begin from; 0 if there is none.
+    step: whose rollout is asked for.
+
+  Raises:
+    UserError: it is needed, and its checkpoint is gone.
   """
   if "sft" not in config.stages:
     return model
   folder = workdir / "checkpoints" / "sft"
   if not _steps(folder):
-    if is_there or (_steps(workdir / "checkpoints" / "rl") and not _needs_reference(config)):
+    # The state comes from RL's checkpoint; an update may still need the reference.
+    if begin and (begin == step - 1 or not objective_of(config).needs_reference):
       return model
     raise UserError(f"replay: {folder} holds no checkpoint, with which the run's RL began")
-  scores = {}
-  if config.sft.select == "best":
+  best, scores = config.sft.select == "best", {}
+  if best:
     name = config.checkpoint.best_metric
     rows = row_file(workdir / "metrics.jsonl").read()
     scores = {r["step"]: r[name] for r in rows if r["stage"] == "sft" and r.get(name) is not None}
@@ -138,13 +144,11 @@ def _start(config: Config, workdir: epath.Path, model: Model, is_there: bool) ->
   like = jax.tree.map(_shape_of, trainable)
   jax.tree.map(lambda x: x.delete(), trainable)
   with contextlib.closing(Checkpoints(folder, scores=scores)) as checkpoints:
-    step = checkpoints.best() if scores else checkpoints.latest()
-    params = checkpoints.restore_part(step, {"params": like})["params"]
+    kept = checkpoints.best() if best else checkpoints.latest()
+    if kept is None:
+      raise UserError(f"replay: no checkpoint in {folder} has the metric {name}")
+    params = checkpoints.restore_part(kept, {"params": like})["params"]
   return dataclasses.replace(model, params=lora.combine(frozen, params))
-
-
-def _needs_reference(config: Config) -> bool:
-  return objective_of(config).needs_reference
 
 
 # --- what differs, and how it came about -----------------------------------------------------
@@ -189,8 +193,14 @@ def hinted_of(row: Row) -> np.ndarray:
   return hinted
 
 
+def _on_every_device(row: np.ndarray) -> np.ndarray:
+  """A row as often as the mesh splits a batch: one row alone does not share out over devices."""
+  return np.repeat(row[None], num_shards("act_batch"), axis=0)
+
+
 @functools.partial(jax.jit, static_argnames=("lm", "width", "count"))
 def _likeliest(lm: LM, params: Params, tokens: Array, valid: Array, begin, width: int, count: int):
+  """(probabilities, ids) [width,count] of the likeliest tokens of the first row."""
   hidden, _ = lm.hidden(params, tokens, valid)
   logits = lm.head(params, jax.lax.dynamic_slice_in_dim(hidden[0], begin, width))
   return jax.lax.top_k(jax.nn.softmax(logits.at[:, lm.mask_id].set(-jnp.inf)), count)
@@ -209,10 +219,11 @@ def choices(replay: Replay, row: Row, count: int = 3) -> Iterator[tuple[int, lis
   for step in sorted(set(commit[commit >= 0].tolist())):
     where = np.flatnonzero(commit == step)
     block = int(where[0]) // width * width
-    tokens = np.concatenate([prompt, canvas_at(row, step - 1, lm.mask_id)])[None]
-    valid_row = np.concatenate([valid, np.ones(len(commit), bool)])[None]
+    tokens = np.concatenate([prompt, canvas_at(row, step - 1, lm.mask_id)])
+    seen = np.concatenate([valid, np.ones(len(commit), bool)])
+    rows = shard_rows(jax.sharding.get_mesh(), tuple(map(_on_every_device, (tokens, seen))))
     shares, ids = jax.device_get(
-      _likeliest(lm, replay.policy, tokens, valid_row, len(prompt) + block, width, count)
+      _likeliest(lm, replay.policy, *rows, len(prompt) + block, width, count)
     )
     inside = [int(k) for k in where if block <= k < block + width]
     yield step, [Choice(k, ids[k - block].tolist(), shares[k - block].tolist()) for k in inside]
@@ -237,12 +248,13 @@ def edited(
   prompt, valid = _prompt_of(replay, row)
   purpose = "sample" if row["phase"] == OWN else "resample"
   key = purpose_key(replay.config.seed, replay.step - 1, purpose)
-  ids = tries.batch.row_id[[row["group"]]]
-  keys = row_keys(key, ids, np.array([row["number"]], np.int32))
-  out = sample_rows(
-    replay.model.lm, replay.policy, prompt[None], valid[None], tokens[None], hinted[None], keys,
-    sampler,
-  )  # fmt: skip
+  ids, number = tries.batch.row_id[row["group"]], np.int32(row["number"])
+  *rows, ids, numbers = shard_rows(
+    jax.sharding.get_mesh(),
+    tuple(_on_every_device(np.asarray(x)) for x in (prompt, valid, tokens, hinted, ids, number)),
+  )
+  keys = row_keys(key, ids, numbers)
+  out = sample_rows(replay.model.lm, replay.policy, *rows, keys, sampler)
   completion, commit_step, commit_logp, _ = (x[0] for x in local_rows(out))
   record = tries.batch.records[row["group"]]
   text = tokenizer.decode(completion)
