@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from igpo_jax import main as program
 from igpo_jax import replay
-from igpo_jax.config import default_config, freeze
+from igpo_jax.config import default_config, freeze, registry
 from igpo_jax.errors import UserError
 from igpo_jax.train import again
 from igpo_jax.train.workdir import hold, open_workdir
@@ -124,6 +126,13 @@ def test_every_metric_that_a_run_writes_is_described_and_no_other(runs):
   names = {name for row in rows for name in row}
   assert not metrics_page.undescribed(names), "docs/metrics.md lacks them"
   assert not set(metrics_page.always()) - names, "docs/metrics.md has names that nobody writes"
+
+
+def test_the_metrics_of_every_objective_are_described():
+  for name, objective in registry.classes("objective").items():
+    one = collections.defaultdict(lambda: jnp.float32(1))
+    names = [f"rl/{metric}" for metric in objective().metrics(one, one)]
+    assert not metrics_page.undescribed(names), f"docs/metrics.md lacks them, of {name}"
 
 
 @pytest.mark.slow
