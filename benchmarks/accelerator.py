@@ -100,6 +100,7 @@ class Budget:
 
   @property
   def left(self) -> float:
+    """Seconds that are left."""
     return self.end - time.monotonic()
 
   def next_part(self) -> float | None:

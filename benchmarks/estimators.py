@@ -176,10 +176,12 @@ class Run(Task):
 
   @property
   def sft(self) -> str:
+    """The SFT run whose checkpoint it starts from."""
     return "aligned"
 
   @property
   def config(self) -> Config:
+    """The config of the run."""
     if self.name.startswith("sft:"):
       return sft_config("aligned", self.seed, self.smoke)
     exploration, method, rate = self.name.split(".", 2)

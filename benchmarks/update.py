@@ -77,6 +77,7 @@ def chosen_estimators(
 
 
 def with_estimator(config: Config, name: str) -> Config:
+  """The config with another estimator."""
   return dataclasses.replace(config, rl=dataclasses.replace(config.rl, estimator=name))
 
 

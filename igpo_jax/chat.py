@@ -28,6 +28,7 @@ __all__ = ["Chat", "main", "make_parser"]
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(
     prog="python -m igpo_jax.chat",
     description=__doc__,

@@ -136,6 +136,7 @@ class ArgumentParser(argparse.ArgumentParser):
     super().__init__(**kwargs)
 
   def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None):
+    """As in argparse, but options may be written with hyphens or underscores."""
     declared = {underscored([name])[0]: name for name in self._option_string_actions}
     words = []
     for word in underscored(sys.argv[1:] if args is None else args):
@@ -144,6 +145,7 @@ class ArgumentParser(argparse.ArgumentParser):
     return super().parse_known_args(words, namespace)
 
   def error(self, message: str) -> NoReturn:
+    """Raises a `UserError` with one line, where argparse would print and exit."""
     error = sys.exc_info()[1]
     known = mistake(error)
     if known is not None:  # what an option's type says of its value (fields.number)

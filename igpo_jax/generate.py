@@ -49,6 +49,7 @@ ONE_ANSWER = ("hint", "template", "show_order", "animate", "output")  # options 
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(
     prog="python -m igpo_jax.generate",
     description=__doc__,

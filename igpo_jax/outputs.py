@@ -37,6 +37,11 @@ class Output:
     self.lines += 1
 
   def close(self) -> None:
+    """Closes the file.
+
+    Raises:
+      UserError: its last lines cannot be written.
+    """
     try:
       self._file.close()
     except OSError as error:

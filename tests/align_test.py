@@ -1,4 +1,4 @@
-"""The parts of length alignment: the client, the journal, trimming, bounded memory, lengths."""
+"""The parts of `igpo_jax.rewrite`: client, journal, trimming, bounded memory, lengths of traces."""
 
 from __future__ import annotations
 

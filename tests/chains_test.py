@@ -1,4 +1,4 @@
-"""The generated task: right answers, disjoint splits, and answers that luck does not find."""
+"""The task `chains`: right answers, disjoint splits, and answers that cannot be guessed."""
 
 from __future__ import annotations
 

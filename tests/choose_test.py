@@ -1,4 +1,4 @@
-"""One step's decision: the dynamic factor by hand, and the search for the largest logit."""
+"""What a denoising step commits: the dynamic factor by hand, the search for the largest logit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests compile many small programs and run each a few times: compiling fast matters more.
+"""Settings for all tests. They run each program a few times only, so fast compilation matters most.
 
 One cache of compiled programs serves the whole run: all tests, their worker processes and the
 commands that they start. It is made anew for each run of pytest and removed at its end.

@@ -1,4 +1,4 @@
-"""The task of maps: tables to follow, answers that no hint shows, errors where they belong."""
+"""The task `letter_maps`: tables, answers that no hint shows, careless and wrong traces."""
 
 from __future__ import annotations
 

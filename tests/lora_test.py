@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing at the start, the same merged, and no trace in the base."""
+"""Low-rank adapters: no effect at the start, equal when merged, base weights unchanged."""
 
 from __future__ import annotations
 

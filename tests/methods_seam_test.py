@@ -1,4 +1,4 @@
-"""The seam of estimators and objectives: a method is one file, and everything else asks it."""
+"""The interface of estimators and objectives: a method is one file, and no other code names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/mistakes.md: wrong usages of every command, run here, and what they print.
+"""docs/mistakes.md: runs wrong usages of every command and compares their messages with the page.
 
 IGPO_WRITE_DOCS=1 python -m pytest tests/mistakes_test.py     writes the page anew
 """
@@ -28,11 +28,11 @@ COMMANDS = {"main": train, "generate": generate, "chat": chat, "grade": grade, "
             "aot": aot}  # fmt: skip
 HEAD = """# Mistakes, and what is said about them
 
-Every mistake of a user is one line on standard error that says what is wrong, where, and what to
-do, and exit code 2; a traceback is a fault of ours. Ctrl-C ends a command with 130, SIGTERM with
-143. tests/mistakes_test.py runs these and writes this page; `broken.py`, `prompts.jsonl` and the
-other files are small ones that it makes. Q stands for `--config=configs/quickstart.py`, M for
-`--model=model --prompt=x`.
+A mistake of the user gives one line on standard error and exit code 2. The line says what is
+wrong, where, and what to do. A traceback is a bug of ours. Ctrl-C ends a command with exit code
+130, SIGTERM with 143. tests/mistakes_test.py runs the commands below and writes this page.
+`broken.py`, `prompts.jsonl` and the other files are small files that the test makes. Q stands for
+`--config=configs/quickstart.py`, M for `--model=model --prompt=x`.
 """
 
 FILES = {

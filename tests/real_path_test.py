@@ -1,4 +1,4 @@
-"""The road of a real run, from files of Hugging Face to files of Hugging Face, at a small size.
+"""A whole run at a small size, from Hugging Face files to Hugging Face files.
 
 Nothing is replaced by a stand-in but the sizes, the weights and the verifier that rewards
 (tests/real_path_config.py): SFT, RL with hints, evaluation, a kill, the rest of the run,

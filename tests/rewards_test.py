@@ -1,4 +1,4 @@
-"""Graders: what is the same answer, what is none, and what must never stop a run."""
+"""Graders: equal and different answers, texts without an answer, hostile texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding by chance: right in the mean, one copy for sampling, scores and updates."""
+"""Stochastic rounding: unbiased, with one rounded copy for sampling, scores and updates."""
 
 from __future__ import annotations
 

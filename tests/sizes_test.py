@@ -1,4 +1,4 @@
-"""Sizes that follow from the devices: presets start on the machines they name, or say why not."""
+"""Sizes chosen for the devices: presets start on the machines that they name, or say why not."""
 
 from __future__ import annotations
 

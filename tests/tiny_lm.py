@@ -1,4 +1,4 @@
-"""Models for tests: a real one of one layer, one that follows a table, and the goldens'."""
+"""Models for tests: a real one with one layer, one that reads logits off a table, the goldens'."""
 
 from __future__ import annotations
 

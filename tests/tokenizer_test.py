@@ -1,4 +1,4 @@
-"""Tokenizers: reversible, offsets that cover, the chat format to the letter, ends that end."""
+"""Tokenizers: reversible, complete offsets, exact chat formats, end-of-text tokens."""
 
 from __future__ import annotations
 

@@ -55,10 +55,12 @@ class Task:
 
   @property
   def root(self) -> epath.Path:
+    """The directory of the seed."""
     return self.workdir / f"seed{self.seed}"
 
   @property
   def result(self) -> epath.Path:
+    """The file of the result."""
     return self.root / f"{self.name.replace(':', '_')}.json"
 
   @property
@@ -69,6 +71,7 @@ class Task:
 
   @property
   def config(self) -> Config:
+    """The config of the run."""
     stage, _, sft = self.name.partition(":")
     if stage == "sft":
       return sft_config(sft, self.seed, self.smoke)

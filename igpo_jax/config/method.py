@@ -225,10 +225,12 @@ class ModelConfig(ModelRun, Architecture):
 
   @property
   def head_size(self) -> int:
+    """Size of one attention head."""
     return self.head_dim or self.d_model // self.n_heads
 
   @property
   def kv_heads(self) -> int:
+    """Number of key and value heads."""
     return self.n_kv_heads or self.n_heads
 
   @property
@@ -363,10 +365,12 @@ class SamplerConfig:
 
   @property
   def num_blocks(self) -> int:
+    """Number of blocks of a completion."""
     return self.gen_length // self.block_length
 
   @property
   def steps_per_block(self) -> int:
+    """Denoising steps of one block."""
     return self.steps // self.num_blocks
 
 

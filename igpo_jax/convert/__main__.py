@@ -40,6 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(
     prog="python -m igpo_jax.convert",
     description=__doc__,

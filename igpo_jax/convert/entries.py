@@ -39,6 +39,7 @@ class Entry:
 
   @property
   def name(self) -> str:
+    """The path as text, its parts separated by "/"."""
     return "/".join(self.path)
 
   @property
@@ -53,6 +54,7 @@ class Entry:
 
   @property
   def size(self) -> int:
+    """Number of elements."""
     return math.prod(self.shape)
 
   def part(self, number: int) -> tuple[slice, ...]:

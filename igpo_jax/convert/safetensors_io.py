@@ -265,6 +265,7 @@ class Reader:
     return os.preadv(descriptor, [view], offset)
 
   def close(self) -> None:
+    """Closes all files."""
     for handle in self._handles.values():
       handle.close()
     self._handles.clear()

@@ -46,6 +46,7 @@ class Plan:
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all arrays that are written."""
     return sum(entry.size * self.dtypes[entry.name].itemsize for entry in self.entries)
 
   def lines(self) -> list[str]:

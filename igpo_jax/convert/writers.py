@@ -108,6 +108,7 @@ class Tensor:
 
   @property
   def nbytes(self) -> int:
+    """Bytes of the tensor in its file."""
     return math.prod(self.entry.hf_shape) * self.dtype.itemsize
 
 

@@ -22,10 +22,12 @@ class Lengths:
 
   @classmethod
   def of(cls, lengths: Sequence[int]) -> Lengths:
+    """The statistics of these lengths, in any order."""
     return cls(np.sort(np.asarray(lengths, np.int64)))
 
   @property
   def longest(self) -> int:
+    """The largest length; 0 without any text."""
     return int(self.values[-1]) if len(self.values) else 0
 
   def beyond(self, limit: int) -> int:

@@ -169,6 +169,7 @@ class Server:
 
 
 def main() -> None:
+  """Runs the server with the options that `pool.Pool` gives; returns when the client has gone."""
   parser = argparse.ArgumentParser(description="Grades answers in worker processes.")
   parser.add_argument("--fd", type=int, required=True, help="inherited socket to the client")
   parser.add_argument("--workers", type=int, required=True)

@@ -46,6 +46,7 @@ PROBE = "If $x^2 = 16$ and x > 0, then x = 4.\n\\boxed{4} é 0123456789"
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(
     prog="python -m igpo_jax.rewrite",
     description=__doc__,
@@ -280,6 +281,7 @@ async def align(
 
 
 def write_report(output: pathlib.Path, windows: list[int]) -> None:
+  """Writes the report on trace lengths beside `output` and prints its table."""
   report = lengths.make_report(output, windows)
   print(lengths.table(report))
 

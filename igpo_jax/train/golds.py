@@ -77,10 +77,12 @@ class Golds:
 
 
 def as_json(golds: Golds) -> dict[str, Any]:
+  """The result as a JSON object."""
   return dataclasses.asdict(golds)
 
 
 def from_json(value: dict[str, Any]) -> Golds:
+  """The result from the JSON object of `as_json`."""
   return Golds(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 

@@ -44,6 +44,7 @@ class Memory:
 
   @property
   def total(self) -> int:
+    """All bytes per device, held and work."""
     return sum(self.held.values()) + sum(self.work.values())
 
 

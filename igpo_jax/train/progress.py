@@ -70,6 +70,7 @@ class Display:
     return shutil.get_terminal_size((80, 24)).columns - 1
 
   def close(self) -> None:
+    """Ends the line of the bar."""
     self._bar.close()
 
 

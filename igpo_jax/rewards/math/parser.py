@@ -72,12 +72,15 @@ class Parser:
     self.bars = 0  # number of absolute values that are open
 
   def text(self) -> str:
+    """The text of the next token; "" at the end."""
     return self.tokens[self.at].text if self.at < len(self.tokens) else ""
 
   def kind(self) -> str:
+    """The kind of the next token; "" at the end."""
     return self.tokens[self.at].kind if self.at < len(self.tokens) else ""
 
   def take(self, text: str) -> None:
+    """Steps over the next token, which must have this text."""
     if self.text() != text:
       raise Unreadable(f"{self.text() or 'the end'} where {text} was due")
     self.at += 1
@@ -99,6 +102,7 @@ class Parser:
     return node
 
   def sum(self) -> Node:
+    """A sum: products with signs between them."""
     terms = [self.product()]
     while self.text() in ("+", "-"):
       negative = self.text() == "-"
@@ -108,6 +112,7 @@ class Parser:
     return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
   def product(self) -> Node:
+    """A product: factors with or without an operator between them."""
     negative = self.signs()
     factors = [self.mixed() or self.power()]
     while True:
@@ -128,6 +133,7 @@ class Parser:
         return Node("neg", (node,)) if negative else node
 
   def signs(self) -> bool:
+    """Steps over plus and minus signs; whether they amount to a minus."""
     negative = False
     while self.text() in ("+", "-"):
       negative ^= self.text() == "-"
@@ -170,6 +176,7 @@ class Parser:
     return None
 
   def power(self) -> Node:
+    """A factor, which may have an exponent."""
     node = self.postfix(self.primary())
     if self.text() == "^":
       self.at += 1
@@ -177,6 +184,7 @@ class Parser:
     return node
 
   def postfix(self, node: Node) -> Node:
+    """Applies the factorials and degree signs that follow to `node`."""
     while self.text() in ("!", "°"):
       if self.text() == "!":
         node = Node("factorial", (node,))
@@ -212,6 +220,7 @@ class Parser:
       ]
 
   def primary(self) -> Node:
+    """The smallest part of an expression, one level deeper in the tree."""
     self.depth += 1
     if self.depth > MAX_DEPTH:
       raise Unreadable("nested too deep")
@@ -220,6 +229,7 @@ class Parser:
     return node
 
   def one(self) -> Node:
+    """Chooses by the next token what to read."""
     if self.at >= len(self.tokens):
       raise Unreadable("the end where a number or a symbol was due")
     token = self.tokens[self.at]
@@ -248,6 +258,7 @@ class Parser:
     return self.command(text)
 
   def command(self, text: str) -> Node:
+    """A LaTeX command with its arguments."""
     if text in _GREEK or text in _ARGUMENT_COMMANDS or text in (r"\angle", r"\triangle"):
       return self.symbol()
     self.at += 1
@@ -270,6 +281,7 @@ class Parser:
     raise Unreadable(f"{text} is no part of an expression")
 
   def literal(self) -> Node:
+    """A number, which may have a repeating decimal."""
     start = self.at
     self.at += 1
     if self.text() in (r"\overline", r"\bar", r"\dot") and "." in self.tokens[start].text:
@@ -287,6 +299,7 @@ class Parser:
     return number(value * Fraction(10) ** int(exponent or 0), bool(places or exponent))
 
   def group(self) -> Node:
+    r"""An expression in brackets, or a binomial in the old TeX notation `n \choose k`."""
     inside = self.inside(self.at + 1)
     halves = split(inside, (r"\choose",))
     if len(halves) == 2:
@@ -373,12 +386,14 @@ class Parser:
     return Node("call", (name, *map(self.of_call, parts)))
 
   def of_call(self, part: Tokens) -> Node:
+    """An argument of an unknown function; text in it is one symbol."""
     try:
       return self.tree(part)
     except Unreadable:  # P(\text{heads}), P(X = 3)
       return Node("symbol", (written(part),))
 
   def function(self, name: str) -> Node:
+    """A function whose name was read: its base, its power and its argument."""
     base = power = None
     for _ in range(2):
       if self.text() == "_" and name == "log" and base is None:

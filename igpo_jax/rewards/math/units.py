@@ -135,6 +135,7 @@ class Split:
 
   @property
   def money(self) -> bool:
+    """Whether a currency is among the names."""
     return bool(_MONEY.intersection(self.names))
 
 
