@@ -22,6 +22,7 @@ from igpo_jax.config.fields import Count, Natural, number
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row
 from igpo_jax.viewer import files, terminal
+from igpo_jax.viewer.text import visible
 
 WATCH_SECONDS = 2.0
 HEADLINE = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/kl", "sft/loss")
@@ -107,7 +108,7 @@ def watch(
       values = [f"{name} {row[name]:.4g}" for name in HEADLINE if row.get(name) is not None]
       values += [f"{k} {v:.4g}" for k, v in row.items() if k.endswith("/accuracy") and v is not None
                  and k.startswith("eval/")]  # fmt: skip
-      console.print(Text(f"{row['stage']} {row['step']}: {', '.join(values)}"))
+      console.print(Text(visible(f"{row['stage']} {row['step']}: {', '.join(values)}")))
     rows = [files.upgraded(row) for row in samples.new_rows() if wanted(row, args)]
     if rows:  # of several new steps, the last
       draw([row for row in rows if row["step"] == rows[-1]["step"]], workdir, args, console)

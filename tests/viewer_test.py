@@ -140,6 +140,19 @@ def test_no_text_can_leave_the_data_of_a_page(tmp_path):
     )
 
 
+def test_numbers_that_json_does_not_have_are_no_reason_to_have_no_page(tmp_path):
+  nan, inf = float("nan"), float("inf")
+  rows = [samples((1,))[0] | {"reward": nan, "parts": {"mine": inf}, "advantage": -inf}]
+  run = epath.Path(make_run(tmp_path / "run", rows=rows))
+  write_rows(run / "metrics.jsonl", [{"stage": "rl", "step": 1, "rl/mine": inf, "rl/kl": 0.5}])
+  parsed = Scripts()
+  parsed.feed(page.make_page([run]))
+  strict = lambda name: pytest.fail(f"{name} is no JSON")
+  (data,) = json.loads(parsed.scripts[0], parse_constant=strict)["runs"]
+  assert data["samples"][0]["reward"] is None and data["samples"][0]["parts"] == {"mine": None}
+  assert list(data["curves"]["rl"]) == ["rl/kl"]
+
+
 def test_a_notebook_gets_the_page_in_a_frame_of_its_own(tmp_path):
   run = hostile_run(tmp_path / "run")
   shown = notebook.Viewer(run)._repr_html_()

@@ -13,7 +13,9 @@ import functools
 import hashlib
 import importlib.resources
 import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from etils import epath
@@ -33,12 +35,24 @@ def _asset(name: str) -> str:
 def as_script(data: Data) -> str:
   """JSON that may stand inside a <script>: ASCII, and "<", ">" and "&" are escaped as well.
 
-  Half a character (a lone surrogate) stays what it is, as an escape.
+  Half a character (a lone surrogate) stays what it is, as an escape. A number that is not finite,
+  such as a reward of a user's own, becomes null: JSON has no other name for it.
   """
-  text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+  try:
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+  except ValueError:
+    text = json.dumps(_finite(data), separators=(",", ":"))
   for character in "<>&":
     text = text.replace(character, f"\\u{ord(character):04x}")
   return text
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _finite(inner) for name, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(inner) for inner in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hash(script: str) -> str:

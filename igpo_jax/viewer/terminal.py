@@ -155,7 +155,7 @@ def draw_row(row: Row, block_length: int = 0, order: bool = False) -> Panel:
     lines += [step_line(row, step) for step in (-1, *steps_of(row))]
   lines += [canvas(row, block_length=block_length), verdict(row)]
   title = f"step {row['step']}, group {row['group']}: {fate(row)}" if "phase" in row else ""
-  return Panel(Text("\n").join(lines), title=Text(title), title_align="left")
+  return Panel(Text("\n").join(lines), title=Text(visible(title)), title_align="left")
 
 
 def groups_table(rows: Sequence[Row]) -> Table:
