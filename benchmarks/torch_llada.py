@@ -46,7 +46,7 @@ def find_code(directory: str) -> tuple[pathlib.Path, pathlib.Path]:
                       ("modeling_llada.py", bool(models))):  # fmt: skip
     if not found:
       raise UserError(
-        f"--torch={directory} has no {name}; benchmarks/torch_llada.py says which files are needed"
+        f"--torch={directory}: no {name} there; benchmarks/torch_llada.py says which files it needs"
       )
   return root / "generate.py", models[0]
 
