@@ -30,7 +30,7 @@ class Verdict:
     extracted: the answer found in the completion, or None.
     status: "ok"; "unparseable" if there is no answer or it cannot be read; "timeout" if reading
       or comparing it exceeded the limit of time or memory. Only "ok" can be correct.
-    reason: why, in a few words, for people who look at completions; "" leaves it to `reason_of`.
+    reason: a short explanation for people who read completions. "": `reason_of` gives one.
   """
 
   correct: bool
@@ -40,7 +40,7 @@ class Verdict:
 
 
 def reason_of(verdict: Verdict, record: Record) -> str:
-  """A few words on why a verdict is what it is."""
+  """A short explanation of a verdict: the verifier's own, or else one made from its fields."""
   if verdict.reason:
     return verdict.reason
   if verdict.status == TIMEOUT:

@@ -32,7 +32,7 @@ class Scores:
     status: B strings, each "ok", "unparseable" or "timeout" (`Verdict`).
     extracted: B extracted answers, None where there is none.
     parts: name -> f32[B], the values of each part before they are weighted.
-    reason: B texts, why the verdicts are what they are; empty where nobody asked.
+    reason: B short explanations of the verdicts (`registry.reason_of`); [] if they were not made.
   """
 
   reward: np.ndarray
