@@ -144,9 +144,9 @@ def plain_cases(pre: Pretrained, name: str, golden) -> Iterator[Result]:
     theirs = golden["logits_shifted"]
   else:
     theirs = golden["logits"]
-  yield compare(f"{name}: logits", pre.lm.logits(pre.params, tokens, valid), theirs, where)
+  ours = jax.jit(pre.lm.logits)(pre.params, tokens, valid)
+  yield compare(f"{name}: logits", ours, theirs, where)
   if "logits_f64" in golden and "logits_shifted" not in golden:
-    ours = pre.lm.logits(pre.params, tokens, valid)
     yield compare(f"{name}: logits in float64", ours, golden["logits_f64"], where)
   if "hidden_embed" in golden:
     yield from layer_cases(pre, name, tokens, valid, golden)
@@ -162,12 +162,13 @@ def layer_cases(pre: Pretrained, name: str, tokens, valid, golden) -> Iterator[R
   number = 0
   for stack, size in network.stack_sizes(config).items():
     block = network.Block(config, design, stack != "blocks")
+    # One program a stack: operation by operation there are hundreds of small ones to compile.
+    seen_in = jax.jit(lambda weights, x, block=block: block.apply(
+      {"params": weights}, x, None, valid, 0, places, capture_intermediates=True,
+      mutable=["intermediates", "routing"],
+    ))  # fmt: skip
     for i in range(size):
-      weights = jax.tree.map(lambda w, i=i: w[i], pre.params[stack])
-      (x, _), state = block.apply(
-        {"params": weights}, x, None, valid, 0, places, capture_intermediates=True,
-        mutable=["intermediates", "routing"],
-      )  # fmt: skip
+      (x, _), state = seen_in(jax.tree.map(lambda w, i=i: np.asarray(w)[i], pre.params[stack]), x)
       yield compare(f"{name}: after block {number}", x, golden[f"hidden_after_block{number}"])
       yield from block_cases(config, design, number, state["intermediates"], golden, name)
       number += 1
@@ -218,7 +219,7 @@ def train_cases(pre: Pretrained, golden) -> Iterator[Result]:
   """The noisy half of two copies, and the loss that is read from it."""
   noisy, clean = (jnp.asarray(golden[key]) for key in ("noisy_ids", "clean_ids"))
   length = noisy.shape[1]
-  h = pre.lm.hidden_of_two(pre.params, noisy, clean)
+  h = jax.jit(pre.lm.hidden_of_two)(pre.params, noisy, clean)
   logits = pre.lm.head(pre.params, h)
   yield compare("golden_train: noisy logits", logits, golden["logits"][:, :length])
   config = pre.config
@@ -245,7 +246,7 @@ def trace_cases(pre: Pretrained, golden) -> Iterator[Result]:
       jnp.asarray(get("position_ids")), config.rotary_size, config.rope_theta
     )
     places = network.Places(*tables, jnp.asarray(get("visible")))
-    h = model.apply({"params": pre.params}, tokens, None, places)
+    h = jax.jit(model.apply)({"params": pre.params}, tokens, None, places)
     prompt = int(golden["prompt_len"])
     rows = jnp.concatenate([h[:, :prompt], h[:, -response:]], axis=1)
     targets = jnp.asarray(golden["input_ids"])[get("row")]
