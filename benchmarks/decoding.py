@@ -5,9 +5,12 @@
 
 Completes the test problems of a finished run greedily, with its newest checkpoint, in each case
 (benchmarks/denoise.py explains how a case is written). Every case has one step per position unless
-it says otherwise, so that thresholds and factors can save steps. The cases run in turns, batch by
-batch. "calls" is the mean number of calls that a batch of `--rows` made; "alone" is the mean number
-that a row would have needed by itself. Prints a table, and one JSON object as the last line.
+it says otherwise, so that thresholds and factors can save steps. The problems of each prompt length
+form one queue, and `--rows` of them are denoised at a time. "calls" is what a problem costs: the
+calls of the network, each counted for all rows that it is made for, divided by the problems.
+"alone" is the mean number of calls that a problem needs by itself. The cases run in turns,
+`--repeats` times; seconds are medians, beside CPU seconds of the process for a machine that has
+other work, too. Prints a table, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -26,18 +29,18 @@ from benchmarks import common
 from benchmarks.denoise import parse_case
 from igpo_jax import cli
 from igpo_jax.checkpoint import Checkpoints
-from igpo_jax.config import Config, freeze, load_config_file
-from igpo_jax.diffusion.network import cached_widths
+from igpo_jax.config import Config, SamplerConfig, freeze, load_config_file
+from igpo_jax.diffusion.network import cached_widths, programs
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
-from igpo_jax.eval.evaluate import make_stream, problems_of
+from igpo_jax.eval.evaluate import make_stream, parts_left, problems_of
 from igpo_jax.eval.metrics import wilson
 from igpo_jax.eval.protocols import plain_setting, plan
 from igpo_jax.models.flops import forward_flops
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.train.setup import load_source, make_model, make_tokenizer
-from igpo_jax.types import Canvas
+from igpo_jax.types import Canvas, Denoised
 
 CASES = (
   "none+steps=16,none,none+threshold=0.9,none+threshold=0.7,none+factor=0.5,none+factor=1.0,"
@@ -88,39 +91,35 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
   records = load_source(plan(config)[0].uri)[: args.problems or None]
   problems = problems_of(setting, records)
   stream = make_stream(problems, tokenizer, args.rows, config.data.prompt_buckets, mesh)
+  asked, queues = [], []
+  for part in parts_left(stream, [False] * len(stream), base):
+    batch = stream.batch_of(part, len(part))
+    asked += batch.records
+    queues.append(canvas_of(batch, lm, length))
 
-  sums = {name: dict.fromkeys(("calls", "refreshes", "alone", "seconds"), 0.0) for name in cases}
-  texts: dict[str, list[str]] = {name: [] for name in cases}
-  tokens: dict[str, list[np.ndarray]] = {name: [] for name in cases}
-  asked, batches = [], stream.num_ordered_batches()
-  warm = set()
-  for number in range(batches):
-    batch = next(stream.ordered_batches(number))
-    canvas = canvas_of(batch, lm, length)
-    real = np.flatnonzero(batch.real)
-    asked += [batch.records[i] for i in real]
+  def run(cfg):
+    key = jax.random.key(0)
+    return [
+      jax.device_get(denoise(lm, params, canvas, key, cfg, slots=args.rows)) for canvas in queues
+    ]
+
+  outs = {name: run(cfg) for name, cfg in cases.items()}  # compiled outside the clock
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+  for turn in range(args.repeats):
     for name, cfg in cases.items():
-      run = lambda canvas=canvas, cfg=cfg: jax.device_get(
-        denoise(lm, params, canvas, jax.random.key(0), cfg)
-      )
-      if (name, canvas.tokens.shape) not in warm:  # compiled outside the clock
-        warm.add((name, canvas.tokens.shape))
-        run()
-      began = time.perf_counter()
-      out = run()
-      total = sums[name]
-      total["seconds"] += time.perf_counter() - began
-      total["calls"] += out.forwards / batches
-      total["refreshes"] += out.refreshes / batches
-      steps = out.commit_step[real]
-      total["alone"] += sum(len(np.unique(row[row >= 0])) for row in steps) / len(problems)
-      tokens[name].append(out.tokens[real, -length:])
-      texts[name] += [tokenizer.decode(row) for row in tokens[name][-1]]
-    print(f"batch {number + 1} of {batches}", file=sys.stderr, flush=True)
+      began, cpu = time.perf_counter(), time.process_time()
+      run(cfg)
+      times[name].append((time.perf_counter() - began, time.process_time() - cpu))
+    print(f"round {turn + 1} of {args.repeats}", file=sys.stderr, flush=True)
+  sums = {name: costs(lm, cases[name], outs[name], args.rows) for name in cases}
+  for name, seconds in times.items():
+    sums[name]["seconds"], sums[name]["cpu_seconds"] = np.median(seconds, axis=0).tolist()
+  tokens = {n: np.concatenate([out.tokens[:, -length:] for out in outs[n]]) for n in cases}
+  texts = {name: [tokenizer.decode(row) for row in tokens[name]] for name in cases}
 
   results = {}
-  exact = np.concatenate(tokens[next(iter(cases))])
-  positions = canvas.tokens.shape[1]
+  exact = tokens[next(iter(cases))]
+  positions = queues[0].tokens.shape[1]
   with Scorer(config.reward.verifier, dict(config.reward.weights), config.reward.workers) as scorer:
     for name, cfg in cases.items():
       correct = scorer(texts[name], asked).correct
@@ -136,11 +135,23 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
         "accuracy": float(np.mean(correct)),
         "low": low,
         "high": high,
-        "same_tokens_as_first": float(np.mean(np.concatenate(tokens[name]) == exact)),
+        "same_tokens_as_first": float(np.mean(tokens[name] == exact)),
         **sums[name],
         "gflops_per_row": (sums[name]["refreshes"] * whole + others * part) / 1e9,
       }
   return results
+
+
+def costs(lm, cfg: SamplerConfig, outs: list[Denoised], slots: int) -> dict[str, float]:
+  """Calls for a row as they were made, those on the whole canvas among them, and those alone."""
+  rows = sum(len(out.calls) for out in outs)
+  made = {"calls": 0.0, "refreshes": 0.0}
+  for out in outs:
+    kinds = programs(cfg, lm, min(slots, len(out.calls)), cfg.early_stop == "batch")
+    refreshes = int(out.refreshes) * kinds[0].rows
+    made["refreshes"] += refreshes / rows
+    made["calls"] += (refreshes + int(out.forwards - out.refreshes) * kinds[-1].rows) / rows
+  return made | {"alone": sum(int(out.calls.sum()) for out in outs) / rows}
 
 
 def lm_config(model, config: Config):
@@ -151,8 +162,8 @@ def lm_config(model, config: Config):
 def table(results: dict) -> str:
   """The results as a Markdown table."""
   lines = [
-    "| case | accuracy | calls (refreshes) | alone | same tokens | GFLOP a row | seconds |",
-    "|---|---|---|---|---|---|---|",
+    "| case | accuracy | calls (refreshes) | alone | same tokens | GFLOP a row | seconds | CPU |",
+    "|---|---|---|---|---|---|---|---|",
   ]
   for name, r in results.items():
     error = (r["high"] - r["low"]) / 2 / 1.96
@@ -160,7 +171,7 @@ def table(results: dict) -> str:
     lines.append(
       f"| {name} | {r['accuracy']:.3f} ± {error:.3f} | {r['calls']:.1f}{refreshes} |"
       f" {r['alone']:.1f} | {r['same_tokens_as_first']:.3f} | {r['gflops_per_row']:.2f} |"
-      f" {r['seconds']:.1f} |"
+      f" {r['seconds']:.1f} | {r['cpu_seconds']:.1f} |"
     )
   return "\n".join(lines)
 
@@ -175,6 +186,7 @@ def main() -> None:
   parser.add_argument("--cases", default=CASES)
   parser.add_argument("--rows", type=int, default=64)
   parser.add_argument("--problems", type=int, default=0, help="the first so many; 0: all")
+  parser.add_argument("--repeats", type=int, default=1, help="timed runs of every case")
   args = parser.parse_args()
   for path in (args.config, args.workdir):
     if not epath.Path(path).exists():

@@ -20,7 +20,7 @@ from ml_collections import config_dict, config_flags
 from igpo_jax.cli import underscored
 from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.config.fields import meant
-from igpo_jax.config.renamed import new_name
+from igpo_jax.config.renamed import new_name, removed
 from igpo_jax.errors import UserError
 from igpo_jax.usage import help_text, options
 
@@ -160,6 +160,8 @@ def _check_name(name: str) -> None:
     raise UserError(f"command line: --config.{name} is a section: give --config.{name}.OPTION=...")
   if now := new_name(plain):
     raise UserError(f"command line: --config.{name} is --config.{now} now: use the new name")
+  if why := removed(plain):
+    raise UserError(f"command line: --config.{name}: {why}")
   raise UserError(
     f"command line: the config has no option {name!r}{meant(plain, known) or ' (--help lists all)'}"
   )

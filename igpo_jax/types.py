@@ -62,8 +62,9 @@ class LM(NamedTuple):
       start..start+t of a canvas: the keys and values of the other positions come from the cache,
       and those of `tokens` are written into it.
       `read=(first, width)`: return hidden states of positions first..first+width of `tokens` only,
-      [B,width,D], and skip the rest of the last layer's work; `width` is static. Meant for
-      sampling; for gradients pass neither `cache` nor `read`.
+      [B,width,D], and skip the rest of the last layer's work; `width` is static. `start` and
+      `first` may be i32[B], with each row's own place. Meant for sampling; for gradients pass
+      neither `cache` nor `read`.
       `dropout_key=KEY` turns on the dropout of adapters that have one.
     head: `head(params, h [...,D]) -> f32[...,V]`.
     logits: `logits(params, tokens i32[B,T], valid bool[B,T] = None) -> f32[B,T,V]`.
@@ -139,6 +140,7 @@ class Denoised:
       It is -1 where the token was fixed, and where `allow_mask` left a mask.
     forwards: i32[], how often the loop called the network.
     refreshes: i32[], how many of these calls saw the whole canvas. Without a cache all do.
+    calls: i32[B], in how many of them the row was worked at: as many as it needs alone.
     finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
       answer of the model.
     commit_logp: f32[B,T], log-probability of each token when it was committed, under the softmax at
@@ -152,6 +154,7 @@ class Denoised:
   refreshes: Int32[Array, ""]
   finite: Bool[Array, " B"]
   commit_logp: Float32[Array, "B T"]
+  calls: Int32[Array, " B"]
 
 
 @flax.struct.dataclass

@@ -24,10 +24,12 @@ def run(module, monkeypatch, capsys, *options):
 @pytest.mark.slow
 def test_denoise_at_a_tiny_size(monkeypatch, capsys):
   sizes = "--model=tiny --rows=4 --prompt=6 --gen-length=8 --block-length=4 --steps=8".split()
-  cases = "--cases=none,dual+refresh=2+threshold=0.9,none+batches=2"
+  cases = "--cases=none,dual+refresh=2+threshold=0.9,none+slots=2"
   out = run(denoise, monkeypatch, capsys, *sizes, cases, "--ragged", "--repeats=2")
   none, dual, halves = out["cases"].values()
   assert none["forwards"] == none["refreshes"] == 8 and dual["refreshes"] < dual["forwards"]
+  # Two rows of one block, then two of two.
+  assert halves["forwards"] == 12 and halves["calls_needed"] == none["calls_needed"] == 24
   assert halves["equal_to_first"] == 1.0
   for case in (none, dual, halves):
     assert 0 < case["seconds"]["min"] <= case["seconds"]["median"] <= case["seconds"]["max"]
@@ -35,11 +37,42 @@ def test_denoise_at_a_tiny_size(monkeypatch, capsys):
       case["flops"] / case["seconds"]["median"] / out["peak_flops_per_second"]
     )
     assert case["temp_bytes"] > 0 and case["compile_seconds"] > 0
-  # Four rows in the first block, of which two are finished after it.
+  # Four rows in the first block, of which two are finished after it: what they need.
   call = lambda rows: forward_flops(TINY_MODEL, rows, 14, 14, read=4)
   head = 2 * 16 * 64 * (4 + 3 + 2 + 1)  # of one row's block: a step commits one position
   assert none["flops"] == halves["flops"] == 4 * call(4) + 4 * call(2) + head * (4 + 2)
   assert out["compilations_while_timing"] == 0 and out["memory"]["peak_rss_bytes"] > 0
+
+
+PEER = """
+def generate(model, prompt, steps, gen_length, block_length, temperature, mask_id):
+  import torch
+  return torch.cat([prompt, torch.zeros(len(prompt), gen_length, dtype=prompt.dtype)], 1)
+"""
+PEERS_MODEL = """
+import torch
+class LLaDAModelLM(torch.nn.Linear):
+  def __init__(self, config):
+    super().__init__(2, 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_peers_sampler_is_timed_in_turns_with_ours(monkeypatch, capsys, tmp_path):
+  pytest.importorskip("torch")
+  sizes = "--model=tiny --rows=4 --prompt=6 --gen-length=8 --block-length=4 --steps=8".split()
+  options = [*sizes, "--cases=none,dual", "--repeats=2", f"--peers={tmp_path}"]
+  with pytest.raises(UserError, match=r"no generate\.py"):
+    run(denoise, monkeypatch, capsys, *options)
+  (tmp_path / "generate.py").write_text(PEER)
+  (tmp_path / "modeling_llada.py").write_text(PEERS_MODEL)
+  (tmp_path / "configuration_llada.py").write_text("LLaDAConfig = dict\n")
+  peers = run(denoise, monkeypatch, capsys, *options)["peers"]
+  assert peers["dual"]["problem"] and not peers["dual"]["times_peer"]
+  none = peers["none"]
+  assert "problem" not in none and len(none["times_peer"]) == 2
+  for ours, peer, ratio in zip(none["ours"], none["peer"], none["times_peer"], strict=True):
+    assert ratio == pytest.approx(peer / ours)
 
 
 def test_rounding_at_a_small_size(monkeypatch, capsys):

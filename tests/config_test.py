@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import typing
 
 import pytest
@@ -125,6 +126,28 @@ def test_an_old_name_is_told_with_the_new_one(old, now, tmp_path):
   with pytest.raises(UserError) as told:
     flags.parse(flags.config_flag(), line, "")
   assert str(told.value) == f"command line: --config.{old} is --config.{now} now: use the new name"
+
+
+@pytest.mark.parametrize("gone", renamed.REMOVED)
+def test_an_option_that_was_removed_is_told_with_what_to_do(gone, tmp_path):
+  """In a config file, on the command line; a run that had it goes on without it."""
+  section, _, name = gone.rpartition(".")
+  told_of = re.escape(f"there is no option {gone} any more: {renamed.REMOVED[gone]}")
+  config = sourced()
+  config[section][name] = 1
+  with pytest.raises(UserError, match=f"^config: {told_of}$"):
+    freeze(config)
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from igpo_jax.config import default_config\n\ndef get_config():\n"
+    f"  config = default_config()\n  print(config.{gone})\n  return config\n"
+  )
+  with pytest.raises(UserError, match=f"line 5: {told_of}$"):
+    load_config_file(file)
+  line = ["program", f"--config={REPO / 'configs' / 'quickstart.py'}", f"--config.{gone}=1"]
+  with pytest.raises(UserError, match=f"^command line: --config.{gone}: {told_of}$"):
+    flags.parse(flags.config_flag(), line, "")
+  assert renamed.upgraded({section: {name: 1, "x": 2}}) == {section: {"x": 2}}
 
 
 def test_old_names_in_a_runs_config_are_read_as_the_new_ones(monkeypatch):

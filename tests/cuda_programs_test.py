@@ -44,8 +44,9 @@ def fused_calls(config, name):
 @pytest.mark.parametrize("attend", ["auto", "dot_product"])
 @pytest.mark.parametrize(
   ("cache", "calls"),
-  # With a cache a call that fills it and one that reads it; "prefix" has them in four widths.
-  [("none", 1), ("prefix", 4 * 2), ("dual", 2)],
+  # With a cache a call that fills it and one that reads it; "prefix" has that in four widths, each
+  # for all rows and for some.
+  [("none", 1), ("prefix", 1 + 4 * 2), ("dual", 2)],
 )
 def test_every_call_of_a_rollout_has_fused_attention(cache, calls, attend, rank):
   options = {"sampler.cache": cache, "model.lora.rank": rank, "model.attention": attend}

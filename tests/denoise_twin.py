@@ -62,6 +62,9 @@ def twin_row(lm, logits_of, tokens, fixed, valid, key, cfg):
         break
       now = block * cfg.steps_per_block + i
       count = 0 if origin else counts[i]
+      if cfg.adaptive:
+        left = sum(is_mask(k) for k in inside)
+        count = max(sum(counts[: i + 1]) - (had - left), 1)
       start = first if cfg.allow_mask else begin
       window = range(start, begin + cfg.block_length)
       step_key = jax.random.fold_in(key, now)

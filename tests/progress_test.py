@@ -57,14 +57,17 @@ def test_the_first_step_which_compiles_does_not_spoil_the_rate():
 
 
 def test_work_is_counted_from_the_steps_that_committed_something():
-  commit = np.array([[0, 0, 1, 2, 4, 4, 4, 5], [-1, 0, 1, 1, 4, 4, 4, 4]])  # 0 1 2 | 4 5
-  whole = forward_flops(MODEL, 2, 14, 14, 4, read=4)
-  window = forward_flops(MODEL, 2, 4, 14, 4, read=4)
-  assert denoising_flops(MODEL, SAMPLER, 2, 6, commit) == 5 * whole
+  # 0 1 2 | 4 5 of one row and 0 1 | 4 of the other: each has its own calls.
+  commit = np.array([[0, 0, 1, 2, 4, 4, 4, 5], [-1, 0, 1, 1, 4, 4, 4, 4]])
+  whole = forward_flops(MODEL, 1, 14, 14, 4, read=4)
+  window = forward_flops(MODEL, 1, 4, 14, 4, read=4)
+  assert denoising_flops(MODEL, SAMPLER, 2, 6, commit) == 8 * whole
+  assert denoising_flops(MODEL, SAMPLER, 4, 6, commit) == 16 * whole
+  assert denoising_flops(MODEL, SAMPLER, 0, 6, commit[:0]) == 0
   dual = dataclasses.replace(SAMPLER, cache="dual")
-  assert denoising_flops(MODEL, dual, 2, 6, commit) == 2 * whole + 3 * window
+  assert denoising_flops(MODEL, dual, 2, 6, commit) == 4 * whole + 4 * window
   guided = dataclasses.replace(SAMPLER, cfg_scale=1.0)
-  assert denoising_flops(MODEL, guided, 2, 6, commit) == 10 * whole
+  assert denoising_flops(MODEL, guided, 2, 6, commit) == 16 * whole
 
 
 def test_a_rollout_says_rows_tokens_time_left_and_the_share_of_the_peak(tmp_path, monkeypatch):

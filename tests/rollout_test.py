@@ -15,7 +15,7 @@ from igpo_jax.config import Config, HintConfig, ObjectiveConfig, RLConfig, Sampl
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import CharTokenizer
-from igpo_jax.diffusion.completions import prompt_keys, sample_rows
+from igpo_jax.diffusion.completions import RowQueue, prompt_keys
 from igpo_jax.errors import UserError
 from igpo_jax.hints.inject import visible_hints
 from igpo_jax.parallel.mesh import make_mesh
@@ -403,15 +403,24 @@ def bucket_of(length):
 
 @pytest.fixture
 def shapes(monkeypatch):
-  """(rows, positions of the prompt) of every call of the sampler, as it is made."""
+  """(rows, slots, positions of the prompt) of every queue of rows, as it is made."""
   seen = []
 
-  def watched(lm, params, prompt, *rest):
-    seen.append(prompt.shape)
-    return sample_rows(lm, params, prompt, *rest)
+  class Watched(RowQueue):
+    def __init__(self, lm, params, mesh, cfg, rows, *rest):
+      super().__init__(lm, params, mesh, cfg, rows, *rest)
+      seen.append((len(rows.prompt), *self.shape[1:]))
 
-  monkeypatch.setattr("igpo_jax.rl.sampling.sample_rows", watched)
+  monkeypatch.setattr("igpo_jax.rl.sampling.RowQueue", Watched)
   return seen
+
+
+def queues(lengths, slices):
+  """What `shapes` should see of groups in falling order of length, cut into so many slices."""
+  size = P // slices
+  buckets = [bucket_of(n) for n in lengths[::size]]
+  rows = {b: buckets.count(b) * size * G for b in buckets}
+  return [(n, min(n, size * G), bucket) for bucket, n in rows.items()]
 
 
 def ragged(buckets, **rl):
@@ -452,8 +461,8 @@ def test_slices_of_like_length_explore_what_the_whole_batch_does(
   sliced = ragged(BUCKETS, sample_slices=slices, exploration=exploration)
   assert sliced.rows == plain.rows and sliced.metrics == plain.metrics
   assert_same_rollout(sliced.rollout, plain.rollout)
-  longest = [12, 9, 8, 5, 4, 3][:: P // slices]
-  assert shapes[:slices] == [(P // slices * G, bucket_of(n)) for n in longest]
+  expected = queues([12, 9, 8, 5, 4, 3], slices)
+  assert shapes[: len(expected)] == expected
 
 
 def test_hinted_groups_are_padded_only_as_far_as_they_need(shapes):
@@ -461,8 +470,9 @@ def test_hinted_groups_are_padded_only_as_far_as_they_need(shapes):
   shapes.clear()
   ragged(BUCKETS, sample_slices=6)
   lengths = np.array([len(TOKENIZER.encode_prompt(r.prompt)) for r in RAGGED])
-  expected = [(G, bucket_of(n)) for n in sorted(lengths[wrong], reverse=True)]
-  assert len(set(expected)) > 1 and shapes[P:] == expected
+  first = queues(sorted(lengths, reverse=True), 6)
+  expected = queues(sorted(lengths[wrong], reverse=True), 6)
+  assert len(expected) > 1 and shapes == first + expected
 
 
 def test_slices_hold_the_longest_prompt_that_any_process_has_there(monkeypatch):
@@ -566,8 +576,11 @@ def follow(clock, **rl):
 def test_a_step_tells_how_far_it_is_and_keeps_two_slices_on_the_devices(none):
   clock = Follower()
   explored = follow(clock)
-  sent, back = ("rollout", (8, 8)), ("arrived", (8, LENGTH), 8)
-  assert clock.told == [("rows", P * G), sent, sent, back, sent, back, back]
+  names = [told[0] for told in clock.told]
+  assert names == ["rows", "rollout", "rollout", "arrived", "rollout", "arrived", "arrived"]
+  assert clock.told[0] == ("rows", P * G) and clock.told[1] == ("rollout", (32, 8, 8))
+  back = [told[1:] for told in clock.told if told[0] == "arrived"]
+  assert sum(shape[0] for shape, _ in back) == P * G and {length for _, length in back} == {8}
   assert_same_rollout(explored.rollout, none.rollout)
 
 

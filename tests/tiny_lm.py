@@ -51,7 +51,10 @@ def table_lm(stop_ids=(EOS,)):
   def hidden(params, tokens, valid=None, *, start=0, cache=None, read=None):
     del valid, start
     h = jnp.broadcast_to(params, (*tokens.shape, params.shape[-1]))
-    return h if read is None else jax.lax.dynamic_slice_in_dim(h, *read, axis=1), cache
+    if read is not None:
+      places = jnp.reshape(read[0], (-1, 1)) + jnp.arange(read[1])
+      h = jnp.take_along_axis(h, jnp.broadcast_to(places, (len(h), read[1]))[..., None], axis=1)
+    return h, cache
 
   return LM(
     init=lambda key: jnp.zeros(6),

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from igpo_jax.cli import mistake
-from igpo_jax.config.renamed import renamed_leaves
+from igpo_jax.config.renamed import removed_leaves, renamed_leaves
 from igpo_jax.errors import UserError
 
 # Modules that were public under another name -> where their names are today.
@@ -120,10 +120,12 @@ def _mistakes_of(path: pathlib.Path) -> Iterator[None]:
 
 
 def _renamed(error: BaseException) -> str:
-  """What to say of a config file that reads an option under its old name; "" if it does not."""
+  """What to say of a config file that reads an option that was renamed or removed; "" if none."""
   name = re.sub(r"\W", "", str(error))  # ml_collections quotes the last part of it
   names = renamed_leaves(name)
-  return f"there is no option {name}: it is {' or '.join(names)} now" if names else ""
+  if not names:
+    return "; ".join(removed_leaves(name))
+  return f"there is no option {name}: it is {' or '.join(names)} now"
 
 
 def _place(error: BaseException, path: pathlib.Path) -> str:

@@ -299,13 +299,13 @@ class SamplerConfig:
       where the model's choice is another one and its confidence exceeds this (LLaDA2.1); a block
       that is full is edited until nothing changes. None: what is filled stays.
     edit_passes: most calls for a block that is full.
+    adaptive: with a threshold or a factor, what they committed counts towards the schedule: a row
+      that is ahead of it commits one at least, in place of its share. It never takes more steps.
     factor: also commit the n surest, n the largest with (n + 1) (1 - c_(n)) < factor.
     cache: "none" recomputes every position at every step, and is exact; "prefix" keeps
       what lies before the active block, "dual" all but the block (diffusion/network.py).
     refresh_every: steps after which a cache is renewed within a block; 0: only at the
       beginning of each block.
-    batch_sizes: how many static batch sizes are compiled, each half of the one before:
-      rows that are finished leave the batch between blocks.
     early_stop: "row": a row whose finished block is all end-of-text is filled with
       it; "stop_token": a row that has any stop token in a finished block (SDAR); "batch": only
       when all rows are all end-of-text (official code); "none": never.
@@ -328,9 +328,9 @@ class SamplerConfig:
   edit_threshold: Annotated[float, Range(0, 1)] | None = None
   edit_passes: Count = 16
   factor: Positive | None = None
+  adaptive: bool = False
   cache: Literal["none", "prefix", "dual"] = "none"
   refresh_every: Natural = 0
-  batch_sizes: Count = 1
   early_stop: Literal["row", "stop_token", "batch", "none"] = "row"
   allow_mask: bool = False
   suppress_eos: bool = False
@@ -351,6 +351,10 @@ class SamplerConfig:
       self.threshold is None or self.factor is None,
       f"sampler.threshold={self.threshold} and sampler.factor={self.factor} are two rules for "
       "one thing: give one of them",
+    )
+    require(
+      not self.adaptive or self.threshold is not None or self.factor is not None,
+      "sampler.adaptive=True commits by how sure the model is: give sampler.threshold or factor",
     )
     require(
       self.remasking != "origin"

@@ -1,8 +1,10 @@
-"""Options under the names that they had before.
+"""Options under the names that they had before, and those that there are no more.
 
 Whoever renames an option or a section adds a line to `RENAMED`, and nothing else. A config file or
 a command line with the old name is then refused in one line that gives the new one. The config.json
 of a run that was made under the old name is read under the new one, so that the run can go on.
+Whoever takes an option away adds a line to `REMOVED`: it is refused with what to do, and a run that
+had it goes on without it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ RENAMED = {
   "rl.region": "rl.loss_region",
   "rl.entropy": "objective.filter_entropy",
   "reward.parts": "reward.weights",
+}
+
+# Dotted name before -> what to do instead.
+REMOVED = {
+  "sampler.batch_sizes": "a row that is done makes room for the next by itself: take it out",
 }
 
 
@@ -35,8 +42,21 @@ def renamed_leaves(leaf: str) -> list[str]:
   return [new for old, new in RENAMED.items() if old.rpartition(".")[2] == leaf]
 
 
+def removed(name: str) -> str:
+  """Why there is no such option any more and what to do; "" if there never was one."""
+  why = REMOVED.get(name)
+  return f"there is no option {name} any more: {why}" if why else ""
+
+
+def removed_leaves(leaf: str) -> list[str]:
+  """`removed` of all options whose name ended in `leaf`."""
+  return [removed(name) for name in REMOVED if name.rpartition(".")[2] == leaf]
+
+
 def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
-  """The options of a config.json under the names that they have now; the rest is left as it is.
+  """The options of a config.json under the names that they have now, without those removed.
+
+  The rest is left as it is.
 
   Example: upgraded({"sft": {"hand_on": "best"}}) == {"sft": {"select": "best"}}.
 
@@ -54,6 +74,11 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     section = _section(out, sections, make=True)
     if section is not None:
       section.setdefault(name, value)
+  for old in REMOVED:
+    *sections, name = old.split(".")
+    section = _section(out, sections)
+    if section is not None:
+      section.pop(name, None)
   return out
 
 

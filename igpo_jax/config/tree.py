@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from igpo_jax.config import registry
 from igpo_jax.config.fields import check_fields, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
-from igpo_jax.config.renamed import new_name, upgraded
+from igpo_jax.config.renamed import new_name, removed, upgraded
 from igpo_jax.config.run import METHOD_SECTIONS, STAGES, Config, method_section
 from igpo_jax.errors import UserError
 
@@ -145,6 +145,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
     if name not in hints:
       if now := new_name(inside(name)):
         raise UserError(f"config: {inside(name)} is {now} now: use the new name")
+      if why := removed(inside(name)):
+        raise UserError(f"config: {why}")
       raise UserError(f"config: there is no option {inside(name)}{meant(name, hints)}")
   kwargs = {}
   for name, value in config.items():

@@ -237,7 +237,7 @@ class _Stream:
     ]
 
   def _share(self, rows: list) -> list:
-    size = self.local_batch_size
+    size = len(rows) // self.process_count
     return rows[self.process_index * size : (self.process_index + 1) * size]
 
   def _bucket(self, rows: Sequence[tuple[int, int]]) -> int:
@@ -329,9 +329,23 @@ class PromptStream(_Stream):
       rows = [((first + k) % len(self), 0) for k in range(self.batch_size)]
       yield self._build(rows, min(self.batch_size, len(self) - first))
 
+  def batch_of(self, numbers: Sequence[int], size: int) -> PromptBatch:
+    """This process's share of the records with these numbers, in this order.
+
+    Args:
+      size: rows over all processes, a multiple of them. It is filled up with the first of the
+        records; in these rows `real` is False.
+    """
+    rows = [(int(numbers[k % len(numbers)]), 0) for k in range(size)]
+    return self._build(rows, len(numbers))
+
+  def buckets_of(self, numbers: Sequence[int]) -> list[int]:
+    """The length, in tokens, that the prompt of each of these records is padded to."""
+    return [self._bucket([(number, 0)]) for number in numbers]
+
   def _build(self, rows: list[tuple[int, int]], num_real: int) -> PromptBatch:
     bucket = self._bucket(rows)
-    real = self._share([k < num_real for k in range(self.batch_size)])
+    real = self._share([k < num_real for k in range(len(rows))])
     rows = self._share(rows)
     items = [self._items[i] for i, _ in rows]
     tokens, valid = self._pad_prompts(items, bucket)

@@ -39,7 +39,7 @@ def choose(
     keys: key[B] of this step.
     places: i32[B,w], names of the positions, ascending: what their noise is drawn for.
     gumbel: f32[B,w,V] standard noise in place of what `keys` would give; for tests.
-    chance: f32[], with which "origin" fills each candidate.
+    chance: f32[B], with which "origin" fills each of a row's candidates.
     uniform: f32[B,w], the same for what "origin" draws.
     editable: bool[B,w], what may be replaced though it is filled.
     old: i32[B,w], what it is filled with.
@@ -68,7 +68,7 @@ def choose(
     if uniform is None:
       uniform = at_places(jax.random.uniform, keys, places, 1)
     assert chance is not None
-    return candidates & (uniform < chance), chosen, log_confidence
+    return candidates & (uniform < chance[:, None]), chosen, log_confidence
   if cfg.remasking == "low_confidence":
     rank_by = log_confidence if not cfg.alg_temp else jnp.exp(log_confidence)
   elif cfg.remasking == "random":

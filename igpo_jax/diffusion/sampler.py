@@ -1,10 +1,9 @@
 """The denoising loop: masks are filled block by block, fixed positions never change.
 
-One jitted program (docs/method.md#sampling). An outer `while_loop` walks the blocks from left to
-right; an inner one makes the denoising steps of a block, no more than its fullest
-row needs. Each step asks the network (`network`), on the whole canvas unless there is a
-cache, and commits every row's share of its most confident candidates (`choose`).
-Rows that are finished leave the batch between blocks, where enough of them are.
+One jitted program (docs/method.md#sampling). Rows wait in a queue and are worked at in slots
+(`slots`), each at its own pace: its own block, step and place in the cache. Each turn of the loop
+asks the network (`network`), on the whole canvas unless there is a cache, and commits every row's
+share of its most confident candidates (`choose`). A row that is done makes room for the next.
 
 Nothing about a row depends on its neighbours: its noise comes from its own key
 and the step, its commits from its own masks, and (with `early_stop="row"`) its
@@ -14,9 +13,8 @@ end from its own text.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,16 +26,38 @@ from jaxtyping import Key, PRNGKeyArray, UInt32
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.choose import choose
 from igpo_jax.diffusion.network import (
+  Program,
   block_hidden,
+  cache_rows,
   cached_widths,
+  find_window,
   head_logits,
   head_widths,
   init_cache,
   num_blocks,
   overhang,
-  step_window,
+  programs,
+  put_into_cache,
+  take_from_cache,
+  windows,
 )
-from igpo_jax.diffusion.schedule import commits_at, forwards_needed, unmasking_chances
+from igpo_jax.diffusion.network import block_numbers as numbers_of
+from igpo_jax.diffusion.schedule import commits_at, commits_until, unmasking_chances
+from igpo_jax.diffusion.slots import (
+  Queue,
+  Slots,
+  empty_slots,
+  ended,
+  exchange,
+  holds_row,
+  in_block,
+  make_queue,
+  masks,
+  next_block,
+  put,
+  take,
+  unfinished,
+)
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import constrain, num_shards
 from igpo_jax.token_ids import check_ids
@@ -58,6 +78,7 @@ def denoise(
   key: PRNGKeyArray | Key[Array, " B"] | UInt32[Array, "B 2"],
   cfg: SamplerConfig,
   noise: NoiseFn | None = None,
+  slots: int = 0,
 ) -> Denoised:
   """Fills the masks of a canvas.
 
@@ -71,7 +92,11 @@ def denoise(
     cfg: see `SamplerConfig`.
     noise: for tests. `noise(call, (B, T, V))` gives the standard Gumbel noise of the
       call-th forward, in place of what `key` would give; with `cfg.remasking="origin"`
-      `noise(call, (B, T))` gives the uniform draws by which positions are filled.
+      `noise(call, (B, T))` gives the uniform draws by which positions are filled. Rows then go
+      through the blocks together.
+    slots: how many rows are worked at, at a time, rounded up to a multiple of the devices that
+      rows are split over; 0: all of them. Results do not depend on it. With
+      `early_stop="batch"`, which asks about all rows at once, all are.
 
   Returns:
     The filled canvas, the step at which each position was committed (-1 where
@@ -103,7 +128,7 @@ def denoise(
     most = num_blocks(cfg, lm) * cfg.steps_per_block
     calls = [jnp.asarray(noise(c, shape), jnp.float32) for c in range(most)]
     noise_table = jnp.stack(calls)
-  return _denoise(lm, params, canvas, keys, cfg, noise_table)
+  return _denoise(lm, params, canvas, keys, cfg, noise_table, slots)
 
 
 def check_sampler(lm: LM, cfg: SamplerConfig) -> None:
@@ -133,121 +158,185 @@ def _row_keys(key: Array, rows: int) -> Array:
   return key
 
 
-class _Rows(flax.struct.PyTreeNode):
-  """All that belongs to a row, and goes with it into a smaller batch."""
+class State(flax.struct.PyTreeNode):
+  """What the loop hands from call to call."""
 
-  tokens: Array  # i32[B,T]
-  commit_step: Array  # i32[B,T]
-  commit_logp: Array  # f32[B,T]
-  fixed: Array  # bool[B,T]
-  valid: Array  # bool[B,T]
-  finite: Array  # bool[B], all logits so far were numbers
-  keys: Array  # key[B]
-  number: Array  # i32[B], the row's place in the canvas
-  passes: Array | None = None  # i32[B], calls since the active block was full, where it is edited
-  settled: Array | None = None  # bool[B], the last of them changed nothing
-
-
-class _Count(NamedTuple):
-  """What the loops hand from step to step beside the rows."""
-
+  queue: Queue
+  slots: Slots
+  cache: Any
   forwards: Array  # i32[]
   refreshes: Array  # i32[]
-  stopped: Array  # bool[]: early_stop="batch" has ended the run
 
 
-def batch_sizes(rows: int, cfg: SamplerConfig) -> list[int]:
-  """Static sizes that the rows which are not finished are batched in, largest first.
+@functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
+def _denoise(lm, params, canvas, keys, cfg, noise_table, slots) -> Denoised:
+  # What the batch as a whole decides needs all of it, one block after the other.
+  together = cfg.early_stop == "batch" or noise_table is not None
+  state = begin(lm, params, canvas, keys, cfg, 0 if together else slots)
+  return results(fill(lm, params, state, cfg, noise_table=noise_table))
 
-  Each half of the one before, as long as it divides over the devices. Example: of 64
-  rows on 8 devices with `cfg.batch_sizes=3` they are 64, 32 and 16.
+
+def begin(lm: LM, params: Params, canvas: Canvas, keys: Array, cfg, slots: int = 0) -> State:
+  """What `fill` starts from: N canvases in queues, and the slots, still empty.
+
+  Args:
+    keys: key[N].
+    slots: as `denoise` has it.
   """
-  sizes, ways = [rows], num_shards("act_batch")
-  # What the batch as a whole decides needs the whole batch.
-  most = 1 if cfg.early_stop == "batch" else cfg.batch_sizes
-  while len(sizes) < most and sizes[-1] % (2 * ways) == 0:
-    sizes.append(sizes[-1] // 2)
-  return sizes
-
-
-@functools.partial(jax.jit, static_argnames=("lm", "cfg"))
-def _denoise(lm, params, canvas, keys, cfg, noise_table) -> Denoised:
-  b, t = canvas.tokens.shape
+  n, t = canvas.tokens.shape
   params = lm.unstack(params, t + overhang(cfg, lm))
-  rows = _Rows(
-    tokens=constrain(canvas.tokens, "act_batch", "act_length"),
-    commit_step=jnp.full((b, t), -1, jnp.int32),
-    commit_logp=jnp.zeros((b, t), jnp.float32),
-    fixed=canvas.fixed,
-    valid=canvas.valid,
-    finite=jnp.ones(b, bool),
-    keys=keys,
-    number=jnp.arange(b),
-  )
+  shards = num_shards("act_batch")
+  shards = shards if n % shards == 0 else 1
+  at_once = n if cfg.early_stop == "batch" else min(slots or n, n)
+  rows = -(-at_once // shards)  # on each shard
+  queue = make_queue(lm, cfg, canvas, keys, shards)
+  cache = init_cache(lm, params, cfg, shards * rows, t)
   zero = jnp.int32(0)
-  count = _Count(zero, zero, jnp.bool_(False))
-  sizes, widths = batch_sizes(b, cfg), cached_widths(cfg, lm)
-  programs = list(itertools.product(sizes, sorted(set(widths))))
+  return _placed(State(queue, empty_slots(queue, rows, cfg, lm), cache, zero, zero))
 
-  def blocks_left(state):
-    block, rows, count = state
-    return (block < num_blocks(cfg, lm)) & ~count.stopped & jnp.any(_masks(lm, cfg, rows))
 
-  def run_block(state):
-    block, rows, count = state
-    unfinished = jnp.any(_masks(lm, cfg, rows), axis=1)
-    order = jnp.argsort(~unfinished, stable=True)
+def fill(
+  lm: LM,
+  params: Params,
+  state: State,
+  cfg: SamplerConfig,
+  until: Array | int | None = None,
+  noise_table: Array | None = None,
+) -> State:
+  """Fills rows until so many were done, or all of them (None).
 
-    def with_program(size, seen, rows, count):
-      run = functools.partial(_run_block, lm, params, cfg, noise_table, block, seen)
-      if size == b:
-        return run(rows, count)
-      chosen = order[:size]
-      some, count = run(jax.tree.map(lambda x: x[chosen], rows), count)
-      put = lambda x, new: constrain(x.at[chosen].set(new), "act_batch", "act_length")
-      return rows.replace(
-        tokens=put(rows.tokens, some.tokens),
-        commit_step=put(rows.commit_step, some.commit_step),
-        commit_logp=put(rows.commit_logp, some.commit_logp),
-        finite=rows.finite.at[chosen].set(some.finite),
-      ), count
+  Those that never had a mask do not count.
+  """
+  queue = state.queue
+  params = lm.unstack(params, queue.tokens.shape[2] + overhang(cfg, lm))
+  shards, rows = len(queue.tokens), len(state.slots.number) // len(queue.tokens)
+  together = cfg.early_stop == "batch" or noise_table is not None
+  kinds = programs(cfg, lm, rows, together)
 
-    # The smallest batch that holds the unfinished rows, and the block's width.
-    fits = jnp.asarray([size for size, _ in programs]) >= jnp.sum(unfinished)
-    fits &= jnp.asarray([seen for _, seen in programs]) == jnp.asarray(widths)[block]
-    which = jnp.max(jnp.where(fits, jnp.arange(len(programs)), 0))
-    branches = [functools.partial(with_program, *program) for program in programs]
-    return block + 1, *jax.lax.switch(which, branches, rows, count)
+  def going(state):
+    """Until some row is done, so that its slot can be given to another."""
+    held = holds_row(queue, state.slots)
+    return jnp.any(held) & ~jnp.any(held & (state.slots.block >= num_blocks(cfg, lm)))
 
-  _, rows, count = jax.lax.while_loop(blocks_left, run_block, (zero, rows, count))
-  return Denoised(
-    tokens=rows.tokens,
-    commit_step=rows.commit_step,
-    forwards=count.forwards,
-    refreshes=count.refreshes,
-    finite=rows.finite,
-    commit_logp=rows.commit_logp,
+  def next_kind(state):
+    """The first kind of call that enough rows wait for; else the one most rows do."""
+    waits = _waits_for(lm, cfg, state, together)
+    counts = jnp.stack([jnp.sum(waits == _width(kind)) for kind in kinds])
+    of_all = jnp.asarray([kind.of_all for kind in kinds])
+    counts = jnp.where(of_all & (counts < jnp.sum(waits >= 0)), -1, counts)
+    enough = counts >= jnp.asarray([0 if k.of_all else k.rows * shards for k in kinds])
+    return jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
+
+  def calls(state):
+    # A loop for each kind of call: a conditional would copy the whole cache at every step.
+    for i, kind in enumerate(kinds):
+      call = functools.partial(_call, lm, params, cfg, noise_table, together, shards, kind)
+      now = lambda state, i=i: going(state) & (next_kind(state) == i)
+      state = jax.lax.while_loop(going if len(kinds) == 1 else now, call, state)
+    return state
+
+  def turn(state):
+    queue, slots = exchange(lm, cfg, state.queue, state.slots)
+    state = state.replace(queue=queue, slots=slots)
+    return calls(state) if len(kinds) == 1 else jax.lax.while_loop(going, calls, state)
+
+  def left(state):
+    """Whether a slot has a row, which may be done and not written out, or could be given one."""
+    taken, length = state.queue.taken, state.queue.length
+    some = jnp.any(holds_row(queue, state.slots)) | jnp.any(taken < length)
+    if until is None:
+      return some
+    never = queue.done.size - jnp.sum(length)
+    return some & (jnp.sum(state.queue.done) - never < until)
+
+  return _placed(jax.lax.while_loop(left, turn, state))
+
+
+def _placed(state: State) -> State:
+  """Rows over the devices, numbers on all of them: what `fill` gives back it may be given again."""
+  on_rows = lambda x: constrain(x, "act_batch", *(None,) * (x.ndim - 1))
+  return state.replace(
+    queue=jax.tree.map(on_rows, state.queue),
+    slots=jax.tree.map(on_rows, state.slots),
+    forwards=constrain(state.forwards),
+    refreshes=constrain(state.refreshes),
   )
 
 
-def _masks(lm, cfg, rows: _Rows) -> Array:
-  """bool[B,T], what is still to be filled."""
-  t = rows.tokens.shape[1]
-  return (rows.tokens == lm.mask_id) & ~rows.fixed & (jnp.arange(t) >= t - cfg.gen_length)
+def results(state: State) -> Denoised:
+  """What became of the canvases, in the order in which `begin` was given them."""
+  queue = state.queue
+
+  def of_rows(name):
+    x = getattr(queue, name)
+    x = x.reshape(-1, *x.shape[2:])
+    return constrain(x, "act_batch", *(None,) * (x.ndim - 1))
+
+  names = ("tokens", "commit_step", "commit_logp", "finite", "calls")
+  return Denoised(
+    forwards=state.forwards, refreshes=state.refreshes, **{name: of_rows(name) for name in names}
+  )
 
 
-def _in_block(lm, cfg, rows: _Rows, block: Array) -> tuple[Array, Array]:
-  """(bool[B or 1,T] of the block's positions, the same of those up to its end)."""
-  t = rows.tokens.shape[1]
-  position = jnp.arange(t)
-  first = t - cfg.gen_length
-  if lm.block_length:
-    number = (jnp.cumsum(rows.valid, axis=1, dtype=jnp.int32) - 1) // lm.block_length
-    number = number - number[:, first, None]
-    return (number == block) & (position >= first), number <= block
-  begin = first + block * cfg.block_length
-  end = position < begin + cfg.block_length
-  return (position >= begin) & end, end
+def _width(kind: Program) -> int:
+  """How many positions a call sees; 0 stands for the whole canvas."""
+  return kind.seen or 0
+
+
+def _waits_for(lm, cfg, state: State, together: bool) -> Array:
+  """i32[B], `_width` of each row's next call; -1 where it has none."""
+  slots, blocks = state.slots, num_blocks(cfg, lm)
+  due = holds_row(state.queue, slots) & (slots.block < blocks)
+  if together:
+    due &= slots.block == jnp.min(jnp.where(due, slots.block, blocks))
+  if cfg.cache == "none":
+    return jnp.where(due, 0, -1)
+  of_block = jnp.asarray(cached_widths(cfg, lm))[jnp.minimum(slots.block, blocks - 1)]
+  fresh = slots.step % (cfg.refresh_every or cfg.steps_per_block) == 0
+  return jnp.where(due, jnp.where(fresh, 0, of_block), -1)
+
+
+def _call(
+  lm, params, cfg, noise_table, together: bool, shards: int, kind: Program, state: State
+) -> State:
+  """One call of the network, for the rows that wait for one of this kind, and what it decides."""
+  queue, slots, cache = state.queue, state.slots, state.cache
+  rows = len(slots.number) // shards
+  works = _waits_for(lm, cfg, state, together) == _width(kind)
+  at = None
+  if kind.picked:  # those that wait for it come first
+    of_shard = works.reshape(shards, rows)
+    at = jnp.argsort(~of_shard, axis=1, stable=True)[:, : kind.rows].astype(jnp.int32)
+    works = take(works, at)
+    in_cache = cache_rows(cfg, at, rows)
+    slots = take(slots, at)
+    if kind.seen is None:
+      some = init_cache(lm, params, cfg, shards * kind.rows, slots.tokens.shape[1])
+    else:
+      some = take_from_cache(cache, in_cache)
+  else:
+    some = cache
+  numbers = numbers_of(cfg, lm, slots.valid)
+  window = find_window(cfg, lm, numbers, jnp.minimum(slots.block, num_blocks(cfg, lm) - 1))
+  h, some = block_hidden(
+    lm, params, cfg, slots.tokens, slots.fixed, slots.valid, some, window, kind.seen, shards
+  )
+  noise = None
+  if noise_table is not None:
+    place = slots.number + jnp.repeat(jnp.arange(shards), rows) * rows
+    noise = jnp.take(noise_table[state.forwards], place, axis=0, mode="clip")
+  slots = _commit(lm, params, cfg, h, slots, works, window, noise)
+  if at is None:
+    cache = some
+  else:
+    past_end = lambda x, works: jnp.where(works, x, 2 * rows)
+    works = works.reshape(at.shape)
+    slots = put(state.slots, past_end(at, works), slots)
+    in_cache = past_end(in_cache, jnp.tile(works, (1, in_cache.shape[1] // works.shape[1])))
+    cache = put_into_cache(cache, in_cache, some)
+  if cfg.early_stop == "batch":
+    slots = _stop_all(lm, cfg, state, slots)
+  return State(queue, slots, cache, state.forwards + 1, state.refreshes + (kind.seen is None))
 
 
 def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits=None):
@@ -261,9 +350,9 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
     h: [C,B,width,D] from `block_hidden`.
     candidates: bool[B,width].
     share, keys: see `choose`.
-    first: the place of the first position in the completion.
+    first: i32[B], the place of each row's first position in the completion.
     noise: f32[B,width,V] or, for "origin", f32[B,width]; or None.
-    chance: see `choose`.
+    chance: f32[B], see `choose`.
     edits: (editable bool[B,width], old i32[B,width]) of `choose`; None where nothing is edited.
 
   Returns:
@@ -276,21 +365,21 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
 
   def with_width(size, h):
     at = order[:, :size]
-    take = lambda x: jnp.take_along_axis(x, at, axis=1)
+    pick = lambda x: jnp.take_along_axis(x, at, axis=1)
     some = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
     given = noise
     if size < width:
       h = jax.vmap(some)(h)
-      given = None if noise is None else some(noise) if noise.ndim == 3 else take(noise)
+      given = None if noise is None else some(noise) if noise.ndim == 3 else pick(noise)
     else:
-      at, take = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
+      at, pick = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
     logits = head_logits(lm, params, cfg, h)
-    asked = take(candidates)
+    asked = pick(candidates)
     if edits:
       asked = asked | edits[0]
     drawn = {"uniform" if cfg.remasking == "origin" else "gumbel": given}
     commit, chosen, logp = choose(
-      lm, cfg, logits, take(candidates), share, keys, first + at, chance=chance,
+      lm, cfg, logits, pick(candidates), share, keys, first[:, None] + at, chance=chance,
       **drawn, **dict(zip(("editable", "old"), edits or (), strict=False)),
     )  # fmt: skip
     finite = jnp.all(jnp.isfinite(logp) | ~asked, axis=1)
@@ -307,106 +396,94 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
   return jax.lax.switch(which, [functools.partial(with_width, size) for size in sizes], h)
 
 
-def _run_block(lm, params, cfg, noise_table, block, seen: int, rows: _Rows, count: _Count):
-  """All steps of one block, in which calls with a cache see `seen` positions: (rows, count)."""
-  b, t = rows.tokens.shape
-  per_block = cfg.steps_per_block
-  editing = cfg.edit_threshold is not None
-  stride = per_block + cfg.edit_passes * editing  # numbers of steps from block to block
+def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Slots:
+  """One step of the rows bool[B] that work, after the network's call; the others stay."""
+  t = slots.tokens.shape[1]
+  start, width = window
+  per_block, editing = cfg.steps_per_block, cfg.edit_threshold is not None
   shares = (cfg.schedule, cfg.block_length)
-  here, until_end = _in_block(lm, cfg, rows, block)
-  masks_of = functools.partial(_masks, lm, cfg)
-  had = jnp.sum(masks_of(rows) & here, axis=1)  # i32[B]
-  # By chance alone, every step may be needed.
-  needed = per_block if cfg.remasking == "origin" else forwards_needed(had, per_block, *shares)
-
+  here, until_end = in_block(cfg, lm, slots)
+  now = step_number(cfg, slots.block, slots.step)
+  part = lambda x: windows(x, start, width)
+  keys = jax.vmap(jax.random.fold_in)(slots.keys, now)
+  left = masks(lm, cfg, slots.tokens, slots.fixed)
+  candidates = part(left & until_end & works[:, None])
+  i = jnp.minimum(slots.step, per_block - 1)
+  share = commits_at(slots.had, per_block, i, *shares)
+  if cfg.adaptive:  # what is committed already counts: only one is asked for of a row ahead of it
+    committed = slots.had - jnp.sum(left & here, axis=1)
+    share = jnp.maximum(commits_until(slots.had, per_block, i, *shares) - committed, 1)
+  chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
+  first = start - (t - cfg.gen_length)  # noise is named by places in the completion
+  old, edits = part(slots.tokens), None
   if editing:
-    rows = rows.replace(passes=jnp.zeros(b, jnp.int32), settled=had == 0)
-    needed += cfg.edit_passes
-
-  def active(rows):
-    left = jnp.any(masks_of(rows) & here, axis=1)
-    return left | (~rows.settled & (rows.passes < cfg.edit_passes)) if editing else left
-
-  def unfinished(state):
-    i, rows, *_ = state
-    # A threshold may finish a block before its share of steps is used up.
-    return (i < needed) & jnp.any(active(rows))
-
-  def fill(rows, which, now) -> _Rows:
-    rest = masks_of(rows) & which[:, None]
-    return rows.replace(
-      tokens=jnp.where(rest, lm.eos_id, rows.tokens),
-      commit_step=jnp.where(rest, now, rows.commit_step),
+    active, full = unfinished(lm, cfg, slots, here), ~jnp.any(left & here, axis=1)
+    filled = here & ~slots.fixed & (slots.tokens != lm.mask_id)
+    edits = part(filled & (works & active)[:, None]), old
+  commit, chosen, logp, finite = _decide(
+    lm, params, cfg, h, candidates, share, keys, first, None if noise is None else part(noise),
+    chance, edits,
+  )  # fmt: skip
+  if editing:
+    edited = full & works & active
+    slots = slots.replace(
+      passes=slots.passes + edited,
+      settled=slots.settled | (edited & ~jnp.any(commit, axis=1)),
     )
 
-  def step(state, seen=None):
-    i, rows, count, cache = state
-    now = block * stride + i
-    h, cache = block_hidden(
-      lm, params, cfg, rows.tokens, rows.fixed, rows.valid, cache, block, seen
-    )
-    start, width = step_window(cfg, t, block, lm)
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-    noise = None if noise_table is None else part(noise_table[count.forwards, rows.number])
-    keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, now)
-    candidates = part(masks_of(rows) & until_end)
-    share = commits_at(had, per_block, jnp.minimum(i, per_block - 1) if editing else i, *shares)
-    chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
-    first = start - (t - cfg.gen_length)  # noise is named by places in the completion
-    old, edits = part(rows.tokens), None
-    works = full = jnp.zeros(b, bool)
-    if editing:
-      works, full = active(rows), ~jnp.any(masks_of(rows) & here, axis=1)
-      filled = here & ~rows.fixed & (rows.tokens != lm.mask_id)
-      edits = part(filled & works[:, None]), old
-    commit, chosen, logp, finite = _decide(
-      lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits
-    )
-    if editing:
-      changed = jnp.any(commit, axis=1)
-      rows = rows.replace(
-        passes=rows.passes + (full & works), settled=rows.settled | (full & works & ~changed)
-      )
+  new = jnp.where(commit, chosen, old)
+  filled = commit & (new != lm.mask_id)  # allow_mask may commit a mask: still to do
+  set_part = jax.vmap(lambda x, new, start: jax.lax.dynamic_update_slice(x, new, (start,)))
+  put_part = lambda x, new: constrain(set_part(x, new, start), "act_batch", "act_length")
+  kept = lambda x, new: jnp.where(filled, new, part(x))
+  slots = slots.replace(
+    tokens=put_part(slots.tokens, new),
+    commit_step=put_part(slots.commit_step, kept(slots.commit_step, now[:, None])),
+    commit_logp=put_part(slots.commit_logp, kept(slots.commit_logp, logp)),
+    finite=slots.finite & (finite | ~works),
+    step=slots.step + works,
+    calls=slots.calls + works,
+  )
+  ends = jnp.zeros_like(works)
+  if cfg.early_stop == "row":
+    ends = jnp.all((slots.tokens == lm.eos_id) | ~here, axis=1)
+    ends = ends & ~unfinished(lm, cfg, slots, here) if editing else ends
+  elif cfg.early_stop == "stop_token":
+    ends = jnp.any(jnp.isin(slots.tokens, jnp.asarray(lm.stop_ids)) & here, axis=1)
+    ends = ends & ~unfinished(lm, cfg, slots, here)
+  slots = _end(lm, cfg, slots, works & ends, now)
+  return next_block(lm, cfg, slots, works & ended(lm, cfg, slots, here))
 
-    new = jnp.where(commit, chosen, old)
-    filled = commit & (new != lm.mask_id)  # allow_mask may commit a mask: still to do
-    put = lambda x, new: constrain(
-      jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1), "act_batch", "act_length"
-    )
-    rows = rows.replace(
-      tokens=put(rows.tokens, new),
-      commit_step=put(rows.commit_step, jnp.where(filled, now, part(rows.commit_step))),
-      commit_logp=put(rows.commit_logp, jnp.where(filled, logp, part(rows.commit_logp))),
-      finite=rows.finite & finite,
-    )
-    count = count._replace(forwards=count.forwards + 1, refreshes=count.refreshes + (seen is None))
-    if cfg.early_stop == "row":
-      ends = (had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here, axis=1)
-      ends = ends & ~active(rows) if editing else ends
-      rows = fill(rows, ends, now)
-    elif cfg.early_stop == "stop_token":
-      stops = jnp.any(jnp.isin(rows.tokens, jnp.asarray(lm.stop_ids)) & here, axis=1)
-      ends = (had > 0) & stops & ~active(rows)
-      rows = fill(rows, ends, now)
-    return i + 1, rows, count, cache
 
-  def with_cache(state):
-    """One call that fills a cache, and those that use it."""
-    i, rows, count = state
-    state = step((i, rows, count, init_cache(lm, params, cfg, b, t)))
-    fresh = lambda state: state[0] % (cfg.refresh_every or per_block) != 0
-    state = jax.lax.while_loop(
-      lambda state: unfinished(state) & fresh(state), functools.partial(step, seen=seen), state
-    )
-    return state[:3]
+def step_number(cfg: SamplerConfig, block: Array, step: Array) -> Array:
+  """What `Denoised.commit_step` calls a step of a block, and a row's noise is drawn for."""
+  editing = cfg.edit_threshold is not None
+  return block * (cfg.steps_per_block + cfg.edit_passes * editing) + step
 
-  # A loop for each kind of call: a conditional would copy the whole cache at every step.
-  once = with_cache if cfg.cache != "none" else lambda state: step((*state, None))[:3]
-  steps, rows, count = jax.lax.while_loop(unfinished, once, (jnp.int32(0), rows, count))
-  if cfg.early_stop == "batch":
-    ends = jnp.any(had > 0) & jnp.all((rows.tokens == lm.eos_id) | ~here)
-    rows = fill(rows, jnp.broadcast_to(ends, (b,)), block * stride + steps - 1)
-    count = count._replace(stopped=ends)
-  # The loop over blocks carries nothing of a block's own.
-  return rows.replace(passes=None, settled=None), count
+
+def _end(lm, cfg, slots: Slots, which: Array, now: Array) -> Slots:
+  """End-of-text in all that is left of the rows bool[B]."""
+  rest = masks(lm, cfg, slots.tokens, slots.fixed) & which[:, None]
+  return slots.replace(
+    tokens=jnp.where(rest, lm.eos_id, slots.tokens),
+    commit_step=jnp.where(rest, now[:, None], slots.commit_step),
+  )
+
+
+def _stop_all(lm, cfg, before: State, slots: Slots) -> Slots:
+  """`early_stop="batch"`: if the block that just ended is end-of-text in all rows, so is the rest.
+
+  The official code's rule. It asks about every row, also one that had nothing to do there.
+  """
+  blocks = num_blocks(cfg, lm)
+  held = holds_row(before.queue, slots)
+  lowest = lambda slots: jnp.min(jnp.where(held, slots.block, blocks))
+  block, was = lowest(before.slots), before.slots
+  of_block = slots.replace(block=jnp.broadcast_to(block, slots.block.shape))
+  here, _ = in_block(cfg, lm, of_block)
+  ends = (lowest(slots) > block) & jnp.all((slots.tokens == lm.eos_id) | ~here)
+  step = jnp.max(jnp.where(held & (was.block == block), was.step, 0))
+  now = jnp.broadcast_to(step_number(cfg, block, step), slots.block.shape)
+  which = jnp.broadcast_to(ends, slots.block.shape)
+  slots = _end(lm, cfg, slots, which, now)
+  return slots.replace(block=jnp.where(which, blocks, slots.block))

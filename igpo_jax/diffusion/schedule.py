@@ -20,6 +20,7 @@ def commits_at(masked: Array, steps: int, i: Array, schedule: str = "even", most
   then left alone. Example: 5 masks in 3 steps are committed 2, 2, 1.
 
   Args:
+    i: i32[] or i32[B].
     schedule: see `SamplerConfig`.
     most: how many masks a block may hold, for the others than "even".
   """
@@ -28,12 +29,22 @@ def commits_at(masked: Array, steps: int, i: Array, schedule: str = "even", most
   return jnp.asarray(commit_table(schedule, most, steps))[masked, i]
 
 
-def forwards_needed(masked: Array, steps: int, schedule: str = "even", most: int = 0) -> Array:
-  """Steps in which any row of the batch commits anything: i32[]."""
+def commits_until(masked: Array, steps: int, i: Array, schedule: str = "even", most: int = 0):
+  """The row's shares of the steps 0 .. i together: i32[B]. See `commits_at`.
+
+  Example: of 5 masks in 3 steps, 2, 4 and 5 are committed until the steps 0, 1 and 2.
+  """
   if schedule == "even":
-    return jnp.minimum(jnp.max(masked), steps)
+    return (i + 1) * (masked // steps) + jnp.minimum(i + 1, masked % steps)
+  return jnp.asarray(np.cumsum(commit_table(schedule, most, steps), axis=1))[masked, i]
+
+
+def forwards_needed(masked: Array, steps: int, schedule: str = "even", most: int = 0) -> Array:
+  """Steps in which a row with so many masks commits anything: i32[B]."""
+  if schedule == "even":
+    return jnp.minimum(masked, steps)
   needed = np.sum(commit_table(schedule, most, steps) > 0, axis=1, dtype=np.int32)
-  return jnp.max(jnp.asarray(needed)[masked])
+  return jnp.asarray(needed)[masked]
 
 
 @functools.lru_cache(maxsize=32)

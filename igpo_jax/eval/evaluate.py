@@ -1,8 +1,9 @@
 """Evaluation with the sampler that also makes the rollouts.
 
-A row of a batch is one sample of one problem. The rows of each batch are fixed, and the noise of a
-row depends only on its problem and the number of its sample. Rows that are on disk are not sampled
-again. So an evaluation that is killed and continued has the rows of one that was not killed.
+A row is one sample of one problem. Rows whose prompts have the same padded length wait in one queue
+on the devices; `eval.batch_size` of them are denoised at a time, and they are graded as they come
+out. A row depends only on its problem and the number of its sample. Rows that are on disk are not
+sampled again. So an evaluation that is killed and continued has the rows of one that was not.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -22,7 +22,7 @@ from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.diffusion.completions import row_keys, sample_rows
+from igpo_jax.diffusion.completions import RowQueue, Rows
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
 from igpo_jax.eval.generations import Generations, params_digest, records_digest
@@ -30,7 +30,7 @@ from igpo_jax.eval.metrics import benchmark_metrics
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.io.jsonl import Row
 from igpo_jax.parallel.distributed import share
-from igpo_jax.parallel.mesh import local_rows, shard_rows
+from igpo_jax.parallel.mesh import over_processes
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards import registry
 from igpo_jax.rewards.score import Scorer
@@ -121,6 +121,26 @@ def make_stream(
   )
 
 
+def parts_left(
+  stream: PromptStream, made: Sequence[bool], sampler: SamplerConfig
+) -> list[list[int]]:
+  """The queues of an evaluation, as the numbers of the stream's rows: a bucket's that are not made.
+
+  With `early_stop="batch"` a row depends on its batch: then each is a whole batch.
+
+  Args:
+    made: for each row of the stream whether it is on disk.
+  """
+  size = stream.batch_size
+  if sampler.early_stop == "batch":
+    batches = [range(first, first + size) for first in range(0, len(stream), size)]
+    whole = [[k % len(stream) for k in batch] for batch in batches]
+    return [batch for batch in whole if not all(made[k] for k in batch)]
+  left = [k for k in range(len(stream)) if not made[k]]
+  length = dict(zip(left, stream.buckets_of(left), strict=True))
+  return [[k for k in left if length[k] == b] for b in sorted(set(length.values()), reverse=True)]
+
+
 def generate_rows(
   lm: LM,
   params: Params,
@@ -131,8 +151,9 @@ def generate_rows(
   problems: dict[str, Problem],
   mesh: jax.sharding.Mesh,
   key: jax.Array,
-) -> list[Row]:
-  """Completes and grades one batch; returns this process's rows. A collective.
+  slots: int,
+) -> Iterator[list[Row]]:
+  """Completes and grades rows; yields this process's as they are done. A collective.
 
   Args:
     lm: the model.
@@ -140,32 +161,37 @@ def generate_rows(
     tokenizer: decodes the completions.
     scorer: grades them.
     setting: sampler of the evaluation.
-    batch: this process's share of the batch.
+    batch: this process's share of the rows.
     problems: id of a row -> the row.
     mesh: the device mesh.
     key: root of the noise at temperatures above 0. The id of each row is folded in.
+    slots: number of rows that are denoised at a time, over all processes.
 
-  Returns:
-    One row per problem of the share that is not padding: "id", "sample", "question", "completion",
-    "answer", "correct", "extracted" and "status".
+  Yields:
+    Lists with one row for each problem that is done and not padding: "id", "sample", "question",
+    "completion", "answer", "correct", "extracted" and "status". On every process as many lists as
+    `RowQueue.rounds` says.
 
   Raises:
-    UserError: the logits of all rows are NaN or infinite.
+    UserError: the logits of all rows of a round are NaN or infinite.
   """
   p, length = len(batch.records), setting.sampler.gen_length
   canvas = np.full((p, length), lm.mask_id, np.int32)
-  arrays = (batch.tokens, batch.valid, canvas, np.zeros_like(canvas, bool), batch.row_id)
-  prompt, valid, canvas, fixed, ids = shard_rows(mesh, arrays)
-  keys = row_keys(key, ids, jnp.zeros(ids.shape, jnp.int32))
-  completion, _, _, finite = sample_rows(
-    lm, params, prompt, valid, canvas, fixed, keys, setting.sampler
-  )
-  completion, finite = local_rows((completion, finite))
-  if not finite.any():  # then the weights are at fault, not single problems
-    raise UserError(NOT_A_NUMBER)
-  real = np.flatnonzero(batch.real)
-  texts = [tokenizer.decode(completion[i]) for i in real]
-  made = [problems[batch.records[i].id] for i in real]
+  fixed = np.zeros_like(canvas, bool)
+  canvas[~batch.real], fixed[~batch.real] = lm.eos_id, True  # they cost nothing
+  rows = Rows(batch.tokens, batch.valid, canvas, fixed, batch.row_id, np.zeros(p, np.int32))
+  queue = RowQueue(lm, params, mesh, setting.sampler, rows, key, slots)
+  for made in queue:
+    real = batch.real[made.rows]
+    numbers = np.array([made.finite[real].sum(), real.sum()])
+    finite, rows_done = over_processes(numbers, np.sum)  # all processes raise, or none
+    if rows_done and not finite:  # then the weights are at fault
+      raise UserError(NOT_A_NUMBER)
+    texts = [tokenizer.decode(completion) for completion in made.completion[real]]
+    yield _graded(scorer, texts, [problems[batch.records[i].id] for i in made.rows[real]])
+
+
+def _graded(scorer: Scorer, texts: Sequence[str], made: Sequence[Problem]) -> list[Row]:
   scores = scorer(texts, [problem.record for problem in made])
   return [
     {
@@ -206,32 +232,35 @@ def evaluate(
     scorer: grades them.
     setting: sampler and number of samples.
     problems: all rows, from `problems_of`.
-    stream: the batches of these rows, from `make_stream`.
+    stream: these rows, from `make_stream`.
     mesh: the device mesh.
     key: root of the noise at temperatures above 0.
     generations: the rows on disk. New rows are added to it.
-    progress: called with the numbers of the batches that are left; yields them and shows progress.
+    progress: called with the numbers of the rounds that are left, in each of which as many rows
+      come out as are denoised at a time; yields them and shows progress.
 
   Returns:
     The metrics of `benchmark_metrics`. If the problems belong to several tasks, also
     "TASK/accuracy" for each.
 
   Raises:
-    UserError: the logits of all rows of a batch are NaN or infinite.
+    UserError: the logits of all rows of a round are NaN or infinite.
   """
   by_id = {problem.asked.id: problem for problem in problems}
   key_of = lambda problem: (problem.record.id, problem.sample)
-  keys, size = [key_of(problem) for problem in problems], stream.batch_size
-  sampled = [key_of(by_id[name]) for name in stream.ids]
-  left = [
-    batch
-    for batch in range(stream.num_ordered_batches())
-    if any(k not in generations.rows for k in sampled[batch * size : (batch + 1) * size])
-  ]
-  for number in progress(left):
-    # If only some rows of a batch are on disk, the whole batch is sampled: it gives equal rows.
-    batch = next(stream.ordered_batches(number))
-    generations.add(generate_rows(lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key))
+  keys = [key_of(problem) for problem in problems]
+  made = [key_of(by_id[name]) in generations.rows for name in stream.ids]
+  parts = parts_left(stream, made, setting.sampler)
+  rounds = iter(progress(range(sum(-(-len(part) // stream.batch_size) for part in parts))))
+  for part in parts:
+    batch = stream.batch_of(part, -(-len(part) // stream.process_count) * stream.process_count)
+    for rows in generate_rows(
+      lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key, stream.batch_size
+    ):
+      next(rounds)
+      generations.add(rows)
+  for _ in rounds:
+    pass
   generations.close(keys)
   # Process 0 computes the metrics for all: comparing answers may time out on one machine only.
   summary = []
@@ -379,15 +408,15 @@ LATER_OPTIONS = ("alg_temp", "top_p", "schedule", "edit_passes")
 def in_words(setting: Setting) -> str:
   """The sampler's options as text, without the cache: "gen_length=32, steps=16, ...".
 
-  Left out are options that are None or False, `batch_sizes`, which does not change completions, and
-  options of `LATER_OPTIONS` that have their default, so that texts of older runs stay equal.
+  Left out are options that are None or False, and options of `LATER_OPTIONS` that have their
+  default, so that texts of older runs stay equal.
   """
   default = dataclasses.asdict(SamplerConfig())
   options = dataclasses.asdict(setting.sampler)
   return ", ".join(
     f"{name}={value}"
     for name, value in options.items()
-    if name not in ("cache", "batch_sizes")
+    if name != "cache"
     and value is not None
     and value is not False
     and not (name in LATER_OPTIONS and value == default[name])

@@ -43,15 +43,40 @@ def empty(config: ModelConfig, params: Params, rows: int, length: int) -> Cache:
 
 
 def write(cache: Cache, layer: Array | int, k: Array, v: Array, start: Array):
-  """Puts k, v [B,t,K,E] at positions from `start`: (k, v [B,T,K,E] of the layer, cache)."""
+  """Puts k, v [B,t,K,E] at positions from `start`: (k, v [B,T,K,E] of the layer, cache).
+
+  With `start` i32[B] each row's go to positions of its own.
+  """
 
   def put(old, new):
     new = jnp.swapaxes(new, 1, 2)
     if isinstance(old, tuple):
-      new = jax.lax.dynamic_update_slice(old[layer], new, (0, 0, start, 0))
+      new = _put(old[layer], new, start)
       return (*old[:layer], new, *old[layer + 1 :])
-    return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, start, 0))
+    return _put(old, new, start, layer)
 
   cache = Cache(put(cache.keys, k), put(cache.values, v))
   of_layer = lambda x: jnp.swapaxes(x[layer], 1, 2)  # which attention takes back
   return of_layer(cache.keys), of_layer(cache.values), cache
+
+
+def _put(old: Array, new: Array, start: Array, layer: Array | int | None = None) -> Array:
+  """Writes new [B,K,t,E] from position `start` on into old [B,K,T,E], or [N,B,K,T,E] at `layer`."""
+  layers = [] if layer is None else [layer]
+  if jnp.ndim(start) == 0:
+    new = new if layer is None else new[None]
+    return jax.lax.dynamic_update_slice(old, new, (*layers, 0, 0, start, 0))
+  # One window for each row. As a scatter with rows as its batch it stays in place, and on the
+  # device that holds the row; a vmap over axis 1 of the stack would transpose all of it.
+  rows = len(layers)
+  indices = jnp.stack([*(jnp.broadcast_to(n, start.shape) for n in layers), start], axis=1)
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),
+    inserted_window_dims=tuple(range(rows)),
+    scatter_dims_to_operand_dims=(*range(rows), rows + 2),
+    operand_batching_dims=(rows,),
+    scatter_indices_batching_dims=(0,),
+  )
+  return jax.lax.scatter(
+    old, indices, new, numbers, indices_are_sorted=True, unique_indices=True, mode="clip"
+  )

@@ -66,8 +66,20 @@ class Places(NamedTuple):
 
 
 def _at(read: tuple[Array, int], x: Array, axis: int) -> Array:
-  """The positions read[0] .. read[0] + read[1] - 1 of an axis."""
-  return jax.lax.dynamic_slice_in_dim(x, *read, axis=axis % x.ndim)
+  """The positions read[0] .. read[0] + read[1] - 1 of an axis.
+
+  With i32[B] for read[0], each row's own, of rows x[B or 1,...]; of a table x[T,S] a copy each.
+  """
+  first, width = read
+  axis %= x.ndim
+  if jnp.ndim(first) == 0:
+    return jax.lax.dynamic_slice_in_dim(x, first, width, axis=axis)
+  if axis == 0:
+    return x[first[:, None] + jnp.arange(width)]
+  rows = jnp.broadcast_to(x, (len(first), *x.shape[1:]))
+  return jax.vmap(
+    lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, width, axis=axis - 1)
+  )(rows, first)
 
 
 def stack_sizes(config: ModelConfig) -> dict[str, int]:
@@ -214,11 +226,13 @@ def find_places(
   Args:
     length: t.
     valid: bool[B,T], of the whole canvas; None where it has no padding.
-    start: i32[]; None: 0, and T is t.
+    start: i32[], or i32[B] with each row's own; None: 0, and T is t.
     tables: sines and cosines of the positions from 0 on, if they are known already.
   """
   rope = lambda positions: rope_tables(positions, config.rotary_size, config.rope_theta)
-  places = jnp.arange(length) if start is None else start + jnp.arange(length)
+  places = jnp.arange(length)
+  if start is not None:
+    places = (start if jnp.ndim(start) == 0 else start[:, None]) + places
   if valid is None or not design.counts_positions:
     sin, cos = (
       rope(places) if tables is None else [_at((start, length), table, 0) for table in tables]
@@ -226,10 +240,10 @@ def find_places(
     if not design.block_length:
       return Places(sin, cos)
   if valid is None:
-    keys = asking = places[None]
+    keys = asking = jnp.atleast_2d(places)
   else:
     keys = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)  # i32[B,T]
-    asking = keys if start is None else jax.lax.dynamic_slice_in_dim(keys, start, length, axis=1)
+    asking = keys if start is None else _at((start, length), keys, 1)
   if valid is not None and design.counts_positions:
     sin, cos = rope(asking) if tables is None else [table[asking] for table in tables]
   visible = visible_keys(asking, keys, design.block_length) if design.block_length else None
@@ -341,12 +355,12 @@ def one_later(h: Array, first: Array | int = 0) -> Array:
 
   Args:
     h: [B,w,D], the network's own states from position max(first - 1, 0) on.
-    first: the first position to be predicted; position 0 is predicted by its own state.
+    first: the first position to be predicted, or i32[B]; position 0 is predicted by its own state.
   """
   moved = jnp.concatenate([h[:, :1], h[:, :-1]], axis=1)
   if isinstance(first, int):
     return h if first > 0 else moved
-  return jnp.where(first > 0, h, moved)
+  return jnp.where(jnp.reshape(first > 0, (-1, 1, 1)), h, moved)
 
 
 def make_network(config: ModelConfig, design: Design) -> LM:

@@ -1,9 +1,10 @@
 """Groups of completions: sampled on the devices, decoded and graded on the host meanwhile.
 
-Prompts go to the devices in slices. Two are queued at a time; while the devices sample a
-slice, the host decodes the one before and hands it to the graders. A slice holds prompts
-of like length and is padded only as far as they need, so that one long prompt does not
-make every row long. Slices have a few sizes and a few lengths, so that few programs compile.
+Prompts are cut into slices of like length, padded only as far as they need, so that one long prompt
+does not make every row long. The rows of all slices of a length wait in one queue; those of a slice
+are worked at, at a time, each at its own pace, and come out in rounds. Two rounds are begun at a
+time: while the devices sample, the host decodes what came out before and hands it to the graders.
+Slices have a few sizes and a few lengths, so that few programs compile.
 """
 
 from __future__ import annotations
@@ -23,14 +24,11 @@ import numpy as np
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.diffusion.completions import row_keys, sample_rows
-from igpo_jax.parallel.mesh import check_sample_slices, local_rows, over_processes, shard_rows
+from igpo_jax.diffusion.completions import ROUNDS_QUEUED, RowQueue, Rows
+from igpo_jax.parallel.mesh import check_sample_slices, over_processes
 from igpo_jax.parallel.sharding import num_shards
-from igpo_jax.rewards.score import Scorer, Scores
+from igpo_jax.rewards.score import PendingScores, Scorer, Scores
 from igpo_jax.types import LM, Array, Params
-
-# As many keep the devices busy; a run that is told to stop waits for no more.
-SLICES_QUEUED = 2
 
 
 @dataclasses.dataclass
@@ -187,6 +185,17 @@ def cut_by_length(
   return min((with_rest_at(place) for place in range(full, -1, -1)), key=work)
 
 
+def one_for_each_length(cuts: Sequence[Cut]) -> list[Cut]:
+  """Slices that are padded to the same length, one after the other, as one."""
+  out: list[Cut] = []
+  for cut in cuts:
+    if out and out[-1].positions == cut.positions:
+      out[-1] = Cut(out[-1].begin, cut.end, cut.positions)
+    else:
+      out.append(cut)
+  return out
+
+
 class GroupSampler:
   """Samples and grades groups, a slice of prompts at a time.
 
@@ -252,61 +261,82 @@ class GroupSampler:
       clock: told when devices have work, and when they are out of it.
     """
     order, cuts = self.cuts(batch, groups, hinted)
-    clock.sampling(len(groups) * self.group_size * jax.process_count())
+    if self.sampler_config.early_stop != "batch":  # which asks about a slice as a whole
+      cuts = one_for_each_length(cuts)
+    rows = len(groups) * self.group_size
+    clock.sampling(rows * jax.process_count())
+    graded: list[tuple[np.ndarray, PendingScores]] = []
+    texts = [""] * rows
+    arrays: dict[str, np.ndarray] = {}
 
-    def queue(cut: Cut):
-      part = order[cut.begin : cut.end]
-      i = groups[part]
-      rows = np.repeat(i, self.group_size)
-      flat = lambda x: x[part].reshape(-1, x.shape[-1])
-      begin = batch.tokens.shape[1] - cut.positions
-      prompt, valid, blank, fixed, ids, numbers = shard_rows(
-        self.mesh,
-        (batch.tokens[rows, begin:], batch.valid[rows, begin:], flat(canvas), flat(hinted),
-         batch.row_id[rows], np.tile(np.arange(self.group_size), len(i))),
-      )  # fmt: skip
-      keys = row_keys(key, ids, numbers)
-      with clock.program("rollout", prompt.shape):
-        out = sample_rows(self.lm, params, prompt, valid, blank, fixed, keys, self.sampler_config)
-      clock.dispatched()
-      return part, prompt.shape[1], out
+    def rounds():
+      """Gives the devices a round to do each time it is asked for the next."""
+      for cut in cuts:
+        part = order[cut.begin : cut.end]
+        queue = self._queue(
+          params, batch, groups[part], cut.positions, canvas[part], hinted[part], key
+        )
+        for _ in range(queue.rounds):
+          with clock.program("rollout", queue.shape):
+            begun = queue.go_on()
+          clock.dispatched()
+          yield part, cut.positions, queue, begun
 
-    left = iter(cuts)
-    queued = collections.deque(queue(cut) for cut in itertools.islice(left, SLICES_QUEUED))
-    waiting = []
-    while queued:
-      part, prompt_length, out = queued.popleft()
-      flat_completion, flat_commit_step, flat_commit_logp, finite = local_rows(out)
-      clock.sampled(flat_commit_step, prompt_length)
-      queued.extend(queue(cut) for cut in itertools.islice(left, 1))
-      if not queued:
+    left = rounds()
+    begun = collections.deque(itertools.islice(left, ROUNDS_QUEUED))
+    while begun:
+      part, positions, queue, round_ = begun.popleft()
+      made = queue.made(round_)
+      clock.sampled(made.commit_step, positions)
+      begun.extend(itertools.islice(left, 1))
+      if not begun:
         clock.drained()
-      texts = [self.tokenizer.decode(row) for row in flat_completion]
-      records = [batch.records[i] for i in groups[part] for _ in range(self.group_size)]
-      pending = self.scorer.submit(texts, records)
-      in_groups = lambda x: x.reshape(-1, self.group_size, x.shape[-1])
-      arrays = map(in_groups, (flat_completion, flat_commit_step, flat_commit_logp))
-      waiting.append((part, *arrays, finite.reshape(-1, self.group_size), texts, pending))
-    sampled = Samples.join([self._samples(hinted, *parts) for parts in waiting])
-    return sampled.take(np.argsort(order))
+      group, number = np.divmod(made.rows, self.group_size)
+      at = part[group] * self.group_size + number  # where the rows are among those asked for
+      for name, x in zip(made._fields[1:], made[1:], strict=True):
+        arrays.setdefault(name, np.zeros((rows, *x.shape[1:]), x.dtype))[at] = x
+      said = [self.tokenizer.decode(row) for row in made.completion]
+      for k, text in zip(at, said, strict=True):
+        texts[k] = text
+      records = [batch.records[groups[k // self.group_size]] for k in at]
+      graded.append((at, self.scorer.submit(said, records)))
+    return self._samples(hinted, arrays, texts, graded)
 
-  def _samples(
-    self, hinted, part, completion, commit_step, commit_logp, finite, texts, pending
-  ) -> Samples:
-    x, g, _ = completion.shape
-    scores: Scores = pending.result()
-    in_groups = lambda items: [list(items[i * g : (i + 1) * g]) for i in range(x)]
+  def _queue(self, params, batch: PromptBatch, groups, positions: int, canvas, hinted, key):
+    """The rows of groups i[X] of the batch, in a queue."""
+    rows = np.repeat(groups, self.group_size)
+    begin = batch.tokens.shape[1] - positions
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    numbers = np.tile(np.arange(self.group_size), len(groups))
+    of_queue = Rows(
+      batch.tokens[rows, begin:], batch.valid[rows, begin:], flat(canvas), flat(hinted),
+      batch.row_id[rows], numbers,
+    )  # fmt: skip
+    slots = self.slice_size * self.group_size * jax.process_count()
+    return RowQueue(self.lm, params, self.mesh, self.sampler_config, of_queue, key, slots)
+
+  def _samples(self, hinted, arrays, texts, graded) -> Samples:
+    shape = hinted.shape[:2]
+    reward, correct = np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
+    of_rows: dict[str, list] = {
+      name: [None] * len(texts) for name in ("status", "extracted", "reason", "parts")
+    }
+    for at, pending in graded:
+      scores: Scores = pending.result()
+      reward[at], correct[at] = scores.reward, scores.correct
+      for i, k in enumerate(at):
+        of_rows["status"][k] = scores.status[i]
+        of_rows["extracted"][k] = scores.extracted[i]
+        of_rows["reason"][k] = scores.reason[i] if scores.reason else ""
+        of_rows["parts"][k] = {name: float(x[i]) for name, x in scores.parts.items()}
+    in_groups = lambda items: [
+      list(items[i * shape[1] : (i + 1) * shape[1]]) for i in range(shape[0])
+    ]
     return Samples(
-      completion=completion,
-      commit_step=commit_step,
-      commit_logp=commit_logp,
-      hinted=np.array(hinted[part]),
-      finite=np.array(finite),
+      **{name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()},
+      hinted=np.array(hinted),
       texts=in_groups(texts),
-      reward=scores.reward.reshape(x, g).copy(),
-      correct=scores.correct.reshape(x, g).copy(),
-      status=in_groups(scores.status),
-      extracted=in_groups(scores.extracted),
-      reason=in_groups(scores.reason or [""] * (x * g)),
-      parts=in_groups([{n: float(v[i]) for n, v in scores.parts.items()} for i in range(x * g)]),
+      reward=reward.reshape(shape),
+      correct=correct.reshape(shape),
+      **{name: in_groups(values) for name, values in of_rows.items()},
     )

@@ -292,7 +292,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
         array(jnp.int32, sampled, length), array(jnp.bool_, sampled, length),
         keys(sampled), sampler,
       ),
-      (sampler.num_blocks, sampler.steps_per_block),
+      # All steps in one turn of the loops over turns and, with a cache, over kinds of calls.
+      (*(1,) * (1 + (sampler.cache != "none")), sampler.steps),
       step * sampler.steps * guidance,
       sampler.steps,
       sampled * guidance,

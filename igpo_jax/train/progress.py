@@ -117,26 +117,30 @@ def pace(seconds: list[float], left: int, unit: str, compiles: bool = True) -> s
 def denoising_flops(
   model: ModelConfig, sampler: SamplerConfig, rows: int, prompt_length: int, commit_step: np.ndarray
 ) -> int:
-  """FLOPs of denoising, counted from the steps in which tokens were committed.
+  """FLOPs of denoising, counted from the steps in which each row committed tokens.
 
-  Exact without a cache. With one, a call on the whole canvas is counted for each block, and calls
-  on the block's window for its other steps.
+  Exact without a cache. With one, a call on the whole canvas is counted for each of a row's blocks,
+  and calls on the block's window for its other steps.
 
   Args:
     model, sampler: the options.
-    rows: number of rows that were denoised together, over all processes.
+    rows: number of rows, over all processes.
     prompt_length: positions of the padded prompts.
-    commit_step: i32[...,L], of some of these rows that together have all steps.
+    commit_step: i32[B,L], of those of them that stand for all.
   """
-  steps = np.unique(commit_step[commit_step >= 0])
-  blocks = len(np.unique(steps // sampler.steps_per_block))
+  if not len(commit_step):
+    return 0
+  of_row = lambda x: sum(len(np.unique(row[row >= 0])) for row in x)
+  steps = of_row(commit_step)
+  blocks = of_row(np.where(commit_step < 0, -1, commit_step // sampler.steps_per_block))
   block, total = sampler.block_length, prompt_length + sampler.gen_length
-  call = lambda width: forward_flops(model, rows, width, total, block, read=block)
-  guided = 2 if sampler.cfg_scale > 0 else 1
-  if sampler.cache == "none":
-    return guided * len(steps) * call(total)
+  call = lambda width: forward_flops(model, 1, width, total, block, read=block)
   window = block if sampler.cache == "dual" else (sampler.gen_length + block) // 2
-  return guided * (blocks * call(total) + (len(steps) - blocks) * call(window))
+  if sampler.cache == "none":
+    flops = steps * call(total)
+  else:
+    flops = blocks * call(total) + (steps - blocks) * call(window)
+  return (2 if sampler.cfg_scale > 0 else 1) * flops * rows // len(commit_step)
 
 
 class Progress:
@@ -218,7 +222,7 @@ class Progress:
     self._began = time.perf_counter()
 
   def sampled(self, commit_step: np.ndarray, prompt_length: int) -> None:
-    """Call it after a slice of a rollout; `commit_step` is i32[B,L] of this process's rows."""
+    """Call it when rows of a rollout are done; `commit_step` is i32[B,L] of this process's."""
     processes = jax.process_count()
     rows = len(commit_step) * processes
     self._rows_done += rows
