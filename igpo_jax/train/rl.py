@@ -99,7 +99,10 @@ def make_stage(
     full_batch = (explored.rollout, keys_of(batch.row_id))
     with clock.program("likelihood", rollout.completion.shape):
       scores = programs.score(policy, reference, rollout, keys, full_batch)
-    before = token_stats(policy, rollout, keys) if wanted and token_stats else None
+    before = None
+    if wanted and token_stats:
+      with clock.program("token_stats", rollout.completion.shape):
+        before = token_stats(policy, rollout, keys)
     clock.dispatched()
     del policy  # updates read the parameters themselves: room for what they work with
     for u in range(config.rl.inner_updates):
@@ -118,7 +121,8 @@ def make_stage(
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
   stage = Stage(
-    "rl", config.rl.steps, config.rl.eval_every, step, all_params, shown, programs=3,
+    "rl", config.rl.steps, config.rl.eval_every, step, all_params, shown,
+    programs=3 + bool(token_stats),
     explore=lambda state, n: explore(state, n, new_clock()),
   )  # fmt: skip
   return stage, state
