@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -220,21 +221,38 @@ def _threads() -> Iterator[list[BaseException]]:
     threading.excepthook = before
 
 
+def _imports(frame: types.FrameType | None) -> bool:
+  """Whether a command that `run` called is importing a module where `frame` stands."""
+  while frame is not None and frame.f_code is not run.__code__:
+    if frame.f_code.co_filename.startswith("<frozen importlib"):
+      return True
+    frame = frame.f_back
+  return False
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
   """Makes Ctrl-C and SIGTERM raise in the main thread, and end a program that does not react.
 
   Python handles signals between two of its own instructions only. While the main thread is inside
-  compiled code, a second thread, which the operating system wakes, ends the program.
+  compiled code, a second thread, which the operating system wakes, ends the program. So does the
+  handler while a module is imported: an exception that meets the compiled code of an import, such
+  as jax's, may abort the process.
   """
   if threading.current_thread() is not threading.main_thread():
     yield  # somebody imported a command and calls it
     return
   noticed = threading.Event()
 
-  def handler(number: int, frame: Any) -> None:
-    del frame
+  def end(number: int) -> NoReturn:
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    os.write(2, f"{word}\n".encode())
+    leave(128 + number)
+
+  def handler(number: int, frame: types.FrameType | None) -> None:
     noticed.set()
+    if _imports(frame):
+      end(number)
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
   def watch(received: int) -> None:
@@ -245,9 +263,7 @@ def _signals() -> Iterator[None]:
         continue
       if noticed.wait(NOTICE_SECONDS):
         time.sleep(LEAVE_SECONDS)
-      word = "terminated" if number == signal.SIGTERM else "interrupted"
-      os.write(2, f"{word}\n".encode())
-      leave(128 + number)
+      end(number)
     os.close(received)
 
   before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -197,11 +197,15 @@ def test_a_bug_in_a_thread_keeps_its_traceback():
     "import time; time.sleep(60)",
     # Compiled code that lets other threads run, as a compilation of a model does.
     "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    # An import whose compiled code no exception may pass, as in jax 0.12.
+    "import sys; sys.path.insert(0, {folder!r}); import strict",
   ],
-  ids=["python", "compiled"],
+  ids=["python", "compiled", "import"],
 )
-def test_a_signal_ends_the_program_with_its_code_and_one_word(number, code, word, work):
-  running = process(f"print('ready', flush=True)\n{work}")
+def test_a_signal_ends_the_program_with_its_code_and_one_word(number, code, word, work, tmp_path):
+  module = "import os, time\ntry: time.sleep(60)\nexcept BaseException: os.abort()\n"
+  (tmp_path / "strict.py").write_text(module)
+  running = process(f"print('ready', flush=True)\n{work.format(folder=str(tmp_path))}")
   assert running.stdout.readline() == "ready\n"
   began = time.monotonic()
   running.send_signal(number)
