@@ -60,6 +60,8 @@ install_import_hook(
   "beartype.beartype",
 )
 
+MANY_MAPS = 20_000
+
 # Files that take half a minute or more, the longest first: begun early, none of them is what one
 # worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
 LONG_FILES = (
@@ -91,6 +93,20 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
   place = {name: number for number, name in enumerate(LONG_FILES)}
   items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_runtest_teardown(item, nextitem):
+  """Gives up compiled programs where one file ends, if there are many.
+
+  Each is mapped into memory in several pieces, and Linux allows a process 65,530 of them: a worker
+  that keeps every program of the suite gets there, and XLA can then compile no more.
+  """
+  if (nextitem is not None and nextitem.path == item.path) or "jax" not in sys.modules:
+    return
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
 
 
 # module -> its tables of what was registered by name
