@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import accelerator, denoise, padding, rollout, rounding, update
+from benchmarks import (
+  accelerator,
+  denoise,
+  families,
+  padding,
+  rollout,
+  rounding,
+  smollm2,
+  update,
+)
 from benchmarks.common import TINY_MODEL
 from igpo_jax.config import SamplerConfig
 from igpo_jax.errors import UserError
@@ -242,3 +252,17 @@ def test_torch_code_is_looked_for_before_anything_and_may_fail(monkeypatch, caps
   )  # fmt: skip
   (line,) = accelerator.torch_lines(args)
   assert line.problem.startswith("failed: exit code 1")
+
+
+def test_rows_of_a_gguf_file_are_put_in_the_order_of_hugging_face():
+  """Two heads of four rows: what is rotated together lies side by side, then half a head apart."""
+  rows = np.arange(8)[:, None] * np.ones((1, 3))
+  found = smollm2.rows_as_rotated(rows, heads=2)[:, 0]
+  assert found.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_families_benchmark_has_a_config_for_every_family():
+  for name in families.FAMILIES:
+    model = families.config_of(name).model
+    assert model.family == name and families.FAMILIES[name].design(model) is not None
+  assert families.config_of("sdar").model.attention_block == families.BLOCK

@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
@@ -18,6 +19,7 @@ from igpo_jax.config import (
   ModelConfig,
   MoEConfig,
   SamplerConfig,
+  SFTConfig,
   default_config,
   freeze,
   load_config_file,
@@ -36,7 +38,8 @@ from igpo_jax.rl.estimate import estimate
 from igpo_jax.rl.estimators.base import Group, Sizes
 from igpo_jax.rl.estimators.mean_field import MeanField
 from igpo_jax.train.ahead_of_time import programs
-from igpo_jax.types import Canvas, Routing
+from igpo_jax.train.sft_update import make_sft_update
+from igpo_jax.types import Canvas, Routing, TrainState
 from tests import families_mesh_program, golden_families
 from tests.convert_helpers import assert_same_bits, convert, load
 from tests.paths import REPO, run_on_devices, shared_path
@@ -340,6 +343,20 @@ def test_the_load_balancing_loss_by_hand():
   h, routing = jax.jit(lm.routed)(params, *args)
   np.testing.assert_allclose(h, hidden_of("llada_moe")(*args), atol=1e-6)
   assert routing.experts.shape == (2, *canvas.tokens.shape, 2)
+
+
+def test_fine_tuning_logs_how_evenly_experts_work():
+  told = {"router_loss", "router_busiest", "router_idle"}
+  for name in ("llada_moe", "llada"):
+    _, lm, params = tiny(name)
+    optimizer, zero = optax.sgd(0.1), jnp.int32(0)
+    state = TrainState(zero, params, optimizer.init(params), zero, zero)
+    update = make_sft_update(lm, optimizer, SFTConfig(batch_size=ROWS, micro_batches=2))
+    canvas = rows_with_hints()
+    response = jnp.ones((ROWS, LENGTH), bool)
+    args = (jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid), response, jax.random.key(0))
+    _, metrics = jax.eval_shape(update, state, {}, *args)
+    assert told & metrics.keys() == (told if lm.routed else set())
 
 
 # --- weights --------------------------------------------------------------------------------
