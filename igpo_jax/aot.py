@@ -91,7 +91,8 @@ def estimate_bytes(program: Program, config: Config, chips: int, tensor: int) ->
   model = config.model
   item = dtype(model.dtype).itemsize
   heads = (model.n_heads + model.kv_heads) * model.head_size
-  weights = model.n_layers * model.d_model * (2 * heads + 3 * model.stored_mlp_units)
+  mlp = model.stored_mlp_units // config.mesh.expert  # a chip reads its own experts only
+  weights = model.n_layers * model.d_model * (2 * heads + 3 * mlp)
   weights += 2 * model.d_model * model.vocab_size
   tokens = program.rows * program.positions * tensor / chips
   passing = model.n_layers * (4 * model.d_model + (2 * heads + 3 * model.mlp_units) / tensor)

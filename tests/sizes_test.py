@@ -216,6 +216,22 @@ def test_one_axis_of_the_mesh_may_be_given_and_the_other_left():
   assert shape(tensor=2) == (1, 4, 2)  # all is trained: split over the devices of a machine
 
 
+def test_the_expert_axis_takes_its_devices_from_fsdp_and_is_for_models_with_experts():
+  config = load_config_file(REPO / "configs" / "llada_moe.py", "data,v5e-64")
+  config.mesh.expert = 8
+  machine = modelled("v5e", 64, 16)
+  sized = resolve(freeze(config), machine)
+  assert (sized.mesh.fsdp, sized.mesh.expert) == (8, 8) and asked(sized)["mesh.expert"] == 8
+  config.mesh.expert = 3
+  with pytest.raises(UserError, match=r"mesh\.expert=3 does not divide the 64 devices along fsdp"):
+    resolve(freeze(config), machine)
+  config.mesh.expert, config.model.moe.experts = 32, 48
+  with pytest.raises(UserError, match=r"expert=32.* does not divide the parameter .*experts"):
+    resolve(freeze(config), machine)
+  with pytest.raises(UserError, match=r"mesh\.expert=2, and the model has no experts"):
+    resolve(tiny(**{"mesh.expert": 2}), Machine("cpu", "cpu", 8))
+
+
 def test_a_model_on_disk_is_counted_by_its_own_sizes():
   golden = REPO / "tests" / "goldens" / "llada_tiny"
   model = model_of(dataclasses.replace(tiny(), init_from=str(golden)))
