@@ -19,6 +19,7 @@ from igpo_jax.parallel.mesh import abstract_mesh, make_mesh
 from igpo_jax.parallel.tpu import GIB, KINDS
 from igpo_jax.rl.sampling import GroupSampler
 from igpo_jax.train import memory
+from igpo_jax.train.ahead_of_time import programs
 from igpo_jax.train.run import train
 from igpo_jax.train.sizes import asked, model_of, resolve, said
 from igpo_jax.train.workdir import open_workdir
@@ -238,6 +239,22 @@ def test_a_model_on_disk_is_counted_by_its_own_sizes():
   told = json.loads((golden / "config.json").read_text())
   assert (model.vocab_size, model.n_layers) == (told["embedding_size"], told["n_layers"])
   assert model.attention == tiny().model.attention  # how it is run is the config's
+
+
+def test_a_block_causal_model_is_counted_with_both_copies_that_it_reads():
+  def facts(family):
+    machine = Machine("cpu", "cpu", 1)
+    options = {"model.family": family, "model.head_dim": 8, "model.vocab_size": 32}
+    config = resolve(tiny(**options), machine)
+    mesh = abstract_mesh(config.mesh, 1)
+    flops = {k: program.flops for k, program in programs(config, mesh).items()}
+    return flops, memory.memory(config, mesh)
+
+  (flops, work), (twice, more) = facts("a2d_qwen3"), facts("sdar")  # the same blocks
+  for name in ("sft", "likelihood", "update"):
+    assert twice[name] > 1.5 * flops[name]
+    assert more[name].work["activations"] >= 1.9 * work[name].work["activations"]
+  assert twice["rollout"] == flops["rollout"]
 
 
 def test_a_mixture_of_experts_is_counted_by_its_experts():

@@ -23,6 +23,15 @@ def product_flops(positions: int, fan_in: int, fan_out: int) -> int:
   return 2 * positions * fan_in * fan_out
 
 
+def copies_read(cfg: ModelConfig) -> int:
+  """Copies of a row that fine-tuning and likelihoods put through the network at once.
+
+  A block-causal model is given a clean one beside the noisy one (`LM.hidden_of_two`); each position
+  still sees at most as many keys as the row has positions.
+  """
+  return 2 if check(cfg).design(cfg).block_length else 1
+
+
 def forward_flops(
   cfg: ModelConfig,
   rows: int,

@@ -26,7 +26,7 @@ from igpo_jax.config import Config, ModelConfig
 from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.models import lora, make_lm
 from igpo_jax.models.attention import program_for
-from igpo_jax.models.flops import forward_flops
+from igpo_jax.models.flops import copies_read, forward_flops
 from igpo_jax.parallel.mesh import check_micro_batches
 from igpo_jax.parallel.sharding import partition_spec, replicated, tree_shardings
 from igpo_jax.rl.methods import forwards_of, objective_of, rows_per_prompt, views_kept
@@ -197,6 +197,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
     total = config.data.prompt_buckets[-1] + length
     tokens, flag = array(jnp.int32, batch, total), array(jnp.bool_, batch, total)
+    read = copies_read(model) * total
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=on_all)
     check_micro_batches(mesh, batch, config.sft.micro_batches, "sft.micro_batches")
@@ -205,10 +206,10 @@ def programs(config: Config, mesh) -> dict[str, Program]:
       mesh,
       lambda: update.trace(state, frozen, tokens, flag, array(jnp.bool_, batch, length), key),
       (),
-      training_flops(config, forward_flops(model, batch, total, total, length, read=length)),
+      training_flops(config, forward_flops(model, batch, read, total, length, read=length)),
       _passes(config) * config.sft.micro_batches,
       batch // config.sft.micro_batches,
-      total,
+      read,
       0,
     )
   if "rl" in config.stages:
@@ -271,7 +272,8 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_all),
     jax.eval_shape(lambda: rounding_key(config, 0)),
   )
-  read = forward_flops(model, read_rows, total, total, length, read=length)
+  read_total = copies_read(model) * total
+  read = forward_flops(model, read_rows, read_total, total, length, read=length)
   width = sampler.block_length
   step = forward_flops(model, sampled, total, total, width, read=width)
 
@@ -307,7 +309,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       read * scored,
       scored * forwards.views * rl.micro_batches,
       rows_at_once,
-      total,
+      read_total,
       elsewhere,
       shared,
     ),
@@ -318,7 +320,7 @@ def _policy_programs(config: Config, mesh, lm, params: Params, array) -> dict[st
       training_flops(config, read),
       _passes(config) * forwards.views * rl.micro_batches,
       rows_at_once,
-      total,
+      read_total,
       held_reference,
     ),
   }  # fmt: skip

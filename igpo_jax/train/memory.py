@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
 from igpo_jax.eval.protocols import plan
 from igpo_jax.models import lora
+from igpo_jax.models.flops import copies_read
 from igpo_jax.ops.token_stats import LOGITS_AT_ONCE
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rl.methods import objective_of, rows_per_prompt, views_kept
@@ -67,7 +68,8 @@ def memory(config: Config, mesh) -> dict[str, Memory]:
     length = (config.sft.response_lengths or (config.sampler.gen_length,))[-1]
     rows = rows_per_device(config.sft.batch_size // config.sft.micro_batches, mesh)
     kept = {k: held[k] for k in ("parameters", "optimizer", "base") if held[k]}
-    work = _backward(model, mesh, rows, bucket + length, length, config.sft.micro_batches)
+    read = copies_read(model) * (bucket + length)
+    work = _backward(model, mesh, rows, read, length, config.sft.micro_batches)
     out["sft"] = Memory(kept, work)
   if "rl" in config.stages:
     out |= _of_policy(config, mesh)
@@ -89,7 +91,8 @@ def _of_policy(config: Config, mesh) -> dict[str, Memory]:
   sampled = rows_per_device(rl.prompts_per_step // rl.sample_slices * rl.group_size, mesh)
   read = rows_per_device(rl.prompts_per_step // rl.micro_batches * rows_per_prompt(config), mesh)
   stats = _statistics(model, mesh, read, sampler.gen_length)
-  backward = _backward(model, mesh, read, total, sampler.gen_length, rl.micro_batches)
+  read_total = copies_read(model) * total
+  backward = _backward(model, mesh, read, read_total, sampler.gen_length, rl.micro_batches)
   backward["kept for the backward pass"] *= views_kept(config)
   copy = f"copy in {model.dtype}"
   # The policy's copy is gone by then; an update that rounds by chance makes its own.
@@ -98,7 +101,7 @@ def _of_policy(config: Config, mesh) -> dict[str, Memory]:
     backward[copy] = held[copy]
   return {
     "rollout": Memory(held, _denoising(model, mesh, sampled, total, sampler)),
-    "likelihood": Memory(held, _forward(model, mesh, read, total) | {"logits": stats}),
+    "likelihood": Memory(held, _forward(model, mesh, read, read_total) | {"logits": stats}),
     "update": Memory(rest, backward),
   }
 
@@ -147,8 +150,9 @@ def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
   """Of a forward pass over `rows` rows of `total` positions on a device."""
   tensor = mesh.shape["tensor"]
   work = {"activations": rows * total * _layer_width(model, mesh)}
-  if model.attention == "einsum":
-    # Scores and weights of all pairs, which fused attention never holds.
+  if model.attention == "einsum" or copies_read(model) > 1:
+    # Scores and weights of all pairs, which fused attention never holds. It cannot hide keys from
+    # some queries, as a block-causal model needs it.
     work["attention scores"] = 2 * FLOAT * rows * total**2 * model.n_heads // tensor
   if mesh.shape["fsdp"] > 1:
     work["gathered weights"] = _gathered(model, mesh)
