@@ -209,13 +209,13 @@ class Bench:
     if affordable > 1:
       count, (took, out) = affordable, self.wait(compiled, arguments(affordable))
     commit_step = np.asarray(out[1])
-    # (refreshes, other calls) of each block; every one makes all its steps.
+    # (refreshes, other calls) of each block, for a row each; every one makes all its steps.
     calls = calls_by_block(sampler, commit_step)
-    assert sum(map(sum, calls)) == count * sampler.steps_per_block
+    assert sum(map(sum, calls)) == args.rows * count * sampler.steps_per_block
     committed = commit_step[commit_step >= 0]
     decided = int((committed % sampler.steps_per_block + 1).sum())
     total = args.prompt + args.gen_length
-    flops = needed_flops(self.config.model, sampler, [args.rows] * blocks, total, calls, decided)
+    flops = needed_flops(self.config.model, sampler, [1] * blocks, total, calls, decided)
     return self.line(
       name, facts, took * blocks / count, args.rows * args.gen_length, flops / took,
       f"{count} of {blocks} blocks" if count < blocks else "all blocks",
