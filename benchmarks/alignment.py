@@ -13,7 +13,8 @@ than the window that RL samples; nearly all fit `--long` tokens. The arms are
 
 All arms have the same model, problems, steps and rows per step. Held-out accuracy is measured with
 a canvas of the window's length and with the long one. An interrupted command continues where it
-was. It writes results.json and table.md to the workdir and prints the table.
+was. It writes results.json and table.md to the workdir and prints the table: means over seeds with
+their 95% intervals.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import subprocess
 import sys
-import time
 
 from etils import epath
 
+from benchmarks.study import Task, in_words, markdown, run_all
 from igpo_jax import cli
 from igpo_jax.config import Config, SamplerConfig, default_config, freeze
 from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import write_whole
 from igpo_jax.main import train
 
 TASK = "synthetic:chains?min_steps=4&max_steps=4&rare=add&rare_share=0.25"
@@ -99,43 +100,43 @@ def make_config(arm: str, seed: int, setting: Setting, aligned: epath.Path) -> C
   return freeze(config)
 
 
-def run_arm(config: Config, long: int, workdir: epath.Path) -> dict:
-  """Fine-tunes and evaluates.
+@dataclasses.dataclass(frozen=True)
+class Run(Task):
+  """Fine-tuning on the traces of an arm, or "trim": the aligned traces that the first arm needs."""
 
-  Returns:
-    "window" and "long", the metrics with a canvas of each length, and "seconds" of the first.
-  """
-  began = time.perf_counter()
-  within = train(config, workdir)["eval"]["sft/test"]
-  seconds = time.perf_counter() - began
-  longer = SamplerConfig(gen_length=long, block_length=BLOCK, steps=long)
-  whole = train(dataclasses.replace(config, stages=("eval",), sampler=longer), workdir)
-  return {"window": within, "long": whole["eval"]["eval/test"], "seconds": seconds}
+  setting: Setting
+
+  @property
+  def comes_first(self) -> bool:
+    return self.name == "trim"
+
+  @property
+  def config(self) -> Config:
+    arm = "aligned" if self.name == "trim" else self.name
+    return make_config(arm, self.seed, self.setting, self.root / "aligned.jsonl")
+
+  def run(self) -> dict:
+    """The accuracies within the window and with the long canvas."""
+    if self.name == "trim":
+      align(self.seed, self.setting, self.root / "aligned.jsonl")
+      return {}
+    workdir, long = self.root / self.name, self.setting.long
+    within = train(self.config, workdir)["eval"]["sft/test"]
+    longer = SamplerConfig(gen_length=long, block_length=BLOCK, steps=long)
+    whole = train(dataclasses.replace(self.config, stages=("eval",), sampler=longer), workdir)
+    return {"window": within, "long": whole["eval"]["eval/test"]}
 
 
-def mean_and_error(values: list[float]) -> str:
-  """The mean over seeds with its standard error, as text; only the mean for one seed."""
-  mean = sum(values) / len(values)
-  if len(values) < 2:
-    return f"{mean:.3f}"
-  spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-  return f"{mean:.3f} ± {spread / math.sqrt(len(values)):.3f}"
-
-
-def table(results: dict[str, dict[str, dict]], long: int) -> str:
+def table(results: dict, arms: list[str], seeds: list[int], long: int) -> str:
   """The Markdown table, one row per arm; seeds are in the order of --seeds."""
-  lines = [
-    f"| SFT on | seeds, within {WINDOW} tokens | mean | with {long} tokens, mean |",
-    "|---|---|---|---|",
-  ]
-  for arm, by_seed in results.items():
-    window = [result["window"]["accuracy"] for result in by_seed.values()]
-    whole = [result["long"]["accuracy"] for result in by_seed.values()]
-    lines.append(
-      f"| {LABELS[arm]} | {', '.join(f'{v:.3f}' for v in window)} "
-      f"| {mean_and_error(window)} | {mean_and_error(whole)} |"
-    )
-  return "\n".join(lines)
+  rows = []
+  for arm in arms:
+    of = lambda canvas, arm=arm: [results[arm, seed][canvas]["accuracy"] for seed in seeds]
+    window = of("window")
+    by_seed = ", ".join(f"{value:.3f}" for value in window)
+    rows.append([LABELS[arm], by_seed, in_words(window), in_words(of("long"))])
+  head = ("SFT on", f"seeds, within {WINDOW} tokens", "mean", f"with {long} tokens, mean")
+  return markdown(head, rows)
 
 
 def main() -> None:
@@ -146,6 +147,7 @@ def main() -> None:
   parser.add_argument("--arms", default=",".join(LABELS))
   parser.add_argument("--detours", type=float, default=1.0)
   parser.add_argument("--long", type=int, default=80)
+  parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own cores")
   args = parser.parse_args()
   arms = args.arms.split(",")
   for arm in arms:
@@ -154,17 +156,15 @@ def main() -> None:
   if args.long <= WINDOW or args.long % BLOCK:
     raise UserError(f"--long={args.long}: give a multiple of {BLOCK} above {WINDOW}")
   setting = Setting(args.steps, args.detours, args.long)
-  results: dict[str, dict[str, dict]] = {arm: {} for arm in arms}
-  for seed in map(int, args.seeds.split(",")):
-    root = args.workdir / f"seed{seed}"
-    aligned = root / "aligned.jsonl"
-    align(seed, setting, aligned)
-    for arm in arms:
-      config = make_config(arm, seed, setting, aligned)
-      results[arm][str(seed)] = run_arm(config, args.long, root / arm)
-    (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.workdir / "table.md").write_text(table(results, args.long) + "\n")
-  print(table(results, args.long))
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  names = ["trim", *arms] if "aligned" in arms else arms
+  runs = [Run(n, s, args.workdir, False, setting) for s in seeds for n in names]
+  results = run_all(runs, args.jobs)
+  text = table(results, arms, seeds, args.long)
+  report = {f"{arm}, seed {seed}": results[arm, seed] for arm in arms for seed in seeds}
+  write_whole(args.workdir / "results.json", json.dumps(report, indent=2) + "\n")
+  (args.workdir / "table.md").write_text(text + "\n")
+  print(text)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ import numpy as np
 from etils import epath
 
 from benchmarks.claims.arms import make_config, sft_config
-from benchmarks.claims.claims import interval
-from benchmarks.claims.runs import Task, finished
+from benchmarks.claims.runs import Task
+from benchmarks.study import finished, in_words, interval, markdown
 from igpo_jax import cli
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
@@ -258,22 +258,21 @@ def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> l
 
 def table(rows: list[dict], seeds: Sequence[int]) -> str:
   """The rows as a Markdown table: mean and 95% interval over seeds."""
-  lines = [
-    "| method | exploration | learning rate | accuracy at equal samples | at equal forwards | "
-    "area under the curve | largest fall | forwards a step | CPU seconds a step | failed |",
-    "|---" * 10 + "|",
-  ]
+  lines = []
   for row in rows:
     cells = []
     for column in COLUMNS:
       values = [value for value in row["values"][column] if not math.isnan(value)]
-      mean, width = interval(values) if values else (math.nan, math.nan)
       digits = 1 if column == "forwards" else 3
-      cells.append(f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if len(values) > 1 else ""))
-    lines.append(f"| {METHODS[row['method']][0]} | {EXPLORATIONS[row['exploration']]} "
-                 f"| {row['rate']:g} | {' | '.join(cells)} "
-                 f"| {sum(map(bool, row['failed']))} of {len(seeds)} |")  # fmt: skip
-  return "\n".join(lines)
+      cells.append(in_words(values, digits=digits) if values else "nan")
+    failed = f"{sum(map(bool, row['failed']))} of {len(seeds)}"
+    of = (METHODS[row["method"]][0], EXPLORATIONS[row["exploration"]], f"{row['rate']:g}")
+    lines.append([*of, *cells, failed])
+  head = (
+    "method", "exploration", "learning rate", "accuracy at equal samples", "at equal forwards",
+    "area under the curve", "largest fall", "forwards a step", "CPU seconds a step", "failed",
+  )  # fmt: skip
+  return markdown(head, lines)
 
 
 def draw(rows: list[dict], seeds: Sequence[int], path: epath.Path) -> None:

@@ -3,25 +3,24 @@
     python -m benchmarks.explorations --workdir=runs/explorations [--seed=0]
         [--config=configs/quickstart.py] [--explorations=none,resample,inpaint]
 
-The config's SFT stage runs once. Each exploration then starts from a copy of its run, with the same
-prompts and the same noise for the policy's own samples. An interrupted command continues where it
-was. It writes results.json and table.md to the workdir and prints the table.
+One run whose arms (docs/arms.md) are the explorations: the config's SFT stage runs once, and each
+exploration starts from it, with the same prompts and the same noise for the policy's own samples.
+An interrupted command continues where it was. It writes results.json and explorations.md to the
+workdir and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import shutil
 
 from etils import epath
 
+from benchmarks.study import markdown
 from igpo_jax import cli
 from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.errors import UserError
 from igpo_jax.main import train
-from igpo_jax.train.continued import as_json
 
 LABELS = {
   "none": "none (GRPO)",
@@ -30,13 +29,13 @@ LABELS = {
 }
 
 
-def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[str]) -> Config:
-  """The config of one arm.
+def load_config(path: epath.Path, seed: int, names: list[str], overrides: list[str]) -> Config:
+  """The config of a run with the last of the explorations, and the others as its arms.
 
   Args:
     path: the config file.
     seed: replaces the config's seed.
-    exploration: value of `rl.exploration`.
+    names: values of `rl.exploration`.
     overrides: options as "a.b=value", where the value is JSON.
 
   Raises:
@@ -46,7 +45,8 @@ def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[s
     raise UserError(f"--config: no such file: {path}")
   config = load_config_file(path)
   config.seed = seed
-  config.rl.exploration = exploration
+  config.rl.exploration = names[-1]
+  config.arms = tuple(f"{name}: rl.exploration={name}" for name in names[:-1])
   for item in overrides:
     name, _, value = item.partition("=")
     try:
@@ -56,51 +56,37 @@ def load_config(path: epath.Path, seed: int, exploration: str, overrides: list[s
   return freeze(config)
 
 
-def quarters(rows: list[dict], name: str) -> tuple[float, float]:
-  """The means of a metric over the first and over the last quarter of the RL steps."""
-  values = [row[f"rl/{name}"] for row in rows if row["stage"] == "rl"]
-  part = max(len(values) // 4, 1)
-  return sum(values[:part]) / part, sum(values[-part:]) / part
-
-
-def run_arm(config: Config, workdir: epath.Path, sft_workdir: epath.Path) -> dict:
-  """Runs RL from a copy of the SFT run.
-
-  Returns:
-    The summary of the run, with "seconds", those of its RL steps, and "all_wrong_quarters".
-  """
-  if not workdir.exists():
-    copy = workdir.parent / f"{workdir.name}.tmp"  # renamed when complete: no half copy is used
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(sft_workdir, copy)
-    # The copied SFT stage belongs to this arm's config, too: only RL options differ.
-    (copy / "config.json").write_text(json.dumps(as_json(config)))
-    copy.rename(workdir)
-  summary = train(config, workdir)
+def result_of(workdir: epath.Path) -> dict:
+  """The summary of a run or an arm, with the seconds of its RL and all-wrong groups by quarters."""
+  summary = json.loads((workdir / "summary.json").read_text())
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rl = [row for row in rows if row["stage"] == "rl"]
+  values, part = [row["rl/all_wrong_before"] for row in rl], max(len(rl) // 4, 1)
+  summary["all_wrong_quarters"] = sum(values[:part]) / part, sum(values[-part:]) / part
   summary["seconds"] = sum(row["time/step_seconds"] for row in rl)
-  summary["all_wrong_quarters"] = quarters(rows, "all_wrong_before")
   return summary
 
 
 def table(results: dict[str, dict], benchmark: str) -> str:
   """The Markdown table, one row per exploration; `benchmark` is the name of the evaluation."""
-  lines = [
-    "| exploration | accuracy after SFT | after RL | all wrong before → after | "
-    "all wrong, first → last quarter | extra samples correct | RL seconds |",
-    "|---|---|---|---|---|---|---|",
-  ]
+  rows = []
   for name, result in results.items():
     sft, rl = (result["eval"][f"{stage}/{benchmark}"] for stage in ("sft", "rl"))
     means, (first, last) = result["rl"], result["all_wrong_quarters"]
-    lines.append(
-      f"| {LABELS[name]} | {sft['accuracy']:.3f} ± {sft['stderr']:.3f} "
-      f"| {rl['accuracy']:.3f} ± {rl['stderr']:.3f} "
-      f"| {means['all_wrong_before']:.2f} → {means['all_wrong_after']:.2f} "
-      f"| {first:.2f} → {last:.2f} | {means['extra_correct']:.3f} | {result['seconds']:.0f} |"
-    )
-  return "\n".join(lines)
+    rows.append([
+      LABELS[name],
+      f"{sft['accuracy']:.3f} ± {sft['stderr']:.3f}",
+      f"{rl['accuracy']:.3f} ± {rl['stderr']:.3f}",
+      f"{means['all_wrong_before']:.2f} → {means['all_wrong_after']:.2f}",
+      f"{first:.2f} → {last:.2f}",
+      f"{means['extra_correct']:.3f}",
+      f"{result['seconds']:.0f}",
+    ])  # fmt: skip
+  head = (
+    "exploration", "accuracy after SFT", "after RL", "all wrong before → after",
+    "all wrong, first → last quarter", "extra samples correct", "RL seconds",
+  )  # fmt: skip
+  return markdown(head, rows)
 
 
 def main() -> None:
@@ -116,17 +102,14 @@ def main() -> None:
     if name not in LABELS:
       raise UserError(f"--explorations: {name!r} is not one of {', '.join(LABELS)}")
 
-  configs = {name: load_config(args.config, args.seed, name, args.set) for name in names}
-  sft_workdir = args.workdir / "sft"
-  first = configs[names[0]]
-  # All arms share the SFT stage. Its config does not depend on which arms are asked for.
-  rl = dataclasses.replace(first.rl, exploration="inpaint")
-  train(dataclasses.replace(first, stages=("sft",), rl=rl), sft_workdir)
-  results = {n: run_arm(c, args.workdir / n, sft_workdir) for n, c in configs.items()}
-  benchmark = configs[names[0]].data.eval[0].partition("=")[0]
+  config = load_config(args.config, args.seed, names, args.set)
+  train(config, args.workdir)
+  folders = {name: args.workdir / "arms" / name for name in names[:-1]} | {names[-1]: args.workdir}
+  results = {name: result_of(folder) for name, folder in folders.items()}
+  benchmark = config.data.eval[0].partition("=")[0]
   text = table(results, benchmark)
   (args.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-  (args.workdir / "table.md").write_text(text + "\n")
+  (args.workdir / "explorations.md").write_text(text + "\n")
   print(text)
 
 

@@ -29,6 +29,7 @@ from absl import flags
 
 from igpo_jax import cli
 from igpo_jax.config import Config
+from igpo_jax.data.tokenizer import open_tokenizer
 from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
 from igpo_jax.parallel.hlo import KINDS, Collective, collectives
@@ -232,9 +233,13 @@ def with_vocabulary(config: Config) -> Config:
   """
   if config.model.vocab_size:
     return config
-  if config.init_from or config.data.tokenizer != "char":
+  spec = config.data.tokenizer
+  if config.init_from or spec.partition(":")[0] not in ("char", "words"):
     raise UserError("config: model.vocab_size is needed to compile without the tokenizer")
-  model = dataclasses.replace(config.model, vocab_size=32, mask_id=31)
+  tokenizer = open_tokenizer(spec)  # of a generated task: no file is read
+  model = dataclasses.replace(
+    config.model, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id
+  )
   return dataclasses.replace(config, model=model)
 
 

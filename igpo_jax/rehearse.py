@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from igpo_jax import cli
-from igpo_jax.config import Config
+from igpo_jax.config import STAGES, Config, arms_of
 from igpo_jax.errors import UserError
 from igpo_jax.flags import config_flag, parse
 from igpo_jax.io.amounts import in_time
@@ -101,10 +101,15 @@ def rehearse(
   from igpo_jax.parallel.mesh import configured_mesh
   from igpo_jax.parallel.tpu import CHIPS
   from igpo_jax.train import costs, memory
-  from igpo_jax.train.sizes import asked, model_of, resolve
+  from igpo_jax.train.ahead_of_time import policy_options
+  from igpo_jax.train.arms import resolve_all
+  from igpo_jax.train.sizes import asked, model_of
 
-  sized = resolve(config, machine, strict=True)
+  sized, arms = resolve_all(config, machine, strict=True)
   sized = dataclasses.replace(sized, model=model_of(config))
+  others = {
+    arm.name: dataclasses.replace(arm.config, stages=("rl",), model=sized.model) for arm in arms
+  }
   if len(jax.devices()) < machine.devices:
     raise UserError(
       f"{machine.devices} devices cannot be rehearsed in a process that has {len(jax.devices())}: "
@@ -112,18 +117,29 @@ def rehearse(
     )
   mesh = configured_mesh(sized.mesh, devices=jax.devices()[: machine.devices])
   kernels = _lowered(_only_programs(sized), mesh, LOWERED_FOR[machine.platform]) if lower else {}
+  needed = memory.memory(dataclasses.replace(sized, arms=config.arms), mesh)
+  for name, other in others.items():
+    if policy_options(other) != policy_options(sized):
+      of_arm = lambda facts, name=name: {
+        f"{name}/{k}": v for k, v in facts.items() if k in ("rollout", "likelihood", "update")
+      }
+      needed |= of_arm(memory.memory(other, mesh))
+      if lower:
+        kernels |= of_arm(_lowered(_only_programs(other), mesh, LOWERED_FOR[machine.platform]))
 
   chip = CHIPS.get(machine.kind)
   rate = chip.flops * machine.devices * share if chip else 0.0
   seconds = lambda flops: flops / rate if rate else None
   buckets = config.data.prompt_buckets
-  steps = {
-    bucket: {
+  steps = {}
+  for bucket in dict.fromkeys((buckets[0], buckets[-1])):
+    flops_of = costs.step_flops(sized, mesh, bucket, hinted)
+    for name, other in others.items():
+      flops_of[f"arm {name}"] = costs.step_flops(other, mesh, bucket, hinted)["rl"]
+    steps[bucket] = {
       stage: {part: (flops, seconds(flops)) for part, flops in parts.items()}
-      for stage, parts in costs.step_flops(sized, mesh, bucket, hinted).items()
+      for stage, parts in flops_of.items()
     }
-    for bucket in dict.fromkeys((buckets[0], buckets[-1]))
-  }
   files = missing_files(config)
   evaluations = {}
   for task in plan(config):
@@ -132,12 +148,17 @@ def rehearse(
     evaluations[task.name] = {
       "problems": problems, "samples": task.setting.samples, "seconds": problems and seconds(flops)
     }  # fmt: skip
-  needed = memory.memory(sized, mesh)
+  stages = _stages(sized, files)
+  for name, other in others.items():
+    stages[f"arm {name}"] = (
+      other.rl.steps,
+      costs.evaluations(other.rl.steps, other.rl.eval_every, False),
+    )
   return {
     "config": sized, "machine": machine, "sizes": asked(sized), "share": share, "hinted": hinted,
     "peak": chip.flops if chip else 0.0, "parameters": _count(sized, mesh), "kernels": kernels,
     "memory": needed, "steps": steps, "evaluations": evaluations,
-    "stages": _stages(sized, files), "files": files,
+    "stages": stages, "files": files,
     "checkpoint": memory.checkpoint_bytes(sized, mesh),
   }  # fmt: skip
 
@@ -184,6 +205,8 @@ def missing_files(config: Config) -> dict[str, str]:
   from igpo_jax.eval.protocols import plan
 
   uris = {f"data.{s}": getattr(config.data, s) for s in config.stages if s != "eval"}
+  uris |= {f"data.rl of arm {name}": arm.data.rl for name, arm in arms_of(config).items()
+           if arm.data.rl != config.data.rl}  # fmt: skip
   uris |= {f"data.eval {task.name}": task.uri for task in plan(config)}
   missing = {}
   for name, uri in uris.items():
@@ -306,12 +329,13 @@ def _memory_lines(facts: dict[str, Any]) -> list[str]:
 
   size = lambda value: f"{value / GIB:.1f}" if value >= 0.05 * GIB else f"{value / GIB:.3f}"
   usable = facts["machine"].memory
+  width = max([12, *(len(name) + 1 for name in facts["memory"])])  # names of arms may be long
   lines = [f"memory, GiB on each device{f', of {size(usable)} usable' if usable else ''}",
-           f"  {'':<12}{'in all':>8}{'held':>8}{'work':>8}{'to spare':>10}"]  # fmt: skip
+           f"  {'':<{width}}{'in all':>8}{'held':>8}{'work':>8}{'to spare':>10}"]  # fmt: skip
   for name, one in facts["memory"].items():
     spare = f"{1 - one.total / usable:.0%}" if usable else "-"
     held, work = sum(one.held.values()), sum(one.work.values())
-    lines.append(f"  {name:<12}{size(one.total):>8}{size(held):>8}{size(work):>8}{spare:>10}")
+    lines.append(f"  {name:<{width}}{size(one.total):>8}{size(held):>8}{size(work):>8}{spare:>10}")
   largest = max(facts["memory"].values(), key=lambda one: one.total, default=None)
   if largest:
     parts = lambda these: [f"{what} {size(value)}" for what, value in these.items()]
@@ -336,7 +360,9 @@ def _time_lines(facts: dict[str, Any]) -> list[str]:
   at = f"at {facts['share']:.0%} of {peak / 1e12:.0f} TFLOP/s a device" if peak else "no peak known"
   lines = [f"time, {at}: products only, every row denoised to its end"]
   heads = [f"prompts of {bucket}" for bucket in buckets]
-  lines.append(f"  {'':<22}{'PFLOP':>10}" + "".join(f"{head:>16}" for head in heads))
+  # Room for the longest label, "arm NAME groups tried again 30%".
+  width = max([26, *(len(stage) + 24 for stage in facts["stages"] if stage not in STAGES)])
+  lines.append(f"  {'':<{width - 4}}{'PFLOP':>10}" + "".join(f"{head:>16}" for head in heads))
   for stage in facts["steps"][buckets[-1]]:
     for part in facts["steps"][buckets[-1]][stage]:
       label = f"{stage} {part}"
@@ -345,13 +371,15 @@ def _time_lines(facts: dict[str, Any]) -> list[str]:
       cells = [_time(facts["steps"][b][stage][part][1]) for b in buckets]
       flops = facts["steps"][buckets[-1]][stage][part][0]
       row = "".join(f"{cell:>16}" for cell in cells)
-      lines.append(f"  {label:<26}{flops / 1e15:>6.3g}{row}")
+      lines.append(f"  {label:<{width}}{flops / 1e15:>6.3g}{row}")
     totals = [step_seconds(facts, stage, bucket) for bucket in buckets]
-    lines.append(f"  {f'{stage}: a step':<32}" + "".join(f"{_time(t):>16}" for t in totals))
+    lines.append(
+      f"  {f'{stage}: a step':<{width + 6}}" + "".join(f"{_time(t):>16}" for t in totals)
+    )
     steps, _ = facts["stages"][stage]
     if steps:
       whole = "".join(f"{_time(t and t * steps):>16}" for t in totals)
-      lines.append(f"  {f'{stage}: {steps} steps':<32}{whole}")
+      lines.append(f"  {f'{stage}: {steps} steps':<{width + 6}}{whole}")
     else:
       lines.append(f"  {stage}: how many steps depends on the records, which are not here")
   evaluation = 0.0

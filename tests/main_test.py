@@ -23,6 +23,7 @@ from tests import metrics_page
 from tests.paths import REPO, run_on_devices
 
 CONFIG = "tests/tiny_config.py"
+ARMS, ARM = "('GRPO: rl.exploration=none',)", "arms/GRPO"
 
 
 def command(*options, cache=None, tripwire=""):
@@ -51,22 +52,27 @@ def at(rows):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """One run in peace, and the same run killed three times on its way."""
+  """One run in peace, and the same run killed four times on its way, the last time in its arm.
+
+  It is asked for the arm only after its SFT stage: an arm may be added to a run.
+  """
   root = tmp_path_factory.mktemp("runs")
   peace, war, cache = root / "peace", root / "war", root / "cache"
-  options = lambda workdir: (f"--config={CONFIG}", f"--workdir={workdir}")
+  options = lambda workdir: (f"--config={CONFIG}", f"--workdir={workdir}", f"--config.arms={ARMS}")
   steps = {"peace": command(*options(peace), cache=cache)}
-  for name, stage, step, number in (
-    ("killed in sft", "sft", 3, signal.SIGKILL),
-    ("killed in rl", "rl", 3, signal.SIGKILL),
-    ("asked to stop", "rl", 4, signal.SIGTERM),
+  for name, folder, stage, step, number in (
+    ("killed in sft", war, "sft", 3, signal.SIGKILL),
+    ("killed in rl", war, "rl", 3, signal.SIGKILL),
+    ("asked to stop", war, "rl", 4, signal.SIGTERM),
+    ("killed in the arm", war / ARM, "rl", 3, signal.SIGKILL),
   ):
-    wire = f"{war}/metrics.jsonl {stage} {step} {int(number)}"
-    done = command(*options(war), cache=cache, tripwire=wire)
-    steps[name] = done, {n: rows_of(war / f"{n}.jsonl") if (war / f"{n}.jsonl").exists() else []
-                         for n in ("metrics", "samples")}  # fmt: skip
+    wire = f"{folder}/metrics.jsonl {stage} {step} {int(number)}"
+    asked = options(war)[:2] if name.startswith("killed in sft") else options(war)
+    done = command(*asked, cache=cache, tripwire=wire)
+    files = {n: folder / f"{n}.jsonl" for n in ("metrics", "samples")}
+    steps[name] = done, {n: rows_of(file) if file.exists() else [] for n, file in files.items()}
     if number == signal.SIGKILL:
-      with (war / "metrics.jsonl").open("a") as file:
+      with files["metrics"].open("a") as file:
         file.write('{"stage": "rl", "st')  # a line that the kill cut
   steps["continued"] = command(*options(war), cache=cache)
   return steps, peace, war, cache
@@ -185,20 +191,23 @@ def test_the_kills_hit_where_they_were_meant_to(runs):
     ("killed in sft", -signal.SIGKILL, ("sft", 3)),
     ("killed in rl", -signal.SIGKILL, ("rl", 3)),
     ("asked to stop", 128 + signal.SIGTERM, ("rl", 4)),  # step 5 was stopped in its rollout
+    ("killed in the arm", -signal.SIGKILL, ("rl", 3)),
   ):
     done, rows = steps[name]
     assert done.returncode == code, done.stderr
     assert at(rows["metrics"])[-1] == last
+  assert "the run is continued with arms=" in steps["killed in rl"][0].stderr
   # It was killed in the evaluation of step 4, whose checkpoint comes first.
   assert "sft: continues from its checkpoint of step 4" in steps["killed in rl"][0].stderr
   assert "rl: continues from its checkpoint of step 2" in steps["asked to stop"][0].stderr
   stopped = "rl: stopped by SIGTERM; the same command continues from step 4"
   assert stopped in steps["asked to stop"][0].stderr
-  assert "rl: continues from its checkpoint of step 4" in steps["continued"].stderr
+  assert "rl: continues from its checkpoint of step 4" in steps["killed in the arm"][0].stderr
+  assert "rl: continues from its checkpoint of step 2" in steps["continued"].stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["metrics", "samples"])
+@pytest.mark.parametrize("name", ["metrics", "samples", f"{ARM}/metrics", f"{ARM}/samples"])
 def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
   steps, peace, war, _ = runs
   assert steps["continued"].returncode == 0, steps["continued"].stderr
@@ -209,13 +218,34 @@ def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
 
 
 @pytest.mark.slow
+def test_an_arm_is_what_a_run_of_its_own_with_its_options_is(runs, tmp_path):
+  """Same start, same prompts, same noise: no row of it knows of the run that it is an arm of."""
+  _, peace, _, cache = runs
+  options = (f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.rl.exploration=none")
+  alone = command(*options, cache=cache)
+  assert alone.returncode == 0, alone.stderr
+  for name in ("metrics", "samples"):
+    assert rows_of(peace / ARM / f"{name}.jsonl") == rows_of(tmp_path / f"{name}.jsonl")
+  summaries = [json.loads((at / "summary.json").read_text()) for at in (peace / ARM, tmp_path)]
+  assert summaries[0] == summaries[1]
+  arm = json.loads((peace / "summary.json").read_text())["arms"]["GRPO"]
+  assert arm["rl"] == summaries[0]["rl"] and arm["rl"]["extra_correct"] == 0
+  # The arm's folder is that run's workdir.
+  configs = [json.loads((at / "config.json").read_text()) for at in (peace / ARM, tmp_path)]
+  told = [config.pop("resolved") for config in configs]
+  assert configs[0] == configs[1] and told[0] | {"command": told[1]["command"]} == told[1]
+
+
+@pytest.mark.slow
 def test_a_finished_run_started_again_changes_nothing(runs):
   _, peace, _, cache = runs
-  names = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.json")
+  names = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.json", f"{ARM}/metrics.jsonl",
+           f"{ARM}/config.json")  # fmt: skip
   contents = lambda: {name: (peace / name).read_bytes() for name in names}
   before, checkpoints = contents(), sorted(p.name for p in (peace / "checkpoints").rglob("*"))
-  again = command(f"--config={CONFIG}", f"--workdir={peace}", cache=cache)
+  again = command(f"--config={CONFIG}", f"--workdir={peace}", f"--config.arms={ARMS}", cache=cache)
   assert again.returncode == 0, again.stderr
+  assert "arm GRPO: finished before" in again.stderr
   assert contents() == before
   assert sorted(p.name for p in (peace / "checkpoints").rglob("*")) == checkpoints
 

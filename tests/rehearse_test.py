@@ -44,7 +44,7 @@ DOCUMENTED = {
   "configs/math500.py:data,h100-16-full": (16, 32),
   "configs/math500.py:data,h100-1": (1, 8, 16),
   "configs/math500.py:data,h100-8-full": (8, 16, 32),
-  "configs/quickstart.py": (1, 8),  # 8 prompts a step
+  "configs/quickstart.py": (1, 8),  # 16 prompts a step
   # On a TPU: as many chips as the slice has.
   "configs/math500.py:data,v5e-64": (),
   "configs/math500.py:data,v5p-32": (),

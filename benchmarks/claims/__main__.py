@@ -1,7 +1,7 @@
 """The paper's claims, and some of our own, tested on a generated task.
 
     python -m benchmarks.claims --all --workdir=runs/claims [--jobs=2]
-    python -m benchmarks.claims --claim=3 --workdir=runs/claims [--seeds=5]
+    python -m benchmarks.claims --claim=3,7 --workdir=runs/claims [--seeds=5]
     python -m benchmarks.claims --all --smoke --workdir=DIR
 
 Every run is a whole training run of this package (SFT, then RL) on `synthetic:letter_maps`. The
@@ -21,7 +21,8 @@ from etils import epath
 
 from benchmarks.claims.claims import CLAIMS, compare, runs_of, theorem
 from benchmarks.claims.plots import draw
-from benchmarks.claims.runs import Task, run_all
+from benchmarks.claims.runs import Task
+from benchmarks.study import run_all
 from igpo_jax import cli
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import write_whole
@@ -32,9 +33,19 @@ def seeds_of(number: int, asked: int, smoke: bool) -> range:
   return range(asked or (1 if smoke else CLAIMS[number].seeds))
 
 
+def claim_numbers(text: str) -> list[int]:
+  """The claims of "3,7". Raises `UserError` for anything else than numbers of claims."""
+  known = {str(number) for number in CLAIMS}
+  if not set(text.split(",")) <= known:
+    raise UserError(
+      f"{text} should be numbers from {', '.join(sorted(known, key=int))}, such as 3,7"
+    )
+  return sorted({int(number) for number in text.split(",")})
+
+
 def main() -> None:
   parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--claim", type=int, choices=sorted(CLAIMS), help="one of 1 to 11")
+  parser.add_argument("--claim", type=claim_numbers, help="some of 1 to 11, such as 3,7")
   parser.add_argument("--all", action="store_true")
   parser.add_argument("--smoke", action="store_true", help="on next to nothing")
   parser.add_argument("--workdir", type=epath.Path, required=True)
@@ -47,7 +58,7 @@ def main() -> None:
     raise UserError("give --claim=N or --all")
   if args.seeds < 0 or args.jobs < 1:
     raise UserError("--seeds and --jobs must be positive")
-  numbers = sorted(CLAIMS) if args.all else [args.claim]
+  numbers = sorted(CLAIMS) if args.all else args.claim
 
   # Each run once, in the order of the claims.
   wanted = [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
 from benchmarks.claims.arms import ARMS
 from benchmarks.claims.runs import THEOREM
+from benchmarks.study import bounds, in_words, markdown
 
 Results = dict[tuple[str, int], dict]  # (name of the run, seed) -> its result
 
@@ -151,76 +150,44 @@ def runs_of(number: int) -> list[str]:
   return [*(f"sft:{sft}" for sft in sfts), *(arms or (THEOREM,))]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-  """(mean, half the width of its 95% interval by Student's t); nan as width for one value."""
-  n = len(values)
-  if n < 2:
-    return float(np.mean(values)), math.nan
-  width = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-  return float(np.mean(values)), float(width)
-
-
-def bounds(values: Sequence[float]) -> dict[str, float | None]:
-  """ "mean", and "low" and "high" of its 95% interval; these are None for one value."""
-  mean, width = interval(values)
-  known = not math.isnan(width)
-  return {"mean": mean, "low": mean - width if known else None,
-          "high": mean + width if known else None}  # fmt: skip
-
-
 def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]) -> list[float]:
   """The measure of an arm for each seed."""
   return [measure.of(results[arm, seed]) for seed in seeds]
 
 
-def _shown(mean: float, width: float, signed: bool = False) -> str:
-  text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
-  return text if math.isnan(width) else f"{text} ± {width:.3f}"
-
-
 def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, list[dict]]:
   """(Markdown tables, list of differences) of a claim that compares arms."""
   claim = CLAIMS[number]
-  lines = [f"| arm | {' | '.join(m.label for m in claim.measures)} |",
-           "|---" * (1 + len(claim.measures)) + "|"]  # fmt: skip
-  for arm in claim.arms:
-    cells = [_shown(*interval(values_of(results, arm, m, seeds))) for m in claim.measures]
-    lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
-  lines += [
-    "",
-    "| difference, paired by seed | of | mean, 95% interval | by seed |",
-    "|---|---|---|---|",
-  ]
-  differences = []
+  cells = lambda arm: [in_words(values_of(results, arm, m, seeds)) for m in claim.measures]
+  arms = markdown(
+    ["arm", *(m.label for m in claim.measures)],
+    ([ARMS[arm].label, *cells(arm)] for arm in claim.arms),
+  )
+  rows, differences = [], []
   for arm, other, measure in claim.pairs:
     first = values_of(results, arm, measure, seeds)
     second = values_of(results, other or arm, measure if other else BEFORE, seeds)
     by_seed = [a - b for a, b in zip(first, second, strict=True)]
-    mean, width = interval(by_seed)
     against = ARMS[other].label if other else "the same before RL"
     differences.append({
       "arm": arm, "other": other or "before RL", "measure": measure.label, **bounds(by_seed),
-      "relative": mean / max(float(np.mean(second)), 1e-9), "by_seed": by_seed,
+      "relative": float(np.mean(by_seed)) / max(float(np.mean(second)), 1e-9), "by_seed": by_seed,
     })  # fmt: skip
-    shown = ", ".join(f"{value:+.3f}" for value in by_seed)
-    lines.append(f"| {ARMS[arm].label} - {against} | {measure.label} "
-                 f"| {_shown(mean, width, signed=True)} | {shown} |")  # fmt: skip
-  return "\n".join(lines), differences
+    rows.append([f"{ARMS[arm].label} - {against}", measure.label, in_words(by_seed, signed=True),
+                 ", ".join(f"{value:+.3f}" for value in by_seed)])  # fmt: skip
+  head = ("difference, paired by seed", "of", "mean, 95% interval", "by seed")
+  return f"{arms}\n\n{markdown(head, rows)}", differences
 
 
 def theorem(results: Results, seeds: Sequence[int]) -> tuple[str, list[dict]]:
   """(Markdown table, list of its rows) of claim 11."""
   runs = [results[THEOREM, seed] for seed in seeds]
-  lines = [
-    "| rho | gradient norm / largest predicted | rho (1 - rho) / its largest |",
-    "|---|---|---|",
-  ]
-  rows = []
+  lines, rows = [], []
   for i, rho in enumerate(runs[0]["rho"]):
     # Each seed has its own scale, because policies differ in g_correct - g_wrong.
     values = [run["norm"][i] / max(max(run["predicted"]), 1e-12) for run in runs]
     predicted = runs[0]["rho"][i] * (1 - rho) / max(r * (1 - r) for r in runs[0]["rho"])
-    mean, width = interval(values)
     rows.append({"rho": rho, **bounds(values), "predicted": predicted, "by_seed": values})
-    lines.append(f"| {rho:.3f} | {_shown(mean, width)} | {predicted:.3f} |")
-  return "\n".join(lines), rows
+    lines.append([f"{rho:.3f}", in_words(values), f"{predicted:.3f}"])
+  head = ("rho", "gradient norm / largest predicted", "rho (1 - rho) / its largest")
+  return markdown(head, lines), rows

@@ -8,7 +8,8 @@ import numpy as np
 from etils import epath
 
 from benchmarks.claims.arms import ARMS
-from benchmarks.claims.claims import CLAIMS, Results, interval
+from benchmarks.claims.claims import CLAIMS, Results
+from benchmarks.study import interval
 
 LABELS = {
   "accuracy": "held-out accuracy, greedy (share of 512)",

@@ -6,6 +6,7 @@ what a config file edits, `file` loads such files, `fields` says what values an 
 
 from __future__ import annotations
 
+from igpo_jax.config.arms import arms_of
 from igpo_jax.config.fields import (
   Count,
   Finite,
@@ -80,6 +81,7 @@ __all__ = [
   "SFTConfig",
   "SamplerConfig",
   "Share",
+  "arms_of",
   "check",
   "check_dtype",
   "check_section",

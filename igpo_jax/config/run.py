@@ -417,6 +417,9 @@ class Config:
   Attributes:
     seed: of all randomness; the same seed repeats the run.
     stages: run in order, out of "sft", "rl" and "eval".
+    arms: RL stages to compare with: each starts where this run's RL starts and has some options
+      changed, as "NAME: OPTION=VALUE, OPTION=VALUE" strings (docs/arms.md). Its files are in
+      WORKDIR/arms/NAME.
     init_from: a Hugging Face LLaDA directory, or "" for a randomly initialized model.
     compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
       (the user's cache folder, parallel/compile_cache.py) or "off".
@@ -426,6 +429,7 @@ class Config:
 
   seed: Seed = 0
   stages: tuple[Literal["sft", "rl", "eval"], ...] = ("sft", "rl")
+  arms: tuple[str, ...] = ()
   init_from: str = ""
   compilation_cache: str = "auto"
   model: ModelConfig = ModelConfig()  # noqa: RUF009  frozen

@@ -19,6 +19,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from igpo_jax.config import registry
+from igpo_jax.config.arms import arms_of
 from igpo_jax.config.fields import check_fields, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
 from igpo_jax.config.renamed import new_name, removed, upgraded
@@ -119,6 +120,11 @@ def check(config: Config) -> None:
     f"hints.replace_fraction={config.hints.replace_fraction} of rl.group_size="
     f"{config.rl.group_size} completions replaces none; raise one of them",
   )
+  for name, arm in arms_of(config).items():
+    try:
+      check(arm)
+    except UserError as error:
+      raise UserError(f"config: arms: {name}: {str(error).removeprefix('config: ')}") from None
   check_trainable(config.model, config.stages)
   for kind in METHOD_SECTIONS:
     registry.find(kind, getattr(config.rl, kind))

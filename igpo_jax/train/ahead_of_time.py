@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
-from igpo_jax.config import Config, ModelConfig
+from igpo_jax.config import Config, ModelConfig, arms_of
 from igpo_jax.diffusion.completions import sample_rows
 from igpo_jax.models import lora, make_lm
 from igpo_jax.models.attention import program_for
@@ -176,7 +176,8 @@ def training_flops(config: Config, forward: int) -> int:
 def programs(config: Config, mesh) -> dict[str, Program]:
   """The programs of a config's stages: "sft" of SFT; "rollout", "likelihood" and "update" of RL.
 
-  Prompts have the length of the longest bucket, responses the longest response length.
+  Those of an arm are called "NAME/update" and so on, where they differ from the run's own. Prompts
+  have the length of the longest bucket, responses the longest response length.
 
   Args:
     config: with `model.vocab_size` set.
@@ -214,7 +215,21 @@ def programs(config: Config, mesh) -> dict[str, Program]:
     )
   if "rl" in config.stages:
     out |= _policy_programs(config, mesh, lm, params, array)
+  for arm, other in arms_of(config).items():
+    if policy_options(other) != policy_options(config):
+      made = _policy_programs(other, mesh, lm, params, array)
+      out |= {f"{arm}/{name}": program for name, program in made.items()}
   return out
+
+
+def policy_options(config: Config) -> tuple[Any, ...]:
+  """The options that RL's programs depend on: equal ones, the same programs."""
+  rl = dataclasses.replace(
+    config.rl, exploration="none", steps=0, eval_every=0, advantage="mean", accuracy_low=0.0,
+    accuracy_high=1.0,
+  )  # fmt: skip
+  return (config.model, config.mesh, config.data.prompt_buckets, config.sampler, rl,
+          config.objective, config.estimator)  # fmt: skip
 
 
 def _passes(config: Config) -> int:

@@ -18,7 +18,7 @@ from igpo_jax.errors import UserError
 
 # Sections and single options: how a run is split, displayed, saved and evaluated.
 FREE = (
-  "stages", "log", "mesh", "checkpoint", "compilation_cache",
+  "stages", "arms", "log", "mesh", "checkpoint", "compilation_cache",
   "rl.micro_batches", "rl.sample_slices", "rl.eval_every", "sft.micro_batches", "sft.eval_every",
   "eval.batch_size", "reward.workers", "reward.timeout",
   "model.attention", "model.remat", "model.shard_sequence",

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,20 @@ from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.parallel.tpu import CHIPS
 from igpo_jax.rewards.score import make_scorer
 from igpo_jax.train import memory
-from igpo_jax.train.ahead_of_time import abstract_params, programs
+from igpo_jax.train.ahead_of_time import Program, abstract_params, policy_options, programs
+from igpo_jax.train.arms import resolve_all
 from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.preflight import Inputs, sft_steps
 from igpo_jax.train.runlog import print_once
 from igpo_jax.train.setup import peek_tokenizer, with_lora
-from igpo_jax.train.sizes import model_of, resolve, said
+from igpo_jax.train.sizes import model_of, said
 from igpo_jax.usage import options
 
 # The share of the peak that a run of this program reaches: a guess within a factor of three
 # (docs/benchmarks.md has measurements).
 REACHED = {"cpu": 0.25}
 REACHED_ELSEWHERE = 0.3
+Arms = Mapping[str, Config]  # by name, with sizes resolved
 ALL_WRONG = 0.5  # share of the groups that are sampled again; a guess, too
 
 
@@ -55,14 +57,16 @@ def dry_run(config: Config, workdir: epath.Path) -> None:
   check_inputs(config)
   if config.init_from:
     with_lora(open_source(config.init_from), config.model.lora)
-  sized = resolve(config, machine)
+  sized, arms = resolve_all(config, machine)
   mesh = configured_mesh(sized.mesh)
   with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
     tokenizer = peek_tokenizer(config, workdir)
-    inputs = Inputs(sized, tokenizer, scorer, print_once)
+    inputs = Inputs(sized, tokenizer, scorer, print_once, {arm.name: arm.config for arm in arms})
   if jax.process_index() != 0:
     return
-  counted = dataclasses.replace(sized, model=_model(sized, tokenizer))
+  model = _model(sized, tokenizer)
+  counted = dataclasses.replace(sized, model=model)
+  others = {arm.name: dataclasses.replace(arm.config, model=model, stages=("rl",)) for arm in arms}
   steps = {}
   if inputs.sft is not None:
     steps["sft"] = sft_steps(config, inputs.sft)
@@ -74,10 +78,10 @@ def dry_run(config: Config, workdir: epath.Path) -> None:
   print("\n".join([
     f"plan: {workdir} (dry run: nothing is trained or written)",
     "", "options that differ from the defaults:", *differences(config),
-    "", "sizes:", f"  {said(sized, machine)}", *_sizes(counted, mesh, steps, problems),
+    "", "sizes:", f"  {said(sized, machine)}", *_sizes(counted, others, mesh, steps, problems),
     "", "memory of a device, by program (what a program works with is estimated):",
-    *_memory(counted, mesh, machine),
-    "", "time, without compilation:", *_time(counted, mesh, machine, steps, problems),
+    *_memory(dataclasses.replace(counted, arms=config.arms), others, mesh, machine),
+    "", "time, without compilation:", *_time(counted, others, mesh, machine, steps, problems),
   ]))  # fmt: skip
 
 
@@ -106,7 +110,9 @@ def _model(config: Config, tokenizer: Tokenizer):
   return dataclasses.replace(config.model, vocab_size=size, mask_id=tokenizer.mask_id)
 
 
-def _sizes(config: Config, mesh, steps: dict[str, int], problems: dict[str, int]) -> list[str]:
+def _sizes(
+  config: Config, arms: Arms, mesh, steps: dict[str, int], problems: dict[str, int]
+) -> list[str]:
   model = config.model
   leaves = jax.tree.leaves(abstract_params(config, mesh))
   count = sum(math.prod(x.shape) for x in leaves)
@@ -121,40 +127,45 @@ def _sizes(config: Config, mesh, steps: dict[str, int], problems: dict[str, int]
       f"  sft: {steps['sft']:,} steps of {config.sft.batch_size} rows of up to {bucket}+{length}"
       " positions"
     )
-  if "rl" in steps:
-    rl, sampler = config.rl, config.sampler
+  for name, own in {"": config, **arms}.items() if "rl" in steps else ():
+    rl, sampler = own.rl, own.sampler
     lines.append(
-      f"  rl: {steps['rl']:,} steps of {rl.prompts_per_step} prompts x {rl.group_size} completions,"
-      f" {rl.inner_updates} updates each; {bucket}+{sampler.gen_length} positions, {sampler.steps}"
-      " denoising steps"
+      f"  {f'arm {name}' if name else 'rl'}: {rl.steps:,} steps of {rl.prompts_per_step} prompts x"
+      f" {rl.group_size} completions, {rl.inner_updates} updates each;"
+      f" {bucket}+{sampler.gen_length} positions, {sampler.steps} denoising steps"
     )
   for task in plan(config):
-    s = task.setting.sampler
+    s, times = task.setting.sampler, evaluations(config, arms, steps)
     lines.append(
       f"  eval {task.name}: {problems[task.name]:,} problems x {task.setting.samples} samples,"
-      f" {s.gen_length} positions, {s.steps} denoising steps; {evaluations(config, steps)} time(s)"
+      f" {s.gen_length} positions, {s.steps} denoising steps; {times} time(s)"
     )
   size, keep = memory.checkpoint_bytes(config, mesh), config.checkpoint.keep
   kept = keep + bool(config.checkpoint.best_metric)
   if steps:
+    stages = len(steps) + len(arms)
     lines.append(
       f"  disk: checkpoints of about {memory.gib(size)}, up to {kept} kept for each of"
-      f" {len(steps)} stage(s), and one being written: {memory.gib(size * (kept * len(steps) + 1))}"
+      f" {stages} stage(s), and one being written: {memory.gib(size * (kept * stages + 1))}"
     )
   return lines
 
 
-def evaluations(config: Config, steps: dict[str, int]) -> int:
-  """The number of times that each benchmark is evaluated in the run."""
+def evaluations(config: Config, arms: Arms, steps: dict[str, int]) -> int:
+  """The number of times that each benchmark is evaluated in the run and its arms."""
   times = int("eval" in config.stages) + int(bool(steps) and config.eval.initial)
-  for stage, total in steps.items():
-    every = getattr(config, stage).eval_every
+  stages = [(total, getattr(config, stage).eval_every) for stage, total in steps.items()]
+  for total, every in [*stages, *((arm.rl.steps, arm.rl.eval_every) for arm in arms.values())]:
     times += -(-total // every) if every and total else bool(total)
   return times
 
 
-def _memory(config: Config, mesh, machine: Machine) -> list[str]:
+def _memory(config: Config, arms: Arms, mesh, machine: Machine) -> list[str]:
   needed = memory.memory(config, mesh)
+  for arm, other in arms.items():
+    if policy_options(other) != policy_options(config):
+      found = memory.memory(other, mesh)
+      needed |= {f"{arm}/{name}": found[name] for name in ("rollout", "likelihood", "update")}
   lines = []
   for name, one in needed.items():
     parts = ", ".join(f"{k} {memory.gib(v)}" for k, v in {**one.held, **one.work}.items())
@@ -167,7 +178,12 @@ def _memory(config: Config, mesh, machine: Machine) -> list[str]:
 
 
 def _time(
-  config: Config, mesh, machine: Machine, steps: dict[str, int], problems: dict[str, int]
+  config: Config,
+  arms: Arms,
+  mesh,
+  machine: Machine,
+  steps: dict[str, int],
+  problems: dict[str, int],
 ) -> Iterator[str]:
   """Lines with the FLOPs of each stage, and their time at a share of the devices' peak."""
   work = {}
@@ -175,17 +191,15 @@ def _time(
   if "sft" in steps:
     work["sft"] = steps["sft"] * found["sft"].flops
   if "rl" in steps:
-    again = 0 if config.rl.exploration == "none" else ALL_WRONG
-    sampled = found["rollout"].flops * config.rl.sample_slices * (1 + again)
-    updates = config.rl.inner_updates * found["update"].flops
-    work["rl"] = int(steps["rl"] * (sampled + found["likelihood"].flops + updates))
+    work["rl"] = _rl_flops(config, found)
+    work |= {f"arm {name}": _rl_flops(arm, programs(arm, mesh)) for name, arm in arms.items()}
   bucket = config.data.prompt_buckets[-1]
   for task in plan(config):
     s = task.setting.sampler
     rows, total = problems[task.name] * task.setting.samples, bucket + s.gen_length
     width = s.block_length
     flops = forward_flops(config.model, rows, total, total, width, read=width) * s.steps
-    flops *= (2 if s.cfg_scale else 1) * evaluations(config, steps)
+    flops *= (2 if s.cfg_scale else 1) * evaluations(config, arms, steps)
     work[f"eval {task.name}"] = flops
   chip = CHIPS.get(machine.kind)
   peak = chip.flops if chip else measured_peak(config.model.dtype)
@@ -199,6 +213,13 @@ def _time(
     f" {reached:.0%} of {peak * machine.devices / 1e12:,.2f} TFLOP/s ({whose}); padding to the"
     " longest bucket and half of the groups all wrong are assumed"
   )
+
+
+def _rl_flops(config: Config, found: dict[str, Program]) -> int:
+  again = 0 if config.rl.exploration == "none" else ALL_WRONG
+  sampled = found["rollout"].flops * config.rl.sample_slices * (1 + again)
+  updates = config.rl.inner_updates * found["update"].flops
+  return int(config.rl.steps * (sampled + found["likelihood"].flops + updates))
 
 
 def measured_peak(dtype: str, n: int = 1024, repeats: int = 8) -> float:

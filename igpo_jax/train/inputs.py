@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
-from igpo_jax.config import Config
+from igpo_jax.config import Config, arms_of
 from igpo_jax.data.sources import check_files
 from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plan
@@ -19,6 +19,7 @@ def check_inputs(config: Config) -> None:
   """
   tasks = plan(config)
   uris = [getattr(config.data, stage) for stage in config.stages if stage != "eval"]
+  uris += [arm.data.rl for arm in arms_of(config).values()]
   for uri in [*uris, *(u for task in tasks for u in (task.uri, task.examples) if u)]:
     check_files(uri)
   if config.init_from and not epath.Path(config.init_from).exists():

@@ -87,6 +87,8 @@ def memory(config: Config, mesh) -> dict[str, Memory]:
 def _of_policy(config: Config, mesh) -> dict[str, Memory]:
   model, rl, sampler = config.model, config.rl, config.sampler
   held = {k: v for k, v in _held(model, mesh, objective_of(config).needs_reference).items() if v}
+  if config.arms and f"copy in {model.dtype}" in held:
+    held["start of the arms"] = held["parameters"]  # else what is read is kept as it is
   total = config.data.prompt_buckets[-1] + sampler.gen_length
   sampled = rows_per_device(rl.prompts_per_step // rl.sample_slices * rl.group_size, mesh)
   read = rows_per_device(rl.prompts_per_step // rl.micro_batches * rows_per_prompt(config), mesh)

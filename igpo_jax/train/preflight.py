@@ -8,7 +8,7 @@ seconds of a run. The stages get the records that were read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Inputs:
     tokenizer: of the run.
     scorer: of the run.
     tell: called with each line for the user.
+    arms: config of each arm by name.
 
   Raises:
     UserError: a source cannot be read, no record can be used, or the verifier does not accept
@@ -52,9 +53,17 @@ class Inputs:
 
   Attributes:
     sft, rl: the batches of the training stages. None if the stage is not run, or after `take`.
+    arms: the batches of each arm by name.
   """
 
-  def __init__(self, config: Config, tokenizer: Tokenizer, scorer: Scorer, tell: Tell):
+  def __init__(
+    self,
+    config: Config,
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    tell: Tell,
+    arms: Mapping[str, Config] | None = None,
+  ):
     self._loaded: dict[str, list[Record]] = {}
     self._tell = tell
     self.sft: SFTStream | None = None
@@ -63,18 +72,31 @@ class Inputs:
       self.sft = sft_stream(config, tokenizer, load_source(config.data.sft, tell))
       for line in describe_sft(config, self.sft):
         tell(line)
+    self.arms: dict[str, PromptStream] = {}
     if "rl" in config.stages:
-      records = load_source(config.data.rl, tell)
-      self.rl = rl_stream(config, tokenizer, records)
-      for line in describe_rl(config, self.rl):
-        tell(line)
-      for name, some in by_verifier(records, config.reward):
-        reward = dataclasses.replace(config.reward, verifier=name)
-        graded = _graded(lambda some=some, r=reward: golds.check_traces(some, scorer, r))
-        tell(f"rl: {graded}" if name == config.reward.verifier else f"rl, {name}: {graded}")
-        check_floor(dataclasses.replace(config, reward=reward), graded)
+      self.rl = self._prompts(config, tokenizer, scorer, tell)
+      for name, arm in (arms or {}).items():
+        same = (arm.data.rl, arm.rl.prompts_per_step) == (
+          config.data.rl, config.rl.prompts_per_step,
+        )  # fmt: skip
+        told = lambda line, name=name: tell(f"arm {name}: {line}")
+        self.arms[name] = self.rl if same else self._prompts(arm, tokenizer, scorer, told)
     for task in plan(config):
       self._check_task(config, task, tokenizer, scorer)
+
+  @staticmethod
+  def _prompts(config: Config, tokenizer: Tokenizer, scorer: Scorer, tell: Tell) -> PromptStream:
+    """Reads and checks the prompts of an RL stage."""
+    records = load_source(config.data.rl, tell)
+    stream = rl_stream(config, tokenizer, records)
+    for line in describe_rl(config, stream):
+      tell(line)
+    for name, some in by_verifier(records, config.reward):
+      reward = dataclasses.replace(config.reward, verifier=name)
+      graded = _graded(lambda some=some, r=reward: golds.check_traces(some, scorer, r))
+      tell(f"rl: {graded}" if name == config.reward.verifier else f"rl, {name}: {graded}")
+      check_floor(dataclasses.replace(config, reward=reward), graded)
+    return stream
 
   def records(self, uri: str) -> list[Record]:
     """The records of a source of problems; each source is read once."""

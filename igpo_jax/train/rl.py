@@ -35,10 +35,24 @@ from igpo_jax.train.token_stats import by_group, make_token_stats
 from igpo_jax.types import Params, TrainState
 
 
-def train_rl(run: Run, model: Model, scorer: Scorer, stream: PromptStream) -> Params:
-  """Trains the policy from `model.params`, which stay as the reference."""
+def train_rl(
+  run: Run,
+  model: Model,
+  scorer: Scorer,
+  stream: PromptStream,
+  make_programs: Callable[..., PolicyPrograms] = make_policy_programs,
+  keep: bool = False,
+) -> Params:
+  """Trains the policy from `model.params`, which stay as the reference.
+
+  Args:
+    make_programs: see `make_stage`.
+    keep: also if `model.params` are of no use to this stage any more, they are left alone, for
+      another one that begins with them (train/arms.py).
+  """
+  new_clock = lambda: StepClock(run.stop, run.progress)
   stage, state = make_stage(
-    run.config, run.mesh, model, scorer, stream, lambda: StepClock(run.stop, run.progress)
+    run.config, run.mesh, model, scorer, stream, new_clock, make_programs=make_programs, keep=keep
   )
   return stage.all_params(run_stage(run, stage, state).params)
 
@@ -52,6 +66,7 @@ def make_stage(
   new_clock: Callable[[], DeviceClock] = DeviceClock,
   optimizer: optax.GradientTransformation | None = None,
   make_programs: Callable[..., PolicyPrograms] = make_policy_programs,
+  keep: bool = False,
 ) -> tuple[Stage, TrainState]:
   """The stage's steps, and the state they start from.
 
@@ -61,6 +76,7 @@ def make_stage(
     optimizer: in place of the one that `rl_optimizer` asks for.
     make_programs: in place of `make_policy_programs`, with its arguments: several stages of one
       process may share what was compiled.
+    keep: see `train_rl`.
   """
   # policy, reference, optimizer
   updates = config.rl.steps * config.rl.inner_updates
@@ -72,7 +88,7 @@ def make_stage(
   # A float32 master must not stay around unused beside the state and the reference.
   trained = jax.tree.leaves(lora.split(model.params)[0])
   is_cast = all(x.dtype != jnp.dtype(config.model.dtype) for x in trained)
-  state, frozen = start_state(model, optimizer, mesh, donate=is_cast)
+  state, frozen = start_state(model, optimizer, mesh, donate=is_cast and not keep)
   all_params = functools.partial(lora.combine, frozen)
   prompts, micro_batches = config.rl.prompts_per_step, config.rl.micro_batches
   check_micro_batches(mesh, prompts, micro_batches, "rl.micro_batches")

@@ -19,7 +19,7 @@ from igpo_jax.types import Params
 STATE_COPIES = 3  # the trained parameters and AdamW's two moments
 
 
-def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
+def check_room(config: Config, workdir: epath.Path, params: Params, arms: int = 0) -> None:
   """Checks that the disk has room for the checkpoints of all stages. A collective.
 
   A stage keeps the latest `checkpoint.keep` checkpoints and perhaps the best, and a new one is
@@ -30,6 +30,7 @@ def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
     config: of the run.
     workdir: of the run.
     params: parameters of the model. Those that LoRA does not train are in no checkpoint.
+    arms: number of RL stages besides the run's own (train/arms.py).
 
   Raises:
     UserError: on every process, if they do not fit.
@@ -38,10 +39,10 @@ def check_room(config: Config, workdir: epath.Path, params: Params) -> None:
   if not stages or not can_append(workdir):
     return
   size = STATE_COPIES * sum(x.nbytes for x in jax.tree.leaves(lora.split(params)[0]))
-  count = len(stages) * (config.checkpoint.keep + bool(config.checkpoint.best_metric)) + 1
+  count = (len(stages) + arms) * (config.checkpoint.keep + bool(config.checkpoint.best_metric)) + 1
 
   def look() -> None:
-    there = _bytes_below(workdir / "checkpoints")
+    there = _bytes_below(workdir / "checkpoints") + _bytes_below(workdir / "arms")
     free = shutil.disk_usage(workdir).free
     if free + there < count * size:
       raise UserError(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from etils import epath
 
-import igpo_jax
 from igpo_jax.config import Config
 from igpo_jax.convert.open import open_source
 from igpo_jax.data.records import Record
@@ -23,6 +20,7 @@ from igpo_jax.parallel import distributed
 from igpo_jax.parallel.machine import check_machine, here
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import Scorer, make_scorer
+from igpo_jax.train.arms import Arm, SharedPrograms, resolve_all, train_arm
 from igpo_jax.train.inputs import check_inputs
 from igpo_jax.train.lock import WorkdirLock
 from igpo_jax.train.loop import Run
@@ -40,9 +38,10 @@ from igpo_jax.train.setup import (
   with_lora,
 )
 from igpo_jax.train.sft import handed_on, is_spent, train_sft
-from igpo_jax.train.sizes import asked, resolve, said
+from igpo_jax.train.sizes import asked, said
 from igpo_jax.train.stop import StopSignal
-from igpo_jax.train.workdir import hold, open_workdir
+from igpo_jax.train.workdir import hold, open_workdir, versions
+from igpo_jax.viewer.comparison import method_of, write_comparison
 from igpo_jax.viewer.report import PAGE, write_page, write_report
 from igpo_jax.viewer.summary import summary_table
 
@@ -58,43 +57,45 @@ def train(config: Config, workdir: epath.Path, command: str = "") -> dict:
   check_inputs(config)
   if config.init_from:
     with_lora(open_source(config.init_from), config.model.lora)  # a mistake costs no workdir
-  sized = resolve(config, machine)
+  sized, arms = resolve_all(config, machine)
   with hold(workdir) as lock:
     told = {"devices": str(machine), "versions": versions(), **asked(sized)}
     open_workdir(workdir, config, told | ({"command": command} if command else {}))
-    distributed.agree("the choice of sizes", asked(sized))
+    distributed.agree("the choice of sizes", [asked(sized), *(asked(arm.config) for arm in arms)])
     print_once(said(sized, machine))
-    return _train(sized, workdir, lock)
+    for text in config.arms if "rl" in config.stages else ():
+      if text.partition(":")[0] not in {arm.name for arm in arms}:
+        print_once(f"arm {text!r} changes nothing of this run, and is left out")
+    return _train(sized, arms, workdir, lock)
 
 
-def versions() -> dict[str, str]:
-  """The versions of what decides a run's numbers, for config.json."""
-  names = ("igpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-  known = {name: importlib.metadata.version(name) for name in names[1:]}
-  return {"igpo_jax": igpo_jax.__version__, "python": platform.python_version(), **known}
-
-
-def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
+def _train(config: Config, arms: Sequence[Arm], workdir: epath.Path, lock: WorkdirLock) -> dict:
   mesh = configured_mesh(config.mesh)
   with jax.set_mesh(mesh), make_scorer(config.reward) as scorer:
     tokenizer = make_tokenizer(config, workdir)
-    inputs = Inputs(config, tokenizer, scorer, print_once)
+    inputs = Inputs(config, tokenizer, scorer, print_once, {arm.name: arm.config for arm in arms})
     model = make_model(config, tokenizer, mesh)
     count = sum(x.size for x in jax.tree.leaves(model.params))
     print_once(f"model: {count:,} parameters on {mesh.size} device(s), {jax.devices()[0].platform}")
-    check_room(config, workdir, model.params)
+    check_room(config, workdir, model.params, len(arms))
     log = RunLog(workdir, config.log)
     stop = StopSignal()
-    evaluate = make_evaluation(config, model, scorer, mesh, workdir, inputs.records, stop)
+    evaluation = lambda folder: make_evaluation(
+      config, model, scorer, mesh, folder, inputs.records, stop
+    )
+    evaluate = evaluation(workdir)
     run = Run(config, workdir, log, mesh, evaluate, stop, lock)
 
     training = "sft" in config.stages or "rl" in config.stages
     if training and config.eval.initial and not log.has("init"):
       log.metrics("init", 0, run.evaluate(model.params, "init"))
-    if "sft" in config.stages and not is_spent(run):
+    spent = "sft" in config.stages and is_spent(run)
+    if "sft" in config.stages and not spent:
       model = dataclasses.replace(model, params=train_sft(run, model, inputs.take("sft")))
+    start, make_programs = model if arms else None, SharedPrograms()
     if "rl" in config.stages:
-      model = dataclasses.replace(model, params=train_rl(run, model, scorer, inputs.take("rl")))
+      params = train_rl(run, model, scorer, inputs.take("rl"), make_programs, keep=bool(arms))
+      model = dataclasses.replace(model, params=params)
     if "eval" in config.stages:
       if training:
         stage = config.stages[-2]
@@ -104,11 +105,25 @@ def _train(config: Config, workdir: epath.Path, lock: WorkdirLock) -> dict:
       log.rewind("rl", 10**12)
       log.metrics("eval", 0, run.evaluate(params, label))
     log.close()
+    rows_of = {}
+    if arms:
+      model = start  # what RL ended with can be freed
+      if jax.process_index() == 0:
+        write_report(log.rows, workdir)  # also if an arm should break off
+      for arm in arms:
+        evaluate, stream = evaluation(arm.workdir(workdir)), inputs.arms[arm.name]
+        rows_of[arm.name] = train_arm(
+          run, arm, model, scorer, stream, evaluate, make_programs, spent
+        )
   summary = {}
   if jax.process_index() == 0:
-    summary = write_report(log.rows, workdir)
-    print(summary_table(summary))
-    why = write_page(workdir)
+    if arms:
+      summary, text = write_comparison(log.rows, rows_of, method_of(config), workdir)
+    else:
+      summary = write_report(log.rows, workdir)
+      text = summary_table(summary)
+    print(text)
+    why = write_page(workdir, *(arm.workdir(workdir) for arm in arms))
     print_once(
       f"written to {workdir}: summary.json, table.md, curves.png, metrics.jsonl, samples.jsonl"
       + (f"; {why}" if why else f", and {PAGE} to look at in a browser")

@@ -97,7 +97,9 @@ class RunLog:
 
   def has(self, stage: str, step: int = 0) -> bool:
     """Whether there is a row of step `step` of `stage`; 0 is any step. A collective."""
-    return from_first(lambda: any((r["stage"], r["step"]) == (stage, step) for r in self.rows))
+    return from_first(
+      lambda: any(row["stage"] == stage and step in (0, row["step"]) for row in self.rows)
+    )
 
   def values(self, stage: str, name: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in all rows of `stage` that have it; [] on all but process 0."""

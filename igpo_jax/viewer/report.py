@@ -25,14 +25,18 @@ def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
   return summary
 
 
-def write_page(workdir: epath.Path) -> str:
+def write_page(workdir: epath.Path, *others: epath.Path) -> str:
   """Writes report.html, the page of a run (viewer/page.py).
+
+  Args:
+    workdir: of the run.
+    others: workdirs of runs that the page compares it with, such as its arms.
 
   Returns:
     "", or why it could not be written: a page is no reason to end a run.
   """
   try:
-    write_whole(workdir / PAGE, make_page([workdir]))
+    write_whole(workdir / PAGE, make_page([workdir, *others]))
   except (OSError, UserError) as error:
     return f"{workdir / PAGE} was not written: {error}"
   return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igpo_jax.io.jsonl import Row
@@ -108,33 +108,51 @@ STAGE_LABELS = {
 }
 
 
+ACCURACY_HEAD = (
+  "| held-out accuracy | value | 95% interval | standard error | problems |",
+  "|---|---|---|---|---|",
+)
+
+
 def summary_table(summary: dict[str, Any]) -> str:
   """The summary as a small Markdown table."""
-  lines = [
-    "| held-out accuracy | value | 95% interval | standard error | problems |",
-    "|---|---|---|---|---|",
-  ]
+  lines = [*ACCURACY_HEAD]
   for name, result in summary["eval"].items():
-    lines += _accuracy_lines(name, result)
+    lines += accuracy_lines(name, result)
   rl = summary["rl"]
   if rl:
-    lines += [
-      "",
-      "| RL, mean over all steps | value |",
-      "|---|---|",
-      f"| groups all wrong, before inpainting | {rl['all_wrong_before']:.3f} |",
-      f"| groups all wrong, after inpainting | {rl['all_wrong_after']:.3f} |",
-      f"| extra samples that were correct | {rl['extra_correct']:.3f} |",
-      f"| hinted canvases that showed the answer's value | {rl['answer_shown']:.3f} |",
-      f"| reward of the policy's own samples | {rl['reward']:.3f} |",
-    ]
+    lines += ["", *rl_lines({"value": rl})]
   return "\n".join(lines)
 
 
-def _accuracy_lines(name: str, result: dict[str, Any]) -> list[str]:
-  """The table's rows for one benchmark: accuracy, metrics of several samples, published number."""
+RL_LABELS = {
+  "all_wrong_before": "groups all wrong, before inpainting",
+  "all_wrong_after": "groups all wrong, after inpainting",
+  "extra_correct": "extra samples that were correct",
+  "answer_shown": "hinted canvases that showed the answer's value",
+  "reward": "reward of the policy's own samples",
+}
+
+
+def rl_lines(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+  """The means over all RL steps as a Markdown table: a row a metric, a column for each heading."""
+  lines = [
+    f"| RL, mean over all steps | {' | '.join(columns)} |",
+    "|---" * (1 + len(columns)) + "|",
+  ]
+  for name, label in RL_LABELS.items():
+    lines.append(f"| {label} | {' | '.join(f'{c[name]:.3f}' for c in columns.values())} |")
+  return lines
+
+
+def accuracy_lines(name: str, result: dict[str, Any], of: str = "") -> list[str]:
+  """The table's rows for one benchmark: accuracy, metrics of several samples, published number.
+
+  Args:
+    of: what to say of the stage in addition, such as the name of an arm.
+  """
   stage, bench = name.split("/", 1)
-  where = f"{bench}, {STAGE_LABELS.get(stage, stage)}"
+  where = f"{bench}, {STAGE_LABELS.get(stage, stage)}{of}"
   if "protocol" in result:
     where += f", protocol {result['protocol']}"
   if "unlike" in result:

@@ -1,0 +1,180 @@
+"""What studies over seeds share: runs that are done once, across kills, and their tables.
+
+A study has `Task`s. A finished one leaves `seedS/NAME.json` with what tables and plots need.
+Started again, only what is not there is run, and what was cut goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from igpo_jax.config import Config
+from igpo_jax.errors import UserError
+from igpo_jax.io.jsonl import write_whole
+from igpo_jax.parallel.compile_cache import use_cache
+from igpo_jax.train.continued import as_json
+
+# By default glibc returns freed memory to the system at once. A training step then spends a third
+# of its time on page faults (docs/LOG.md). A process reads these variables when it starts.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432",
+          "MALLOC_TOP_PAD_": "200000000"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One run of a study.
+
+  Attributes:
+    name: name of the run, the same for all seeds.
+    seed: its seed.
+    workdir: the directory of the study.
+    smoke: whether it has tiny settings, for a test.
+  """
+
+  name: str
+  seed: int
+  workdir: epath.Path
+  smoke: bool
+
+  @property
+  def root(self) -> epath.Path:
+    """The folder of its seed."""
+    return self.workdir / f"seed{self.seed}"
+
+  @property
+  def result(self) -> epath.Path:
+    """The file with what it leaves."""
+    return self.root / f"{self.name.replace(':', '_')}.json"
+
+  @property
+  def config(self) -> Config:
+    """A result that was made with another config is refused."""
+    raise NotImplementedError
+
+  @property
+  def comes_first(self) -> bool:
+    """Whether others start from what it leaves."""
+    return False
+
+  def run(self) -> dict[str, Any]:
+    """Runs, or continues, and returns what tables and plots need, as JSON values."""
+    raise NotImplementedError
+
+
+def finished(task: Task) -> dict[str, Any] | None:
+  """The result of a finished run; None if it is not finished.
+
+  Raises:
+    UserError: the run had other settings.
+  """
+  if not task.result.exists():
+    return None
+  result = json.loads(task.result.read_text())
+  if result["config"] != as_json(task.config):
+    raise UserError(
+      f"{task.result} is of a run with other settings than these; give another --workdir"
+    )
+  return result
+
+
+def perform(task: Task) -> dict[str, Any]:
+  """Runs or continues a task, writes its result to `task.result` and returns it."""
+  began = time.perf_counter()
+  result = task.run()
+  result |= {"config": as_json(task.config), "seconds": time.perf_counter() - began}
+  write_whole(task.result, json.dumps(result) + "\n")
+  return result
+
+
+def run_all(tasks: Sequence[Task], jobs: int) -> dict[tuple[str, int], dict[str, Any]]:
+  """Runs all tasks that are not finished, `jobs` at a time, first those that others start from.
+
+  Returns:
+    (name, seed) -> result.
+
+  Raises:
+    UserError: a finished run had other settings.
+  """
+  results = {(task.name, task.seed): finished(task) for task in tasks}
+  open_ = [task for task in tasks if results[task.name, task.seed] is None]
+  os.environ.update({k: v for k, v in MALLOC.items() if k not in os.environ})
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+  numbers = context.Queue()
+  for number in range(jobs):
+    numbers.put(number)
+  with concurrent.futures.ProcessPoolExecutor(
+    jobs, context, initializer=begin_worker, initargs=(numbers, cores, jobs, os.getpid())
+  ) as pool:
+    for first in (True, False):
+      phase = [task for task in open_ if task.comes_first is first]
+      futures = {pool.submit(perform, task): task for task in phase}
+      for done in concurrent.futures.as_completed(futures):
+        task = futures[done]
+        result = results[task.name, task.seed] = done.result()
+        left = sum(value is None for value in results.values())
+        print(f"{task.name}, seed {task.seed}: {result['seconds']:.0f} s; {left} runs left",
+              flush=True)  # fmt: skip
+  return {key: result for key, result in results.items() if result is not None}
+
+
+def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
+  """Starts a worker process: gives it its own cores, and ends it when its parent ends."""
+  number = numbers.get()
+  if cores and jobs > 1:
+    os.sched_setaffinity(0, cores[number % len(cores) :: jobs])
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)  # the parent was killed; a new command may now write to the workdir
+
+  threading.Thread(target=watch, daemon=True).start()
+  use_cache()
+
+
+# --- tables ---------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """(mean, half the width of its 95% interval by Student's t); nan as width for one value."""
+  n = len(values)
+  if n < 2:
+    return float(np.mean(values)), math.nan
+  width = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+  return float(np.mean(values)), float(width)
+
+
+def bounds(values: Sequence[float]) -> dict[str, float | None]:
+  """ "mean", and "low" and "high" of its 95% interval; these are None for one value."""
+  mean, width = interval(values)
+  known = not math.isnan(width)
+  return {"mean": mean, "low": mean - width if known else None,
+          "high": mean + width if known else None}  # fmt: skip
+
+
+def in_words(values: Sequence[float], signed: bool = False, digits: int = 3) -> str:
+  """The mean and half of the interval: "0.312 ± 0.041", or "+0.312" for one value, signed."""
+  mean, width = interval(values)
+  text = f"{mean:{'+' if signed else ''}.{digits}f}"
+  return text if math.isnan(width) else f"{text} ± {width:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """A Markdown table."""
+  lines = [head, *rows]
+  text = [f"| {' | '.join(map(str, line))} |" for line in lines]
+  return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
