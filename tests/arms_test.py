@@ -20,12 +20,22 @@ from igpo_jax.train.arms import resolve_all
 from igpo_jax.train.sizes import model_of
 from igpo_jax.viewer.comparison import example_in_words, method_of, write_comparison
 from tests.paths import REPO
-from tests.tiny_config import get_config
 
 
 def with_arms(*arms, **changes):
-  config = get_config()
+  """A tiny run with its sizes left to the devices, and arms."""
+  config = default_config()
   config.arms = arms
+  config.data.sft = config.data.rl = "synthetic:chains?n=8"
+  config.data.prompt_buckets = (12,)
+  config.reward.verifier = "exact"
+  config.model.d_model, config.model.n_layers, config.model.n_heads = 16, 1, 2
+  config.model.mlp_hidden = 32
+  config.sampler.gen_length, config.sampler.block_length, config.sampler.steps = 16, 8, 4
+  config.sft.batch_size = 8
+  config.rl.prompts_per_step = config.rl.group_size = 2
+  config.rl.sample_slices = config.rl.micro_batches = config.sft.micro_batches = 0
+  config.mesh.data = config.mesh.fsdp = 0
   config.update_from_flattened_dict(changes)
   return freeze(config)
 
@@ -33,7 +43,7 @@ def with_arms(*arms, **changes):
 def test_an_arm_is_the_run_with_what_it_says_changed_and_nothing_else():
   config = with_arms(
     "GRPO: rl.exploration=none",
-    "other: data.rl=synthetic:chains?n=8,  estimator.coupled_grpo.ratio_low=0.1, objective.beta=0,"
+    "other: data.rl=synthetic:chains?n=9,  estimator.coupled_grpo.ratio_low=0.1, objective.beta=0,"
     "reward.weights=(('correct', 2.0),), hints.ratio_high=0.8, sampler.temperature=0.5",
     stages=("sft", "rl", "eval"),
   )
@@ -43,7 +53,7 @@ def test_an_arm_is_the_run_with_what_it_says_changed_and_nothing_else():
   assert grpo == replace(plain, rl=replace(plain.rl, exploration="none"))
   assert other == replace(
     plain,
-    data=replace(plain.data, rl="synthetic:chains?n=8"),
+    data=replace(plain.data, rl="synthetic:chains?n=9"),
     estimator=replace(
       plain.estimator, coupled_grpo=replace(plain.estimator.coupled_grpo, ratio_low=0.1)
     ),
