@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import common
-from benchmarks.denoise import parse_case
+from benchmarks.denoise import parse_case, slots_of
 from igpo_jax import cli
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import Config, SamplerConfig, freeze, load_config_file
@@ -88,6 +88,8 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
   length = setting.sampler.gen_length
   base = dataclasses.replace(setting.sampler, steps=length)
   cases = {name: parse_case(name, base) for name in args.cases.split(",")}
+  if told := next((name for name in cases if slots_of(name)), ""):
+    raise UserError(f"--cases: {told!r}: --rows says here how many rows are denoised at a time")
   records = load_source(plan(config)[0].uri)[: args.problems or None]
   problems = problems_of(setting, records)
   stream = make_stream(problems, tokenizer, args.rows, config.data.prompt_buckets, mesh)
