@@ -134,11 +134,12 @@ def test_few_widths_are_the_same_as_one_for_each_block(monkeypatch):
   assert network.cached_widths(dataclasses.replace(cfg, block_length=6)) == (24, 18, 12, 6)
   assert network.overhang(dataclasses.replace(cfg, cache="dual")) == 0
   canvas = deep_canvas(1)
-  few = deep_run(canvas, cache="prefix")
+  uneven = {"cache": "prefix", "threshold": 0.02}  # which compiles no second program of a width
+  few = deep_run(canvas, **uneven)
   monkeypatch.setattr(network, "PREFIX_PROGRAMS", 6)
   jax.clear_caches()
   assert network.cached_widths(cfg) == (24, 20, 16, 12, 8, 4)
-  each = deep_run(canvas, cache="prefix")
+  each = deep_run(canvas, **uneven)
   jax.clear_caches()
   np.testing.assert_array_equal(few.tokens, each.tokens)
 
