@@ -523,13 +523,15 @@ def view_errors(case: Case, method: Method, batch: Batch, stored) -> dict[str, t
 
 def forward_errors(case, method, model, groups, views, stored, loss_of):
   """Log-probabilities, loss and gradients from the model's parameters on."""
-  if "sampling_mask_packed" in case:
-    return {}  # Its log-probabilities are of a vocabulary that was cut for each token.
   scored = np.asarray(views.scored)
   sizes = method.sizes or Sizes(case.group, case.length, 0, 0, 1, *model.ids)
+  lm = model.lm
+  if "sampling_mask_packed" in case:
+    packed = case["sampling_mask_packed"]
+    lm = among(lm, np.unpackbits(packed, axis=-1)[..., : lm.vocab_size].astype(bool))
 
   def from_params(params):
-    policy = read_views(model.lm, params, method.estimator, groups, views, sizes)
+    policy = read_views(lm, params, method.estimator, groups, views, sizes)
     return loss_of(policy.logp), policy.logp
 
   (loss, logp), gradient = jax.jit(jax.value_and_grad(from_params, has_aux=True))(model.params)
@@ -548,6 +550,26 @@ def forward_errors(case, method, model, groups, views, stored, loss_of):
       PARAMETERS,
     ),
   }
+
+
+def among(lm, kept: np.ndarray):
+  """`lm` with logits of some tokens only, as a sampler that had cut its vocabulary saw them.
+
+  Args:
+    kept: bool[B,L,V], for the last L positions of each row.
+  """
+
+  def hidden(params, tokens, valid=None, **options):
+    h, cache = lm.hidden(params, tokens, valid, **options)
+    before = tokens.shape[1] - kept.shape[1]
+    all_kept = np.pad(kept, ((0, 0), (before, 0), (0, 0)), constant_values=True)
+    return jnp.concatenate([h, jnp.asarray(all_kept, h.dtype)], axis=-1), cache
+
+  def head(params, x):
+    h, kept = x[..., : -lm.vocab_size], x[..., -lm.vocab_size :]
+    return jnp.where(kept > 0, lm.head(params, h), -1e30)
+
+  return lm._replace(hidden=hidden, head=head)
 
 
 def torch_names(params) -> dict[str, np.ndarray]:

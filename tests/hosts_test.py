@@ -156,7 +156,9 @@ def runs(tmp_path_factory):
              "--config.rl.steps=4",
              # prompts of 8 and 12 tokens, in slices that are padded apart
              "--config.data.rl=synthetic:chains?min_steps=1&max_steps=2&split=train&n=32&seed=2",
-             "--config.data.prompt_buckets=(8, 12)", "--config.rl.sample_slices=4")  # fmt: skip
+             "--config.data.prompt_buckets=(8, 12)", "--config.rl.sample_slices=4",
+             # groups without advantage make place for those of one further batch
+             "--config.rl.refill=1")  # fmt: skip
   launch = lambda name, **more: finish(start(
     "igpo_jax.main", *options, f"--workdir={root / name}", cache=root / "cache", **more
   ))  # fmt: skip
@@ -213,6 +215,8 @@ def test_two_processes_killed_and_continued_end_with_the_numbers_of_one(runs):
   assert "rl: continues from its checkpoint of step 2" in continued[0][2]
   assert "on 8 device(s)" in continued[0][2]
   expected, found = read(root / "one", "metrics"), read(root / "two", "metrics")
+  refills = [row["rl/refills"] for row in expected if row["stage"] == "rl"]
+  assert 1 in refills  # and both see the same groups: numbers below
   assert len(found) == len(expected) == 1 + 4 + 4
   for row, other in zip(expected, found, strict=True):
     assert other.pop("stage") == row.pop("stage")

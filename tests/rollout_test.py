@@ -672,6 +672,81 @@ def test_groups_outside_the_window_of_accuracy_have_no_advantage(none):
   np.testing.assert_array_equal(advantages, np.where(inside[:, None], before, 0))
 
 
+# --- refilling (DAPO) -----------------------------------------------------------------
+
+FURTHER = [batch_of([record(P * n + k) for k in range(P)]) for n in (1, 2, 3)]
+
+
+def refill(bound, batch=None, further=FURTHER, config=CONFIG):
+  """(explored, how many further batches were asked for)."""
+  asked = []
+  take = lambda k: lambda: asked.append(k) or further[k]
+  config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, exploration="none"))
+  keys = {p: purpose_key(config.seed, 0, p) for p in ("sample", "resample")}
+  _, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
+  others = [take(k) for k in range(bound)]
+  explored = explorer(config)(params, batch or batch_of(RECORDS), 0, keys, further=others)
+  assert asked == list(range(len(asked)))
+  return explored, len(asked)
+
+
+def live(rollout):
+  return (np.asarray(rollout.advantages) != 0).any(axis=1)
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """Every batch explored for itself."""
+  return [explore(batch, exploration="none") for batch in (None, *FURTHER)]
+
+
+def test_refilling_takes_the_first_groups_with_an_advantage_in_the_order_of_the_prompts(alone):
+  explored, asked = refill(3)
+  counts = np.cumsum([live(one.rollout).sum() for one in alone])
+  needed = int(np.argmax(counts >= P))  # of the further batches
+  assert counts[0] < P <= counts[-1] and asked == needed == explored.metrics["refills"]
+  assert live(explored.rollout).all() and explored.metrics["filled"] == 1
+  order = [(n, k) for n, one in enumerate(alone) for k in np.flatnonzero(live(one.rollout))][:P]
+  for name in ("prompt", "completion", "commit_step", "advantages"):
+    expected = [np.asarray(getattr(alone[n].rollout, name))[k] for n, k in order]
+    np.testing.assert_array_equal(getattr(explored.rollout, name), np.stack(expected))
+  batches = [batch_of(RECORDS), *FURTHER]
+  np.testing.assert_array_equal(explored.row_id, [batches[n].row_id[k] for n, k in order])
+  # Shares are of all that was sampled, and so are the rows for the record.
+  sampled = alone[: asked + 1]
+  assert explored.metrics["reward"] == pytest.approx(
+    np.mean([one.metrics["reward"] for one in sampled])
+  )
+  assert {row["id"] for row in explored.rows} == {row["id"] for one in sampled for row in one.rows}
+  assert len({(row["group"], row["number"]) for row in explored.rows}) == (asked + 1) * P * G
+
+
+def test_refilling_ends_at_its_bound_and_is_filled_up_with_the_first_others(alone, none):
+  has_advantage = np.concatenate([live(one.rollout) for one in alone])
+  poor, rich = ([record(k) for k in np.flatnonzero(has_advantage == x)] for x in (False, True))
+  first, second = batch_of(poor[:4] + rich[:2]), batch_of(poor[4:9] + rich[2:3])
+  explored, asked = refill(1, first, [second])
+  assert asked == 1 and explored.metrics["filled"] == 3 / P
+  np.testing.assert_array_equal(live(explored.rollout), [False] * 3 + [True] * 3)
+  expected = [*first.row_id[:3], *first.row_id[4:], second.row_id[5]]
+  np.testing.assert_array_equal(explored.row_id, expected)
+  same, asked = refill(0)
+  assert asked == 0
+  jax.tree.map(np.testing.assert_array_equal, host(same.rollout), host(none.rollout))
+  assert "refills" not in none.metrics
+
+
+def test_refilled_batches_of_other_prompt_lengths_are_padded_alike():
+  wide = [batch_of([record(P * n + k) for k in range(P)], bucket=12) for n in (1, 2, 3)]
+  narrow, _ = refill(3)
+  mixed, _ = refill(3, further=wide)
+  assert mixed.rollout.prompt.shape[1] == 12 and narrow.rollout.prompt.shape[1] == 8
+  np.testing.assert_array_equal(mixed.rollout.prompt_valid[:, 4:], narrow.rollout.prompt_valid)
+  assert not np.asarray(mixed.rollout.prompt_valid)[:, :4].any()
+  for name in ("completion", "advantages"):
+    np.testing.assert_array_equal(getattr(mixed.rollout, name), getattr(narrow.rollout, name))
+
+
 def test_a_window_the_wrong_way_round_is_told():
   with pytest.raises(UserError, match=r"rl\.accuracy_low=0\.8 is above rl\.accuracy_high=0\.2"):
     RLConfig(accuracy_low=0.8, accuracy_high=0.2)

@@ -68,6 +68,9 @@ class RLConfig:
     advantage: "mean" (no division), "std", "std_sample", or "leave_one_out" (docs/methods.md).
     accuracy_low, accuracy_high: a group with a smaller or a larger share of correct completions,
       inserted ones included, gets no advantage. TraceRL trains on 0.2 to 0.8.
+    refill: DAPO's dynamic sampling: up to so many further batches of prompts are sampled in a step,
+      until `prompts_per_step` groups have an advantage. Each step has 1 + refill batches of the
+      data to itself; those that it does not need are not seen in that epoch.
     rounding: how float32 parameters become bfloat16 for sampling, scores and updates, where
       `model.dtype` says bfloat16 and all parameters are trained: to the "nearest" number, which
       hides most of the first updates, or "stochastic", right in the mean, with some noise
@@ -89,6 +92,7 @@ class RLConfig:
   advantage: Literal["mean", "std", "std_sample", "leave_one_out"] = "mean"
   accuracy_low: Share = 0.0
   accuracy_high: Share = 1.0
+  refill: Natural = 0
   rounding: Literal["nearest", "stochastic"] = "nearest"
   eval_every: Natural = 0
 

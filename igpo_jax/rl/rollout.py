@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from igpo_jax.rewards.registry import shown_spans
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.rl.advantages import host_advantages
 from igpo_jax.rl.methods import objective_of
+from igpo_jax.rl.refill import choose, enough, first_live, has_advantage, join_tries
 from igpo_jax.rl.rows import HINTED, RESAMPLED, Tries, sample_rows
 from igpo_jax.rl.sampling import DeviceClock, GroupSampler, Samples, group_buckets
 from igpo_jax.types import LM, Array, Params, Rollout
@@ -55,16 +57,20 @@ class Exploration:
 
   Attributes:
     rollout: on the devices.
+    row_id: u32[P], identities of this process's prompts in it, see `PromptBatch`.
+    places: i64[P], where they are in `tries`; -1: another process sampled them (`rl.refill`).
     update_rollout: the part of `rollout` that is used in the update. All groups; or, with an
       objective for which a group without advantage adds no gradient, the groups with an advantage,
       filled up to one of a few static sizes.
     update_groups: i64[X], their indices among this process's groups.
-    metrics: means over all hosts.
+    metrics: means over all that was sampled on all hosts.
     tries: all that was sampled on this host, both tries.
     tokenizer: of the policy.
   """
 
   rollout: Rollout
+  row_id: np.ndarray
+  places: np.ndarray
   update_rollout: Rollout
   update_groups: np.ndarray
   metrics: dict[str, float]
@@ -115,8 +121,9 @@ class Explorer:
     step: int,
     keys: dict[str, Array],
     clock: DeviceClock | None = None,
+    further: Sequence[Callable[[], PromptBatch]] = (),
   ) -> Exploration:
-    """Explores one batch of prompts.
+    """Explores one batch of prompts, or more of them until enough groups have an advantage.
 
     Args:
       params: the policy.
@@ -124,8 +131,46 @@ class Explorer:
       step: seeds the choice of chunks, with the prompt's identity.
       keys: the step's PRNG keys for "sample" and "resample".
       clock: counts the seconds in which the devices wait for this host.
+      further: makes further batches of as many prompts. They are sampled one after another, until
+        as many groups as a batch has have an advantage (rl/refill.py). The first of these groups
+        are what is learnt from, in the order of the prompts. If there are fewer than a batch, the
+        first others fill it up.
     """
     clock = clock or DeviceClock()
+    tried = [self._explore(params, batch, step, keys, clock)]
+    for take in further:
+      if enough([tries for tries, _ in tried]):
+        break
+      tried.append(self._explore(params, take(), step, keys, clock))
+    tries = join_tries([tries for tries, _ in tried], self.tokenizer.pad_id)
+    mixed = Samples.join([mixed for _, mixed in tried])
+    arrays = self._arrays(tries.batch, mixed) | {"row_id": tries.batch.row_id}
+    arrays, places = choose(arrays, len(tried))
+    row_id = arrays.pop("row_id")
+
+    # To the devices: everything, and what there is to learn from.
+    live = self._groups_to_update(arrays["advantages"])
+    rollout = update_rollout = Rollout(**shard_rows(self.mesh, arrays))
+    if len(live) < len(row_id):
+      update_rollout = Rollout(**shard_rows(self.mesh, {k: x[live] for k, x in arrays.items()}))
+    metrics = self._metrics(tries, mixed)
+    if further:
+      filled = np.array([has_advantage(arrays["advantages"]).sum(), len(row_id)])
+      filled, groups = over_processes(filled, np.sum)
+      metrics |= {"refills": float(len(tried) - 1), "filled": float(filled / groups)}
+    return Exploration(
+      rollout, row_id, places, update_rollout, live, metrics, tries, self.tokenizer
+    )
+
+  def _explore(
+    self,
+    params: Params,
+    batch: PromptBatch,
+    step: int,
+    keys: dict[str, Array],
+    clock: DeviceClock,
+  ) -> tuple[Tries, Samples]:
+    """(What was sampled for one batch, the completions that take part afterwards)."""
     cfg = self.config
     g, length = cfg.rl.group_size, cfg.sampler.gen_length
     p = len(batch.records)
@@ -165,19 +210,10 @@ class Explorer:
           mixed.put(group, target, extra, row, number)
           source[group, target] = number
 
-    # 4. To the devices: everything, and what there is to learn from.
-    arrays = self._arrays(batch, mixed)
-    live = self._groups_to_update(arrays["advantages"])
-    rollout = update_rollout = Rollout(**shard_rows(self.mesh, arrays))
-    if len(live) < p:
-      update_rollout = Rollout(**shard_rows(self.mesh, {k: x[live] for k, x in arrays.items()}))
+    advantages = self._arrays(batch, mixed)["advantages"]
     shown = self._answer_shown(batch, extra, wrong)
-    metrics = self._metrics(
-      batch, own, mixed, extra, wrong, source >= 0, arrays["advantages"], shown
-    )
     second = HINTED if cfg.rl.exploration == "inpaint" else RESAMPLED
-    tries = Tries(batch, own, extra, wrong, second, source, arrays["advantages"], shown)
-    return Exploration(rollout, update_rollout, live, metrics, tries, self.tokenizer)
+    return Tries(batch, own, extra, wrong, second, source, advantages, shown), mixed
 
   def _hints(self, batch: PromptBatch, group: int, step: int):
     """Hinted canvases (i32[G,L], bool[G,L]) of one prompt, from its own random stream."""
@@ -226,10 +262,9 @@ class Explorer:
     """
     if not self.objective.drops_zero_advantage:
       return np.arange(len(advantages))
-    live = np.any(advantages != 0, axis=1)
+    live = has_advantage(advantages)
     most = int(over_processes(np.array(live.sum()), np.max))
-    size = next(size for size in self.update_sizes if size >= most)
-    return np.sort(np.argsort(~live, kind="stable")[:size])
+    return first_live(live, next(size for size in self.update_sizes if size >= most))
 
   def _answer_shown(self, batch, extra: Samples | None, wrong) -> np.ndarray:
     """Which hinted canvases show the answer's value in a run of hint tokens: bool[X,G]."""
@@ -244,11 +279,9 @@ class Explorer:
         shown[row, k] = any(shown_spans(run, record, verifier) for run in runs)
     return shown
 
-  def _metrics(
-    self, batch, own: Samples, mixed: Samples, extra: Samples | None, wrong, replaced, advantages,
-    shown,
-  ) -> dict[str, float]:  # fmt: skip
+  def _metrics(self, tries: Tries, mixed: Samples) -> dict[str, float]:
     """Shares and means over the rows of all processes."""
+    batch, own, extra, wrong = tries.batch, tries.own, tries.extra, tries.wrong
     p, g = own.reward.shape
     stops = np.isin(own.completion, self.lm.stop_ids)
     length = np.where(stops.any(-1), stops.argmax(-1) + 1, own.completion.shape[-1])
@@ -264,10 +297,10 @@ class Explorer:
       "reward_after": (mixed.reward.sum(), p * g),
       "all_wrong_before": (len(wrong), p),
       "all_wrong_after": ((~mixed.correct.any(axis=1)).sum(), p),
-      "no_advantage": ((advantages == 0).all(axis=1).sum(), p),
+      "no_advantage": ((~has_advantage(tries.advantages)).sum(), p),
       "extra_correct": (extra_correct, tried),
-      "answer_shown": (shown.sum(), tried),
-      "replaced": (replaced.sum(), p * g),
+      "answer_shown": (tries.shown.sum(), tried),
+      "replaced": ((tries.source >= 0).sum(), p * g),
       "length": (length.sum(), p * g),
       "unparseable": (status.count("unparseable"), p * g),
       "timeout": (status.count("timeout"), p * g),

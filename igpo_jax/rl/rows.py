@@ -35,6 +35,7 @@ class Tries:
     source: i64[P,G], the number of the completion of the second try that took a place; -1: none.
     advantages: f32[P,G], of what is in the places afterwards.
     shown: bool[X,G], hinted canvases that show the answer's value.
+    batches: how many batches of as many prompts the P are (`rl.refill`), one after another.
   """
 
   batch: PromptBatch
@@ -45,6 +46,13 @@ class Tries:
   source: np.ndarray
   advantages: np.ndarray
   shown: np.ndarray
+  batches: int = 1
+
+  def number_of(self, group: int) -> int:
+    """The number of a group among those of all processes: batch by batch, as if there was one."""
+    share = len(self.batch.records) // self.batches
+    batch, k = divmod(group, share)
+    return (batch * jax.process_count() + jax.process_index()) * share + k
 
 
 class _Place(NamedTuple):
@@ -112,13 +120,12 @@ def sample_rows(
     sorted.
   """
   rows_of = {int(group): row for row, group in enumerate(tries.wrong)}
-  first_group = jax.process_index() * len(tries.batch.records)
   out = []
   for place in _places(tries)[: limit or None]:
     own = place.phase == OWN
     samples = tries.own if own else tries.extra
     at = (place.group if own else rows_of[place.group], place.number)
-    row = {"version": VERSION, "group": first_group + place.group, "rank": place.rank}
+    row = {"version": VERSION, "group": tries.number_of(place.group), "rank": place.rank}
     row |= _completion(tries.batch.records[place.group], samples, at, tokenizer)
     row |= {"phase": place.phase, "used": place.used, "number": place.number}
     row |= {"partner": place.partner, "advantage": None}

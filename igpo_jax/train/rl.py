@@ -101,18 +101,20 @@ def make_stage(
   def explore(state, n, clock):
     keys = {purpose: purpose_key(config.seed, n, purpose) for purpose in ("sample", "resample")}
     policy = readable(all_params(state.params), key=rounding_key(config, n))
-    return policy, explorer(policy, stream.batch(n), n, keys, clock)
+    # Batches of a step are at places of its own, needed or not: a resumed run finds the same ones.
+    count = 1 + config.rl.refill
+    batch, *further = (functools.partial(stream.batch, n * count + k) for k in range(count))
+    return policy, explorer(policy, batch(), n, keys, clock, further)
 
   def step(state, n):
     clock, rounding = new_clock(), rounding_key(config, n)
     policy, explored = explore(state, n, clock)
-    batch = explored.tries.batch
     wanted = samples_due(config.log, n + 1, config.rl.steps)
     keys_of = lambda ids: prompt_keys(
       purpose_key(config.seed, n, "estimate"), shard_rows(mesh, ids)
     )
-    rollout, keys = explored.update_rollout, keys_of(batch.row_id[explored.update_groups])
-    full_batch = (explored.rollout, keys_of(batch.row_id))
+    rollout, keys = explored.update_rollout, keys_of(explored.row_id[explored.update_groups])
+    full_batch = (explored.rollout, keys_of(explored.row_id))
     with clock.program("likelihood", rollout.completion.shape):
       scores = programs.score(policy, reference, rollout, keys, full_batch)
     before = None
@@ -128,7 +130,7 @@ def make_stage(
     stats = None
     if before is not None:
       after = token_stats(readable(all_params(state.params), key=rounding), rollout, keys)
-      stats = by_group(explored.update_groups, before, after)
+      stats = by_group(explored.places[explored.update_groups], before, after)
     rows = []
     if wanted:
       rows = sample_rows(explored.tries, model.tokenizer, config.log.samples_per_step, stats)

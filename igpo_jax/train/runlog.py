@@ -145,7 +145,7 @@ class RunLog:
         written without it.
       limit: the largest number of rows that is written; 0: all.
     """
-    rank = lambda row: row.get("rank", 0)
+    rank = lambda row: (row.get("rank", 0), row.get("group", 0))
     rows = sorted(share(sorted(rows, key=rank)[: limit or None]), key=rank)[: limit or None]
     if self._writes:
       head = {"stage": stage, "step": step}
