@@ -141,8 +141,8 @@ class RunLog:
 
     Args:
       stage, step: of the rows.
-      rows: this process's rows. The rows of all processes are sorted by "rank", lowest first, and
-        written without it.
+      rows: this process's rows. The rows of all processes are sorted by "rank" and "group",
+        and written without "rank".
       limit: the largest number of rows that is written; 0: all.
     """
     rank = lambda row: (row.get("rank", 0), row.get("group", 0))
