@@ -91,13 +91,12 @@ def choose(
     batches: how many batches of P prompts they are.
 
   Returns:
-    (name -> [P, ...], i64[P]: which of this process's groups these are, -1 where it is one that
-    another process sampled).
+    (name -> [P, ...], i64[P]: the numbers of these groups, see `Tries.number_of`; with several
+    batches another process may have sampled them).
   """
-  count = len(arrays["advantages"])
+  share, index = len(arrays["advantages"]) // batches, jax.process_index()
   if batches == 1:
-    return dict(arrays), np.arange(count)
-  share, index = count // batches, jax.process_index()
+    return dict(arrays), index * share + np.arange(share)
 
   def in_order(stacked, axis):
     """[processes, batches * P, ...] -> batch by batch, and in a batch process by process."""
@@ -108,5 +107,4 @@ def choose(
   of_all = lambda x: over_processes(x, in_order)
   live = of_all(has_advantage(arrays["advantages"]))
   mine = first_live(live, share * jax.process_count())[index * share :][:share]
-  place = np.where(of_all(np.full(count, index)) == index, of_all(np.arange(count)), -1)
-  return {name: of_all(x)[mine] for name, x in arrays.items()}, place[mine]
+  return {name: of_all(x)[mine] for name, x in arrays.items()}, mine

@@ -58,7 +58,8 @@ class Exploration:
   Attributes:
     rollout: on the devices.
     row_id: u32[P], identities of this process's prompts in it, see `PromptBatch`.
-    places: i64[P], where they are in `tries`; -1: another process sampled them (`rl.refill`).
+    numbers: i64[P], their numbers among the groups of all processes, see `Tries.number_of`. With
+      `rl.refill` another process may have sampled them.
     update_rollout: the part of `rollout` that is used in the update. All groups; or, with an
       objective for which a group without advantage adds no gradient, the groups with an advantage,
       filled up to one of a few static sizes.
@@ -70,7 +71,7 @@ class Exploration:
 
   rollout: Rollout
   row_id: np.ndarray
-  places: np.ndarray
+  numbers: np.ndarray
   update_rollout: Rollout
   update_groups: np.ndarray
   metrics: dict[str, float]
@@ -145,7 +146,7 @@ class Explorer:
     tries = join_tries([tries for tries, _ in tried], self.tokenizer.pad_id)
     mixed = Samples.join([mixed for _, mixed in tried])
     arrays = self._arrays(tries.batch, mixed) | {"row_id": tries.batch.row_id}
-    arrays, places = choose(arrays, len(tried))
+    arrays, numbers = choose(arrays, len(tried))
     row_id = arrays.pop("row_id")
 
     # To the devices: everything, and what there is to learn from.
@@ -159,7 +160,7 @@ class Explorer:
       filled, groups = over_processes(filled, np.sum)
       metrics |= {"refills": float(len(tried) - 1), "filled": float(filled / groups)}
     return Exploration(
-      rollout, row_id, places, update_rollout, live, metrics, tries, self.tokenizer
+      rollout, row_id, numbers, update_rollout, live, metrics, tries, self.tokenizer
     )
 
   def _explore(

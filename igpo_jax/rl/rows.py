@@ -112,7 +112,7 @@ def sample_rows(
     tries: of one step.
     tokenizer: of the run.
     limit: make the first so many rows only; 0: all.
-    token_stats: group -> name -> [G,L], of the groups that were learned from
+    token_stats: number of a group -> name -> [G,L], of the groups that were learned from
       (train/token_stats.py).
 
   Returns:
@@ -134,7 +134,7 @@ def sample_rows(
     slot = {KEPT: place.number, INSERTED: place.partner}.get(place.used)
     if slot is not None:  # it is in the group that the policy learns from
       row["advantage"] = _short(tries.advantages[place.group, slot])
-      stats = (token_stats or {}).get(place.group)
+      stats = (token_stats or {}).get(tries.number_of(place.group))
       if stats is not None:
         row["token_stats"] = {name: _short(values[slot]) for name, values in stats.items()}
     out.append(row)

@@ -130,7 +130,8 @@ def make_stage(
     stats = None
     if before is not None:
       after = token_stats(readable(all_params(state.params), key=rounding), rollout, keys)
-      stats = by_group(explored.places[explored.update_groups], before, after)
+      numbers = explored.numbers[explored.update_groups]
+      stats = by_group(numbers, before, after, of_all=explored.tries.batches > 1)
     rows = []
     if wanted:
       rows = sample_rows(explored.tries, model.tokenizer, config.log.samples_per_step, stats)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from igpo_jax.config import Config
-from igpo_jax.parallel.mesh import local_rows
+from igpo_jax.parallel.mesh import local_rows, over_processes
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.rl.estimate import Estimate, estimate, groups_of, sizes_of
 from igpo_jax.rl.hint_filter import entropy_filter
@@ -52,13 +52,16 @@ def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array
   return stats
 
 
-def by_group(groups: np.ndarray, before: Stats, after: Stats) -> Mapping[int, dict]:
-  """This process's statistics: group -> name -> [G,L], as docs/samples.md has them.
+def by_group(
+  numbers: np.ndarray, before: Stats, after: Stats, of_all: bool = False
+) -> Mapping[int, dict]:
+  """Statistics of groups: number -> name -> [G,L], as docs/samples.md has them.
 
   Args:
-    groups: i64[X], the groups that were learned from.
+    numbers: i64[X], of the groups that this process learned from, see `Exploration.numbers`.
     before: of the policy that sampled, [X,G,L] each.
     after: of the policy after the last inner update.
+    of_all: of the groups of all processes, and not of this one's alone. A collective.
   """
   old, new = local_rows(before), local_rows(after)
   scored = old["scored"]
@@ -69,7 +72,11 @@ def by_group(groups: np.ndarray, before: Stats, after: Stats) -> Mapping[int, di
     "ratio": only(np.exp(new["logp"] - old["logp"])),
     "kept": old["kept"],
   }
+  if of_all:
+    joined = lambda x, axis: x.reshape(-1, *x.shape[2:])
+    numbers = over_processes(numbers, joined)
+    arrays = {name: over_processes(x, joined) for name, x in arrays.items()}
   return {
-    int(group): {name: values[row] for name, values in arrays.items()}
-    for row, group in enumerate(groups)
+    int(number): {name: values[row] for name, values in arrays.items()}
+    for row, number in enumerate(numbers)
   }
