@@ -37,7 +37,7 @@ def test_wilson_interval_of_the_textbook():
 def test_wilson_interval_holds_the_share_and_stays_in_the_unit_interval(case):
   correct, n = case
   low, high = metrics.wilson(correct / n, n)
-  assert 0 <= low <= correct / n + 1e-12 and correct / n - 1e-12 <= high <= 1 and low < high
+  assert 0 <= low <= correct / n <= high <= 1 and low < high
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))

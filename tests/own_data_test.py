@@ -63,7 +63,7 @@ def test_a_dry_run_prints_what_the_page_shows_and_writes_nothing(folder):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
 def test_the_other_tokenizers_of_the_page_fit_the_same_files(folder, tmp_path, kind):
-  (spec,) = re.findall(r"allow `(sentencepiece:\d+)`", PAGE)
+  (spec,) = re.findall(r"allow at most `(sentencepiece:\d+)`", PAGE)
   if kind == "hugging face":
     spec = make_directory(tmp_path / "hf")
   flags = (f"--config.data.tokenizer={spec}", "--config.data.prompt_buckets=(64,)")

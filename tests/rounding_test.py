@@ -211,11 +211,11 @@ def test_a_run_samples_scores_and_learns_from_one_copy_a_step_and_resumes_exactl
     return made._replace(update=update)
 
   monkeypatch.setattr(rl, "compute_copy", copy)
-  monkeypatch.setattr(rl, "make_policy_programs", programs)
   with jax.set_mesh(mesh):
     start = lambda: make_model(RUN, CharTokenizer(ALPHABET), mesh)
     stream = rl_stream(RUN, CharTokenizer(ALPHABET), load_records(RUN.data.rl).records)
-    stage, state = rl.make_stage(RUN, mesh, start(), HalfRight(), stream)
+    make = functools.partial(rl.make_stage, RUN, mesh, make_programs=programs)
+    stage, state = make(start(), HalfRight(), stream)
     state, _, _ = stage.step(state, 0)
     kept = jax.tree.map(np.array, state)
     keys.clear()
@@ -224,7 +224,7 @@ def test_a_run_samples_scores_and_learns_from_one_copy_a_step_and_resumes_exactl
     assert [(what, data(key)) for what, key in keys] == [
       (what, data(rounding_key(RUN, 1))) for what in ("copy", "update", "update")
     ]
-    resumed, fresh = rl.make_stage(RUN, mesh, start(), HalfRight(), stream)
+    resumed, fresh = make(start(), HalfRight(), stream)
     put = lambda x, like: jax.device_put(x, like.sharding)
     again, _, rows_again = resumed.step(jax.tree.map(put, kept, fresh), 1)
   assert rows == rows_again

@@ -72,7 +72,8 @@ def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
   """
   center = (share + z * z / (2 * n)) / (1 + z * z / n)
   spread = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-  return max(0.0, center - spread), min(1.0, center + spread)
+  # At shares of 0 and 1 an end is the share itself, but for rounding.
+  return max(0.0, min(share, center - spread)), min(1.0, max(share, center + spread))
 
 
 def accuracy(correct: Sequence[int], samples: int) -> dict[str, float]:
