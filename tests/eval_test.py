@@ -14,7 +14,14 @@ from igpo_jax.config import SamplerConfig, default_config, freeze
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import CharTokenizer, train_sentencepiece
 from igpo_jax.errors import UserError
-from igpo_jax.eval.evaluate import Evaluation, in_words, make_stream, problems_of
+from igpo_jax.eval import evaluate
+from igpo_jax.eval.evaluate import (
+  Evaluation,
+  generate_rows,
+  in_words,
+  make_stream,
+  problems_of,
+)
 from igpo_jax.eval.generations import params_digest
 from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan, register_protocol
 from igpo_jax.parallel.mesh import make_mesh
@@ -159,7 +166,7 @@ class Interrupted(Exception):
 
 
 def run_evaluation(directory, setting=None, n=13, batch_size=4, label="init", stop_after=None,
-                   params=None, uri=TASK, buckets=(12,)):  # fmt: skip
+                   params=None, uri=TASK, buckets=(12,), begun=None):  # fmt: skip
   """Evaluates the tiny model on n synthetic problems; returns its metrics and the file."""
   lm, own = tiny_model(3 + len(ALPHABET))
   config = eval_config(f"test={uri}&n={n}", batch_size=batch_size)
@@ -177,6 +184,8 @@ def run_evaluation(directory, setting=None, n=13, batch_size=4, label="init", st
     for done, number in enumerate(left):
       if done == stop_after:
         raise Interrupted
+      if begun is not None:
+        begun(number)
       yield number
 
   mesh = make_mesh()
@@ -224,6 +233,20 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_samples(tmp_path):
   assert len({row["completion"] for row in read(path)}) > 13  # noise of its own for each
   _, single = run_evaluation(tmp_path / "c", {"temperature": 1.0})
   assert read(single) == [row for row in read(path) if row["sample"] == 0]
+
+
+def test_the_progress_of_a_round_begins_before_it_is_made(tmp_path, monkeypatch):
+  """Else the time that is shown is not the time that it took."""
+  events = []
+
+  def watched(*args):
+    for rows in generate_rows(*args):
+      events.append("made")
+      yield rows
+
+  monkeypatch.setattr(evaluate, "generate_rows", watched)
+  run_evaluation(tmp_path, batch_size=4, begun=events.append)
+  assert events == [0, "made", 1, "made", 2, "made", 3, "made"]
 
 
 @pytest.mark.parametrize("cut", ["between", "in a batch", "in a row", "in the first row"])

@@ -252,13 +252,14 @@ def evaluate(
   made = [key_of(by_id[name]) in generations.rows for name in stream.ids]
   parts = parts_left(stream, made, setting.sampler)
   rounds = iter(progress(range(sum(-(-len(part) // stream.batch_size) for part in parts))))
+  next(rounds, None)  # a round is timed from one step of this to the next
   for part in parts:
     batch = stream.batch_of(part, -(-len(part) // stream.process_count) * stream.process_count)
     for rows in generate_rows(
       lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key, stream.batch_size
     ):
-      next(rounds)
       generations.add(rows)
+      next(rounds, None)
   for _ in rounds:
     pass
   generations.close(keys)
