@@ -141,7 +141,8 @@ def test_every_number_of_a_command_declares_its_range_and_is_held_to_it(name, ac
 
 def test_the_numbers_of_commands_that_take_a_config_are_bounded():
   for command in (program, aot, rehearse):
-    for name in command.FLAGS:
+    # A test that parsed a command line in this process leaves its overrides of the config behind.
+    for name in [name for name in command.FLAGS if not name.startswith("config.")]:
       parser = command.FLAGS[name].parser
       if parser.syntactic_help in ("an integer", "a number", "a non-negative integer"):
         assert parser.lower_bound is not None, f"{command.__name__} --{name}"
