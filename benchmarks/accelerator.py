@@ -397,9 +397,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   common.add_arguments(parser)
   parser.set_defaults(model="8b")
   parser.add_argument("--rows", type=int, default=64)

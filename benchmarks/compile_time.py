@@ -7,7 +7,6 @@ turns. No program is run. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -64,9 +63,7 @@ def measure(width: str, repeats: int) -> dict:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   parser.add_argument("--model", choices=("bench", "tiny"), default="bench")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--output", help="also write the JSON object to this file")

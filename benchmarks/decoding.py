@@ -179,9 +179,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", required=True, help="of a finished run of the config")
   parser.add_argument("--config", default="configs/quickstart.py")
   parser.add_argument("--stage", choices=("sft", "rl"), default="rl")

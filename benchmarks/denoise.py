@@ -202,9 +202,7 @@ def beside_peers(args: argparse.Namespace, model: ModelConfig, programs: dict) -
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   common.add_arguments(parser)
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")

@@ -43,7 +43,7 @@ from etils import epath
 
 from benchmarks.claims.arms import make_config, sft_config
 from benchmarks.claims.runs import Task
-from benchmarks.study import finished, in_words, interval, markdown
+from benchmarks.study import finished, in_words, interval, largest_fall, markdown
 from igpo_jax import cli
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
@@ -217,12 +217,6 @@ def accuracy_at(result: dict, config: Config, budget: float) -> float:
   return float(np.interp(budget, cost(result, config)[steps.astype(int)], values))
 
 
-def fall(result: dict) -> float:
-  """The largest fall of accuracy below the best evaluation before."""
-  values = np.array([accuracy for _, accuracy in result["accuracy"]])
-  return float(np.max(np.maximum.accumulate(values) - values))
-
-
 def choose_rates(results: dict, pairs: Sequence[tuple[str, str]], rates, seeds) -> dict:
   """(exploration, method) -> the learning rate with the largest mean `area` on the pilot seeds."""
   mean = lambda pair, rate: np.mean([area(results[name_of(*pair, rate), s]) for s in seeds])
@@ -246,7 +240,7 @@ def measure(results: dict, chosen: dict, seeds: Sequence[int], smoke: bool) -> l
       "equal samples": [result["accuracy"][-1][1] for result, _ in pairs],
       "equal forwards": [accuracy_at(*one, budget) for one in pairs],
       "area": [area(result) for result, _ in pairs],
-      "largest fall": [fall(result) for result, _ in pairs],
+      "largest fall": [largest_fall(result) for result, _ in pairs],
       "forwards": [float(cost(*one)[-1] / (len(cost(*one)) - 1)) for one in pairs],
       "seconds": [result["step_cpu_seconds"] or math.nan for result, _ in pairs],
     }

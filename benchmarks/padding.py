@@ -91,9 +91,7 @@ def simulate(records: list[Record], tokenizer: Tokenizer, args: argparse.Namespa
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   parser.add_argument("--source", action="append", required=True, help="as config.data.rl")
   parser.add_argument("--tokenizer", help="a directory; default: made from the sources")
   parser.add_argument("--prompts", type=int, default=64, help="of a step, over all processes")

@@ -113,9 +113,7 @@ def make_config(args: argparse.Namespace, exploration: str) -> Config:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   common.add_arguments(parser)
   parser.add_argument("--prompts", type=int, default=8, help="groups of a step")
   parser.add_argument("--group", type=int, default=4, help="completions of a prompt")

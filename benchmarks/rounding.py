@@ -93,9 +93,7 @@ def spread(values: list) -> object:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   parser.add_argument("--width", type=int, default=4096)
   parser.add_argument("--outputs", type=int, default=4096)
   parser.add_argument("--rows", type=int, default=256)

@@ -149,6 +149,12 @@ def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
 # --- tables ---------------------------------------------------------------------------------
 
 
+def largest_fall(result: dict[str, Any]) -> float:
+  """The largest fall of a run's accuracy below the best evaluation before."""
+  values = np.array([accuracy for _, accuracy in result["accuracy"]])
+  return float(np.max(np.maximum.accumulate(values) - values))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
   """(mean, half the width of its 95% interval by Student's t); nan as width for one value."""
   n = len(values)

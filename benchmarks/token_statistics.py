@@ -11,8 +11,6 @@ Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 
@@ -55,9 +53,7 @@ def temporaries(
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--vocab", type=int, default=126_464)
   parser.add_argument("--width", type=int, default=64, help="of the hidden states")

@@ -151,9 +151,7 @@ def distance(left, right) -> float:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.ArgumentParser(description=__doc__)
   common.add_arguments(parser)
   parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
   parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")

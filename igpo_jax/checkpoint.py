@@ -40,6 +40,17 @@ class DamagedCheckpoint(UserError):
   """The files of a checkpoint are incomplete or have changed."""
 
 
+def shapes_of(tree: Any) -> Any:
+  """Shapes, dtypes and shardings of a tree of arrays, which is all that `restore` needs of them."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+  """The steps, ascending, of which a stage's folder has a checkpoint; [] where there is none."""
+  entries = folder.iterdir() if folder.is_dir() else ()
+  return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
   """The absolute path. A gs:// path is returned as it is: epath's own method would spoil it."""
   path = epath.Path(path)

@@ -134,6 +134,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
   def __init__(self, **kwargs):
     kwargs.setdefault("allow_abbrev", False)
+    kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
     super().__init__(**kwargs)
 
   def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None):

@@ -50,11 +50,7 @@ ONE_ANSWER = ("hint", "template", "show_order", "animate", "output")  # options 
 
 def make_parser() -> cli.ArgumentParser:
   """The parser of this command's options."""
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.generate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.generate", description=__doc__)
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--prompt", help="what the user says")
   source.add_argument("--input", help="JSONL file of prompts")

@@ -41,11 +41,7 @@ Row = dict[str, Any]
 
 
 def make_parser() -> cli.ArgumentParser:
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.replay",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.replay", description=__doc__)
   add = parser.add_argument
   add("--workdir", required=True, help="of the run; not changed")
   add("--step", required=True, type=number(Count), help="RL step, from 1")
@@ -99,10 +95,10 @@ def read_config(workdir: epath.Path) -> Config:
 
 def compare(logged: list[Row], again: list[Row], describe) -> list[str]:
   """A line for every logged completion that is not the one made again."""
-  by_place = {(row["group"], row["phase"], row["number"]): row for row in again}
+  by_place = {files.place_of(row): row for row in again}
   lines = []
   for row in logged:
-    place = (row["group"], row["phase"], row["number"])
+    place = files.place_of(row)
     name = f"group {place[0]} ({row['id']}), {place[1]} {place[2]}"
     other = by_place.get(place)
     reason = "it was not made again" if other is None else describe(row, other)
@@ -119,14 +115,13 @@ def choose(rows: list[Row], logged: list[Row], args: argparse.Namespace) -> Row:
   """
   found = [
     row for row in rows
-    if args.id in (None, str(row["id"])) and args.number in (None, row["number"])
-    and args.phase in (None, row["phase"])
+    if files.wanted(row, args.id, args.number) and args.phase in (None, row["phase"])
   ]  # fmt: skip
   if not found:
     ids = ", ".join(dict.fromkeys(str(row["id"]) for row in rows))
     raise UserError(f"step {args.step} has no such completion; ids there: {ids[:300]}")
-  places = {(row["group"], row["phase"], row["number"]) for row in logged}
-  in_log = [row for row in found if (row["group"], row["phase"], row["number"]) in places]
+  places = {files.place_of(row) for row in logged}
+  in_log = [row for row in found if files.place_of(row) in places]
   return (in_log or found)[0]
 
 

@@ -10,8 +10,6 @@ end. The run may still be going on.
 
 from __future__ import annotations
 
-import argparse
-
 from etils import epath
 
 from igpo_jax import cli
@@ -24,11 +22,7 @@ from igpo_jax.viewer.report import PAGE
 
 
 def make_parser() -> cli.ArgumentParser:
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.report", description=__doc__)
   parser.add_argument("--workdir", action="append", required=True, metavar="DIR",
                       help="of a run; several are laid over each other")  # fmt: skip
   parser.add_argument("--output", help=f"the file; default: {PAGE} in the workdir, if it is one")

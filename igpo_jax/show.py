@@ -29,11 +29,7 @@ HEADLINE = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/kl", "
 
 
 def make_parser() -> cli.ArgumentParser:
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.show",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.show", description=__doc__)
   add = parser.add_argument
   add("workdir", help="of a run", metavar="DIR")
   add("--step", type=number(Count), help="RL step; default: the last one that was logged")
@@ -52,11 +48,6 @@ def polls(seconds: float = WATCH_SECONDS) -> Iterator[None]:
     time.sleep(seconds)
 
 
-def wanted(row: Row, args: argparse.Namespace) -> bool:
-  """Whether the command line asks for this row, whatever its step."""
-  return args.id in (None, str(row.get("id"))) and args.number in (None, row.get("number"))
-
-
 def show(workdir: epath.Path, args: argparse.Namespace, console: Console) -> None:
   """Draws one step.
 
@@ -69,7 +60,9 @@ def show(workdir: epath.Path, args: argparse.Namespace, console: Console) -> Non
 
   def keep(row: Row) -> bool:
     seen.add(row["step"])
-    return wanted(row, args) and (at is None or (row["stage"], row["step"]) == at)
+    return files.wanted(row, args.id, args.number) and (
+      at is None or (row["stage"], row["step"]) == at
+    )
 
   for row in files.sample_rows(workdir, keep):
     if rows and rows[-1]["step"] != row["step"]:
@@ -109,7 +102,9 @@ def watch(
       values += [f"{k} {v:.4g}" for k, v in row.items() if k.endswith("/accuracy") and v is not None
                  and k.startswith("eval/")]  # fmt: skip
       console.print(Text(visible(f"{row['stage']} {row['step']}: {', '.join(values)}")))
-    rows = [files.upgraded(row) for row in samples.new_rows() if wanted(row, args)]
+    rows = [
+      files.upgraded(row) for row in samples.new_rows() if files.wanted(row, args.id, args.number)
+    ]
     if rows:  # of several new steps, the last
       draw([row for row in rows if row["step"] == rows[-1]["step"]], workdir, args, console)
 

@@ -20,7 +20,7 @@ from benchmarks import shared_runs
 from benchmarks.claims import __main__ as program
 from benchmarks.claims import arms, claims, plots, runs
 from benchmarks.claims.theorem import _shared_size
-from benchmarks.study import finished, interval, run_all
+from benchmarks.study import finished, interval, largest_fall, run_all
 from igpo_jax import cli
 from igpo_jax.config import registry
 from igpo_jax.data.sources import load_records
@@ -251,7 +251,7 @@ def test_runs_are_compared_where_they_have_cost_as_much():
   assert study.accuracy_at(result, config, 6 * 15.0) == pytest.approx(0.5)  # 15 a step
   assert study.accuracy_at(result, config, 1e9) == pytest.approx(0.6)
   assert study.area(result) == pytest.approx((0.2 + 0.5) / 2)
-  assert study.fall(run_of(0.1, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
+  assert largest_fall(run_of(0.1, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
 
 
 def test_the_rate_with_the_largest_area_on_the_pilot_seeds_is_taken():

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.claims.arms import ARMS
 from benchmarks.claims.runs import THEOREM
-from benchmarks.study import bounds, in_words, markdown
+from benchmarks.study import bounds, in_words, largest_fall, markdown
 
 Results = dict[tuple[str, int], dict]  # (name of the run, seed) -> its result
 
@@ -31,13 +31,6 @@ def _mean(curve: str) -> Callable[[dict], float]:
   return lambda result: float(np.mean(result["curves"][curve]))
 
 
-def _fall(result: dict) -> float:
-  """The largest fall of accuracy below the best evaluation before."""
-  values = [accuracy for _, accuracy in result["accuracy"]]
-  best = np.maximum.accumulate(values)
-  return float(np.max(best - values))
-
-
 AFTER = Measure("held-out accuracy after RL", lambda r: r["eval"]["rl/test"]["accuracy"])
 BEFORE = Measure("after SFT", lambda r: r["eval"]["sft/test"]["accuracy"])
 REWARD = Measure("reward, last quarter", lambda r: float(np.mean(
@@ -47,7 +40,7 @@ WRONG = Measure("groups all wrong as sampled", _mean("rl/all_wrong_before"))
 EXTRA = Measure("extra samples correct", _mean("rl/extra_correct"))
 SHOWN = Measure("canvases that show the answer", _mean("rl/answer_shown"))
 NORM = Measure("gradient norm", _mean("rl/grad_norm"))
-FALL = Measure("largest fall of accuracy", _fall)
+FALL = Measure("largest fall of accuracy", largest_fall)
 
 
 @dataclasses.dataclass(frozen=True)

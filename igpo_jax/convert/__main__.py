@@ -7,7 +7,6 @@ from an autoregressive Llama or Qwen to a Hugging Face directory of this program
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
@@ -41,11 +40,7 @@ def parse_size(text: str) -> int:
 
 def make_parser() -> cli.ArgumentParser:
   """The parser of this command's options."""
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.convert",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.convert", description=__doc__)
   parser.add_argument("--source", required=True, help="Hugging Face directory, Orbax directory, "
                       "or WORKDIR/checkpoints/STAGE/STEP; local or gs://")  # fmt: skip
   parser.add_argument("--target", required=True, help="directory to make")

@@ -49,6 +49,7 @@ from igpo_jax.diffusion.slots import (
   empty_slots,
   ended,
   exchange,
+  flat,
   holds_row,
   in_block,
   make_queue,
@@ -170,9 +171,8 @@ class State(flax.struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table, slots) -> Denoised:
-  # What the batch as a whole decides needs all of it, one block after the other.
-  together = cfg.early_stop == "batch" or noise_table is not None
-  state = begin(lm, params, canvas, keys, cfg, 0 if together else slots)
+  # A table of noise is of all rows, one block after the other.
+  state = begin(lm, params, canvas, keys, cfg, slots if noise_table is None else 0)
   return results(fill(lm, params, state, cfg, noise_table=noise_table))
 
 
@@ -266,16 +266,9 @@ def _placed(state: State) -> State:
 def results(state: State) -> Denoised:
   """What became of the canvases, in the order in which `begin` was given them."""
   queue = state.queue
-
-  def of_rows(name):
-    x = getattr(queue, name)
-    x = x.reshape(-1, *x.shape[2:])
-    return constrain(x, "act_batch", *(None,) * (x.ndim - 1))
-
   names = ("tokens", "commit_step", "commit_logp", "finite", "calls")
-  return Denoised(
-    forwards=state.forwards, refreshes=state.refreshes, **{name: of_rows(name) for name in names}
-  )
+  of_rows = {name: flat(getattr(queue, name)) for name in names}
+  return Denoised(forwards=state.forwards, refreshes=state.refreshes, **of_rows)
 
 
 def _width(kind: Program) -> int:

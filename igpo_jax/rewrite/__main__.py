@@ -47,11 +47,7 @@ PROBE = "If $x^2 = 16$ and x > 0, then x = 4.\n\\boxed{4} é 0123456789"
 
 def make_parser() -> cli.ArgumentParser:
   """The parser of this command's options."""
-  parser = cli.ArgumentParser(
-    prog="python -m igpo_jax.rewrite",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser(prog="python -m igpo_jax.rewrite", description=__doc__)
   add = parser.add_argument
   add(
     "--mode",

@@ -47,8 +47,16 @@ class Estimate:
   @property
   def token_entropy(self) -> Array:
     """f32[P,G,L], the mean over the views that score a position."""
+    return self._mean(self.entropy)
+
+  @property
+  def token_logp(self) -> Array:
+    """f32[P,G,L], the mean log-probability over the views that score a token, 0 where none does."""
+    return self._mean(self.logp)
+
+  def _mean(self, x: Array) -> Array:
     count = jnp.sum(self.views.scored, axis=1)
-    total = jnp.sum(jnp.where(self.views.scored, self.entropy, 0.0), axis=1)
+    total = jnp.sum(jnp.where(self.views.scored, x, 0.0), axis=1)
     return total / jnp.maximum(count, 1).astype(jnp.float32)
 
 

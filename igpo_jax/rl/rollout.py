@@ -145,7 +145,7 @@ class Explorer:
       tried.append(self._explore(params, take(), step, keys, clock))
     tries = join_tries([tries for tries, _ in tried], self.tokenizer.pad_id)
     mixed = Samples.join([mixed for _, mixed in tried])
-    arrays = self._arrays(tries.batch, mixed) | {"row_id": tries.batch.row_id}
+    arrays = self._arrays(tries, mixed) | {"row_id": tries.batch.row_id}
     arrays, numbers = choose(arrays, len(tried))
     row_id = arrays.pop("row_id")
 
@@ -211,7 +211,7 @@ class Explorer:
           mixed.put(group, target, extra, row, number)
           source[group, target] = number
 
-    advantages = self._arrays(batch, mixed)["advantages"]
+    advantages = self._advantages(mixed)
     shown = self._answer_shown(batch, extra, wrong)
     second = HINTED if cfg.rl.exploration == "inpaint" else RESAMPLED
     return Tries(batch, own, extra, wrong, second, source, advantages, shown), mixed
@@ -235,21 +235,25 @@ class Explorer:
     prompt_length = int(np.sum(batch.valid[group]))
     return visible_hints(*canvases, prompt_length, self.lm.block_length, self.lm.mask_id)
 
-  def _arrays(self, batch: PromptBatch, samples: Samples) -> dict[str, np.ndarray]:
-    """The arrays of this process's `Rollout`, on the host."""
+  def _advantages(self, samples: Samples) -> np.ndarray:
+    """f32[P,G]; 0 in groups whose accuracy is outside the window of rl.accuracy_low and _high."""
     p, g = samples.reward.shape
     rl = self.config.rl
     advantages = host_advantages(samples.reward.reshape(-1), g, rl.advantage).reshape(p, g)
     accuracy = samples.correct.mean(axis=1, keepdims=True)
     inside = (accuracy >= rl.accuracy_low) & (accuracy <= rl.accuracy_high)
+    return np.where(inside, advantages, np.float32(0))
+
+  def _arrays(self, tries: Tries, samples: Samples) -> dict[str, np.ndarray]:
+    """The arrays of this process's `Rollout`, on the host."""
     return {
-      "prompt": batch.tokens,
-      "prompt_valid": batch.valid,
+      "prompt": tries.batch.tokens,
+      "prompt_valid": tries.batch.valid,
       "completion": samples.completion,
       "hinted": samples.hinted,
       "commit_step": samples.commit_step,
       "commit_logp": samples.commit_logp,
-      "advantages": np.where(inside, advantages, np.float32(0)),
+      "advantages": tries.advantages,
     }
 
   def _groups_to_update(self, advantages: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from igpo_jax.data.pipeline import PromptBatch
+from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.hints.leak import segments
 from igpo_jax.rl.sampling import Samples
@@ -126,7 +127,7 @@ def sample_rows(
     samples = tries.own if own else tries.extra
     at = (place.group if own else rows_of[place.group], place.number)
     row = {"version": VERSION, "group": tries.number_of(place.group), "rank": place.rank}
-    row |= _completion(tries.batch.records[place.group], samples, at, tokenizer)
+    row |= completion_fields(tries.batch.records[place.group], samples, at, tokenizer)
     row |= {"phase": place.phase, "used": place.used, "number": place.number}
     row |= {"partner": place.partner, "advantage": None}
     if place.phase == HINTED:
@@ -141,8 +142,10 @@ def sample_rows(
   return out
 
 
-def _completion(record, samples: Samples, at: tuple[int, int], tokenizer: Tokenizer) -> dict:
-  """What is known of one completion by itself."""
+def completion_fields(
+  record: Record, samples: Samples, at: tuple[int, int], tokenizer: Tokenizer
+) -> dict[str, Any]:
+  """What is known of one completion by itself: the fields of its row."""
   group, k = at
   tokens = samples.completion[at].tolist()
   return {

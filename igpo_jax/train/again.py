@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from igpo_jax.checkpoint import Checkpoints
+from igpo_jax.checkpoint import Checkpoints, saved_steps, shapes_of
 from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.tokenizer import load_tokenizer
 from igpo_jax.diffusion.completions import row_keys, sample_rows
 from igpo_jax.errors import UserError
-from igpo_jax.hints.leak import segments
 from igpo_jax.io.jsonl import row_file
 from igpo_jax.models import lora
 from igpo_jax.parallel.machine import check_machine, here
@@ -31,8 +30,8 @@ from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.rewards.score import Scorer, make_scorer
 from igpo_jax.rl.methods import objective_of
 from igpo_jax.rl.rollout import Exploration
-from igpo_jax.rl.rows import OWN
-from igpo_jax.rl.rows import sample_rows as rows_of_tries
+from igpo_jax.rl.rows import OWN, completion_fields
+from igpo_jax.rl.sampling import Samples
 from igpo_jax.train.preflight import rl_stream
 from igpo_jax.train.rl import make_stage
 from igpo_jax.train.runlog import print_once
@@ -88,7 +87,7 @@ def replayed(config: Config, workdir: epath.Path, step: int) -> Iterator[Replay]
     model = _start(config, workdir, make_model(config, tokenizer, mesh), begin, step)
     stage, state = make_stage(config, mesh, model, scorer, stream)
     if begin:
-      like = jax.tree.map(_shape_of, state)
+      like = shapes_of(state)
       jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
       with contextlib.closing(Checkpoints(workdir / "checkpoints" / "rl")) as checkpoints:
         state = checkpoints.restore(begin, like)
@@ -99,22 +98,12 @@ def replayed(config: Config, workdir: epath.Path, step: int) -> Iterator[Replay]
     for n in range(begin, step - 1):
       state, _, _ = stage.step(state, n)
     policy, explored = stage.explore(state, step - 1)
-    rows = rows_of_tries(explored.tries, tokenizer)
-    yield Replay(config, model, policy, explored, rows, scorer, step)
-
-
-def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _steps(folder: epath.Path) -> list[int]:
-  entries = folder.iterdir() if folder.is_dir() else ()
-  return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
+    yield Replay(config, model, policy, explored, explored.rows, scorer, step)
 
 
 def _nearest(folder: epath.Path, done: int) -> int:
   """The step of the last checkpoint with at most `done` steps; 0 if there is none."""
-  return max((step for step in _steps(folder) if step <= done), default=0)
+  return max((step for step in saved_steps(folder) if step <= done), default=0)
 
 
 def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: int) -> Model:
@@ -130,7 +119,7 @@ def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: 
   if "sft" not in config.stages:
     return model
   folder = workdir / "checkpoints" / "sft"
-  if not _steps(folder):
+  if not saved_steps(folder):
     # The state comes from RL's checkpoint; an update may still need the reference.
     if begin and (begin == step - 1 or not objective_of(config).needs_reference):
       return model
@@ -141,7 +130,7 @@ def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: 
     rows = row_file(workdir / "metrics.jsonl").read()
     scores = {r["step"]: r[name] for r in rows if r["stage"] == "sft" and r.get(name) is not None}
   trainable, frozen = lora.split(model.params)
-  like = jax.tree.map(_shape_of, trainable)
+  like = shapes_of(trainable)
   jax.tree.map(lambda x: x.delete(), trainable)
   with contextlib.closing(Checkpoints(folder, scores=scores)) as checkpoints:
     kept = checkpoints.best() if best else checkpoints.latest()
@@ -255,23 +244,14 @@ def edited(
   )
   keys = row_keys(key, ids, numbers)
   out = sample_rows(replay.model.lm, replay.policy, *rows, keys, sampler)
-  completion, commit_step, commit_logp, _ = (x[0] for x in local_rows(out))
+  completion, commit_step, commit_logp, finite = (x[:1, None] for x in local_rows(out))
   record = tries.batch.records[row["group"]]
-  text = tokenizer.decode(completion)
+  text = tokenizer.decode(completion[0, 0])
   scores = replay.scorer([text], [record])
-  new = {
-    "completion": text,
-    "tokens": completion.tolist(),
-    "pieces": tokenizer.pieces(completion),
-    "commit_step": commit_step.tolist(),
-    "commit_logp": np.round(commit_logp, 4).tolist(),
-    "hints": segments(hinted),
-    "reward": float(scores.reward[0]),
-    "parts": {name: float(values[0]) for name, values in scores.parts.items()},
-    "correct": bool(scores.correct[0]),
-    "status": scores.status[0],
-    "extracted": scores.extracted[0],
-    "reason": scores.reason[0],
-    "advantage": None,
-  }
-  return {k: v for k, v in row.items() if k != "token_stats"} | new
+  made = Samples(
+    completion, commit_step, commit_logp, hinted[None, None], finite, [[text]],
+    scores.reward[:, None], scores.correct[:, None], [scores.status], [scores.extracted],
+    [scores.reason], [[{name: float(values[0]) for name, values in scores.parts.items()}]],
+  )  # fmt: skip
+  kept = {name: value for name, value in row.items() if name != "token_stats"}
+  return kept | completion_fields(record, made, (0, 0), tokenizer) | {"advantage": None}

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from igpo_jax.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, shapes_of
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.errors import UserError
 from igpo_jax.parallel.distributed import from_first
@@ -280,10 +280,8 @@ def is_behind(run: Run, stage: str) -> bool:
   """Whether `stage` is SFT and RL has begun with its result. A collective."""
 
   def rl_has_begun() -> bool:
-    folder = run.workdir / "checkpoints" / "rl"
-    entries = folder.iterdir() if folder.is_dir() else ()
-    saved = any(entry.name.isdigit() and entry.is_dir() for entry in entries)
-    return saved or any(row["stage"] == "rl" for row in run.log.rows)
+    saved = saved_steps(run.workdir / "checkpoints" / "rl")
+    return bool(saved) or any(row["stage"] == "rl" for row in run.log.rows)
 
   return stage == "sft" and from_first(rl_has_begun)
 
@@ -310,9 +308,7 @@ def resume(
   steps = from_first(checkpoints.steps)
   start, damaged = 0, []
   if steps:
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    like = shapes_of(state)
     jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
   for step in reversed(steps):
     try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 
+from igpo_jax.checkpoint import shapes_of
 from igpo_jax.config import Config
 from igpo_jax.convert.open import open_source
 from igpo_jax.data.records import Record
@@ -196,8 +197,7 @@ def newest_params(run: Run, model: Model):
     if step is not None:
       print_once(f"eval: the checkpoint of {stage} step {step}")
       trainable, frozen = lora.split(model.params)
-      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                          trainable)  # fmt: skip
+      like = shapes_of(trainable)
       jax.tree.map(lambda x: x.delete(), trainable)  # their memory is for the trained ones
       params = checkpoints.restore_part(step, {"params": like})["params"]
       return lora.combine(frozen, params), f"{stage} {step}"

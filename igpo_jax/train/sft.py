@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 
-import jax
-
+from igpo_jax.checkpoint import shapes_of
 from igpo_jax.data.pipeline import SFTStream
 from igpo_jax.errors import UserError
 from igpo_jax.models import lora
@@ -61,7 +60,7 @@ def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
     return all_params(state.params)
   best = handed_on(run, "sft")
   print_once(f"sft: goes on with the best by {config.checkpoint.best_metric}, of step {best}")
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  like = shapes_of(state)
   del state  # there may be no room for two
   return all_params(run.checkpoints("sft").restore(best, like).params)
 

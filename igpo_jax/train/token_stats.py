@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from igpo_jax.config import Config
@@ -35,9 +34,7 @@ def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array
 
     def read(part):
       out: Estimate = estimate(lm, params, estimator, *part, 0, sizes, rl.views_at_once)
-      views = out.views.scored
-      total = jnp.sum(jnp.where(views, out.logp, 0.0), axis=1)
-      return total / jnp.maximum(jnp.sum(views, axis=1), 1), out.token_entropy, out.scored
+      return out.token_logp, out.token_entropy, out.scored
 
     logp, entropy, scored = map_micro_batches(read, (groups, keys), rl.micro_batches)
     flat = lambda x: x.reshape(-1, x.shape[-1])

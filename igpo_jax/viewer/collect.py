@@ -21,13 +21,13 @@ from igpo_jax.config import Config
 from igpo_jax.io.jsonl import Row, row_parts
 from igpo_jax.viewer import files
 from igpo_jax.viewer.summary import STAGE_LABELS, evaluations, offsets, summary_of
+from igpo_jax.viewer.text import LONGEST_PIECE, shortened
 
 POINTS = 1000  # of a curve
 CURVE_BYTES = 4 << 20  # of all curves of all runs
 SAMPLE_BYTES = 6 << 20  # of the samples of all runs
 ITEM_BYTES = 3 << 20  # of the items of all evaluations
-LONGEST_TEXT = 4000  # characters of a question or a completion; a token's text is cut at 200
-LONGEST_PIECE = 200
+LONGEST_TEXT = 4000  # characters of a question or a completion
 BYTES_PER_POINT = 16
 _HEAD = re.compile(rb'\{"stage": "rl", "step": (\d+),')
 
@@ -264,9 +264,7 @@ def _spaced(sizes: dict[int, int], budget: int) -> set[int]:
 
 
 def _cut(text: Any, most: int = LONGEST_TEXT) -> Any:
-  if not isinstance(text, str) or len(text) <= most:
-    return text
-  return f"{text[:most]}… ({len(text) - most:,} more characters)"
+  return shortened(text, most) if isinstance(text, str) else text
 
 
 def _clipped(row: Row) -> Row:

@@ -80,6 +80,16 @@ def sample_rows(workdir: epath.Path, keep: Callable[[Row], bool] = lambda row: T
   return [upgraded(row, path) for row in each_row(path) if keep(row)]
 
 
+def wanted(row: Row, id: str | None, number: int | None) -> bool:
+  """Whether --id and --number of a command ask for this row; None asks for any."""
+  return id in (None, str(row.get("id"))) and number in (None, row.get("number"))
+
+
+def place_of(row: Row) -> tuple[int, str, int]:
+  """Which completion of a step it is: group, try, number in its try."""
+  return row["group"], row["phase"], row["number"]
+
+
 # Fields that version 1 does not have.
 ADDED = ("tokens", "pieces", "commit_logp", "parts", "extracted", "reason", "advantage")
 

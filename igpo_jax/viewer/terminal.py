@@ -13,11 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from igpo_jax.io.jsonl import Row
-from igpo_jax.viewer.text import shortened, visible
+from igpo_jax.viewer.text import LONGEST_PIECE, shortened, visible
 
 MASK = "░"
 HINT, NEW, FADED = "bold black on yellow", "bold black on bright_green", "dim"
-LONGEST_PIECE = 200  # characters of a token's text
 LONGEST_PAUSE, WHOLE_ANIMATION = 0.2, 8.0  # seconds of a step, of all of them
 OPEN, CLOSE = "⟦", "⟧"  # around hints, for eyes and terminals without colours
 

@@ -7,6 +7,7 @@ import unicodedata
 # What is drawn for characters that one could not see.
 _SHOWN = {"\n": "⏎", "\t": "⇥", "\0": "␀", "\x1b": "␛"}
 LONGEST = 20_000  # characters of one text that are shown
+LONGEST_PIECE = 200  # of a token's text
 
 
 def visible(text: str, newlines: bool = False) -> str:
