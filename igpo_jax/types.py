@@ -33,8 +33,8 @@ class Routing(NamedTuple):
   """Which experts worked on which position, in every layer that has experts.
 
   Attributes:
-    probabilities: f32[N,B,T,X], each expert's score.
-    experts: i32[N,B,T,k], the chosen ones, the best first.
+    probabilities: f32[N,B,T,X], the score of each of the X experts.
+    experts: i32[N,B,T,k], indices of the k experts that were chosen, the best first.
   """
 
   probabilities: Array
@@ -50,9 +50,9 @@ class LM(NamedTuple):
 
   Which state predicts which token: what `hidden` returns for position k predicts the token of
   position k, and so do the logits, whatever the model is. Where the network itself predicts one
-  position ahead (`shift` is 1: Dream), `hidden` hands out its state of position k - 1 for k, and
-  its own state for position 0. So a caller shifts nothing. Only a call on a window has to begin
-  `left_context` positions before what it reads.
+  position ahead (`shift` is 1: Dream), `hidden` returns the network's state of position k - 1 for
+  position k, and for position 0 the state of position 0. So a caller shifts nothing. Only a call on
+  a window of the canvas has to begin `left_context` positions before what it reads.
 
   Attributes:
     init: `init(key) -> params`.
@@ -79,20 +79,22 @@ class LM(NamedTuple):
     stop_ids: tokens that end a completion, `eos_id` first.
     vocab_size: V, the width of the logits.
     shift: 1 if the network predicts the token after each position, 0 if that of its own.
-    left_context: how many positions before the first one that is read a window has to begin
-      (as many as there are, at the beginning of the canvas): `shift`, or of a block-causal model
-      what a block may have before it.
-    block_length: 0: every position sees all that are valid. Else the model is block-causal: a
-      position sees those up to the end of its own block of so many positions, counted from the
-      row's first valid one. Hints further to the right are then not seen.
-    hidden_of_two: of a block-causal model: `hidden_of_two(params, noisy i32[B,T],
-      clean i32[B,T], valid bool[B,T] = None) -> h [B,T,D]` of the noisy positions, each of which
-      sees its own noisy block and the clean ones before it: what decoding would show it, for all
-      blocks at once. None for others. Takes `dropout_key=` as `hidden` does.
-    routed: of a model with experts: `routed(params, tokens, valid = None) -> (h, Routing)`: what
-      `hidden` gives, and where the tokens went. None for others. Takes `dropout_key=`, too, and
-      of a block-causal model `clean=`: then what `hidden_of_two` gives, and [N,B,2T,...].
-    router_loss: the weight of the load-balancing loss (ops/load_balance.py) in fine-tuning.
+    left_context: a call on a window has to begin this many positions before the first one that it
+      reads, or at the beginning of the canvas. It is `shift`, or with a block-causal model
+      `block_length - 1`: the earlier positions of a block change together with the later ones.
+    block_length: 0: every position attends to all valid positions. Above 0 the model is
+      block-causal: a position attends to its own block of this many positions and to all earlier
+      blocks. Blocks are counted from the row's first valid position. Hints in later blocks are then
+      not seen.
+    hidden_of_two: for block-causal models, else None. `hidden_of_two(params, noisy i32[B,T],
+      clean i32[B,T], valid bool[B,T] = None) -> h [B,T,D]`: hidden states of the noisy positions,
+      where each attends to its own noisy block and to the clean blocks before it. So one call gives
+      every block the context that it has in decoding. Takes `dropout_key=` as `hidden` does.
+    routed: for models with experts, else None. `routed(params, tokens, valid = None) ->
+      (h, Routing)`: as `hidden`, and which experts worked on which token. Takes `dropout_key=` as
+      well. A block-causal model also takes `clean=`: h is then that of `hidden_of_two`, and the
+      routing is of both copies, noisy then clean, [N,B,2T,...].
+    router_loss: weight of the load-balancing loss (ops/load_balance.py) in fine-tuning.
   """
 
   init: Callable[..., Params]
@@ -137,15 +139,16 @@ class Denoised:
   Attributes:
     tokens: i32[B,T], the canvas with its masks filled.
     commit_step: i32[B,T], the step `block * steps_per_block + i` at which a position was committed.
-      It is -1 where the token was fixed, and where `allow_mask` left a mask.
-    forwards: i32[], how often the loop called the network.
-    refreshes: i32[], how many of these calls saw the whole canvas. Without a cache all do.
-    calls: i32[B], in how many of them the row was worked at: as many as it needs alone.
+      It is -1 where the token was given, and where `allow_mask` left a mask. With
+      `edit_threshold`, a block has `edit_passes` numbers more.
+    forwards: i32[], number of network calls of the whole batch.
+    refreshes: i32[], how many of these calls computed the whole canvas. Without a cache all do.
+    calls: i32[B], how many of these calls worked at the row. It does not depend on other rows.
     finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
       answer of the model.
     commit_logp: f32[B,T], log-probability of each token when it was committed, under the softmax at
-      temperature 1. It is 0 where nothing was chosen: where `commit_step` is -1, and in what early
-      stopping filled.
+      temperature 1. It is 0 where nothing was chosen: where `commit_step` is -1, and where early
+      stopping filled in end-of-text.
   """
 
   tokens: Int32[Array, "B T"]

@@ -1,4 +1,4 @@
-"""One decision of the denoising loop: which candidates are committed, and to what."""
+"""The choice of a denoising step: which masked positions are committed, and to which tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.ops.masked import topk_mask
 from igpo_jax.types import LM, Array
 
-ARGMAX_RUN = 512  # the longest run that is searched element by element
+ARGMAX_RUN = 512  # the longest run of elements that `argmax_last` searches in its second pass
 
 
 def choose(
@@ -26,27 +26,32 @@ def choose(
   editable: Array | None = None,
   old: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-  """Decides a step for w positions of each row (docs/method.md#sampling).
+  """Chooses tokens for w positions of each row, and which of them to commit now.
 
-  Noise belongs to a position: the same for it whichever others are decided with it.
+  (docs/method.md#sampling)
 
   Args:
     lm: the model, for its special tokens.
     cfg: see `SamplerConfig`.
     logits: f32[B,w,V].
-    candidates: bool[B,w], what may be committed.
-    count: i32[B], how many positions each row commits at least.
-    keys: key[B] of this step.
-    places: i32[B,w], names of the positions, ascending: what their noise is drawn for.
-    gumbel: f32[B,w,V] standard noise in place of what `keys` would give; for tests.
-    chance: f32[B], with which "origin" fills each of a row's candidates.
-    uniform: f32[B,w], the same for what "origin" draws.
-    editable: bool[B,w], what may be replaced though it is filled.
-    old: i32[B,w], what it is filled with.
+    candidates: bool[B,w], the positions that may be committed.
+    count: i32[B], how many candidates each row commits at least (all, if it has fewer). Not used
+      with "origin".
+    keys: key[B], each row's key for this step.
+    places: i32[B,w], the position of each column in the completion, ascending among candidates.
+      Noise is keyed by it, so a position draws the same noise whichever others are decided with it.
+    gumbel: f32[B,w,V], standard Gumbel noise instead of what `keys` would give; for tests.
+    chance: f32[B], the probability with which "origin" commits each candidate of a row. Needed
+      with "origin", not used otherwise.
+    uniform: f32[B,w], uniform numbers in [0, 1) instead of what `keys` would give "origin"; for
+      tests.
+    editable: bool[B,w], positions that are filled but may get another token
+      (`cfg.edit_threshold`); None: there are none.
+    old: i32[B,w], the present tokens, where `editable` is given.
 
   Returns:
-    (commit bool[B,w], chosen tokens i32[B,w], their log-probabilities f32[B,w] under the plain
-    softmax: no numbers where the logits are NaN or infinite).
+    (commit bool[B,w]; chosen tokens i32[B,w]; their log-probabilities f32[B,w] under
+    softmax(logits), at temperature 1. They are not finite where a logit is NaN or +infinity).
   """
   kept = logits
   if cfg.top_p < 1:
@@ -61,7 +66,7 @@ def choose(
     scores = kept + cfg.temperature * gumbel
   chosen = argmax_last(scores, None if cfg.allow_mask else lm.mask_id)
 
-  # The probability of the choice under the plain softmax: no noise, nothing suppressed.
+  # The confidence goes by the plain softmax: without noise, and over all tokens.
   picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   log_confidence = picked - jax.nn.logsumexp(logits, axis=-1)
   if cfg.remasking == "origin":
@@ -77,14 +82,14 @@ def choose(
     rank_by = jnp.broadcast_to(-places.astype(jnp.float32), candidates.shape)
   else:
     rank_by = sureness(cfg.remasking, kept / (cfg.temperature or 1.0), chosen)
-  if cfg.alg_temp:  # the best of noisy values: a draw without replacement
+  if cfg.alg_temp:  # the largest values with Gumbel noise added are a draw without replacement
     draw = lambda k: jax.random.gumbel(k, (), jnp.float32, mode="high")
     rank_by = rank_by / cfg.alg_temp + at_places(draw, keys, places, 2)
   if cfg.suppress_eos:
     stops = jnp.isin(chosen, jnp.asarray(lm.stop_ids))
     rank_by = jnp.where(stops, rank_by - 1e4, rank_by)  # last, but still in order
 
-  # Never less than the schedule's share, so a run ends in `steps` steps whatever else.
+  # Always at least the schedule's share, so that `steps` steps are enough.
   commit = topk_mask(rank_by, candidates, count)
   if cfg.threshold is not None:
     commit |= candidates & (jnp.exp(log_confidence) > cfg.threshold)
@@ -97,10 +102,15 @@ def choose(
 
 
 def keep_likeliest(logits: Array, share: float, temperature: float) -> Array:
-  """`logits` f32[...,V], -inf but for the likeliest tokens that have `share` of the probability.
+  """Top-p filtering: keeps the fewest likeliest tokens whose probabilities sum to `share` or more.
 
-  The token that completes the share stays, so one always does. Under softmax(logits /
-  temperature), of temperature 0 as of 1.
+  Args:
+    logits: f32[...,V].
+    share: in (0, 1]. At least one token is always kept.
+    temperature: probabilities are softmax(logits / temperature); 0 counts as 1.
+
+  Returns:
+    f32[...,V], the logits, with -inf for the tokens that are not kept.
 
   Example: probabilities 0.5, 0.3, 0.2 and share 0.6 keep the first two.
   """
@@ -112,12 +122,17 @@ def keep_likeliest(logits: Array, share: float, temperature: float) -> Array:
 
 
 def sureness(rule: str, logits: Array, chosen: Array) -> Array:
-  """How sure each position is, f32[...], under softmax(logits) f32[...,V]; higher is surer.
+  """Ranks positions by how sure the model is of them, by one of Dream's rules.
 
   Args:
-    rule: "maskgit_plus": the probability of the chosen token; "topk_margin": that of the
-      likeliest less that of the second; "entropy": the negative entropy, with 1e-10 added
-      before the logarithm, as Dream's code has it.
+    rule: "maskgit_plus": the probability of the chosen token. "topk_margin": the probability of the
+      likeliest token minus that of the second. "entropy": the negative entropy in nats, with 1e-10
+      added before the logarithm, as in Dream's code.
+    logits: f32[...,V]; probabilities are softmax(logits).
+    chosen: i32[...], the chosen tokens.
+
+  Returns:
+    f32[...], higher where the model is surer.
   """
   p = jax.nn.softmax(logits, axis=-1)
   if rule == "maskgit_plus":
@@ -129,7 +144,17 @@ def sureness(rule: str, logits: Array, chosen: Array) -> Array:
 
 
 def at_places(draw, keys: Array, places: Array, stream: int) -> Array:
-  """`draw(key)` with a key for each of places i32[B,w], from key[B]: [B,w,...]."""
+  """Draws noise for each position, with a key made from (row key, stream, position).
+
+  Args:
+    draw: `draw(key) -> [...]`, the noise of one position.
+    keys: key[B].
+    places: i32[B,w], positions.
+    stream: a number for each use of noise within a step, so that the uses are independent.
+
+  Returns:
+    [B,w,...].
+  """
 
   def of_row(key, places):
     key = jax.random.fold_in(key, stream)
@@ -139,18 +164,19 @@ def at_places(draw, keys: Array, places: Array, stream: int) -> Array:
 
 
 def factor_count(log_confidence: Array, candidates: Array, factor: float) -> Array:
-  """The largest n with (n + 1) (1 - c_(n)) < factor, c_(n) the n-th highest confidence.
+  """How many candidates may be committed together, by Fast-dLLM's factor rule.
 
-  So many may be committed together that their joint choice is still the likeliest one
-  (Fast-dLLM, arXiv 2505.22618, section 3.3: factor-based parallel decoding).
+  It is the largest n with (n + 1) (1 - c_(n)) < factor, where c_(n) is the n-th highest
+  confidence. With factor 1, the n tokens that are likeliest each by itself are then also likeliest
+  together (arXiv 2505.22618, section 3.3: factor-based parallel decoding).
 
   Args:
-    log_confidence: f32[B,w].
+    log_confidence: f32[B,w], logarithms of the confidences.
     candidates: bool[B,w], the positions that count.
-    factor: higher commits more at once.
+    factor: a higher one commits more at once.
 
   Returns:
-    i32[B], 0 where not even the surest candidate passes.
+    i32[B], 0 where even the surest candidate does not pass.
 
   Example: confidences 0.95, 0.8, 0.6 and factor 1 give 2 x 0.05, 3 x 0.2 and 4 x 0.4,
   of which the first two are below 1: n = 2.
@@ -163,16 +189,23 @@ def factor_count(log_confidence: Array, candidates: Array, factor: float) -> Arr
 
 
 def argmax_last(x: Array, but: int | None = None) -> Array:
-  """`jnp.argmax(x, axis=-1)` as i32, the first of equals; never `but`.
+  """`jnp.argmax(x, axis=-1)`, but faster on CPU; of equal values the first one wins.
 
-  Maxima of runs first, then the place within the best run: XLA's CPU backend takes ten
-  times as long for one argmax over a whole vocabulary (docs/LOG.md).
+  It takes the maxima of runs of elements, and then searches the best run only. XLA's CPU backend
+  needs ten times as long for one argmax over a whole vocabulary (docs/LOG.md).
+
+  Args:
+    x: f32[...,V].
+    but: an index that is never chosen; None: every index may be.
+
+  Returns:
+    i32[...].
   """
   size = x.shape[-1]
   run = max(n for n in range(1, min(size, ARGMAX_RUN) + 1) if size % n == 0)
   runs = x.reshape(*x.shape[:-1], size // run, run)
   highest = jnp.max(runs, axis=-1)
-  if but is not None:  # its run is looked at again: a pass over all of x would cost more
+  if but is not None:  # only the run of `but` is read again: masking all of x would cost more
     there = jnp.where(jnp.arange(run) == but % run, -jnp.inf, runs[..., but // run, :])
     highest = highest.at[..., but // run].set(jnp.max(there, axis=-1))
   best = jnp.argmax(highest, axis=-1)

@@ -1,7 +1,7 @@
-"""Prompts with completions behind them: the rows that are sampled and scored, and their keys.
+"""Rows of a prompt followed by a completion: how they are put together, sampled, and given keys.
 
-`RowQueue` hands any number of rows to the devices, which work at a fixed number of them at a time,
-and has them back as they are done.
+`sample_rows` completes one batch in one call. `RowQueue` completes any number of rows, a fixed
+number at a time, and hands them back as they are done.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from igpo_jax.parallel.mesh import local_rows, shard_rows
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.types import LM, Array, Canvas, Params
 
-ROUNDS_QUEUED = 2  # as many keep the devices busy; whoever is told to stop waits for no more
+ROUNDS_QUEUED = 2  # two keep the devices busy, and more would only delay a stop on request
 
 
 def join(prompt: Array, prompt_valid: Array, completion: Array) -> tuple[Array, Array]:
-  """Rows of a prompt and what follows it: (tokens i32[B,Tp+L], valid bool[B,Tp+L]).
+  """Appends completions to prompts.
 
   Args:
     prompt: i32[B,Tp], left-padded.
     prompt_valid: bool[B,Tp], False on the padding.
-    completion: i32[B,L], clean or with masks; no position of it is padding.
+    completion: i32[B,L], clean or with masks. All its positions are valid.
+
+  Returns:
+    (tokens i32[B,Tp+L], valid bool[B,Tp+L]).
   """
   tokens = jnp.concatenate([prompt, completion], axis=1)
   valid = jnp.concatenate([prompt_valid, jnp.ones(completion.shape, bool)], axis=1)
@@ -55,13 +58,19 @@ def sample_rows(
   keys: Array,
   cfg: SamplerConfig,
 ) -> tuple[Array, Array, Array]:
-  """Denoises completions. Rows stand alone, so a group may lie on several devices.
+  """Denoises one batch of completions.
+
+  Rows do not depend on each other (except with `early_stop="batch"`), so the completions of a
+  prompt may lie on several devices.
 
   Args:
-    prompt, prompt_valid: i32/bool[B,Tp].
-    canvas: i32[B,L], masks and hints.
-    hinted: bool[B,L], fixed positions of the canvas.
+    lm: the model.
+    params: its parameters.
+    prompt, prompt_valid: i32/bool[B,Tp], left-padded prompts; False on the padding.
+    canvas: i32[B,L], masks, and hints where `hinted` is True; L is `cfg.gen_length`.
+    hinted: bool[B,L], positions that are never changed.
     keys: key[B], see `row_keys`.
+    cfg: see `SamplerConfig`.
 
   Returns:
     (completion i32[B,L], commit_step i32[B,L], commit_logp f32[B,L], finite bool[B]), see
@@ -74,12 +83,13 @@ def sample_rows(
 
 
 class Rows(NamedTuple):
-  """This process's rows of a queue: numpy.
+  """This process's share of the rows that a `RowQueue` completes: numpy arrays.
 
   Attributes:
-    prompt, prompt_valid: i32/bool[B,Tp].
-    canvas, hinted: i32/bool[B,L], masks and hints, and which positions are fixed.
-    prompt_ids, numbers: u32[B] and i32[B] that a row's noise is drawn for, see `row_keys`.
+    prompt, prompt_valid: i32/bool[B,Tp], left-padded prompts; False on the padding.
+    canvas: i32[B,L], masks, and hints where `hinted` is True.
+    hinted: bool[B,L], positions that are never changed.
+    prompt_ids, numbers: u32[B] and i32[B], the arguments of `row_keys` that give each row its key.
   """
 
   prompt: np.ndarray
@@ -91,13 +101,16 @@ class Rows(NamedTuple):
 
 
 class Made(NamedTuple):
-  """Rows that are done.
+  """The rows of this process that one round of a `RowQueue` finished: numpy arrays.
+
+  `Denoised` describes the last three.
 
   Attributes:
-    rows: i64[X], which of this process's rows they are, ascending.
-    completion, commit_step: i32[X,L].
+    rows: i64[X], indices into the `Rows` that the queue was given, ascending.
+    completion: i32[X,L], the completed canvases, without the prompts.
+    commit_step: i32[X,L].
     commit_logp: f32[X,L].
-    finite: bool[X], see `Denoised`.
+    finite: bool[X].
   """
 
   rows: np.ndarray
@@ -108,24 +121,30 @@ class Made(NamedTuple):
 
 
 class RowQueue:
-  """Rows on the devices that are completed `slots` at a time, and come back as they are done.
+  """Completes any number of rows on the devices, `slots` of them at a time.
 
-  Each device has its share of the rows. They are dealt out by their masks, those with most first,
-  so that the devices have equally much to do and no long row begins last.
+  Iterate over it to get each row once, as a `Made` for each round. Every process has to do so, for
+  the same number of rounds.
+
+  Rows are dealt out to the devices by their number of masks, those with the most first. So the
+  devices have about the same work, and no long row begins last.
 
   Args:
     lm, params: the model.
     mesh: the device mesh.
     cfg: see `SamplerConfig`.
-    rows: this process's rows, as many on every process. Fully hinted ones cost nothing.
+    rows: this process's rows; every process gives the same number. Rows without masks cost nothing.
     key: see `row_keys`.
-    slots: rows worked at, at a time, over all processes; a multiple of the devices that rows are
-      split over. Fewer where there are fewer rows.
+    slots: how many rows are worked at, at a time, over all processes: a multiple of the number of
+      devices that rows are split over. It is lowered where there are fewer rows.
 
   Attributes:
-    rounds: number of rounds in which all rows come back, the same on every process. In each as
-      many are finished as there are slots.
-    shape: (rows, slots, positions of a prompt), which decide whether a new program compiles.
+    rounds: number of rounds until all rows have come back, the same on every process. After the
+      k-th of them at least k * `slots` rows are done, or all.
+    shape: (rows, slots, positions of a prompt). A new shape compiles a new program.
+
+  Raises:
+    UserError: the sampler's options do not fit the model (`check_sampler`).
   """
 
   def __init__(
@@ -138,7 +157,7 @@ class RowQueue:
     everyone, multiple = count * processes, math.lcm(shards, processes)
     self._slots = min(slots, -(-everyone // multiple) * multiple)
     self.rounds = -(-everyone // self._slots)
-    # Few sizes, so that few programs compile, whatever the number of rows.
+    # The number of rows is rounded up to one of a few sizes, so that few programs compile.
     size = self._slots * 2 ** max(0, self.rounds - 1).bit_length() // processes
     work = np.zeros(size, np.int64)
     work[:count] = (~rows.hinted).sum(axis=1)
@@ -153,7 +172,7 @@ class RowQueue:
     self._began, self._seen = 0, self._order >= count
 
   def __iter__(self) -> Iterator[Made]:
-    """Yields the rows of each round; the devices have the next one to do meanwhile."""
+    """Yields the rows of each round, while the devices already work on the next one."""
     queued = collections.deque(self.go_on() for _ in range(min(ROUNDS_QUEUED, self.rounds)))
     while queued:
       made = self.made(queued.popleft())
@@ -162,14 +181,14 @@ class RowQueue:
       yield made
 
   def go_on(self) -> Any:
-    """Gives the devices another round to do; returns what `made` takes. Does not wait."""
+    """Starts another round on the devices, without waiting; returns the argument for `made`."""
     self._began += 1
     until = np.int32(self._began * self._slots)
     self._state, out = sample_more(self._lm, self._params, self._state, self._cfg, until)
     return out
 
   def made(self, round_: Any) -> Made:
-    """The rows that a round finished, those of every round once. Waits for it."""
+    """Waits for a round that `go_on` started; returns the rows that no earlier call returned."""
     *arrays, done = local_rows(round_)
     new = np.flatnonzero(done & ~self._seen)
     self._seen[new] = True
@@ -179,9 +198,17 @@ class RowQueue:
 
 
 def dealt(work: np.ndarray, shards: int) -> np.ndarray:
-  """An order of rows in which each of so many equal parts has about the same work, most first.
+  """Orders rows so that `shards` equal parts of the order have about the same work.
 
-  Example: `dealt([1, 4, 3, 2], 2).tolist() == [1, 0, 2, 3]`: 4 + 1 and 3 + 2.
+  Args:
+    work: [N], the work of each row; N is a multiple of `shards`.
+    shards: number of parts.
+
+  Returns:
+    i64[N], indices of rows: the first N / shards are the first part's, and so on. Within a part the
+    rows with the most work come first.
+
+  Example: `dealt([1, 4, 3, 2], 2).tolist() == [1, 0, 2, 3]`: the parts have 4 + 1 and 3 + 2.
   """
   order = np.argsort(-np.asarray(work), kind="stable").reshape(-1, shards)
   order[1::2] = order[1::2, ::-1]  # there and back again
@@ -190,13 +217,18 @@ def dealt(work: np.ndarray, shards: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
 def begin_rows(lm, params, prompt, prompt_valid, canvas, hinted, keys, cfg, slots):
-  """`sampler.begin` for rows as `sample_rows` takes them."""
+  """The state with which `sample_more` starts; arguments as `sample_rows`, `slots` as `denoise`."""
   return begin(lm, params, _canvas(prompt, prompt_valid, canvas, hinted), keys, cfg, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg"), donate_argnames=("state",))
 def sample_more(lm: LM, params: Params, state, cfg: SamplerConfig, until: Array | int):
-  """Works at a queue's rows until so many were done: (state, what `RowQueue.made` reads)."""
+  """Denoises rows until `until` of them are done, see `sampler.fill`. `state` is donated.
+
+  Returns:
+    (state, (completion, commit_step, commit_logp, finite, done)): arrays of all N rows of the
+    queue. They are final where done bool[N] is True.
+  """
   state = fill(lm, params, state, cfg, until)
   out = results(state)
   of_canvas = (out.tokens, out.commit_step, out.commit_logp)
@@ -209,9 +241,9 @@ def row_keys(key: Array, prompt_ids: Array, numbers: Array) -> Array:
   """One PRNG key per completion, from (step key, prompt id, index of the completion in its group).
 
   Args:
-    key: of the step.
-    prompt_ids: u32[B].
-    numbers: i32[B].
+    key: the step's PRNG key.
+    prompt_ids: u32[B], see `data.pipeline.PromptBatch.row_id`.
+    numbers: i32[B], index of each completion in its group.
 
   Returns:
     key[B].
@@ -221,5 +253,8 @@ def row_keys(key: Array, prompt_ids: Array, numbers: Array) -> Array:
 
 @jax.jit
 def prompt_keys(key: Array, prompt_ids: Array) -> Array:
-  """key[P] from a step's key and u32[P] identities: noise follows the prompt, not its place."""
+  """key[P] from a step's key and prompt ids u32[P].
+
+  A prompt's key does not depend on its place in the batch.
+  """
   return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)

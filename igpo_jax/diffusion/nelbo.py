@@ -13,18 +13,24 @@ from igpo_jax.types import LM, Array, Params
 def nelbo_sum(
   lm: LM, params: Params, noisy, masked, p, tokens, valid, response, dropout_key=None
 ) -> tuple[Array, dict[str, Array]]:
-  """Sum over rows of sum(masked cross-entropy / p) / response length.
+  """The sum over rows of sum(masked cross-entropy) / (p * response length): (18) in the method.
+
+  It is a sum and not a mean, so that the sums of micro-batches can be added up.
 
   Args:
+    lm: the model.
+    params: its parameters.
     noisy, tokens: i32[B,T], the corrupted and the clean rows.
-    masked, valid: bool[B,T].
-    p: f32[B], the probability each row was masked with.
-    response: bool[B,W], of the last W columns; the head is applied to these only.
-    dropout_key: of the adapters' dropout; None turns it off.
+    masked: bool[B,T], the positions that were corrupted; all are in the response.
+    p: f32[B], the probability that each row's positions were masked with.
+    valid: bool[B,T], False on padding.
+    response: bool[B,W], the response's positions among the last W columns. The head is applied to
+      these columns only.
+    dropout_key: PRNG key for the dropout of adapters; None turns it off.
 
   Returns:
-    (f32[], metrics f32[]). Of a model with experts the sum has the load-balancing loss times
-    `lm.router_loss`, once for each row, and the metrics are `Balance.metrics`; else there are none.
+    (f32[], metrics {name: f32[]}). A model with experts adds B times its load-balancing loss times
+    `lm.router_loss` to the sum, and has the metrics of `Balance.metrics`; others have none.
   """
   h, routers = noisy_hidden(lm, params, noisy, tokens, valid, dropout_key)
   read = lambda x: x[:, -response.shape[1] :]

@@ -1,9 +1,9 @@
-"""How the denoising loop asks the network: exactly, or with a cache of keys and values.
+"""The network calls of the denoising loop: exact ones, or ones with a cache of keys and values.
 
-    none    every call sees the whole canvas
-    prefix  a block's first call does and fills the cache; the others see the canvas from
-            the block on, and what lies before it as it was then
-    dual    the others see the active block only; what lies after it is as it was, too
+    none    every call computes the whole canvas
+    prefix  a block's first call computes the whole canvas and fills the cache; the block's other
+            calls compute the canvas from the block on, and read the rest from the cache
+    dual    as prefix, but the other calls compute the active block only
 
     canvas     prompt   block 0   block 1   block 2
     active                        ^^^^^^^
@@ -11,16 +11,18 @@
     prefix     cached   cached    fresh     fresh
     dual       cached   cached    fresh     cached
 
-Every row has an active block of its own, so its window lies where its block does. Calls that see
-the whole canvas are made for a few rows at a time, those whose block begins, and so are those of
-"prefix", whose windows differ in width (`programs`).
+(Fast-dLLM, arXiv 2505.22618.) A cached key or value is the one of the call that wrote it, so it is
+out of date once other tokens have changed. Hints in later blocks are tokens like any other: their
+keys and values are in the cache. No position attends to one that is not `valid`.
 
-A window of a network that predicts one position ahead begins one position earlier
-(`LM.left_context`). Of a block-causal model "dual" is exact: what is cached of earlier blocks
-is what it would be, and nothing sees the later ones.
+Each row has its own active block, so the windows of the rows lie at different places. A call on the
+whole canvas is made for the few rows that begin a block. With "prefix", whose windows also differ
+in width, the other calls are made for some rows at a time as well (`programs`).
 
-(Fast-dLLM, arXiv 2505.22618.) Hints in later blocks are tokens like any other: their
-keys and values are in the cache. Positions that are not `valid` are never seen.
+A window begins `LM.left_context` positions earlier, where what is read depends on them: on one with
+a network that predicts one position ahead, on the rest of the block with a block-causal model. For
+a block-causal model "dual" is exact: keys and values of earlier blocks do not change any more, and
+no position attends to later blocks.
 """
 
 from __future__ import annotations
@@ -34,23 +36,26 @@ import numpy as np
 from igpo_jax.config import SamplerConfig
 from igpo_jax.types import LM, Array, Params
 
-PREFIX_PROGRAMS = 4  # widths that the calls of a prefix-cached run are compiled for
-HEAD_PROGRAMS = 4  # widths that the head and the choice are compiled for, and
-FEW_LOGITS = 2**17  # how many logits a call has at least for that to pay
+PREFIX_PROGRAMS = 4  # with cache="prefix", calls are compiled for at most this many widths
+HEAD_PROGRAMS = 4  # the head and the choice are compiled for at most this many widths ...
+FEW_LOGITS = 2**17  # ... but for one width only, if a call has fewer logits than this
 
 
 def num_blocks(cfg: SamplerConfig, lm: LM | None = None) -> int:
-  """How many blocks a row may have in the canvas: one more where they need not begin with it."""
+  """The largest number of blocks that a completion may lie in.
+
+  With a block-causal model (`lm`) it may begin within a block, and so reach into one block more.
+  """
   return cfg.num_blocks + (lm is not None and lm.block_length > 1)
 
 
 def cached_widths(cfg: SamplerConfig, lm: LM | None = None) -> tuple[int, ...]:
-  """How many positions, from the active block on, a call with a cache sees in each block.
+  """For each block, how many positions from its first on a call that reads the cache computes.
 
-  A program is compiled for each different one, so with "prefix" they are few: with more
-  blocks than `PREFIX_PROGRAMS` they are rounded up, past the end of the canvas.
+  A program is compiled for each width. With "prefix" and more blocks than `PREFIX_PROGRAMS`, widths
+  are rounded up so that they are few; some windows then reach past the end of the canvas.
 
-  Example: "prefix", of 8 blocks: 8, 8, 6, 6, 4, 4, 2, 2 blocks.
+  Example: for "prefix" with 8 blocks, the widths are 8, 8, 6, 6, 4, 4, 2, 2 blocks.
   """
   if cfg.cache != "prefix":
     return (cfg.block_length,) * num_blocks(cfg, lm)
@@ -60,7 +65,7 @@ def cached_widths(cfg: SamplerConfig, lm: LM | None = None) -> tuple[int, ...]:
 
 
 def overhang(cfg: SamplerConfig, lm: LM | None = None) -> int:
-  """Positions past the end of the canvas that the widest call of some block reaches."""
+  """How many positions past the end of the canvas a window may reach; the cache has room there."""
   if lm is not None and lm.block_length:
     return 0  # `find_window` stays inside
   ends = [block * cfg.block_length + w for block, w in enumerate(cached_widths(cfg))]
@@ -68,7 +73,10 @@ def overhang(cfg: SamplerConfig, lm: LM | None = None) -> int:
 
 
 def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: int) -> Any:
-  """An empty cache for a canvas i32[rows, length]; None where none is kept."""
+  """A cache of zeros for canvases i32[rows, length], twice the rows with guidance; None for "none".
+
+  Its arrays have the dimensions [...,B,K,T,E] (see `igpo_jax.types`).
+  """
   if cfg.cache == "none":
     return None
   rows = 2 * rows if cfg.cfg_scale else rows
@@ -76,14 +84,14 @@ def init_cache(lm: LM, params: Params, cfg: SamplerConfig, rows: int, length: in
 
 
 class Program(NamedTuple):
-  """One kind of call.
+  """One kind of network call; each kind is compiled once.
 
   Attributes:
-    seen: how many positions it sees, from the active block on; None: the whole canvas, which
-      renews a cache.
-    rows: how many rows it is made for, on each shard of the slots.
-    picked: only rows that wait for such a call take part, and the cache of the others stays.
-    of_all: it is made only where all rows wait for such a call.
+    seen: how many positions it computes, from the active block's first on. None: the whole canvas,
+      which also renews the cache.
+    rows: for how many rows it is made, on each shard.
+    picked: whether only `rows` of a shard's slots take part, and the cache of the others is kept.
+    of_all: whether it is made only when all rows at work wait for this kind of call.
   """
 
   seen: int | None
@@ -93,15 +101,18 @@ class Program(NamedTuple):
 
 
 def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Program]:
-  """The kinds of calls of a run with `rows` slots on each shard; the first that can be is made.
+  """The kinds of network calls of a run, in the order in which the loop prefers them.
 
-  A call on the whole canvas costs as much as many on a block. So where rows go at their own pace
-  it is made for an eighth of them, and the others wait no longer than until so many are due. Nor do
-  the rows of a prefix-cached run see equally much: a call is made for a quarter of them, or for all
-  where they keep step, which saves putting together their parts of the cache.
+  A call on the whole canvas costs as much as many calls on a block. Where rows go at their own
+  pace, it is made for an eighth of the slots, as soon as this many rows wait for it. With "prefix"
+  rows also need windows of different widths: a call on a window is made for a quarter of the slots,
+  or for all slots where their rows keep step, which saves gathering parts of the cache.
 
   Args:
-    together: rows go through the blocks together; then all have the same kind of call.
+    cfg: see `SamplerConfig`.
+    lm: the model.
+    rows: number of slots on each shard.
+    together: whether all rows go through the blocks together, so that all need the same call.
   """
   if cfg.cache == "none":
     return [Program(None, rows)]
@@ -109,7 +120,7 @@ def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Prog
   some = lambda parts: min(rows, max(2, -(-rows // parts))) if apart else rows
   windows = sorted(set(cached_widths(cfg, lm)), reverse=True)
   whole = Program(None, some(8), apart)
-  if len(windows) == 1:  # which every row may take part in: it writes to its own block only
+  if len(windows) == 1:  # all rows may take part: a call on a block changes that block's cache only
     return [whole, Program(windows[0], rows)]
   uneven = cfg.remasking == "origin" or cfg.edit_threshold is not None
   uneven |= cfg.threshold is not None or cfg.factor is not None
@@ -118,10 +129,18 @@ def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Prog
 
 
 def block_numbers(cfg: SamplerConfig, lm: LM, valid: Array) -> Array:
-  """i32[B or 1,T]: the block of the completion that a position lies in; before it, 0 or less.
+  """For each position the number of its block, where the completion begins in block 0.
 
-  A block-causal model counts from each row's own first position: what lies before the completion
-  in the block that this begins in has its number, 0.
+  Earlier blocks have negative numbers. The blocks of a block-causal model are counted from each
+  row's first valid position, so block 0 may begin within the prompt.
+
+  Args:
+    cfg: see `SamplerConfig`.
+    lm: the model.
+    valid: bool[B,T], False on padding.
+
+  Returns:
+    i32[B,T], or i32[1,T] where blocks are the same in all rows.
   """
   t = valid.shape[1]
   first = t - cfg.gen_length
@@ -132,16 +151,21 @@ def block_numbers(cfg: SamplerConfig, lm: LM, valid: Array) -> Array:
 
 
 def find_window(cfg: SamplerConfig, lm: LM, numbers: Array, block: Array) -> tuple[Array, int]:
-  """(start i32[B], width) of the positions whose logits a step needs.
+  """The positions whose logits a step needs: the active block, or with `allow_mask` and no cache
+  the whole completion.
 
   Args:
-    numbers: see `block_numbers`.
-    block: i32[B], each row's active block.
+    cfg: see `SamplerConfig`.
+    numbers: i32[B or 1,T], see `block_numbers`.
+    block: i32[B], number of each row's active block.
+
+  Returns:
+    (start i32[B], width): positions start .. start + width - 1 of the canvas; width is static.
   """
   t = numbers.shape[1]
   first = t - cfg.gen_length
   if cfg.allow_mask and cfg.cache == "none":
-    # The model may have left masks in earlier blocks; they compete again.
+    # Steps may have left masks in earlier blocks; these are candidates again.
     return jnp.full_like(block, first), cfg.gen_length
   start = jnp.sum(numbers < block[:, None], axis=1, dtype=jnp.int32)
   return jnp.clip(start, first, t - cfg.block_length), cfg.block_length
@@ -159,22 +183,26 @@ def block_hidden(
   seen: int | None = None,
   shards: int = 1,
 ) -> tuple[Array, Any]:
-  """One call of the network, up to the head.
+  """One network call, up to the head.
 
   Args:
-    tokens: i32[B,T].
-    fixed: bool[B,T]; with guidance, what the unconditional input hides.
-    valid: bool[B,T].
-    cache: as `init_cache` or the last call left it.
-    window: see `find_window`.
-    seen: how many positions from the window's first on the call sees; None for the whole
-      canvas, which renews the cache.
-    shards: parts that the rows are split into. With guidance each part has both of its inputs, as
-      the rows of the cache do.
+    lm: the model.
+    params: its parameters.
+    cfg: see `SamplerConfig`.
+    tokens: i32[B,T], the canvases.
+    fixed: bool[B,T]. With guidance, the unconditional input has masks at these positions.
+    valid: bool[B,T], False on padding.
+    cache: of `init_cache` or the last call; None without a cache.
+    window: (start, width), see `find_window`.
+    seen: how many positions from the window's first on the call computes. None: the whole canvas,
+      which also renews the cache.
+    shards: W, the number of parts that the rows are split into. With guidance, the network's rows
+      (and the cache's) are in this order: for each part, its conditional inputs, then its
+      unconditional ones.
 
   Returns:
-    (h [C,B,width,D] of the window, cache); C is 2 with guidance, the unconditional input
-    last, else 1.
+    (h [C,B,width,D], the window's hidden states; cache). With guidance C is 2, the conditional
+    input first; else 1.
   """
   start, width = window
   inputs = 1
@@ -200,25 +228,38 @@ def block_hidden(
 
 
 def _both(first: Array, second: Array, shards: int) -> Array:
-  """Two inputs of the same rows one after the other, on each shard."""
+  """Concatenates two inputs of the same rows [B,...] on each shard: [2*B,...]."""
   in_shards = lambda x: x.reshape(shards, -1, *x.shape[1:])
   both = jnp.concatenate([in_shards(first), in_shards(second)], axis=1)
   return both.reshape(-1, *first.shape[1:])
 
 
 def windows(x: Array, start: Array, width: int) -> Array:
-  """The `width` columns of x [B,T] from each row's own start i32[B] on."""
+  """Cuts a window out of each row: of x [B,T] the columns start .. start + width - 1, start i32[B].
+
+  Returns:
+    [B,width].
+  """
   part = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width)
   return jax.vmap(part)(x, start)
 
 
 def cache_rows(cfg: SamplerConfig, at: Array, slots: int) -> Array:
-  """Where the rows of slots i32[W,s] are in a cache of W shards of `slots`: i32[W,C*s]."""
+  """The rows of the cache that belong to some slots: one for each, or two with guidance.
+
+  Args:
+    cfg: see `SamplerConfig`.
+    at: i32[W,s], indices of s slots on each of W shards.
+    slots: number of slots on each shard.
+
+  Returns:
+    i32[W,C*s], indices of rows within each shard of the cache.
+  """
   return jnp.concatenate([at, at + slots], axis=1) if cfg.cfg_scale else at
 
 
 def take_from_cache(cache: Any, at: Array) -> Any:
-  """The rows i32[W,s] of W shards of a cache, as a cache of W*s rows."""
+  """The rows `at` i32[W,s], indices within each of W shards, of a cache: a cache of W*s rows."""
 
   def take(x):
     axis, x = x.ndim - 4, _in_shards(x, len(at))
@@ -237,7 +278,10 @@ def take_from_cache(cache: Any, at: Array) -> Any:
 
 
 def put_into_cache(cache: Any, at: Array, some: Any) -> Any:
-  """Writes a cache of W*s rows to the rows i32[W,s] of W shards; none for a number past the end."""
+  """The inverse of `take_from_cache`: writes `some` to the rows `at` i32[W,s] of the cache.
+
+  An index past the end of a shard writes nothing.
+  """
 
   def put(x, new):
     axis, shape, x = x.ndim - 4, x.shape, _in_shards(x, len(at))
@@ -255,12 +299,12 @@ def put_into_cache(cache: Any, at: Array, some: Any) -> Any:
 
 
 def _in_shards(x: Array, shards: int) -> Array:
-  """[...,B,K,T,E] as [...,W,B/W,K,T,E]."""
+  """Splits the rows of an array of the cache: [...,B,K,T,E] -> [...,W,B/W,K,T,E]."""
   return x.reshape(*x.shape[:-4], shards, -1, *x.shape[-3:])
 
 
 def head_logits(lm: LM, params: Params, cfg: SamplerConfig, h: Array) -> Array:
-  """Logits f32[B,w,V] of h [C,B,w,D] from `block_hidden`, guided if the config says so."""
+  """Logits f32[B,w,V] of hidden states [C,B,w,D] from `block_hidden`, with guidance applied."""
   logits = lm.head(params, h.reshape(-1, *h.shape[2:]))
   if cfg.cfg_scale:
     conditional, unconditional = jnp.split(logits, 2)
@@ -269,10 +313,16 @@ def head_logits(lm: LM, params: Params, cfg: SamplerConfig, h: Array) -> Array:
 
 
 def head_widths(rows: int, width: int, vocab_size: int) -> list[int]:
-  """To how many positions of a row the head may be applied, largest first.
+  """The numbers of positions of a row that the head is compiled for, largest first.
 
-  A program is compiled for each, so they are few: quarters of `width`, and all of it
-  where the logits of a call are few. Example: of 32 positions 32, 24, 16 and 8.
+  They are the quarters of `width`; or `width` alone, where a call on all of it has few logits.
+
+  Args:
+    rows: B.
+    width: positions of the window.
+    vocab_size: V.
+
+  Example: for a width of 32 and many rows: 32, 24, 16 and 8.
   """
   if rows * width * vocab_size < FEW_LOGITS:
     return [width]

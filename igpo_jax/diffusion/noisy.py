@@ -1,4 +1,7 @@
-"""The states of corrupted rows, as the model sees them when it decodes: for likelihoods."""
+"""Hidden states of corrupted rows, in the context that decoding would give them.
+
+The NELBO and the likelihood estimators are computed from them.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,22 @@ def noisy_hidden(
   valid: Array,
   dropout_key: Array | None = None,
 ) -> tuple[Array, Balance | None]:
-  """(h [B,T,D] of the noisy rows; of a model with experts, how evenly they share the work).
+  """The model's hidden states for rows in which some tokens are masked.
 
-  A block-causal model sees clean blocks before a noisy one, whatever is masked there: it is given
-  both copies of the rows.
+  When a block-causal model decodes a block, all earlier blocks are complete. So it is given both
+  copies of each row: a noisy block sees the clean blocks before it, whatever is masked in them.
 
   Args:
-    noisy, clean: i32[B,T], rows with masks, and what they stand for.
-    valid: bool[B,T].
-    dropout_key: of the adapters' dropout; None turns it off.
+    lm: the model.
+    params: its parameters.
+    noisy: i32[B,T], the rows with masks.
+    clean: i32[B,T], the same rows without masks; only block-causal models read them.
+    valid: bool[B,T], False on padding.
+    dropout_key: PRNG key for the dropout of adapters; None turns it off.
+
+  Returns:
+    (h [B,T,D] of the noisy rows, ready for `lm.head`; for a model with experts, how evenly tokens
+    are spread over them, else None).
   """
   dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
   if lm.routed is not None:

@@ -1,13 +1,13 @@
 """The denoising loop: masks are filled block by block, fixed positions never change.
 
-One jitted program (docs/method.md#sampling). Rows wait in a queue and are worked at in slots
-(`slots`), each at its own pace: its own block, step and place in the cache. Each turn of the loop
-asks the network (`network`), on the whole canvas unless there is a cache, and commits every row's
-share of its most confident candidates (`choose`). A row that is done makes room for the next.
+It is one jitted program (docs/method.md#sampling). Rows wait in a queue until a slot takes them
+(`slots`). Each slot works at its row at its own pace, with its own block, step and place in the
+cache. Each turn of the loop calls the network (`network`), on the whole canvas unless there is a
+cache, and commits each row's share of its most confident candidates (`choose`). When a row is done,
+its slot takes the next one.
 
-Nothing about a row depends on its neighbours: its noise comes from its own key
-and the step, its commits from its own masks, and (with `early_stop="row"`) its
-end from its own text.
+A row does not depend on its neighbors: its noise comes from its own key and the step, its commits
+from its own masks, and its end from its own text (except with `early_stop="batch"`).
 """
 
 from __future__ import annotations
@@ -86,27 +86,26 @@ def denoise(
   Args:
     lm: the model.
     params: its parameters.
-    canvas: i32/bool[B,T]; the completion is the last `cfg.gen_length` columns, and
-      what is to be filled is `(tokens == lm.mask_id) & ~fixed` there.
-    key: one PRNG key, or key[B] with a key for each row. Give rows keys of their
-      own where results must not depend on a row's place in the batch.
+    canvas: i32/bool[B,T]. The completion is the last `cfg.gen_length` columns. The positions to
+      fill are those of the completion with `(tokens == lm.mask_id) & ~fixed`.
+    key: one PRNG key, or key[B] with a key for each row. Give each row its own key where results
+      must not depend on a row's place in the batch.
     cfg: see `SamplerConfig`.
-    noise: for tests. `noise(call, (B, T, V))` gives the standard Gumbel noise of the
-      call-th forward, in place of what `key` would give; with `cfg.remasking="origin"`
-      `noise(call, (B, T))` gives the uniform draws by which positions are filled. Rows then go
-      through the blocks together.
-    slots: how many rows are worked at, at a time, rounded up to a multiple of the devices that
-      rows are split over; 0: all of them. Results do not depend on it. With
-      `early_stop="batch"`, which asks about all rows at once, all are.
+    noise: for tests. `noise(call, (B, T, V))` gives the standard Gumbel noise of the network's
+      `call`-th call, counted from 0, instead of what `key` would give. With
+      `cfg.remasking="origin"`, `noise(call, (B, T))` gives uniform numbers in [0, 1) instead. All
+      rows then go through the blocks together.
+    slots: how many rows are worked at, at a time, rounded up to a multiple of the number of
+      devices that rows are split over; 0: all rows. It changes memory and speed, not the results.
+      With `early_stop="batch"`, whose rule looks at all rows, it is always all of them.
 
   Returns:
-    The filled canvas, the step at which each position was committed (-1 where
-    fixed), the number of calls of the network, and whether its logits were numbers.
+    The filled canvas, and how and when each position was filled: see `Denoised`.
 
   Raises:
-    UserError: shapes that do not fit, a canvas shorter than the completion, token ids that
-      the model has no embedding for (not looked at inside `jax.jit`), or options that a
-      block-causal model has no place for.
+    UserError: shapes do not fit; the canvas is shorter than the completion; the model has no
+      embedding for a token id (not checked inside `jax.jit`); or the options do not fit a
+      block-causal model (`check_sampler`).
   """
   check_sampler(lm, cfg)
   b, t = canvas.tokens.shape
@@ -133,7 +132,12 @@ def denoise(
 
 
 def check_sampler(lm: LM, cfg: SamplerConfig) -> None:
-  """Raises `UserError` where a model cannot be sampled from like this."""
+  """Checks that the sampler's options fit the model. Only block-causal models restrict them.
+
+  Raises:
+    UserError: the model is block-causal, and `block_length` is not its own, the cache is "prefix",
+      or `allow_mask` is set.
+  """
   if not lm.block_length:
     return
   if cfg.block_length != lm.block_length:
@@ -160,28 +164,26 @@ def _row_keys(key: Array, rows: int) -> Array:
 
 
 class State(flax.struct.PyTreeNode):
-  """What the loop hands from call to call."""
+  """What the loop carries from one network call to the next."""
 
   queue: Queue
   slots: Slots
-  cache: Any
-  forwards: Array  # i32[]
-  refreshes: Array  # i32[]
+  cache: Any  # of `network.init_cache`: the keys and values of the rows in the slots
+  forwards: Array  # i32[], network calls so far
+  refreshes: Array  # i32[], how many of them saw the whole canvas
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
 def _denoise(lm, params, canvas, keys, cfg, noise_table, slots) -> Denoised:
-  # A table of noise is of all rows, one block after the other.
+  # A table of noise is indexed by the call, so all rows have to be at work in every call.
   state = begin(lm, params, canvas, keys, cfg, slots if noise_table is None else 0)
   return results(fill(lm, params, state, cfg, noise_table=noise_table))
 
 
 def begin(lm: LM, params: Params, canvas: Canvas, keys: Array, cfg, slots: int = 0) -> State:
-  """What `fill` starts from: N canvases in queues, and the slots, still empty.
+  """The state with which `fill` starts: N canvases in queues, and no row at work yet.
 
-  Args:
-    keys: key[N].
-    slots: as `denoise` has it.
+  Args: as `denoise`, with a key for each row, key[N].
   """
   n, t = canvas.tokens.shape
   params = lm.unstack(params, t + overhang(cfg, lm))
@@ -203,9 +205,16 @@ def fill(
   until: Array | int | None = None,
   noise_table: Array | None = None,
 ) -> State:
-  """Fills rows until so many were done, or all of them (None).
+  """Continues denoising until `until` rows are done, counted from `begin` on.
 
-  Those that never had a mask do not count.
+  Args:
+    lm, params, cfg: those that `begin` was given.
+    state: of `begin` or of an earlier `fill`.
+    until: i32[], number of rows; those without masks do not count. None: all rows.
+    noise_table: `denoise`'s noise as one array, f32[calls,N,T,V], or f32[calls,N,T] for "origin".
+
+  Returns:
+    The state, of which `results` reads what has been filled so far.
   """
   queue = state.queue
   params = lm.unstack(params, queue.tokens.shape[2] + overhang(cfg, lm))
@@ -214,12 +223,12 @@ def fill(
   kinds = programs(cfg, lm, rows, together)
 
   def going(state):
-    """Until some row is done, so that its slot can be given to another."""
+    """Whether rows are at work and none of them is done. A row that is done frees its slot."""
     held = holds_row(queue, state.slots)
     return jnp.any(held) & ~jnp.any(held & (state.slots.block >= num_blocks(cfg, lm)))
 
   def next_kind(state):
-    """The first kind of call that enough rows wait for; else the one most rows do."""
+    """The index of the first kind of call that enough rows wait for, else that most wait for."""
     waits = _waits_for(lm, cfg, state, together)
     counts = jnp.stack([jnp.sum(waits == _width(kind)) for kind in kinds])
     of_all = jnp.asarray([kind.of_all for kind in kinds])
@@ -228,7 +237,8 @@ def fill(
     return jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
 
   def calls(state):
-    # A loop for each kind of call: a conditional would copy the whole cache at every step.
+    # One loop for each kind of call. A conditional inside one loop would copy the whole cache at
+    # every step.
     for i, kind in enumerate(kinds):
       call = functools.partial(_call, lm, params, cfg, noise_table, together, shards, kind)
       now = lambda state, i=i: going(state) & (next_kind(state) == i)
@@ -241,7 +251,7 @@ def fill(
     return calls(state) if len(kinds) == 1 else jax.lax.while_loop(going, calls, state)
 
   def left(state):
-    """Whether a slot has a row, which may be done and not written out, or could be given one."""
+    """Whether a slot holds a row (even if done: it is not written out yet) or can get one."""
     taken, length = state.queue.taken, state.queue.length
     some = jnp.any(holds_row(queue, state.slots)) | jnp.any(taken < length)
     if until is None:
@@ -253,7 +263,7 @@ def fill(
 
 
 def _placed(state: State) -> State:
-  """Rows over the devices, numbers on all of them: what `fill` gives back it may be given again."""
+  """Fixes the shardings of a state, so that `fill` accepts its own result without recompiling."""
   on_rows = lambda x: constrain(x, "act_batch", *(None,) * (x.ndim - 1))
   return state.replace(
     queue=jax.tree.map(on_rows, state.queue),
@@ -264,7 +274,7 @@ def _placed(state: State) -> State:
 
 
 def results(state: State) -> Denoised:
-  """What became of the canvases, in the order in which `begin` was given them."""
+  """The results of all N rows, in the order of `begin`; rows that are not done are unchanged."""
   queue = state.queue
   names = ("tokens", "commit_step", "commit_logp", "finite", "calls")
   of_rows = {name: flat(getattr(queue, name)) for name in names}
@@ -272,12 +282,12 @@ def results(state: State) -> Denoised:
 
 
 def _width(kind: Program) -> int:
-  """How many positions a call sees; 0 stands for the whole canvas."""
+  """How many positions a kind of call sees; 0 stands for the whole canvas."""
   return kind.seen or 0
 
 
 def _waits_for(lm, cfg, state: State, together: bool) -> Array:
-  """i32[B], `_width` of each row's next call; -1 where it has none."""
+  """i32[B], the kind of call that each row needs next, as its `_width`; -1 where it needs none."""
   slots, blocks = state.slots, num_blocks(cfg, lm)
   due = holds_row(state.queue, slots) & (slots.block < blocks)
   if together:
@@ -292,12 +302,12 @@ def _waits_for(lm, cfg, state: State, together: bool) -> Array:
 def _call(
   lm, params, cfg, noise_table, together: bool, shards: int, kind: Program, state: State
 ) -> State:
-  """One call of the network, for the rows that wait for one of this kind, and what it decides."""
+  """One network call for the rows that wait for this kind of call, and the step that follows."""
   queue, slots, cache = state.queue, state.slots, state.cache
   rows = len(slots.number) // shards
   works = _waits_for(lm, cfg, state, together) == _width(kind)
   at = None
-  if kind.picked:  # those that wait for it come first
+  if kind.picked:  # only some rows take part; those that wait for such a call come first
     of_shard = works.reshape(shards, rows)
     at = jnp.argsort(~of_shard, axis=1, stable=True)[:, : kind.rows].astype(jnp.int32)
     works = take(works, at)
@@ -333,24 +343,23 @@ def _call(
 
 
 def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits=None):
-  """Head and choice where it matters.
+  """Applies the head and `choose`, to as few positions as a step needs.
 
-  What is committed needs no logits, on average half of a block. Each row's candidates
-  come first, and as many positions are decided as the row with the most of them has,
-  rounded up to a few widths.
+  Committed positions, on average half of a block, need no logits. So each row's candidates are
+  moved to the front, and only the first columns are computed: as many as the row with the most
+  candidates has, rounded up to one of a few widths (`head_widths`).
 
   Args:
     h: [C,B,width,D] from `block_hidden`.
-    candidates: bool[B,width].
-    share, keys: see `choose`.
-    first: i32[B], the place of each row's first position in the completion.
-    noise: f32[B,width,V] or, for "origin", f32[B,width]; or None.
+    candidates, share, keys: bool[B,width], i32[B] and key[B], see `choose` (`share` is `count`).
+    first: i32[B], position in the completion of each row's first column.
+    noise: f32[B,width,V] or, for "origin", f32[B,width]; None: noise is drawn from `keys`.
     chance: f32[B], see `choose`.
     edits: (editable bool[B,width], old i32[B,width]) of `choose`; None where nothing is edited.
 
   Returns:
-    (commit bool[B,width], chosen i32[B,width], log p of what is chosen f32[B,width], finite
-    bool[B]).
+    (commit bool[B,width]; chosen i32[B,width]; log-probability f32[B,width] of each chosen token;
+    finite bool[B], whether all these log-probabilities were numbers).
   """
   b, width = candidates.shape
   order = jnp.argsort(~candidates, axis=1, stable=True)  # i32[B,width]
@@ -383,14 +392,14 @@ def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, e
 
   if len(sizes) == 1:
     return with_width(width, h)
-  # Only h goes in: a conditional that carried the cache would copy it.
+  # The conditional gets h only: if it carried the cache, it would copy it.
   most = jnp.max(jnp.sum(candidates, axis=1))
   which = jnp.sum(jnp.asarray(sizes) >= most) - 1
   return jax.lax.switch(which, [functools.partial(with_width, size) for size in sizes], h)
 
 
 def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Slots:
-  """One step of the rows bool[B] that work, after the network's call; the others stay."""
+  """One denoising step after the network's call, for the rows `works` bool[B] only."""
   t = slots.tokens.shape[1]
   start, width = window
   per_block, editing = cfg.steps_per_block, cfg.edit_threshold is not None
@@ -403,11 +412,11 @@ def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Sl
   candidates = part(left & until_end & works[:, None])
   i = jnp.minimum(slots.step, per_block - 1)
   share = commits_at(slots.had, per_block, i, *shares)
-  if cfg.adaptive:  # what is committed already counts: only one is asked for of a row ahead of it
+  if cfg.adaptive:  # earlier commits count, so a row ahead of its schedule commits one at least
     committed = slots.had - jnp.sum(left & here, axis=1)
     share = jnp.maximum(commits_until(slots.had, per_block, i, *shares) - committed, 1)
   chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
-  first = start - (t - cfg.gen_length)  # noise is named by places in the completion
+  first = start - (t - cfg.gen_length)  # noise is keyed by the position in the completion
   old, edits = part(slots.tokens), None
   if editing:
     active, full = unfinished(lm, cfg, slots, here), ~jnp.any(left & here, axis=1)
@@ -425,7 +434,7 @@ def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Sl
     )
 
   new = jnp.where(commit, chosen, old)
-  filled = commit & (new != lm.mask_id)  # allow_mask may commit a mask: still to do
+  filled = commit & (new != lm.mask_id)  # with allow_mask a mask may be chosen: still to fill
   set_part = jax.vmap(lambda x, new, start: jax.lax.dynamic_update_slice(x, new, (start,)))
   put_part = lambda x, new: constrain(set_part(x, new, start), "act_batch", "act_length")
   kept = lambda x, new: jnp.where(filled, new, part(x))
@@ -449,13 +458,13 @@ def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Sl
 
 
 def step_number(cfg: SamplerConfig, block: Array, step: Array) -> Array:
-  """What `Denoised.commit_step` calls a step of a block, and a row's noise is drawn for."""
+  """i32[B], what `Denoised.commit_step` calls step i32[B] of block i32[B]; noise is keyed by it."""
   editing = cfg.edit_threshold is not None
   return block * (cfg.steps_per_block + cfg.edit_passes * editing) + step
 
 
 def _end(lm, cfg, slots: Slots, which: Array, now: Array) -> Slots:
-  """End-of-text in all that is left of the rows bool[B]."""
+  """Fills all remaining masks of the rows `which` bool[B] with end-of-text."""
   rest = masks(lm, cfg, slots.tokens, slots.fixed) & which[:, None]
   return slots.replace(
     tokens=jnp.where(rest, lm.eos_id, slots.tokens),
@@ -464,9 +473,10 @@ def _end(lm, cfg, slots: Slots, which: Array, now: Array) -> Slots:
 
 
 def _stop_all(lm, cfg, before: State, slots: Slots) -> Slots:
-  """`early_stop="batch"`: if the block that just ended is end-of-text in all rows, so is the rest.
+  """`early_stop="batch"`, the official code's rule: all rows end together.
 
-  The official code's rule. It asks about every row, also one that had nothing to do there.
+  When a block has ended and is all end-of-text in every row, so is the rest of every row. Rows that
+  had nothing to fill in this block count as well.
   """
   blocks = num_blocks(cfg, lm)
   held = holds_row(before.queue, slots)

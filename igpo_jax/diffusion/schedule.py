@@ -9,20 +9,26 @@ import numpy as np
 
 from igpo_jax.types import Array
 
-LAST_TIME = 1e-3  # of Dream's linear schedule, which begins at 1
+LAST_TIME = 1e-3  # where Dream's linear schedule ends; it begins at 1
 
 
 def commits_at(masked: Array, steps: int, i: Array, schedule: str = "even", most: int = 0) -> Array:
-  """The row's share of its masks at step i of a block's `steps`: i32[B].
+  """How many positions a row commits at step i of a block (docs/method.md#sampling, (4)).
 
-  `masked` i32[B] is what the block held when it began. "even" gives the remainder to the
-  first steps, so a row with fewer masks than steps commits one at a time and is
-  then left alone. Example: 5 masks in 3 steps are committed 2, 2, 1.
+  "even" gives the remainder to the first steps. So a row with fewer masks than steps commits one
+  at each step until none is left.
 
   Args:
-    i: i32[] or i32[B].
+    masked: i32[B], the masks in each row's block when its first step began.
+    steps: denoising steps of a block.
+    i: i32[] or i32[B], in 0 .. steps - 1.
     schedule: see `SamplerConfig`.
-    most: how many masks a block may hold, for the others than "even".
+    most: the largest value of `masked`. Schedules other than "even" need it.
+
+  Returns:
+    i32[B].
+
+  Example: 5 masks in 3 steps are committed 2, 2, 1.
   """
   if schedule == "even":
     return masked // steps + (i < masked % steps).astype(jnp.int32)
@@ -30,9 +36,11 @@ def commits_at(masked: Array, steps: int, i: Array, schedule: str = "even", most
 
 
 def commits_until(masked: Array, steps: int, i: Array, schedule: str = "even", most: int = 0):
-  """The row's shares of the steps 0 .. i together: i32[B]. See `commits_at`.
+  """How many positions a row commits in the steps 0 .. i together: i32[B].
 
-  Example: of 5 masks in 3 steps, 2, 4 and 5 are committed until the steps 0, 1 and 2.
+  Arguments as `commits_at`.
+
+  Example: 5 masks in 3 steps: 2, 4 and 5 of them are committed by the end of steps 0, 1 and 2.
   """
   if schedule == "even":
     return (i + 1) * (masked // steps) + jnp.minimum(i + 1, masked % steps)
@@ -40,7 +48,7 @@ def commits_until(masked: Array, steps: int, i: Array, schedule: str = "even", m
 
 
 def forwards_needed(masked: Array, steps: int, schedule: str = "even", most: int = 0) -> Array:
-  """Steps in which a row with so many masks commits anything: i32[B]."""
+  """How many steps a row needs until no mask is left: i32[B]. Arguments as `commits_at`."""
   if schedule == "even":
     return jnp.minimum(masked, steps)
   needed = np.sum(commit_table(schedule, most, steps) > 0, axis=1, dtype=np.int32)
@@ -49,12 +57,20 @@ def forwards_needed(masked: Array, steps: int, schedule: str = "even", most: int
 
 @functools.lru_cache(maxsize=32)
 def commit_table(schedule: str, most: int, steps: int) -> np.ndarray:
-  """i32[most + 1, steps]: what a block that began with 0 .. `most` masks commits at each step.
+  """How many positions are committed at each step, for every number of masks.
 
-  Steps that would commit nothing are left out, so the numbers of a row are followed by zeros.
+  Steps that would commit nothing are left out: the counts of a row come first, then zeros.
 
-  Example: 24 masks in 24 steps of "linear" are committed 1, 1, ..., 1, 2 in 23 steps: Dream's
-  time ends at 0.001, and what is left of its first step, 0.999, is cut off.
+  Args:
+    schedule: "linear", "rounded" or "full_block", see `SamplerConfig`.
+    most: the largest number of masks of a block.
+    steps: denoising steps of a block.
+
+  Returns:
+    i32[most + 1, steps]; row m is for a block that began with m masks.
+
+  Example: with "linear", 24 masks in 24 steps are committed 1, 1, ..., 1, 2 in 23 steps. Dream's
+  time ends at 0.001 rather than 0, so the first step's share is 0.999, which is cut off to 0.
   """
   out = np.zeros((most + 1, steps), np.int32)
   for masked in range(most + 1):
@@ -83,9 +99,10 @@ def _counts(schedule: str, masked: int, most: int, steps: int) -> list[int]:
 
 @functools.lru_cache(maxsize=32)
 def unmasking_chances(steps: int) -> np.ndarray:
-  """f32[steps]: the chance of a mask to be filled at each step of Dream's linear schedule.
+  """f32[steps]: the probability that a mask is filled at each step of Dream's linear schedule.
 
-  1 - s / t between two times t > s that lie evenly from 1 to 0.001; 1 at the last step.
+  A step goes from time t to s < t, and fills a mask with probability 1 - s / t. The times are
+  evenly spaced from 1 to 0.001. At the last step the probability is 1.
   """
   times = np.linspace(1, LAST_TIME, steps + 1, dtype=np.float32)
   return np.append(1 - times[1:-1] / times[:-2], np.float32(1)).astype(np.float32)

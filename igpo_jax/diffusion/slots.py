@@ -1,11 +1,14 @@
-"""Rows that wait, rows at work, and rows that are done: what the denoising loop holds.
+"""The data of the denoising loop: a queue of all rows, and the slots whose rows are at work.
 
     queue   n canvases on each of W shards     slots   b rows at work on each shard
 
-A slot is given the next canvas that has masks, works through its blocks at its own pace, and when
-it is done the row is written out and the next one takes the slot. Each shard of the devices has a
-queue and slots of its own, so rows never move between devices. All of this happens inside the
-compiled loop, whose shapes know nothing of how many rows there are to fill.
+Each of the W parts into which the mesh splits rows (a shard) has its own queue and its own slots,
+so rows never move between devices. A slot takes the next canvas of its queue that has masks, and
+fills it block by block at its own pace. Once that row is done, its results are written to the
+queue and the slot takes the next canvas.
+
+All of this happens inside the compiled loop. Its shapes depend on n and b, but not on how many of
+the canvases have masks.
 """
 
 from __future__ import annotations
@@ -22,23 +25,29 @@ from igpo_jax.types import LM, Array, Canvas
 
 
 class Queue(flax.struct.PyTreeNode):
-  """Canvases, and what becomes of them: [W,n,...]."""
+  """All canvases, and the results of those that are done: [W,n,...].
 
-  canvas: Canvas  # i32/bool[W,n,T]
-  keys: Array  # key[W,n]
-  order: Array  # i32[W,n], in which they are taken
-  length: Array  # i32[W], how many are taken
-  taken: Array  # i32[W], how many were
+  `Denoised` describes the results (`tokens` to `calls`).
+  """
+
+  canvas: Canvas  # i32/bool[W,n,T], as they were given
+  keys: Array  # key[W,n], one for each row
+  order: Array  # i32[W,n], row numbers in the order in which slots take them
+  length: Array  # i32[W], how many rows of `order` have something to fill; the rest is not taken
+  taken: Array  # i32[W], how many rows slots have taken so far
   tokens: Array  # i32[W,n,T]
   commit_step: Array  # i32[W,n,T]
   commit_logp: Array  # f32[W,n,T]
   finite: Array  # bool[W,n]
   calls: Array  # i32[W,n]
-  done: Array  # bool[W,n], nothing is left to fill
+  done: Array  # bool[W,n], True where nothing is left to fill
 
 
 class Slots(flax.struct.PyTreeNode):
-  """The rows at work, [B,...] with B = W * b; b consecutive ones on each shard."""
+  """The rows at work, [B,...] with B = W * b. Rows w*b .. (w+1)*b - 1 belong to shard w.
+
+  The last two fields are used only with `SamplerConfig.edit_threshold`.
+  """
 
   tokens: Array  # i32[B,T]
   commit_step: Array  # i32[B,T]
@@ -46,35 +55,53 @@ class Slots(flax.struct.PyTreeNode):
   fixed: Array  # bool[B,T]
   valid: Array  # bool[B,T]
   keys: Array  # key[B]
-  finite: Array  # bool[B], all logits so far were numbers
-  calls: Array  # i32[B], of the network for this row
-  number: Array  # i32[B], the row's place in its shard's queue; n: the slot is empty
-  block: Array  # i32[B], the active block; `num_blocks`: the row is done
-  step: Array  # i32[B], steps made in it
-  had: Array  # i32[B], masks that it began with
-  passes: Array  # i32[B], calls since it was full, where it is edited
-  settled: Array  # bool[B], the last of them changed nothing
+  finite: Array  # bool[B], False once a logit was NaN or infinite
+  calls: Array  # i32[B], how many network calls worked at this row
+  number: Array  # i32[B], the row's index in its shard's queue; n: the slot is empty
+  block: Array  # i32[B], number of the active block; `num_blocks`: the row is done
+  step: Array  # i32[B], steps made so far in the active block
+  had: Array  # i32[B], masks in the active block when its first step began
+  passes: Array  # i32[B], editing steps made since the active block had no mask left
+  settled: Array  # bool[B], True once such a step changed nothing
 
 
 def in_shards(x: Array, shards: int) -> Array:
-  """[W*b,...] as [W,b,...]."""
+  """Splits rows by shard: [W*b,...] -> [W,b,...]."""
   return x.reshape(shards, -1, *x.shape[1:])
 
 
 def flat(x: Array) -> Array:
-  """[W,b,...] as [W*b,...]; the rows stay on their devices."""
+  """The inverse of `in_shards`: [W,b,...] -> [W*b,...], with every row on the device it was on."""
   x = x.reshape(-1, *x.shape[2:])
   return constrain(x, "act_batch", *(None,) * (x.ndim - 1))
 
 
 def take(tree, at: Array):
-  """The rows i32[W,s] of each shard, of arrays [W*b,...]: [W*s,...]."""
+  """Reads some rows of each shard.
+
+  Args:
+    tree: arrays [W*b,...].
+    at: i32[W,s], for each shard the indices of s of its b rows.
+
+  Returns:
+    The tree with arrays [W*s,...].
+  """
   pick = lambda x, at: x[at]
   return jax.tree.map(lambda x: flat(jax.vmap(pick)(in_shards(x, len(at)), at)), tree)
 
 
 def put(tree, at: Array, some):
-  """`tree` with the rows i32[W,s] of each shard replaced; a number past the end replaces none."""
+  """Replaces some rows of each shard, and leaves PRNG keys as they are: the inverse of `take`.
+
+  Args:
+    tree: arrays [W*b,...].
+    at: i32[W,s], for each shard the indices of the rows to replace. Nothing is written for an
+      index of b or more.
+    some: the tree with the new rows [W*s,...].
+
+  Returns:
+    `tree` with these rows replaced.
+  """
 
   def write(x, new):
     if x is new:
@@ -88,9 +115,19 @@ def put(tree, at: Array, some):
 
 
 def make_queue(lm: LM, cfg: SamplerConfig, canvas: Canvas, keys: Array, shards: int) -> Queue:
-  """Canvases i32[N,T] that wait, N / W on each shard; those without masks are done already."""
+  """A queue of N canvases, N / W on each shard.
+
+  Rows without masks count as done from the start, except with `early_stop="batch"`.
+
+  Args:
+    lm: the model, for its mask token.
+    cfg: see `SamplerConfig`.
+    canvas: i32/bool[N,T].
+    keys: key[N], one for each row.
+    shards: W; divides N.
+  """
   todo = in_shards(jnp.any(masks(lm, cfg, canvas.tokens, canvas.fixed), axis=1), shards)
-  if cfg.early_stop == "batch":  # which asks about every row
+  if cfg.early_stop == "batch":  # its rule looks at all rows, so slots have to hold all of them
     todo = jnp.ones_like(todo)
   queued = jax.tree.map(
     lambda x: constrain(in_shards(jnp.asarray(x), shards), "act_batch", None, None), canvas
@@ -111,7 +148,7 @@ def make_queue(lm: LM, cfg: SamplerConfig, canvas: Canvas, keys: Array, shards: 
 
 
 def empty_slots(queue: Queue, rows: int, cfg: SamplerConfig, lm: LM) -> Slots:
-  """`rows` slots on each shard, without a row."""
+  """The state of `rows` slots on each shard, none of which holds a row yet."""
   shards, n, t = queue.tokens.shape
   size = shards * rows
   zeros = lambda *shape, dtype=jnp.int32: jnp.zeros((size, *shape), dtype)
@@ -134,12 +171,12 @@ def empty_slots(queue: Queue, rows: int, cfg: SamplerConfig, lm: LM) -> Slots:
 
 
 def holds_row(queue: Queue, slots: Slots) -> Array:
-  """bool[B], which slots have a row."""
+  """bool[B], True for the slots that hold a row."""
   return slots.number < queue.tokens.shape[1]
 
 
 def exchange(lm: LM, cfg: SamplerConfig, queue: Queue, slots: Slots) -> tuple[Queue, Slots]:
-  """Writes out the rows that are done, and gives free slots the next ones of their shard."""
+  """Writes the rows that are done to the queue, and fills free slots from their shard's queue."""
   shards, n, _ = queue.tokens.shape
   of_shard = lambda x: in_shards(x, shards)
   done = holds_row(queue, slots) & (slots.block >= num_blocks(cfg, lm))
@@ -184,20 +221,28 @@ def exchange(lm: LM, cfg: SamplerConfig, queue: Queue, slots: Slots) -> tuple[Qu
 
 
 def masks(lm: LM, cfg: SamplerConfig, tokens: Array, fixed: Array) -> Array:
-  """bool[B,T], what is still to be filled."""
+  """bool[B,T], the positions still to be filled: masks in the completion that are not fixed."""
   t = tokens.shape[1]
   return (tokens == lm.mask_id) & ~fixed & (jnp.arange(t) >= t - cfg.gen_length)
 
 
 def in_block(cfg: SamplerConfig, lm: LM, slots: Slots) -> tuple[Array, Array]:
-  """(bool[B,T] of the positions of each row's active block, the same of those up to its end)."""
+  """Where each row's active block is.
+
+  Returns:
+    (here bool[B,T], the completion's positions in the active block; until_end bool[B,T], all
+    positions of the canvas up to the block's end).
+  """
   t = slots.tokens.shape[1]
   numbers, block = block_numbers(cfg, lm, slots.valid), slots.block[:, None]
   return (numbers == block) & (jnp.arange(t) >= t - cfg.gen_length), numbers <= block
 
 
 def next_block(lm: LM, cfg: SamplerConfig, slots: Slots, which: Array) -> Slots:
-  """The rows bool[B] begin their next block that has masks; those without any are done."""
+  """Moves the rows `which` bool[B] on to their next block that has masks.
+
+  Where no later block has masks, the row is done: its block becomes `num_blocks`.
+  """
   left = masks(lm, cfg, slots.tokens, slots.fixed)
   numbers, last = block_numbers(cfg, lm, slots.valid), num_blocks(cfg, lm)
   later = left & (numbers > slots.block[:, None])
@@ -214,7 +259,11 @@ def next_block(lm: LM, cfg: SamplerConfig, slots: Slots, which: Array) -> Slots:
 
 
 def unfinished(lm: LM, cfg: SamplerConfig, slots: Slots, here: Array) -> Array:
-  """bool[B], whose active block has masks, or is still edited. `here` is of `in_block`."""
+  """bool[B], True for rows whose active block has masks or is still being edited.
+
+  Args:
+    here: the first result of `in_block`.
+  """
   left = jnp.any(masks(lm, cfg, slots.tokens, slots.fixed) & here, axis=1)
   if cfg.edit_threshold is None:
     return left
@@ -222,14 +271,17 @@ def unfinished(lm: LM, cfg: SamplerConfig, slots: Slots, here: Array) -> Array:
 
 
 def ended(lm: LM, cfg: SamplerConfig, slots: Slots, here: Array) -> Array:
-  """bool[B], whose active block gets no more calls.
+  """bool[B], True for rows whose active block gets no more steps.
 
-  A threshold may finish a block before its share of steps is used up; `allow_mask` may leave masks
-  when it is.
+  It is full, or it has used up its steps. With a threshold a block may be full before that; with
+  `allow_mask` it may still have masks after it.
+
+  Args:
+    here: the first result of `in_block`.
   """
   steps = cfg.steps_per_block
   needed = forwards_needed(slots.had, steps, cfg.schedule, cfg.block_length)
-  if cfg.remasking == "origin":  # by chance alone, every step may be needed
+  if cfg.remasking == "origin":  # positions are filled by chance, so all steps may be needed
     needed = jnp.full_like(needed, steps)
   if cfg.edit_threshold is not None:
     needed = needed + cfg.edit_passes
