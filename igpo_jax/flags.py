@@ -17,9 +17,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_dict, config_flags
 
-from igpo_jax.cli import underscored
+from igpo_jax.cli import say, underscored
 from igpo_jax.config import Config, freeze, load_config_file
 from igpo_jax.config.fields import meant
+from igpo_jax.config.file import own_config
 from igpo_jax.config.renamed import new_name, removed
 from igpo_jax.errors import UserError
 from igpo_jax.usage import help_text, options
@@ -98,6 +99,8 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
   """The config that a config file makes, and the path of the file.
 
+  Where there is no file of this name, "configs/NAME.py" is the package's own.
+
   Args:
     name: "FILE" or "FILE:ARGUMENT"; ARGUMENT is passed to the file's get_config.
 
@@ -107,7 +110,13 @@ def load(name: str) -> tuple[config_dict.ConfigDict, epath.Path]:
   path, colon, argument = name.partition(":")
   file = epath.Path(path)
   if not path or not file.is_file():
-    raise UserError(f"--config={path}: no such file")
+    own = own_config(path)
+    if own is None:
+      raise UserError(
+        f"--config={path}: no such file; python -m igpo_jax configs lists the package's own"
+      )
+    say(f"config: there is no {path} here: it is the package's own, {own}")
+    file = epath.Path(own)
   config = load_config_file(file, *([argument] if colon else []))
   return config, file
 

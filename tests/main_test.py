@@ -268,7 +268,8 @@ def one_line(done):
 @pytest.mark.slow
 def test_a_command_line_with_a_mistake_is_one_line_and_code_2():
   done = command("--config=configs/nowhere.py", "--config.rl.steps=3")
-  assert one_line(done) == "error: --config=configs/nowhere.py: no such file"
+  told = "no such file; python -m igpo_jax configs lists the package's own"
+  assert one_line(done) == f"error: --config=configs/nowhere.py: {told}"
 
 
 @pytest.fixture(scope="module")

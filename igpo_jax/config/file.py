@@ -41,6 +41,27 @@ MOVED = {
   "igpo_jax.train.update": "igpo_jax.train.policy_update",
 }
 
+CONFIGS = "configs"  # the folder whose files `own_config` finds wherever a command is run
+
+
+def own_configs() -> list[pathlib.Path]:
+  """The package's own config files, by name: of the checkout, or of the wheel (setup.py)."""
+  package = pathlib.Path(__file__).resolve().parent.parent
+  installed = package / "presets"
+  folder = installed if installed.is_dir() else package.parent / CONFIGS
+  return sorted(folder.glob("*.py"))
+
+
+def own_config(path: str) -> pathlib.Path | None:
+  """The package's own file that "configs/NAME.py" names; None for any other path.
+
+  With it the commands of the documentation run in any folder, also where the package is installed
+  and nobody has a checkout.
+  """
+  folder, _, name = path.removeprefix("./").rpartition("/")
+  found = {file.name: file for file in own_configs()}
+  return found.get(name) if folder == CONFIGS else None
+
 
 def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
   """The config that `get_config(*args)` of a config file returns.
