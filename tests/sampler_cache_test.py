@@ -237,7 +237,7 @@ def test_a_free_slot_takes_the_next_row_at_once():
     ({"refresh_every": -1, "cache": "dual"}, "refresh_every=-1 must be at least 0"),
     ({"threshold": 0.9, "factor": 1.0}, "two rules for one thing"),
     ({"factor": 0.0}, "sampler.factor=0.0 must be above 0"),
-    ({"adaptive": True}, "give sampler.threshold or factor"),
+    ({"adaptive": True}, "give sampler.threshold or sampler.factor"),
   ],
 )
 def test_options_that_cannot_be_are_told(kw, complaint):

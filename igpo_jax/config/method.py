@@ -1,7 +1,7 @@
-"""Options of the method itself: the model, the sampler, the hints, the objective.
+"""Options of the method: the model, the sampler, the hints and the objective.
 
-`run` has the options of how it is run. Defaults are the paper's where the paper states them
-(docs/method.md#defaults).
+`igpo_jax.config.run` has the options of a run: stages, data, devices and so on. Defaults are the
+paper's where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from igpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank adapters: y = x W + (x A) B alpha / rank (see models/lora.py).
+  """Low-rank adapters: y = x W + (x A) B alpha / rank (models/lora.py).
 
   Attributes:
-    rank: 0 trains every parameter instead.
-    alpha: the scale's numerator.
-    targets: a regular expression that the whole path of a linear layer has to
-      match, such as "blocks/(q|k|v)_proj" or "blocks/.*|head".
-    dropout: of the input of the blocks' adapters, in fine-tuning; with RL it is refused. The
-      head's adapter has none.
+    rank: inner dimension of the adapters. 0: no adapters, and every parameter is trained.
+    alpha: numerator of the scale alpha / rank.
+    targets: which linear layers get an adapter: a regular expression that must match a layer's
+      whole path, such as "blocks/(q|k|v)_proj" or "blocks/.*|head".
+    dropout: probability with which an entry of x is dropped before the adapter in fine-tuning. The
+      head's adapter has no dropout. Must be 0 for a run with RL.
   """
 
   rank: Natural = 0
@@ -65,7 +65,10 @@ SHORT_DTYPES = {
 
 
 def full_dtype(name: Any) -> Any:
-  """ "bfloat16" for "bf16", "BF16" or "torch.bfloat16"; what is no such name as it is."""
+  """The full name of a dtype: "bfloat16" for "bf16", "BF16" or "torch.bfloat16".
+
+  What is not the name of a `Dtype` is returned unchanged; `check_dtype` refuses it.
+  """
   if not isinstance(name, str):
     return name
   plain = name.lower().removeprefix("torch.")
@@ -74,10 +77,14 @@ def full_dtype(name: Any) -> Any:
 
 
 def check_dtype(name: Any, option: str) -> str:
-  """`full_dtype` of what a command's option says.
+  """The full name of the dtype that a command-line option gives.
+
+  Args:
+    name: the option's value, such as "bf16".
+    option: the option's name for the message, such as "--dtype".
 
   Raises:
-    UserError: no dtype that a model can have.
+    UserError: it is not one of `Dtype`.
   """
   full = full_dtype(name)
   if full not in typing.get_args(Dtype):
@@ -88,17 +95,18 @@ def check_dtype(name: Any, option: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """The experts of a mixture-of-experts model, for the families that have some.
+  """The experts of a mixture-of-experts model, for the families that have experts (models/moe.py).
 
   Attributes:
-    experts: of each layer; 0: the model has none.
-    experts_per_token: how many of them work on a token.
-    expert_hidden: hidden width of an expert.
-    shared_hidden: hidden width of the part that works on every token; 0: there is none.
-    dense_layers: so many layers, the first ones, have one MLP of `model.mlp_hidden` instead.
-    groups, groups_kept: a token's experts are chosen from its `groups_kept` best of `groups`
-      groups; 0: from all of them.
-    scale: the weights of a token's experts are multiplied with it.
+    experts: number of experts in each layer. 0: the model has none.
+    experts_per_token: how many of them work on each token.
+    expert_hidden: hidden width of one expert.
+    shared_hidden: hidden width of the shared expert, which works on every token. 0: there is none.
+    dense_layers: how many layers, counted from the first, have an MLP of `model.mlp_hidden`
+      instead of experts.
+    groups: number of groups that a layer's experts are divided into. 0: experts are not grouped.
+    groups_kept: a token's experts are chosen from this many of the groups, the best ones for it.
+    scale: factor on the weights of a token's experts.
   """
 
   experts: Natural = 0
@@ -114,7 +122,8 @@ class MoEConfig:
     check_section(self, "model.moe")
     require(
       self.experts_per_token <= self.experts,
-      f"model.moe.experts_per_token={self.experts_per_token} of model.moe.experts={self.experts}",
+      f"model.moe.experts_per_token={self.experts_per_token} is above "
+      f"model.moe.experts={self.experts}",
     )
     require(
       not self.groups or self.experts % self.groups == 0,
@@ -122,35 +131,36 @@ class MoEConfig:
     )
     require(
       self.groups_kept <= self.groups,
-      f"model.moe.groups_kept={self.groups_kept} of model.moe.groups={self.groups}",
+      f"model.moe.groups_kept={self.groups_kept} is above model.moe.groups={self.groups}",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What the weights fix (docs/method.md#model).
+  """The options of a model that its weights fix (docs/method.md#model).
 
-  Weights that are loaded bring all of it. `vocab_size`, `mask_id`, `eos_id` and `stop_ids` come
-  from the tokenizer when a model is made from scratch.
+  If weights are loaded, all of these come with them. If a model is made from scratch,
+  `vocab_size`, `mask_id`, `eos_id` and `stop_ids` come from the tokenizer.
 
   Attributes:
-    family: which network it is: a name out of models/families.py.
-    d_model: width of the residual stream; a multiple of `n_heads` unless there is a `head_dim`.
-    n_layers: transformer blocks.
-    n_heads: query heads.
-    n_kv_heads: key-value heads; divides `n_heads`. 0: as many as `n_heads`.
-    head_dim: size of a head; 0: `d_model / n_heads`.
+    family: name of the model family (models/families.py), such as "llada" or "dream".
+    d_model: width of the residual stream. A multiple of `n_heads`, unless `head_dim` is given.
+    n_layers: number of transformer blocks.
+    n_heads: number of query heads.
+    n_kv_heads: number of key-value heads; divides `n_heads`. 0: as many as `n_heads`.
+    head_dim: size of a head. 0: `d_model / n_heads`.
     mlp_hidden: hidden width of the SwiGLU.
-    vocab_size: rows of the embedding; 0: the tokenizer's.
-    mask_id, eos_id: ids of the absorbing token and of the end of text.
-    stop_ids: ids that end a completion; (): `eos_id` alone.
+    vocab_size: number of rows of the embedding. 0: the tokenizer's.
+    mask_id: id of the mask token, the absorbing token of the forward process.
+    eos_id: id of the end-of-text token.
+    stop_ids: ids of the tokens that end a completion. (): `eos_id` alone.
     rope_theta: base of the rotary position frequencies.
     rotary_share: the share of each head that is rotated.
     rms_norm_eps: added to the mean square in every norm.
-    tie_embeddings: the head is the embedding, transposed.
-    shift_logits: the network predicts the token of a position one position before it. For
-      families that have both kinds of models.
-    attention_block: of a block-causal model: positions of a block; 0: the family's.
+    tie_embeddings: the head is the transposed embedding.
+    shift_logits: the network's output at a position predicts the next position's token. Only for
+      families that have models of both kinds.
+    attention_block: number of positions of a block, for a block-causal family. 0: the family's.
     moe: experts.
   """
 
@@ -176,17 +186,18 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class ModelRun:
-  """What a run chooses, whatever the weights are.
+  """The options of a model that a run chooses, whatever the weights are.
 
   Attributes:
-    dtype: of computations.
-    param_dtype: that parameters are kept in.
-    remat: what the backward pass computes again to save memory: "none"; "full", every
-      block; "dots", all but the matrix products.
-    shard_sequence: positions of the residual stream lie over the mesh's tensor axis.
-    attention: implementation; "auto" takes the fastest for the platform (models/attention.py).
-    expert_products: how a token meets its experts: "ragged", grouped products of the tokens of
-      each expert; "dense", every expert on every token, its plain twin (models/moe.py).
+    dtype: dtype of the computations.
+    param_dtype: dtype in which the parameters are kept.
+    remat: what the backward pass recomputes to save memory: "none"; "full": every block from its
+      input; "dots": everything but the matrix products.
+    shard_sequence: shard the positions of the residual stream over the mesh's tensor axis.
+    attention: the implementation; "auto" takes the fastest for the platform (models/attention.py).
+    expert_products: how tokens are multiplied with their experts: "ragged" sorts tokens by expert
+      and computes only what is needed; "dense" lets every expert work on every token, a simple
+      and slow check of the other (models/moe.py).
     router_loss: weight of the load-balancing loss in fine-tuning; 0: none.
     lora: low-rank adapters.
   """
@@ -203,10 +214,7 @@ class ModelRun:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ModelRun, Architecture):
-  """The transformer: what its weights fix, and what a run chooses.
-
-  `Architecture` and `ModelRun` describe the options.
-  """
+  """The model: the options that its weights fix (`Architecture`) and the run's own (`ModelRun`)."""
 
   def __post_init__(self):
     for name in ("dtype", "param_dtype"):  # one name, however it was written
@@ -235,20 +243,20 @@ class ModelConfig(ModelRun, Architecture):
 
   @property
   def mlp_units(self) -> int:
-    """Hidden units of a layer that work on one token: of its experts, where it has some."""
+    """How many hidden units of a layer work on one token, over all of the token's experts."""
     moe = self.moe
     active = moe.experts_per_token * moe.expert_hidden + moe.shared_hidden
     return active if moe.experts else self.mlp_hidden
 
   @property
   def stored_mlp_units(self) -> int:
-    """Hidden units that a layer has weights for: of all its experts, where it has some."""
+    """How many hidden units a layer has weights for, over all of its experts."""
     moe = self.moe
     return moe.experts * moe.expert_hidden + moe.shared_hidden if moe.experts else self.mlp_hidden
 
   @property
   def rotary_size(self) -> int:
-    """How many numbers of a head are rotated."""
+    """How many dimensions of a head are rotated by RoPE."""
     return int(self.head_size * self.rotary_share)
 
 
@@ -257,7 +265,12 @@ RUN_CHOOSES = tuple(field.name for field in dataclasses.fields(ModelRun))
 
 
 def check_trainable(model: ModelConfig, stages: tuple[str, ...]) -> None:
-  """Raises `UserError` where the training stages would teach such a model nothing, or noise."""
+  """Checks that the stages can train this model.
+
+  Raises:
+    UserError: all parameters are trained but kept in 16 bits, which would round updates away; or
+      RL with dropout, which would make the ratio of policy to sampler noise.
+  """
   require(
     model.lora.rank > 0 or model.param_dtype == "float32" or set(stages) <= {"eval"},
     f"model.param_dtype={model.param_dtype!r} with model.lora.rank=0: updates are too small for "
@@ -275,42 +288,49 @@ def check_trainable(model: ModelConfig, stages: tuple[str, ...]) -> None:
 class SamplerConfig:
   """The denoising loop (docs/method.md#sampling).
 
+  The confidence of a masked position is the probability of its chosen token under the softmax of
+  the logits, at temperature 1.
+
   Attributes:
-    gen_length: L, positions to fill.
-    block_length: positions of a block; must divide gen_length.
-    steps: denoising steps over all blocks; a multiple of the number of blocks.
-    temperature: 0 is argmax; T samples from softmax(logits / T).
-    remasking: which candidates are committed first: "low_confidence", those whose choice is
-      likeliest under the plain softmax (LLaDA); "random"; "sequential", from left to right. Of
-      the distribution that is sampled from, with `temperature` and `top_p` (Dream):
-      "maskgit_plus", those whose choice is likeliest; "topk_margin", whose two likeliest
-      tokens are furthest apart; "entropy", whose entropy is least. "origin": every candidate
-      by itself, with the chance that the linear schedule gives it.
-    alg_temp: above 0: candidates are drawn with weights exp(value / alg_temp) of what
-      `remasking` ranks them by, in place of the best (Dream).
-    top_p: tokens are chosen from the likeliest ones that have this share of the probability.
-    schedule: how the masks of a block are shared out over its steps: "even" (LLaDA: the first
-      steps have one more), "linear" (Dream: what is left times 1 - s / t, cut off),
-      "rounded" (dllm: the same to the nearest number), "full_block" (SDAR, LLaDA2: as if all
-      of the block were masks).
-    cfg_scale: classifier-free guidance, logits = un + (scale + 1) (cond - un).
-    threshold: also commit every candidate whose confidence exceeds it.
-    edit_threshold: positions of the active block that are filled, and no hints, are replaced
-      where the model's choice is another one and its confidence exceeds this (LLaDA2.1); a block
-      that is full is edited until nothing changes. None: what is filled stays.
-    edit_passes: most calls for a block that is full.
-    adaptive: with a threshold or a factor, what they committed counts towards the schedule: a row
-      that is ahead of it commits one at least, in place of its share. It never takes more steps.
-    factor: also commit the n surest, n the largest with (n + 1) (1 - c_(n)) < factor.
-    cache: "none" recomputes every position at every step, and is exact; "prefix" keeps
-      what lies before the active block, "dual" all but the block (diffusion/network.py).
-    refresh_every: steps after which a cache is renewed within a block; 0: only at the
+    gen_length: L, the number of positions of a completion.
+    block_length: number of positions of a block; divides `gen_length`.
+    steps: number of denoising steps of a completion; a multiple of its number of blocks.
+    temperature: T samples tokens from softmax(logits / T); 0 takes the likeliest token.
+    remasking: which masked positions of the block are committed first. "low_confidence": those of
+      highest confidence (LLaDA). "random". "sequential": from left to right. Three rules of Dream
+      go by the distribution that is sampled from, after `temperature` and `top_p`: "maskgit_plus",
+      the highest probability of the chosen token; "topk_margin", the largest difference between
+      the two highest probabilities; "entropy", the lowest entropy. "origin": each position is
+      committed by chance, with the probability of Dream's linear schedule.
+    alg_temp: above 0, positions are drawn at random, with weights exp(value / alg_temp), where
+      value is what `remasking` ranks by (Dream). 0: those of highest value are taken.
+    top_p: tokens are chosen from the smallest set of likeliest ones whose probabilities sum to
+      this share.
+    schedule: how many masks of a block are committed at each step. "even": equally many, the first
+      steps one more (LLaDA). "linear": from time t to s, the share 1 - s / t of those left, rounded
+      down (Dream). "rounded": the same, rounded to the nearest number (dllm). "full_block": as many
+      as if the whole block had been masks (SDAR, LLaDA2).
+    cfg_scale: classifier-free guidance: logits = un + (scale + 1) (cond - un). 0: none.
+    threshold: also commit every candidate whose confidence is above this. None: no such rule.
+    edit_threshold: tokens of the active block that were filled in are replaced where the model
+      chooses another token with a confidence above this; a block without masks is edited until
+      nothing changes (LLaDA2.1). None: filled positions stay.
+    edit_passes: the largest number of editing steps for a block without masks.
+    adaptive: commits by `threshold` or `factor` count towards the schedule: a row that is ahead of
+      its schedule commits at least one position in a step, instead of its share. It never takes
+      more steps.
+    factor: also commit the n positions of highest confidence, where n is the largest number with
+      (n + 1) (1 - c_(n)) < factor and c_(n) the n-th highest confidence. None: no such rule.
+    cache: cache of keys and values (diffusion/network.py). "none" recomputes every position at
+      every step, and is exact. "prefix" caches what lies before the active block, "dual" all but
+      the active block.
+    refresh_every: number of steps after which a cache is renewed within a block. 0: only at the
       beginning of each block.
-    early_stop: "row": a row whose finished block is all end-of-text is filled with
-      it; "stop_token": a row that has any stop token in a finished block (SDAR); "batch": only
-      when all rows are all end-of-text (official code); "none": never.
-    allow_mask: the mask token may be chosen (official code).
-    suppress_eos: candidates that are stop tokens are committed last.
+    early_stop: which rows are filled with end-of-text from a finished block on. "row": a row whose
+      block is all end-of-text. "stop_token": a row whose block has any stop token (SDAR). "batch":
+      all rows, once the block is all end-of-text in every row (official code). "none": no row.
+    allow_mask: the mask token may be chosen; the position then stays masked (official code).
+    suppress_eos: positions whose chosen token is a stop token are committed last.
   """
 
   gen_length: Count = 256
@@ -354,13 +374,14 @@ class SamplerConfig:
     )
     require(
       not self.adaptive or self.threshold is not None or self.factor is not None,
-      "sampler.adaptive=True commits by how sure the model is: give sampler.threshold or factor",
+      "sampler.adaptive=True needs a rule that commits more than the schedule: give "
+      "sampler.threshold or sampler.factor",
     )
     require(
       self.remasking != "origin"
       or (self.schedule == "even" and self.threshold is self.factor is None and not self.alg_temp),
-      "sampler.remasking='origin' fills every position by chance: sampler.schedule, threshold, "
-      "factor and alg_temp have no part in it",
+      "sampler.remasking='origin' commits each position by chance, so sampler.schedule, threshold, "
+      "factor and alg_temp have no effect: leave them at their defaults",
     )
     require(
       not self.refresh_every or self.cache != "none",
@@ -383,16 +404,17 @@ class HintConfig:
   """Inpainting hints (docs/method.md#exploration).
 
   Attributes:
-    ratio_low, ratio_high: eta ~ U[low, high], the share of chunks a canvas gets.
-    chunk_min, chunk_max: chunk lengths in tokens, uniform.
-    replace_fraction: lambda, at most this share of a group is replaced.
-    placement: "index": a token stays at its index in the trace; "stretch": spread
-      by up to 1.5 x, the last 30 positions free (official code).
-    hide_answer_value: also drop chunks that overlap the answer's value in the
-      trace. Off as in the paper, on for synthetic tasks.
-    leak_answer: every hinted canvas also shows the trace from its answer on, as the official
-      code's always-revealed last chunk does. A fault, here to be studied (benchmarks/claims):
-      the policy gets the answer without the reasoning.
+    ratio_low, ratio_high: bounds of eta ~ U[ratio_low, ratio_high], the share of the trace's
+      chunks that a canvas shows.
+    chunk_min, chunk_max: the length of a chunk, in tokens, is uniform in this range.
+    replace_fraction: lambda, the largest share of a group that hinted completions may replace.
+    placement: "index" puts a token at its index in the trace; "stretch" spreads the trace by up to
+      1.5 times and leaves the last 30 positions free (official code).
+    hide_answer_value: never show chunks that overlap the answer's value anywhere in the trace. Off
+      as in the paper, on for synthetic tasks.
+    leak_answer: every hinted canvas also shows the trace from its answer on, as the official code
+      does. It is a fault, and an option only so that it can be studied (benchmarks/claims): the
+      policy sees the answer without the reasoning.
   """
 
   ratio_low: Share = 0.2
@@ -422,23 +444,29 @@ class HintConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The objective (docs/method.md#objective): the filter on hint tokens, which every objective has,
-  and the options of `rl.objective="clipped"`. Those of another objective NAME are `objective.NAME`.
+  """The objective (docs/method.md#objective).
+
+  `entropy_keep` and `filter_entropy`, the filter on hint tokens, are for every objective. The other
+  options are those of `rl.objective="clipped"`; another objective NAME has its own,
+  `objective.NAME`.
 
   Attributes:
-    ratio: "sequence" (paper: GSPO, carried to tokens so that a filtered token has
-      no gradient), "token", or "sequence_official" (the authors' code).
-    eps_low, eps_high: clipping range [1 - eps_low, 1 + eps_high].
-    beta: weight of the KL term.
-    entropy_keep: tau, the share of a row's hint positions that stays in the loss,
-      those of highest entropy; 1 keeps all.
-    normalize: "row": mean over a row's positions, then over rows; "token": one mean
-      over the kept tokens of the whole update batch.
-    filter_entropy: whose entropy the filter goes by: that of the policy "current" at each update,
-      or of the "old" one that sampled (official code).
-    kl: the KL's estimate for each token, "k3" (exp(d) - d - 1) or "k2" (d^2 / 2).
-    kl_to: the policy that the KL pulls to, the "reference" or the "old" one that sampled.
-    dual_clip: where A < 0, a token's loss is at most -dual_clip A; None: no such bound.
+    ratio: of the policy to the policy that sampled. "sequence": one value for a row, with the
+      gradient of each token, so that a filtered token has none (paper: GSPO). "token": one for
+      each token. "sequence_official": the authors' code.
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
+    beta: weight of the KL term. 0: none.
+    entropy_keep: tau, the share of a row's hint positions that stay in the loss: those of highest
+      entropy. 1 keeps all.
+    normalize: "row": the mean over a row's positions, then over rows. "token": one mean over the
+      kept tokens of the whole update batch.
+    filter_entropy: the policy whose entropy the filter goes by: the "current" one at each update,
+      or the "old" one, which sampled (official code).
+    kl: estimate of the KL for each token, "k3" (exp(d) - d - 1) or "k2" (d^2 / 2), where d is the
+      log-probability under the policy of `kl_to` minus that under the current policy.
+    kl_to: the policy that the KL term keeps the current one close to: the "reference", or the
+      "old" one, which sampled.
+    dual_clip: with an advantage A < 0, a token's loss is at most -dual_clip * A. None: no bound.
   """
 
   ratio: Literal["sequence", "token", "sequence_official"] = "sequence"

@@ -1,7 +1,7 @@
-"""Options of how a run goes: stages, optimizers, data, rewards, evaluation, checkpoints, devices.
+"""Options of a run: stages, optimizers, data, rewards, evaluation, checkpoints and devices.
 
-`Config` holds them and the method's own (`method`). Defaults are the paper's where the paper states
-them (docs/method.md#defaults).
+`Config` holds these and those of the method (`igpo_jax.config.method`). Defaults are the paper's
+where the paper states them (docs/method.md#defaults).
 """
 
 from __future__ import annotations
@@ -33,12 +33,16 @@ METHOD_SECTIONS = {"estimator": MethodOptions, "objective": ObjectiveConfig}
 
 
 def method_section(kind: str) -> type:
-  """The dataclass of `Config.estimator` or `Config.objective`, by what is registered now."""
+  """The dataclass of a section of `Config` with a subsection for each method registered so far.
+
+  Args:
+    kind: "estimator" or "objective".
+  """
   return registry.section_class(kind, METHOD_SECTIONS[kind])
 
 
 def _method_field(kind: str) -> Any:
-  """A field whose default is made when it is asked for: methods are registered later than this."""
+  """A field whose default is made when a Config is: methods are registered after this runs."""
   return dataclasses.field(default_factory=lambda: method_section(kind)())
 
 
@@ -54,28 +58,30 @@ class RLConfig:
     micro_batches: M, the number of slices of the prompts over which an update's gradient is summed.
       0: chosen to fit the devices' memory (train/sizes.py).
     sample_slices: the prompts of a step, sorted by length, are sampled in this many slices. More
-      slices take less memory and less padding, and one is graded while the next is sampled. 0:
+      slices need less memory and less padding, and one is graded while the next is sampled. 0:
       chosen to fit the devices.
-    exploration: "inpaint" (IGPO), "resample" (as many samples, no hints), "none" (GRPO).
-    estimator: of log-probabilities, such as "mean_field", "random_ratio" or "coupled", or a
-      registered name (docs/method.md#likelihood); its options are `estimator.NAME`.
-    objective: the loss, such as "clipped", or a registered name (docs/method.md#objective); its
-      options are `objective.NAME`, those of "clipped" `objective` itself.
-    views_at_once: corrupted views of a row that an update keeps in memory together. An estimator
-      with more views reads each of them twice.
-    loss_region: which positions are in the loss: up to and including the first stop
-      token, or the whole canvas.
-    advantage: "mean" (no division), "std", "std_sample", or "leave_one_out" (docs/methods.md).
-    accuracy_low, accuracy_high: a group with a smaller or a larger share of correct completions,
-      inserted ones included, gets no advantage. TraceRL trains on 0.2 to 0.8.
-    refill: DAPO's dynamic sampling: up to so many further batches of prompts are sampled in a step,
+    exploration: what is done about groups whose completions are all wrong. "inpaint": sample again
+      with hints (IGPO). "resample": sample as many again without hints. "none": nothing (GRPO).
+    estimator: the estimator of log-probabilities, such as "mean_field", "random_ratio" or
+      "coupled", or a registered name (docs/method.md#likelihood). Its options are `estimator.NAME`.
+    objective: the loss, such as "clipped", or a registered name (docs/method.md#objective). Its
+      options are `objective.NAME`; those of "clipped" are in `objective` itself.
+    views_at_once: how many corrupted views of a row an update keeps in memory at a time. With an
+      estimator that has more views, the backward pass computes each of them again.
+    loss_region: which positions are in the loss: "through_eos", up to and including the first stop
+      token, or "all".
+    advantage: "mean" subtracts the group's mean reward; "std" and "std_sample" also divide by a
+      standard deviation; "leave_one_out" subtracts the mean of the others (docs/methods.md).
+    accuracy_low, accuracy_high: a group gets no advantage if its share of correct completions,
+      inserted ones included, is outside this range. TraceRL trains on 0.2 to 0.8.
+    refill: DAPO's dynamic sampling: a step samples up to this many further batches of prompts,
       until `prompts_per_step` groups have an advantage. Each step has 1 + refill batches of the
       data to itself; those that it does not need are not seen in that epoch.
-    rounding: how float32 parameters become bfloat16 for sampling, scores and updates, where
-      `model.dtype` says bfloat16 and all parameters are trained: to the "nearest" number, which
-      hides most of the first updates, or "stochastic", right in the mean, with some noise
-      (docs/scaling.md#full-fine-tuning-in-bfloat16). Evaluations take the nearest.
-    eval_every: steps between evaluations; 0: only at the end.
+    rounding: how float32 parameters are rounded to bfloat16 for sampling, scores and updates, if
+      `model.dtype` is bfloat16 and all parameters are trained. "nearest" hides most of the first
+      updates; "stochastic" is right on average, with some noise
+      (docs/scaling.md#full-fine-tuning-in-bfloat16). Evaluations round to the nearest number.
+    eval_every: number of steps between evaluations; 0: only at the end.
   """
 
   steps: Natural = 100
@@ -111,11 +117,11 @@ class RLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-  """The supervised stage: NELBO on the response (docs/method.md#sft).
+  """The supervised stage, which minimizes the NELBO of responses (docs/method.md#sft).
 
   Attributes:
     steps: number of updates.
-    batch_size: rows of each update.
+    batch_size: number of rows of each update, over all processes.
     epochs: if above 0, the number of passes over the records; it replaces `steps`.
     micro_batches: the gradient is summed over this many slices of the batch. 0: chosen to fit the
       devices' memory.
@@ -123,8 +129,8 @@ class SFTConfig:
     response_lengths: lengths that responses are padded to; (): `sampler.gen_length`. With several
       lengths, a batch is made of responses of similar length.
     group_batches: with several lengths, this many batches are sorted by length together.
-    eval_every: steps between evaluations; 0: only at the end.
-    select: which parameters the next stage gets: the "last", or the "best" by
+    eval_every: number of steps between evaluations; 0: only at the end.
+    select: which parameters the next stage starts from: the "last" ones, or the "best" ones by
       `checkpoint.best_metric`.
   """
 
@@ -157,13 +163,13 @@ class OptimizerConfig:
   """AdamW with warm-up, optional decay and global-norm clipping.
 
   Attributes:
-    learning_rate: after the warm-up.
+    learning_rate: the rate after the warm-up.
     warmup_steps: number of updates in which the rate rises linearly to `learning_rate`.
     schedule: the rate after the warm-up: constant, or decaying to 0 at the last update.
     b1, b2: decay rates of the gradient's first and second moment.
     eps: added to the square root of the second moment.
-    weight_decay: decoupled, on every parameter.
-    clip_norm: a gradient of a larger global norm is scaled down to it.
+    weight_decay: decoupled weight decay, on every parameter that is trained.
+    clip_norm: a gradient with a global norm above this is scaled down to it.
   """
 
   learning_rate: NonNegative = 5e-7
@@ -181,16 +187,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where problems come from, by URI (see docs/data.md).
+  """Where problems come from, as URIs (docs/data.md).
 
   Attributes:
     sft, rl: sources of the two training stages.
-    eval: benchmark name -> source, as "name=uri" strings.
-    tokenizer: a directory; "char:TASK" or "words:TASK", the characters or words of a generated
-      task ("char:A+B": of several; "char": of chains); or "sentencepiece:VOCAB_SIZE" (trained on
-      the sft source at the first run and kept in the workdir).
-    prompt_buckets: prompt lengths that programs are compiled for, in tokens. A slice of the rollout
-      (`rl.sample_slices`) and every other batch is padded to the smallest that fits.
+    eval: benchmarks, as "NAME=SOURCE" strings.
+    tokenizer: a directory; or "char:TASK" or "words:TASK", the characters or words of a generated
+      task ("char:A+B" for several tasks, "char" for chains); or "sentencepiece:VOCAB_SIZE", which
+      is trained on the sft source in the first run and kept in the workdir.
+    prompt_buckets: the prompt lengths, in tokens, for which programs are compiled. A slice of the
+      rollout (`rl.sample_slices`), and every other batch, is padded to the smallest that fits.
   """
 
   sft: str = ""
@@ -212,7 +218,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """Which verifier decides `correct`, and which weighted parts make the reward.
+  """Which verifier grades completions, and which weighted parts add up to the reward.
 
   Attributes:
     verifier: "math", "exact" or another registered name (docs/grading.md), or "task": each record
@@ -220,7 +226,7 @@ class RewardConfig:
     weights: (name, weight) of each part of the reward; "correct" is the verdict itself.
     extraction: where "math" looks for the answer: some of boxed, tag, hashes, phrase and
       last_number, separated by commas, the preferred one first; "": as `igpo_jax.grade` does.
-    gold_floor: RL does not begin if the verifier calls a smaller share of the gold traces correct.
+    gold_floor: RL does not start if the verifier calls a smaller share of the gold traces correct.
     workers: number of grading processes of the verifier "math".
     timeout: seconds that grading one answer may take; after that it counts as wrong.
   """
@@ -238,21 +244,21 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Evaluation through the same sampler (docs/evaluation.md).
+  """Evaluation, with the sampler that RL uses (docs/evaluation.md).
 
   Attributes:
-    protocol: name of a registered protocol (eval/protocols.py): prompts, lengths, temperature,
-      samples and grading are the protocol's, and the items of `data.eval` are named after its
-      benchmarks. "": the config's own, as follows.
-    lengths: those of the protocol's completion lengths that are run; (): all.
-    examples: solved examples for a protocol that shows some, as "name=uri" strings.
-    batch_size: rows of a batch, rounded up to a multiple of devices and processes. 0: chosen to
-      keep the devices busy.
+    protocol: name of a registered protocol (eval/protocols.py), which then decides prompts,
+      lengths, temperature, samples and grading. The items of `data.eval` are named after its
+      benchmarks. "": no protocol; the options below and those of `sampler` decide.
+    lengths: which of the protocol's completion lengths are run; (): all.
+    examples: solved examples for a protocol that shows some, as "BENCHMARK=SOURCE" strings.
+    batch_size: number of rows that are sampled at a time, rounded up to a multiple of devices and
+      processes. 0: chosen to keep the devices busy.
     limit: the largest number of problems of a benchmark; 0: all.
-    samples: completions of each problem (avg@k, pass@k, majority@k); needs a temperature
-      above 0 to differ.
-    steps: denoising steps; 0: as in `sampler`.
-    temperature: of the evaluation, usually 0; that of the rollouts is `sampler.temperature`.
+    samples: k, the number of completions of each problem (for avg@k, pass@k and majority@k). They
+      differ only at a temperature above 0.
+    steps: number of denoising steps; 0: `sampler.steps`.
+    temperature: temperature in evaluations, usually 0. Rollouts have `sampler.temperature`.
     cache: cache of keys and values, with a protocol and without one. "none" is exact, and is what
       all published numbers except Fast-dLLM's were made with. Results name the cache.
     initial: also evaluate before the first training stage.
@@ -273,8 +279,8 @@ class EvalConfig:
     check_section(self, "eval")
     require(
       not self.protocol or (self.samples, self.steps, self.temperature) == (1, 0, 0.0),
-      f"eval.samples, eval.steps and eval.temperature are the protocol's ({self.protocol!r}):"
-      " leave them alone, or set eval.protocol=''",
+      f"eval.protocol={self.protocol!r} decides eval.samples, eval.steps and eval.temperature: "
+      "leave them at their defaults, or set eval.protocol=''",
     )
     require(
       self.protocol or not self.lengths,
@@ -290,12 +296,12 @@ class CheckpointConfig:
   """Orbax checkpoints of the training state.
 
   Attributes:
-    every: steps between checkpoints; 0: only at the end of a stage.
+    every: number of steps between checkpoints; 0: only at the end of a stage.
     minutes: also save whenever this many minutes have passed since the last checkpoint, by the
-      clock of process 0; 0: never. A kill loses at most this much work.
-    keep: number of latest checkpoints that are kept.
-    best_metric: metric whose best checkpoint is kept as well, for example
-      "eval/test/accuracy"; "" keeps none. Higher is better.
+      clock of process 0; 0: never. A run that is killed loses at most this much work.
+    keep: how many of the latest checkpoints are kept.
+    best_metric: a metric, such as "eval/test/accuracy", whose best checkpoint is kept as well;
+      higher is better. "": none is.
   """
 
   every: Natural = 100
@@ -308,12 +314,18 @@ class CheckpointConfig:
 
 
 def stop_rule(text: str) -> tuple[str, bool, float]:
-  """(metric, whether the rule holds above the limit, limit) of a rule of `log.stop_when`.
+  """Parses a rule of `log.stop_when`.
 
-  Example: stop_rule("rl/entropy < 0.01") == ("rl/entropy", False, 0.01).
+  Args:
+    text: "METRIC < NUMBER" or "METRIC > NUMBER".
+
+  Returns:
+    (metric, True for ">", number).
 
   Raises:
-    UserError: the text is no such rule.
+    UserError: the text is not such a rule.
+
+  Example: `stop_rule("rl/entropy < 0.01") == ("rl/entropy", False, 0.01)`.
   """
   match = re.fullmatch(r"\s*([\w/.@-]+)\s*([<>])\s*([-+\d.eE]+)\s*", text)
   metric, sign, number = match.groups() if match else ("", "", "nan")
@@ -334,26 +346,26 @@ class LogConfig:
   """What is written besides metrics.jsonl.
 
   Attributes:
-    every: steps between rows of metrics.jsonl; 0: only at the end.
-    samples_every: RL steps between writes of samples.jsonl (docs/samples.md); 0: never.
-    samples_per_step: rows of samples.jsonl per write; 0: the whole batch. All-wrong groups and the
-      completions that replaced theirs come first. A row has about 25 bytes per token of
+    every: number of steps between rows of metrics.jsonl; 0: only at the end.
+    samples_every: number of RL steps between writes of samples.jsonl (docs/samples.md); 0: never.
+    samples_per_step: rows of samples.jsonl per write; 0: the whole batch. All-wrong groups, and the
+      completions that replaced some of theirs, come first. A row has about 25 bytes per token of
       `sampler.gen_length`, or 55 with `token_stats`.
-    token_stats: rows of samples.jsonl also have, for every token, what the update made of it. It
-      costs two more forward passes in steps whose samples are written.
-    report_every: steps between refreshes of report.html, the run's page (docs/samples.md); it is
-      written at the end in any case. 0: at the end only.
-    tensorboard, wandb: also write there (wandb must be installed), over the steps of all
-      stages in a row. At wandb a run that continues is one run: its id is in `wandb_id`
-      of the workdir.
-    wandb_project: the project's name there.
+    token_stats: rows of samples.jsonl also say for each token what the likelihood estimate gave for
+      it before and after the update. It costs two more forward passes in steps that are written.
+    report_every: number of steps between refreshes of report.html, the run's page
+      (docs/samples.md). 0: it is written at the end only.
+    tensorboard: also write the metrics to TensorBoard. Steps are counted on over the stages.
+    wandb: also write the metrics to Weights & Biases (wandb must be installed). A run that is
+      continued stays one run there; its id is in WORKDIR/wandb_id.
+    wandb_project: name of the wandb project.
     max_skipped: stop after this many updates in a row with a loss or gradient that is not finite,
       or this many steps in a row with completions from such logits.
-    stop_when: rules such as "rl/repeated > 0.9" or "rl/entropy_floor < 0.01" about a metric of
-      metrics.jsonl: where one holds, the state is saved and the run stops.
-    stop_patience: a rule has to hold in so many logged rows in a row.
+    stop_when: rules about metrics of metrics.jsonl, such as "rl/repeated > 0.9" or
+      "rl/entropy_floor < 0.01". When one holds, the state is saved and the run stops.
+    stop_patience: a rule has to hold in this many logged rows in a row.
     profile_steps: number of steps of each stage of which an xprof trace is written to
-      WORKDIR/profile; 0: none. The first two steps of a start, which compile, are left out.
+      WORKDIR/profile; 0: none. The first two steps after a start, which compile, are left out.
   """
 
   every: Natural = 1
@@ -383,21 +395,21 @@ AutoAxisSize = Annotated[int, Range(-1)]
 class MeshConfig:
   """The devices that a run is for, and how many of them lie along each mesh axis.
 
-  An axis of -1 takes the rest of the devices. `data` and `fsdp` may be 0: then they follow from
-  the devices. LoRA keeps a copy of the parameters on each device where that fits; full fine-tuning
-  splits them over the devices of a machine; both split further where memory asks for it
-  (train/sizes.py).
+  One axis may be -1: it takes the rest of the devices. `data` and `fsdp` may be 0: they are then
+  chosen for the devices (train/sizes.py). With LoRA each device gets a copy of the parameters, if
+  that fits its memory; full fine-tuning splits them over the devices of a machine. Both split
+  further where memory requires it.
 
   Attributes:
-    slice: the name of a TPU slice, such as "v5e-64": its sizes (parallel/tpu.py) in
-      place of these.
-    hardware: the devices that the config is for: "cpu", "gpu" or "tpu", or a kind of them, such as
-      "h100". A machine with another platform is refused. "": any.
-    devices: number of devices that the config is sized for; fewer are refused. 0: any number.
+    slice: the name of a TPU slice, such as "v5e-64", whose sizes (parallel/tpu.py) replace `data`,
+      `fsdp` and `tensor`.
+    hardware: the devices that the config is for: "cpu", "gpu" or "tpu", or one model of them, such
+      as "h100". A machine with another platform is refused. "": any.
+    devices: the number of devices that the config is made for; fewer are refused. 0: any number.
     data: size of the axis that splits the rows of a batch; parameters are copied along it.
     fsdp: size of the axis that splits both rows and parameters.
     expert: size of the axis that splits both rows and experts; divides `model.moe.experts`. Each
-      device has experts of its own, and works on the rows of all devices along this axis
+      device holds some of the experts, which work on the rows of all devices along this axis
       (docs/models.md#experts).
     tensor: size of the axis that splits heads, hidden units and the vocabulary.
   """
@@ -416,15 +428,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The whole program.
+  """All options of a run.
 
   Attributes:
-    seed: of all randomness; the same seed repeats the run.
-    stages: run in order, out of "sft", "rl" and "eval".
-    arms: RL stages to compare with: each starts where this run's RL starts and has some options
-      changed, as "NAME: OPTION=VALUE, OPTION=VALUE" strings (docs/arms.md). Its files are in
-      WORKDIR/arms/NAME.
-    init_from: a Hugging Face LLaDA directory, or "" for a randomly initialized model.
+    seed: the seed of all randomness; the same seed repeats the run.
+    stages: the stages to run, in order, out of "sft", "rl" and "eval".
+    arms: further RL stages to compare with this run's. Each starts where this run's RL starts, with
+      some options changed, as "NAME: OPTION=VALUE, OPTION=VALUE" strings (docs/arms.md). Its files
+      are in WORKDIR/arms/NAME.
+    init_from: directory of the model to start from: a Hugging Face model of a known family, one
+      that igpo_jax.convert wrote, or a step of a run (WORKDIR/checkpoints/STAGE/STEP). "": random
+      weights.
     compilation_cache: where compiled programs are kept for the next run: a directory, "auto"
       (the user's cache folder, parallel/compile_cache.py) or "off".
     model, mesh, data, reward, sampler, hints, estimator, objective: sections of options.
