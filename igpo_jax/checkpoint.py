@@ -1,16 +1,17 @@
 """Orbax checkpoints of a stage: the latest few and the best are kept, damaged ones are found.
 
     DIRECTORY/STEP/...            one checkpoint, as Orbax writes it
-    DIRECTORY/STEP/files.json     the size of each of its files
+    DIRECTORY/STEP/files.json     the size of each of its files, and a checksum of each small one
     DIRECTORY/damaged-STEP/...    a checkpoint that could not be read, moved out of the way
 
-Orbax restores a file whose bytes have changed without an error. So checksums of all arrays are
-saved with a checkpoint and compared when it is read.
+Orbax restores a file whose bytes have changed without an error. So checksums of all arrays, and of
+the note, are saved with a checkpoint and compared when it is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -28,8 +29,11 @@ from etils import epath
 from igpo_jax.errors import UserError
 from igpo_jax.io.amounts import in_bytes
 from igpo_jax.io.jsonl import can_append, write_whole
+from igpo_jax.io.text import read_object
 
 FILES = "files.json"
+SMALL_BYTES = 1 << 20  # larger files hold arrays, which have checksums of their own
+STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 ARRAYS = "default"  # Orbax's folder of a step's arrays
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Words of errors that say nothing about the files: another look may succeed.
@@ -57,6 +61,30 @@ def absolute(path: epath.PathLike) -> epath.Path:
   return path if "://" in str(path) else path.absolute()
 
 
+class _Step(ocp.path.step.Metadata):
+  """A step whose time is its folder's: Orbax reads it from a file, and fails if that is damaged."""
+
+  @property
+  def commit_timestamp(self) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(self.path.stat().mtime, tz=datetime.UTC)
+
+
+class _Steps(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+  """Folders that are named by their numbers."""
+
+  def __init__(self):
+    self._plain = ocp.path.step.standard_name_format()
+
+  def build_name(self, step: int) -> str:
+    return self._plain.build_name(step)
+
+  def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+    return (_Step(found.step, found.path) for found in self._plain.find_all(base_path))
+
+  def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+    return self._plain.find_step(base_path, step)
+
+
 class Checkpoints:
   """The checkpoints of one stage, in DIRECTORY/STEP.
 
@@ -78,7 +106,9 @@ class Checkpoints:
     scores: MutableMapping[int, float] | None = None,
   ):
     self.keep, self.scores = keep, {} if scores is None else scores
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, step_prefix=None)
+    options = ocp.CheckpointManagerOptions(
+      enable_async_checkpointing=False, step_name_format=_Steps()
+    )
     self._manager = ocp.CheckpointManager(absolute(directory), options=options)
     self.directory = epath.Path(self._manager.directory)
 
@@ -106,13 +136,14 @@ class Checkpoints:
     Raises:
       UserError: the disk is full.
     """
-    sums = digests(state)
+    note = note or {}
+    kept = {"sums": digests(state), "note": note, "note_sum": _digest(_text_of(note))}
     with _words_of_absl() as words:
       try:
         self._manager.save(
           step,
           args=ocp.args.StandardSave(state),
-          custom_metadata={"sums": sums, "note": note or {}},
+          custom_metadata=kept,
           force=True,
         )
         self._manager.wait_until_finished()
@@ -121,7 +152,7 @@ class Checkpoints:
           raise
         words.clear()
         raise UserError(self._full(step, state)) from error
-    self._write_sizes(step)
+    self._write_files(step)
     self.prune()
 
   def _full(self, step: int, state: Any) -> str:
@@ -161,7 +192,7 @@ class Checkpoints:
       UserError: there is no such checkpoint, or its arrays do not fit `like`.
     """
     path = self._directory(step)
-    self._check_sizes(path)
+    self._check_files(path)
     self._check_fit(path, like, whole=True)
     with _damage_told(path):
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(like))
@@ -179,7 +210,7 @@ class Checkpoints:
       DamagedCheckpoint, UserError: as `restore`.
     """
     path = self._directory(step)
-    self._check_sizes(path)
+    self._check_files(path)
     self._check_fit(path, like, whole=False)
     args = ocp.checkpoint_utils.construct_restore_args(like)
     restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
@@ -224,23 +255,31 @@ class Checkpoints:
       raise UserError(f"no checkpoint of step {step} in {self.directory}; steps there: {known}")
     return self.directory / str(step)
 
-  def _write_sizes(self, step: int) -> None:
-    """Notes the size of each file, for `_check_sizes`. Objects on gs:// are whole or absent."""
+  def _write_files(self, step: int) -> None:
+    """Notes what each file holds, for `_check_files`. Objects on gs:// are whole or absent."""
     if jax.process_index() or not can_append(self.directory):
       return
     path = self.directory / str(step)
-    write_whole(path / FILES, json.dumps(_sizes(path), indent=1) + "\n")
+    write_whole(path / FILES, json.dumps(_files(path), indent=1) + "\n")
 
-  def _check_sizes(self, path: epath.Path) -> None:
+  def _check_files(self, path: epath.Path) -> None:
     if not can_append(path) or not (path / FILES).exists():
       return  # written by an older version, or the last thing before a kill
-    found = _sizes(path)
+    found = _files(path)
     try:
-      for name, size in json.loads((path / FILES).read_text()).items():
-        if found.get(name) != size:
-          there = "is missing" if name not in found else f"has {found[name]} bytes of {size}"
-          raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} {there}")
-    except (ValueError, AttributeError) as error:
+      for name, kept in json.loads((path / FILES).read_text()).items():
+        size, digest = kept if isinstance(kept, list) else (kept, "")  # older versions: the size
+        there, now = found.get(name, (None, ""))
+        if there is None:
+          why = "is missing"
+        elif there != size:
+          why = f"has {there} bytes of {size}"
+        elif digest and digest != now:
+          why = "is not what was saved"
+        else:
+          continue
+        raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} {why}")
+    except (ValueError, AttributeError, RecursionError) as error:
       if isinstance(error, UserError):
         raise
       raise DamagedCheckpoint(
@@ -269,14 +308,26 @@ class Checkpoints:
         raise UserError(f"{unfit}{name} has shape {there} there, {here} here")
 
   def _check_sums(self, step: int, tree: Any) -> None:
-    kept = self._kept(step).get("sums", {})
+    kept = self._kept(step)
     for name, sums in digests(tree).items():
-      if kept.get(name, sums) != sums:
-        path = self.directory / str(step)
-        raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} is not what was saved")
+      if kept["sums"].get(name) != sums:
+        raise self._damaged(step, f"{name} is not what was saved")
+    note_sum = _digest(_text_of(self.note(step)))
+    if kept.get("note_sum", note_sum) != note_sum:
+      raise self._damaged(step, "its note is not what was saved")
 
   def _kept(self, step: int) -> dict[str, Any]:
-    return self._manager.metadata(step).custom_metadata or {}
+    """What `save` added to Orbax's description of the step."""
+    try:
+      kept = read_object(self.directory / str(step) / STEP_METADATA).get("custom_metadata")
+    except UserError as error:
+      raise self._damaged(step, str(error)) from error
+    if not isinstance(kept, dict) or not isinstance(kept.get("sums"), dict):
+      raise self._damaged(step, f"{STEP_METADATA} has no checksums")
+    return kept
+
+  def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
@@ -320,15 +371,25 @@ def _damage_told(path: epath.Path) -> Iterator[None]:
       raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {text[:150]}") from error
 
 
-def _sizes(path: epath.Path) -> dict[str, int]:
-  """Name -> bytes of every file below `path`."""
+def _files(path: epath.Path) -> dict[str, tuple[int, str]]:
+  """Name -> (bytes, checksum) of every file below `path`; large ones have the checksum ""."""
   root, out = os.fspath(path), {}
   for folder, _, names in os.walk(root):
     for name in names:
-      file = os.path.join(folder, name)
-      out[os.path.relpath(file, root)] = os.path.getsize(file)
+      file = epath.Path(folder) / name
+      size = os.path.getsize(file)
+      digest = _digest(file.read_bytes()) if size <= SMALL_BYTES else ""
+      out[os.path.relpath(file, root)] = (size, digest)
   out.pop(FILES, None)
   return dict(sorted(out.items()))
+
+
+def _text_of(note: dict[str, Any]) -> bytes:
+  return json.dumps(note, sort_keys=True).encode()
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.blake2s(data, digest_size=8).hexdigest()
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -121,8 +121,27 @@ def without(name):
   return lambda step: (step / name).unlink()
 
 
+def changed(name, old, new):
+  """Other text of the same length in a small file."""
+
+  def change(step):
+    file = step / name
+    text = file.read_text()
+    assert old in text and len(old) == len(new)
+    file.write_text(text.replace(old, new))
+
+  return change
+
+
+STEP_METADATA = "_CHECKPOINT_METADATA"
 DAMAGES = {
   "flip": flip,
+  "unknown key": changed(STEP_METADATA, "performance", "pmrformance"),
+  "no JSON": changed(STEP_METADATA, "{", "["),
+  "no sums": changed(STEP_METADATA, "custom_metadata", "custom_netadata"),
+  "another sum": changed(STEP_METADATA, '"w"', '"v"'),
+  "another note": changed(STEP_METADATA, "0.25", "0.75"),
+  "without step metadata": without(STEP_METADATA),
   "cut": cut,
   "emptied": emptied,
   "without manifest": without("default/manifest.ocdbt"),
@@ -142,18 +161,20 @@ def noise(step):
 def test_a_damaged_checkpoint_is_told_from_a_good_one(damage, sizes, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   for step in (1, 2):
-    checkpoints.save(step, noise(step))
+    checkpoints.save(step, noise(step), {"row": {"loss": 0.25}})
     if sizes == "without":  # of an older version, or the last thing before a kill
       (tmp_path / f"{step}" / "files.json").unlink()
-  if sizes == "without" and damage == "sizes":
+  if sizes == "without" and damage in ("sizes", "unknown key"):  # no harm to what is read
     return
   DAMAGES[damage](tmp_path / "2")
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)  # as the next start finds it
   for restore in (checkpoints.restore, checkpoints.restore_part):
     with pytest.raises(DamagedCheckpoint, match=rf"the checkpoint {tmp_path}/2 is damaged: "):
       restore(2, noise(0))
   assert checkpoints.set_aside(2) == epath.Path(tmp_path / "damaged-2")
   checkpoints.reload()
-  assert checkpoints.steps() == [1]
+  assert checkpoints.steps() == [1] and checkpoints.note(1) == {"row": {"loss": 0.25}}
   jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, noise(0)), noise(1))
   checkpoints.close()
 

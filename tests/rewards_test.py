@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import decimal
 import json
 import os
@@ -10,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
 from igpo_jax.data.records import Record
-from igpo_jax.rewards import answers
+from igpo_jax.rewards import answers, score
 from igpo_jax.rewards.math import equivalence, parts
 from igpo_jax.rewards.math.spelling import spell
 from igpo_jax.rewards.math.tokens import lex
@@ -332,6 +334,35 @@ def test_hostile_answers_are_never_correct_and_never_hang(hasty, gold):
   assert len(scores.status) == len(NASTY)
   late = scores.status.count("timeout")
   assert elapsed < 1.0 * late / 2 + 15, (elapsed, late)  # two workers, one second an item
+
+
+@pytest.mark.parametrize("line", ["x" + " *" * 300_000, "* " * 300_000 + "x", "x" + "_." * 300_000])
+def test_marks_around_an_answer_take_linear_time(line):
+  """They are taken off in the caller's process, which has no time limit."""
+  began = time.process_time()
+  assert answers.find_answer(f"#### {line}").strip("_.") == "x"
+  assert time.process_time() - began < 3
+
+
+def test_answers_without_end_are_not_remembered(scorer):
+  long = lambda n: rf"\boxed {n}{'0' * 100_000}"
+  scorer([long(1)], [record("5")])
+  tracemalloc.start()
+  for n in range(2, 22):
+    assert scorer([long(n)], [record("5")]).status == ["unparseable"]
+  kept, _ = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert kept < 500_000
+
+
+def test_a_batch_may_have_more_answers_than_are_remembered(scorer, monkeypatch):
+  monkeypatch.setattr(score, "CACHE_SIZE", 2)
+  monkeypatch.setattr(scorer, "_cache", collections.OrderedDict())
+  scores = scorer(
+    [rf"\boxed{{{n}}}" for n in range(900, 906)], [record("900")] * 3 + [record("903")] * 3
+  )
+  assert list(scores.correct) == [True, False, False, True, False, False]
+  assert scores.status == ["ok"] * 6
 
 
 def test_a_killed_worker_is_replaced_and_its_item_is_a_timeout(hasty):

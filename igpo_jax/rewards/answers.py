@@ -147,11 +147,17 @@ def _loose(text: str) -> str:
     if not _ABBREVIATION.search(line[max(0, end.start() - 8) : end.start()]):
       line = line[: end.start()]
       break
-  while line.endswith((".", "*", "_", "`")) and not line.endswith(("..", "\\_")):
-    line = line[:-1].rstrip()
-  while line.startswith(("*", "_", "`")):
-    line = line[1:].lstrip()
-  return line
+  # By places and not by shorter and shorter copies, which take quadratic time.
+  first, last = 0, len(line)
+  while line.endswith((".", "*", "_", "`"), 0, last) and not line.endswith(("..", "\\_"), 0, last):
+    last -= 1
+    while last and line[last - 1].isspace():
+      last -= 1
+  while first < last and line[first] in "*_`":
+    first += 1
+    while first < last and line[first].isspace():
+      first += 1
+  return line[first:last]
 
 
 def _group(text: str, start: int) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
 from igpo_jax.rewards import answers, registry
 from igpo_jax.rewards.math import equivalence
+from igpo_jax.rewards.math.spelling import MAX_LENGTH
 from igpo_jax.rewards.pool import Pool
 from igpo_jax.rewards.registry import RewardFn, Verdict, register_reward, register_verifier
 
@@ -130,6 +131,7 @@ class Scorer:
       raise ValueError(f"{len(completions)} completions for {len(records)} records")
     completions, records = list(completions), list(records)
     waiting: dict[tuple[str, str], concurrent.futures.Future] = {}
+    known: dict[tuple[str, str], tuple[str, bool]] = {}  # the cache may forget before `finish`
     rows: list[Verdict | tuple[str | None, tuple[str, str]]] = []
     for completion, record in zip(completions, records, strict=True):
       name = registry.verifier_of(record, self.verifier)
@@ -139,13 +141,14 @@ class Scorer:
       extracted = answers.find_answer(completion, self._rules)
       key = (record.answer, extracted or "")
       rows.append((extracted, key))
-      if not extracted or key in self._cache or key in waiting:
+      if not extracted or key in known or key in waiting:
         continue
-      quick = equivalence.quick(*key)
-      if quick is None:
+      outcome = self._cache.get(key) or equivalence.quick(*key)
+      if outcome is None:
         waiting[key] = self._compared(key)
       else:
-        self._remember(key, quick)
+        known[key] = outcome
+        self._remember(key, outcome)
 
     def finish() -> Scores:
       late = {key: future.result() for key, future in waiting.items()}
@@ -153,7 +156,7 @@ class Scorer:
       for row in rows:
         if not isinstance(row, Verdict):
           extracted, key = row
-          status, correct = late.get(key) or self._cache.get(key) or ("unparseable", False)
+          status, correct = late.get(key) or known.get(key) or ("unparseable", False)
           row = Verdict(correct, extracted, status)
         verdicts.append(row)
       for key, outcome in late.items():
@@ -211,6 +214,8 @@ class Scorer:
     return [known[gold][1] for gold in golds]
 
   def _remember(self, key: tuple[str, str], outcome: tuple[str, bool]) -> None:
+    if max(map(len, key)) > MAX_LENGTH:
+      return  # is told apart at once, and would fill the memory
     self._cache[key] = outcome
     if len(self._cache) > CACHE_SIZE:
       self._cache.popitem(last=False)
