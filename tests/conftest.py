@@ -60,7 +60,7 @@ install_import_hook(
   "beartype.beartype",
 )
 
-MANY_MAPS = 20_000
+MANY_MAPS = 36_000
 
 # Files that take half a minute or more, the longest first: begun early, none of them is what one
 # worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
