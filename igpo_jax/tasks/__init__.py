@@ -1,6 +1,7 @@
-"""Tasks, a file each: problems, traces, verifier, reward parts, alphabet and trim rules.
+"""Tasks, one file each: problems, traces, verifier, reward parts, alphabet and trim rules.
 
-Importing this package registers all of them (`data.task_registry`). A new file is a new task.
+Importing this package registers the tasks of all its files (`data.task_registry`). So a new task
+is a new file here, and nothing else.
 """
 
 from __future__ import annotations

@@ -6,22 +6,22 @@ The trace restates the number after every step, then the answer:
     +417     add, each digit held at 9        ^250   the larger of the two digits
     -417     subtract, held at 0              _918   the smaller of the two digits
 
-Why this one (the study is in docs/LOG.md):
-  * Three digits have 1,000 values, so no answer is right by luck and a group of
-    eight whose policy cannot do the problem is all wrong.
-  * Every step hangs on the one before: an error anywhere loses the answer, and the
-    chance of a correct trace falls with its length. A hint in the middle repairs what
-    came before it, which is what inpainting is for.
-  * Steps are monotone in their digit, which small transformers learn in minutes;
-    modular arithmetic they do not.
-  * The last number of the trace is the answer, so a hint could show it. That is what
-    `hints.hide_answer_value` is for, and here it is checked.
+Why this task (the study is in docs/LOG.md):
+  * Three digits have 1,000 values, so an answer is hardly ever right by luck. If the policy cannot
+    do a problem, its whole group is wrong.
+  * Every step depends on the one before. An error anywhere loses the answer, and the chance of a
+    correct trace falls with its length. A hint in the middle repairs errors before it, which is
+    what inpainting is for.
+  * Steps are monotone in each digit. Small transformers learn such steps in minutes; they do not
+    learn modular arithmetic.
+  * The last number of the trace is the answer, so a hint could show it. This task therefore tests
+    `hints.hide_answer_value`.
 
-Train and test problems are disjoint by construction: which split a problem belongs
-to is a hash of its text.
+Train and test problems are disjoint by construction: the split that a problem belongs to is
+decided by a hash of its text.
 
-Traces can be verbose (`detours`), as those of reasoning models are: a step is written out
-before its result, a wrong number is put down and taken back, a number is stated twice.
+Traces can be verbose (`detours`), like those of reasoning models: a step is written out before its
+result, a wrong number is written and taken back, or a number is stated twice.
 
     concise   769 769 718 =>718
     verbose   352+417= 769 =769 469- 769 718 =718 =>718
@@ -45,7 +45,14 @@ SUMMANDS_BELOW = 5
 
 
 def apply_step(number: str, sign: str, operand: str) -> str:
-  """The number after one step. Example: apply_step("352", "+", "417") == "769"."""
+  """The number after one step, digit by digit.
+
+  Args:
+    number, operand: strings of equally many digits.
+    sign: "+", "-", "^" or "_".
+
+  Example: `apply_step("352", "+", "417") == "769"`.
+  """
   change = {
     "+": lambda digit, by: min(digit + by, 9),
     "-": lambda digit, by: max(digit - by, 0),
@@ -57,9 +64,17 @@ def apply_step(number: str, sign: str, operand: str) -> str:
 
 
 def solve(problem: str, skip: Callable[[str], bool] = lambda sign: False) -> tuple[str, str]:
-  """The trace and its answer. Example: "352+417" gives ("769 =>769", "769").
+  """Solves a problem step by step.
 
-  `skip(sign)` says of each step whether the trace forgets it: the number stays as it is.
+  Args:
+    problem: such as "352+417^250".
+    skip: `skip(sign)`, called once for each step: True makes the trace forget the step, so that the
+      number stays as it is.
+
+  Returns:
+    (trace, the answer that it ends with).
+
+  Example: `solve("352+417") == ("769 =>769", "769")`.
   """
   number, *steps = re.split(r"([-+^_])", problem)
   numbers = []
@@ -71,10 +86,16 @@ def solve(problem: str, skip: Callable[[str], bool] = lambda sign: False) -> tup
 
 
 def with_detours(problem: str, trace: str, mean: float, rng: np.random.Generator) -> str:
-  """The trace with a Poisson number of detours at each step, `mean` of them on average.
+  """Makes a concise trace verbose.
 
-  A detour is, with equal chances, the step written out before its result ("352+417="), a
-  number that is wrong in one digit and taken back ("469-"), or the result once more ("=769").
+  A detour is, with equal probability, the step written out before its result ("352+417="), a number
+  with one wrong digit that is taken back ("469-"), or the result once more ("=769").
+
+  Args:
+    problem: the problem.
+    trace: its trace, by `solve`.
+    mean: detours at each step, on average; their number has a Poisson distribution.
+    rng: draws the detours.
   """
   words, steps = trace.split(), re.findall(r"[-+^_]\d+", problem)
   before, out = re.split(r"[-+^_]", problem)[0], []
@@ -96,7 +117,10 @@ def with_detours(problem: str, trace: str, mean: float, rng: np.random.Generator
 
 
 def without_detours(trace: str) -> str:
-  """The concise trace inside a verbose one: the numbers that stand, and the answer."""
+  """The concise trace inside a verbose one: the results that are not taken back, and the answer.
+
+  Example: "352+417= 769 =769 469- 769 =>769" gives "769 769 =>769".
+  """
   return " ".join(word for word in trace.split() if re.fullmatch(r"\d+|=>\d+", word))
 
 
@@ -120,23 +144,22 @@ def make_records(
 
   Args:
     split: "train" or "test".
-    n: how many.
-    seed: of the generator.
+    n: number of problems.
+    seed: seed of the generator.
     min_steps, max_steps: the number of steps is uniform in this range.
-    digits: digits of the number, 1 to 6.
-    ops: common kinds of steps, out of add, sub, max, min.
-    rare: a further kind.
-    rare_share: the difficulty knob besides the number of steps: each step is of the rare
-      kind with this probability. Easy problems (0.05, say) have the length of hard ones
-      (0.25), so no position of a hard one is new to a model that was trained on easy ones.
-    skip_share: careless traces: each step of the rare kind is forgotten with this
-      probability, and the trace goes on from there to a wrong end. The record's `answer`
-      is the right one all the same.
-    detours: verbose traces: so many detours at each step on average (`with_detours`). The
-      problems are those of a source without.
+    digits: number of digits of each number, 1 to 6.
+    ops: the common kinds of steps, separated by commas, out of add, sub, max, min.
+    rare: the rare kinds of steps, likewise.
+    rare_share: each step is of a rare kind with this probability. It decides the difficulty,
+      together with the number of steps. Easy problems (0.05, say) are as long as hard ones (0.25),
+      so that no position of a hard problem is new to a model trained on easy ones.
+    skip_share: each step of a rare kind is forgotten in the trace with this probability. The trace
+      then goes on to a wrong answer. The record's `answer` is right all the same.
+    detours: number of detours at each step of a trace, on average (`with_detours`). It does not
+      change the problems.
 
   Raises:
-    UserError: an unknown split, or options out of range.
+    UserError: an unknown split, options out of range, or too few such problems.
   """
   common.check_split(split)
   low, high = common.option_range("min_steps", min_steps, "max_steps", max_steps, 1, 1000)
@@ -160,7 +183,7 @@ def make_records(
     for _ in range(rng.integers(low, high + 1)):
       kinds = rare if rng.random() < share else usual
       sign = kinds[rng.integers(len(kinds))]
-      # Small summands, or most digits would end at 0 or 9 and luck would count.
+      # Summands are small: else most digits would end at 0 or 9, and could be guessed.
       problem += sign + number(SUMMANDS_BELOW if sign in "+-" else 10)
     if problem in records or split_of(problem) != split:
       continue

@@ -1,4 +1,4 @@
-"""What generated tasks share: options of a URI, splits, chains of transitions, golds as JSON."""
+"""What the generated tasks share: options of a URI, splits, walks over transitions, JSON golds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TEST_SHARE = 10  # one problem in ten belongs to the test split
 
 
 def split_of(problem: str) -> str:
-  """ "test" for one problem in ten, by a hash of its text, else "train"."""
+  """The split that a problem belongs to: "test" for one in ten, by a hash of its text, or "train".
+
+  The same on every machine.
+  """
   digest = hashlib.blake2s(problem.encode(), digest_size=4).digest()
   return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
 
@@ -30,15 +33,27 @@ def check_split(split: str) -> None:
 
 
 def too_few(n: int) -> UserError:
-  """The error of a generator that finds no more distinct problems."""
-  return UserError(f"synthetic: fewer than {n} distinct problems with these options")
+  """The error of a generator that finds fewer than the `n` distinct problems it was asked for."""
+  return UserError(
+    f"synthetic: fewer than {n} distinct problems with these options; lower n, or give options "
+    "that allow more, such as more steps"
+  )
 
 
 def option_number(option: str, value, kind, low, high):
-  """An option of a source's URI as an int or a float (`kind`) within [low, high].
+  """Reads a number from an option of a source's URI.
+
+  Args:
+    option: the option's name, for messages.
+    value: a number, or text.
+    kind: int or float.
+    low, high: the range that it must be in, bounds included.
+
+  Returns:
+    The number as `kind`.
 
   Raises:
-    UserError: it is no number, out of range, or not whole where an int is asked for.
+    UserError: it is not a number, not whole where `kind` is int, or out of range.
   """
   try:
     number = kind(value)
@@ -52,10 +67,18 @@ def option_number(option: str, value, kind, low, high):
 
 
 def option_range(low_name: str, low, high_name: str, high, least: int, most: int):
-  """Two whole-number options of a URI that bound a third number: `least <= low <= high <= most`.
+  """Reads two options of a source's URI that are the bounds of a range of whole numbers.
+
+  Args:
+    low_name, high_name: the options' names, for messages.
+    low, high: numbers, or text.
+    least, most: both must be in this range, bounds included.
+
+  Returns:
+    (low, high) as ints.
 
   Raises:
-    UserError: one of them is out of range, or they are in the wrong order.
+    UserError: one of them is not a whole number or out of range, or low is above high.
   """
   low = option_number(low_name, low, int, least, most)
   high = option_number(high_name, high, int, least, most)
@@ -65,7 +88,15 @@ def option_range(low_name: str, low, high_name: str, high, least: int, most: int
 
 
 def option_names(option: str, names: str, signs: dict[str, str]) -> str:
-  """The signs of a comma-separated list of names. Example: "add,sub" gives "+-".
+  """Reads an option that lists operations by name.
+
+  Args:
+    option: the option's name, for messages.
+    names: names separated by commas.
+    signs: the sign of each known name.
+
+  Returns:
+    The signs as one string: "+-" for "add,sub".
 
   Raises:
     UserError: a name that is not in `signs`.
@@ -78,17 +109,25 @@ def option_names(option: str, names: str, signs: dict[str, str]) -> str:
 
 
 def permutations(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-  """i64[count,size]: `[k, i]` is where transition k takes state i; each row is a permutation."""
+  """Random transitions i64[count,size]: transition k takes state i to state [k, i].
+
+  Each row is a permutation, so no two states are taken to the same one.
+  """
   return np.stack([rng.permutation(size) for _ in range(count)])
 
 
 def wrong_targets(
   right: np.ndarray, doubtful: float, rng: np.random.Generator
 ) -> dict[tuple[int, int], int]:
-  """The doubtful ones of the transitions i64[count,size], and the wrong state each is taken to.
+  """Chooses transitions that traces may get wrong, and a wrong state for each.
 
   Args:
-    doubtful: their share.
+    right: i64[count,size], where each transition takes each state.
+    doubtful: the share of pairs (transition, state) to choose.
+    rng: draws the pairs and their wrong states.
+
+  Returns:
+    {(transition, state): wrong state} for the chosen pairs.
   """
   count, size = right.shape
   chosen = rng.permutation(count * size)[: round(doubtful * count * size)]
@@ -104,13 +143,19 @@ def walk(
   slips: float = 0.0,
   rng: np.random.Generator | None = None,
 ) -> list[int]:
-  """The states after each of the transitions `taken`, from `start` on.
+  """The states that a sequence of transitions leads through.
 
   Args:
-    right: where transitions go.
-    wrong: where doubtful ones go when they slip; the walk goes on from there. None: none does.
-    slips: with what probability they do, each time.
-    rng: draws once for each doubtful transition that is passed.
+    right: i64[count,size], where each transition takes each state.
+    start: the first state.
+    taken: numbers of the transitions, in order.
+    wrong: `wrong_targets`. When such a transition slips, it goes to its wrong state, and the walk
+      continues from there. None: no transition slips.
+    slips: the probability that one of them slips, each time it is taken.
+    rng: draws once each time that a transition of `wrong` is taken; None: no transition slips.
+
+  Returns:
+    The state after each transition; `start` is not included.
   """
   states, at = [], start
   for k in map(int, taken):
@@ -121,14 +166,20 @@ def walk(
 
 
 def read_gold(record: Record, task: str, form: str, read: Callable[[Any], T]) -> T:
-  """`read(gold)` of a record's gold as plain JSON values; it may be JSON in the answer's place.
+  """Reads what a verifier needs from a record: its `gold`, or JSON text in its `answer`.
 
   Args:
-    form: what it must be, for the message, up to the gold itself.
-    read: raises ValueError, KeyError or TypeError where it is something else.
+    record: the record.
+    task: name of the task, for the message.
+    form: what the gold must be, for the message, which continues with the gold itself.
+    read: `read(gold)`, where gold is a plain JSON value. It may raise ValueError, KeyError or
+      TypeError for a gold that is something else.
+
+  Returns:
+    What `read` returns.
 
   Raises:
-    UserError: it is no JSON, or `read` refuses it.
+    UserError: the gold is not JSON, or `read` raised one of these errors.
   """
   gold = record.answer if record.gold is None else record.gold
   try:

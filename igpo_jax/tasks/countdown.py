@@ -3,21 +3,21 @@ r"""Countdown: reach the target with every given number used exactly once.
     prompt   3,7,2=23
     trace    3*7=21:2,21;2+21=23;\boxed{2+3*7}
 
-A step of a trace takes two numbers and writes their result; the numbers that are left then stand
-after the colon. The answer is the whole expression in a box. The gold is what the verifier needs,
-`{"numbers": [3, 7, 2], "target": 23}`: any expression that uses the numbers once and comes to the
-target is right, the trace's is one of them.
+A step of a trace combines two numbers, and states after the colon which numbers are left then. The
+answer is the whole expression in a box. The gold is what the verifier needs, such as
+`{"numbers": [3, 7, 2], "target": 23}`. Every expression that uses each number once and equals the
+target is right; the trace shows one of them.
 
-The verifier reads the completion's last `<answer>` or box, up to an "=". It is parsed as a tree of
-four operations over exact fractions; nothing is evaluated as code. Records of a file may carry the
-gold as a field `gold`, or as a JSON object in the place of the answer (docs/data.md).
+The verifier reads the completion's last `<answer>` or box, up to an "=". It parses the expression
+into a tree of the four operations over exact fractions; nothing is evaluated as code. Records of a
+file may have the gold as a field `gold`, or as a JSON object instead of the answer (docs/data.md).
 
-The knob of difficulty is how many numbers there are. The traces come from a search that tries
-every step (`solve`); with `dead_ends` they also show steps after which the target cannot be reached
-any more, taken back with an "x": `7-2=5:3,5x;`.
+The number of given numbers decides the difficulty. Traces come from a search that tries every step
+(`solve`). With `dead_ends` they also show steps after which the target cannot be reached any more,
+taken back with an "x": `7-2=5:3,5x;`.
 
-Train and test problems are disjoint: the split is a hash of the numbers in order of size and the
-target, so that no test problem is a training problem in another order.
+Train and test problems are disjoint: the split is decided by a hash of the sorted numbers and the
+target. So no test problem is a training problem in another order.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from igpo_jax.tasks import common
 NAME = "countdown"
 ALPHABET = "0123456789,=+-*/():;x\\boxed{}"
 ALPHABET = "".join(dict.fromkeys(ALPHABET))  # "x" is in "boxed", too
-MAX_LENGTH = 200  # characters of an expression
-MAX_RESULT = 999  # of a step of a trace
+MAX_LENGTH = 200  # the longest expression that is parsed, in characters
+MAX_RESULT = 999  # the largest result of a step of a trace
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _OPERATIONS = {
   ast.Add: operator.add,
@@ -67,7 +67,12 @@ _SPELLINGS = (
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
-  """`(value, numbers used)` of an expression in + - * / and whole numbers; else None."""
+  """Evaluates an expression of whole numbers, + - * / and parentheses, exactly.
+
+  Returns:
+    (value, the numbers that it uses, in order); None if it is anything else, divides by zero, or
+    has more than `MAX_LENGTH` characters.
+  """
   if len(expression) > MAX_LENGTH or not expression.isascii():
     return None
   used: list[int] = []
@@ -89,7 +94,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 def _gold(record: Record) -> tuple[list[int], Fraction]:
-  """The numbers in order of size, and the target."""
+  """A record's numbers, sorted, and its target."""
   form = 'JSON such as {"numbers": [3, 7, 2], "target": 23}, not'
   read = lambda gold: (sorted(map(int, gold["numbers"])), Fraction(gold["target"]))
   return common.read_gold(record, NAME, form, read)
@@ -119,7 +124,7 @@ _TOKEN = re.compile(
 
 
 def _runs(text: str) -> Iterator[list[re.Match]]:
-  """The tokens of each longest piece of a text that has nothing but arithmetic in it."""
+  """The tokens of each piece of a text that is all arithmetic, as long as possible."""
   run: list[re.Match] = []
   at = 0
   while at < len(text):
@@ -135,7 +140,11 @@ def _runs(text: str) -> Iterator[list[re.Match]]:
 
 
 def shown_solutions(text: str, record: Record) -> list[Span]:
-  """Characters [start, end) of every expression in a text that solves the problem."""
+  """Where a text shows a solution: characters [start, end) of each expression that is right.
+
+  Raises:
+    UserError: the record's gold is not that of a countdown problem.
+  """
   numbers, target = _gold(record)
   found = []
   for run in _runs(text):
@@ -150,7 +159,10 @@ def shown_solutions(text: str, record: Record) -> list[Span]:
 
 
 def _closed(run: list[re.Match], begin: int, end: int) -> Span | None:
-  """The characters of run[begin:end] with the parentheses around it that it needs."""
+  """The characters of run[begin:end] and of the parentheses around it that it needs to balance.
+
+  None if these parentheses are not there.
+  """
   depth = lowest = 0
   for token in run[begin:end]:
     depth += (token.lastgroup == "open") - (token.lastgroup == "close")
@@ -167,7 +179,11 @@ def _closed(run: list[re.Match], begin: int, end: int) -> Span | None:
 
 @registry.register_verifier(NAME, reads_golds=True, shown=shown_solutions)
 def verify(completion: str, record: Record) -> registry.Verdict:
-  """Correct: uses each number once and is exactly the target."""
+  """Grades a completion: correct if its expression uses each number once and equals the target.
+
+  Raises:
+    UserError: the record's gold is not that of a countdown problem.
+  """
   numbers, target = _gold(record)
   extracted = _answer(completion)
   tree = _tree(extracted)
@@ -179,7 +195,7 @@ def verify(completion: str, record: Record) -> registry.Verdict:
 
 @registry.register_reward("countdown_numbers")
 def uses_numbers(completion: str, record: Record, verdict: registry.Verdict) -> float:
-  """1.0 for an expression that uses each number exactly once, whatever it comes to."""
+  """A reward part: 1.0 for an expression that uses each number once, whatever its value; else 0."""
   del completion
   tree = _tree(verdict.extracted)
   return float(tree is not None and sorted(tree[1]) == _gold(record)[0])
@@ -189,7 +205,7 @@ def uses_numbers(completion: str, record: Record, verdict: registry.Verdict) -> 
 
 
 class Step(NamedTuple):
-  """`left sign right = result`, two of the numbers that were there put together."""
+  """A step `left sign right = result`, which replaces two of the numbers by its result."""
 
   left: int
   sign: str
@@ -198,9 +214,13 @@ class Step(NamedTuple):
 
 
 def possible_steps(numbers: tuple[int, ...], signs: str = "+-*/") -> list[Step]:
-  """Every step from these numbers whose result is whole, above 0 and at most `MAX_RESULT`.
+  """Every step from these numbers whose result is a whole number from 1 to `MAX_RESULT`.
 
-  Sums and products come with the smaller number first, and nothing is divided by 1.
+  Sums and products have the smaller number first, and no number is divided by 1.
+
+  Args:
+    numbers: the numbers that are left.
+    signs: the operations that are allowed, out of "+-*/".
   """
   steps = []
   for i, a in enumerate(numbers):
@@ -218,7 +238,7 @@ def possible_steps(numbers: tuple[int, ...], signs: str = "+-*/") -> list[Step]:
 
 
 def after(numbers: tuple[int, ...], step: Step) -> tuple[int, ...]:
-  """The numbers that are left after a step, in order of size."""
+  """The numbers that are left after a step, sorted."""
   left = list(numbers)
   left.remove(step.left)
   left.remove(step.right)
@@ -227,10 +247,15 @@ def after(numbers: tuple[int, ...], step: Step) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def solve(numbers: tuple[int, ...], target: int, signs: str = "+-*/") -> tuple[Step, ...] | None:
-  """The first steps, in the order of `possible_steps`, that lead to the target; None: none do.
+  """The first solution that a search in the order of `possible_steps` finds.
 
   Args:
-    numbers: in order of size.
+    numbers: the given numbers, sorted.
+    target: the number to reach.
+    signs: the operations that are allowed, out of "+-*/".
+
+  Returns:
+    The steps that lead to the target; None if no steps do.
   """
   if len(numbers) == 1:
     return () if numbers[0] == target else None
@@ -242,9 +267,9 @@ def solve(numbers: tuple[int, ...], target: int, signs: str = "+-*/") -> tuple[S
 
 
 def expression_of(steps: tuple[Step, ...]) -> str:
-  """The steps as one expression, with no more parentheses than it takes.
+  """Writes steps as one expression, without needless parentheses.
 
-  Example: the steps 3 * 7 = 21, 2 + 21 = 23 are "2+3*7".
+  Example: the steps 3 * 7 = 21 and 2 + 21 = 23 give "2+3*7".
   """
   made: list[tuple[int, str, str]] = []  # value, text, its outermost sign
 
@@ -269,12 +294,17 @@ def write_trace(
   dead_ends: float = 0.0,
   rng: np.random.Generator | None = None,
 ) -> tuple[str, str]:
-  """The trace of a problem, and its answer.
+  """Writes the trace of a problem.
 
   Args:
-    numbers: in order of size.
-    dead_ends: so many steps that lead nowhere before each that leads on, on average.
-    rng: chooses them; needed where `dead_ends` is above 0.
+    numbers: the given numbers, sorted.
+    target: the number to reach.
+    signs: the operations that are allowed, out of "+-*/".
+    dead_ends: before each step of the solution, this many steps that lead nowhere, on average.
+    rng: chooses these steps; needed if `dead_ends` is above 0.
+
+  Returns:
+    (trace, answer): the answer is the expression in the trace's box.
 
   Raises:
     ValueError: the problem has no solution by such steps.
@@ -320,14 +350,14 @@ def make_records(
 
   Args:
     split: "train" or "test".
-    n: how many.
-    seed: of the generator.
-    min_numbers, max_numbers: how many numbers a problem has is uniform in this range, within 2
-      to 5. The knob of difficulty.
-    largest: the numbers are uniform in 1 to this.
-    ops: the operations of the traces, out of add, sub, mul and div.
-    dead_ends: so many steps that lead nowhere, and are taken back, before each step of a trace
-      on average. The problems are those of a source without.
+    n: number of problems.
+    seed: seed of the generator.
+    min_numbers, max_numbers: how many numbers a problem has is uniform in this range, which is
+      within 2 to 5. It decides the difficulty.
+    largest: numbers are uniform in 1 to this, which is at most 99.
+    ops: the operations of the traces, separated by commas, out of add, sub, mul and div.
+    dead_ends: how many steps that lead nowhere, and are taken back, come before each step of a
+      trace, on average. It does not change the problems.
 
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
@@ -349,7 +379,7 @@ def make_records(
     left = numbers
     while len(left) > 1 and (steps := possible_steps(left, signs)):
       left = after(left, steps[rng.integers(len(steps))])
-    target = max(left)  # the one that is left
+    target = max(left)  # the only number that is left, if every step was possible
     key = f"{','.join(map(str, numbers))}={target}"
     if len(left) > 1 or key in records or common.split_of(key) != split:
       continue

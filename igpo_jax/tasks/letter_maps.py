@@ -1,24 +1,25 @@
-"""Letter maps, the task of the claims study: follow a chain of maps over letters, a letter a step.
+"""Letter maps, the task of the claims study: follow a chain of maps from letters to letters.
 
     problem  k301     start at k, apply map 3, then map 0, then map 1
     trace    fT=>w    map 3 takes k to f, map 0 takes f to T; the answer: map 1 takes T to w
 
-Each map is a permutation of 52 letters, drawn once for a `table`. There is nothing to
-compute, only to know: a transition is a pair (map, letter), and a model learns each on
-its own. That is what the study needs (docs/results.md says why):
+Each map is a permutation of 52 letters, drawn once for each `table`. There is nothing to compute:
+a model has to know every transition, which is a pair (map, letter), and it learns each one by
+itself. That is what the study needs (docs/results.md says why):
 
-  * The policy after SFT knows most transitions and is unsure of some: the SFT traces take a
-    share of them (`doubtful`) to a wrong letter, always the same, most of the time (`slips`).
-    A chain is right only if every transition is. Each doubtful one has to be put right by
-    examples of its own: no single habit explains them all, as it does in `synthetic:chains`.
-  * Permutations never bring two paths together, so an error anywhere loses the answer, but
-    for luck of about 1 in 52.
-  * The answer's letter stands nowhere in the trace before the answer, by construction, so
-    no hint can show it.
+  * After SFT the policy knows most transitions and is unsure of some. The SFT traces take a share
+    of the transitions (`doubtful`) to a wrong letter with some probability (`slips`); it is always
+    the same wrong letter. A chain is right only if all its transitions are. Each doubtful
+    transition has to be corrected by its own examples: no single habit explains them all, as one
+    does in `synthetic:chains`.
+  * Permutations never bring two paths together. So an error anywhere loses the answer, except by
+    luck, about 1 time in 52.
+  * By construction the answer's letter is nowhere in the trace before the answer, so no hint can
+    show it.
 
-Verbose traces (`detours`) write a step out before its result ("k3=f"), put a wrong letter
-down and take it back ("g-f"), or state a letter twice ("f=f"). Without them they are the
-concise ones again. The task is also called `maps`: `synthetic:maps`, `char:maps`, `--rules=maps`.
+Verbose traces (`detours`) write a step out before its result ("k3=f"), write a wrong letter and
+take it back ("g-f"), or state a letter twice ("f=f"). Without its detours a verbose trace is the
+concise one. The task has a second name: `synthetic:maps`, `char:maps`, `--rules=maps`.
 """
 
 from __future__ import annotations
@@ -41,20 +42,37 @@ ALPHABET = LETTERS + string.digits + "=>-"
 
 @functools.lru_cache(maxsize=64)
 def tables(table: int, maps: int) -> np.ndarray:
-  """i64[maps,52]: `tables(t, n)[m, i]` is where map m takes letter i; a permutation each."""
+  """The maps i64[maps,52]: map m takes letter number i to letter number [m, i].
+
+  Args:
+    table: the seed that the maps are drawn from.
+    maps: number of maps.
+  """
   rng = np.random.default_rng([table, maps])
   return common.permutations(rng, maps, len(LETTERS))
 
 
 @functools.lru_cache(maxsize=64)
 def wrong_targets(table: int, maps: int, doubtful: float) -> dict[tuple[int, int], int]:
-  """The doubtful transitions (map, letter), and the wrong letter that each is taken to."""
+  """The doubtful transitions of `tables`, as {(map, letter): wrong letter}, all by number.
+
+  Args:
+    table, maps: as for `tables`.
+    doubtful: the share of transitions that are doubtful.
+  """
   rng = np.random.default_rng([table, maps, round(doubtful * 1000)])
   return common.wrong_targets(tables(table, maps), doubtful, rng)
 
 
 def with_detours(problem: str, path: str, mean: float, rng: np.random.Generator) -> str:
-  """The verbose trace of a path, with a Poisson number of detours at each step."""
+  """Writes the verbose trace of a path.
+
+  Args:
+    problem: such as "k301".
+    path: the letters after each step, such as "fTw".
+    mean: detours at each step, on average; their number has a Poisson distribution.
+    rng: draws the detours.
+  """
   out, before = [], problem[0]
   for step, letter in enumerate(path):
     last = step == len(path) - 1  # its result is the answer: stated once, after "=>"
@@ -94,17 +112,17 @@ def make_records(
 
   Args:
     split: "train" or "test".
-    n: how many.
-    seed: of the generator.
-    steps: maps that a problem applies.
-    maps: how many there are, 1 to 10.
-    table: which permutations, and which transitions are doubtful.
-    doubtful: the share of transitions that the traces may take to a wrong letter.
-    slips: with what probability they do, each time; the trace goes on from there, to a
-      wrong end. The record's `answer` is the right one all the same.
-    noise: the share of letters before the answer that are replaced by random others; the
-      rest of the trace stays right.
-    detours: so many at each step on average (`with_detours`).
+    n: number of problems.
+    seed: seed of the generator.
+    steps: how many maps a problem applies, 1 to 64.
+    maps: how many maps there are, 1 to 10.
+    table: seed of the permutations, and of which transitions are doubtful.
+    doubtful: the share of transitions that traces may take to a wrong letter.
+    slips: the probability that a trace does so, each time it takes such a transition. The trace
+      goes on from there to a wrong answer. The record's `answer` is right all the same.
+    noise: each letter before the answer is replaced by a random other one with this probability.
+      The rest of the trace does not change.
+    detours: number of detours at each step of a trace, on average (`with_detours`).
 
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
@@ -119,7 +137,7 @@ def make_records(
 
   right, wrong = tables(table, maps), wrong_targets(table, maps, doubtful)
   rng = np.random.default_rng([seed, table, steps, maps])
-  writing = np.random.default_rng([seed, table, 1])  # of the traces: problems do not hang on it
+  writing = np.random.default_rng([seed, table, 1])  # for traces only: it changes no problem
   records: dict[str, Record] = {}
   for _ in range(100 * n + 1000):
     if len(records) == n:

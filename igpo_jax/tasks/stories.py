@@ -1,25 +1,25 @@
-"""Letter maps told in sentences: traces of 60 to 120 words, of which few carry the reasoning.
+"""Letter maps told in sentences: traces of 60 to 120 words, few of which carry the reasoning.
 
     prompt   mia starts at harbor . first red second blue ... sixth red .
     trace    first from harbor she takes the red bus and rides to mill . second at mill she boards
              the blue bus and leaves for castle . ... sixth near tower she finds the red bus and
              ends => garden
 
-The network of bus lines is drawn once for a `table`: each line is a permutation of the stops. There
-is nothing to compute, only to know where a line goes from a stop, one transition at a time, as in
-`letter_maps` (its docstring says why). What is added is text. Of the thirteen words of a step,
-eleven follow from the prompt and from what stands before; the model is soon sure of them. One word
-says where the bus goes, and that has to be known; the one at which the phrasings part is free. So:
+The network of bus lines is drawn once for each `table`: a line is a permutation of the stops. There
+is nothing to compute. As in `letter_maps` (its docstring says why), a model has to know where each
+line goes from each stop. What this task adds is text. Of the thirteen words of a step, eleven
+follow from the prompt and from earlier words, and the model is soon sure of them. One word says
+where the bus goes, and has to be known. One word, at which the phrasings part, is free. So:
 
-  * hints are of five to ten words, as in the paper, and show steps in part;
-  * the entropy filter has something to choose from: most words of a hint teach nothing;
-  * a step may be told in several ways, so that traces differ where the reasoning is the same.
+  * hints have five to ten words, as in the paper, and show parts of steps;
+  * the entropy filter has something to choose from, since most words of a hint teach nothing;
+  * a step may be told in several ways, so traces with the same reasoning differ.
 
-The last stop is the answer. It stands nowhere in the trace or in the prompt before the answer, by
-construction, so no hint can show it. All phrasings have the same number of words, with stops and
-line at the same places: what a hint fixes is independent of how the steps before it were told.
+The last stop is the answer. By construction it is nowhere in the trace before the answer, nor in
+the prompt, so no hint can show it. All phrasings have the same number of words, with stops and line
+at the same places. So what a hint fixes does not depend on how the steps before it were told.
 
-Words are tokens (`words:stories`): no subwords, and a space between any two.
+Tokens are whole words (`words:stories`), with a space between any two.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PHRASINGS = (
   "{nth} near {at} {she} finds the {line} bus and gets to {to} .",
   "{nth} in {at} {she} enters the {line} bus , which reaches {to} .",
 )
-ENDING = "and ends => {to}"  # of the last step, in the place of its last five words
+ENDING = "and ends => {to}"  # replaces the last five words of the last step
 FACTS = (
   "{name} waits at {at} .",
   "{name} lives near {at} .",
@@ -65,7 +65,12 @@ WORDS = tuple(dict.fromkeys((*STOPS, *LINES, *PEOPLE, *PEOPLE.values(), *ORDINAL
 
 @functools.lru_cache(maxsize=64)
 def network(table: int, lines: int, stops: int) -> np.ndarray:
-  """i64[lines,stops]: `[k, i]` is where line k goes from stop i; each line is a permutation."""
+  """The bus lines i64[lines,stops]: line k goes from stop number i to stop number [k, i].
+
+  Args:
+    table: the seed that the lines are drawn from.
+    lines, stops: how many there are. Each line is a permutation of the stops.
+  """
   rng = np.random.default_rng([table, lines, stops])
   return common.permutations(rng, lines, stops)
 
@@ -74,13 +79,18 @@ def network(table: int, lines: int, stops: int) -> np.ndarray:
 def wrong_targets(
   table: int, lines: int, stops: int, doubtful: float
 ) -> dict[tuple[int, int], int]:
-  """The doubtful transitions (line, stop), and the wrong stop that each is taken to."""
+  """The doubtful transitions of `network`, as {(line, stop): wrong stop}, all by number.
+
+  Args:
+    table, lines, stops: as for `network`.
+    doubtful: the share of transitions that are doubtful.
+  """
   rng = np.random.default_rng([table, lines, stops, round(doubtful * 1000)])
   return common.wrong_targets(network(table, lines, stops), doubtful, rng)
 
 
 def without_filler(trace: str) -> str:
-  """The stops of a trace, one short clause a step.
+  """Shortens a trace to one clause for each step: its number and its stop.
 
   Example: "first from mill she takes the red bus and rides to lake . second at lake she boards the
   red bus and ends => zoo" gives "first lake . second => zoo".
@@ -107,21 +117,22 @@ def make_records(
 
   Args:
     split: "train" or "test".
-    n: how many.
-    seed: of the generator.
-    steps: rides of a problem, up to 12: the knob of difficulty. A trace has 13 words for each,
-      less one: 64 for 5 steps, 77 for 6, 116 for 9.
+    n: number of problems.
+    seed: seed of the generator.
+    steps: how many rides a problem has, 1 to 12. It decides the difficulty. A trace has 13 words
+      for each step, less one in all: 64 for 5 steps, 77 for 6, 116 for 9.
     lines: how many bus lines there are, 1 to 10. There are `stops` * `lines` ** `steps` problems,
-      less those whose last stop is passed before.
-    stops: how many stops there are, 12 to 48. An answer is right by luck once in so many tries.
-    table: which network, and which transitions are doubtful.
-    phrasings: in how many ways a step may be told, 1 to 4; which one is random at each step.
-    distractors: facts in the prompt that have nothing to do with the question, 5 words each.
-    doubtful: the share of transitions that the traces may take to a wrong stop.
-    slips: with what probability they do, each time; the trace goes on from there, to a wrong end.
-      The record's `answer` is the right one all the same.
-    noise: the share of the stops before the answer that are replaced by random others; the rest
-      of the trace stays right.
+      less those that pass their last stop earlier.
+    stops: how many stops there are, 12 to 48. A guess is right once in this many tries.
+    table: seed of the network, and of which transitions are doubtful.
+    phrasings: how many ways of telling a step there are, 1 to 4. Each step draws one.
+    distractors: how many facts that have nothing to do with the question are in the prompt, 0 to 8,
+      of 5 words each.
+    doubtful: the share of transitions that traces may take to a wrong stop.
+    slips: the probability that a trace does so, each time it takes such a transition. The trace
+      goes on from there to a wrong answer. The record's `answer` is right all the same.
+    noise: each stop before the answer is replaced by a random other one with this probability. The
+      rest of the trace does not change.
 
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
@@ -138,7 +149,7 @@ def make_records(
 
   right, wrong = network(table, lines, count), wrong_targets(table, lines, count, doubtful)
   rng = np.random.default_rng([seed, table, steps, lines, count])
-  writing = np.random.default_rng([seed, table, 1])  # of the traces: problems do not hang on it
+  writing = np.random.default_rng([seed, table, 1])  # for traces only: it changes no problem
   records: dict[str, Record] = {}
   for _ in range(100 * n + 1000):
     if len(records) == n:
@@ -153,7 +164,7 @@ def make_records(
     if key in records or answer in path[:-1] or common.split_of(key) != split:
       continue
     written = [start, *common.walk(right, start, taken, wrong, slips, writing)]
-    if answer in written[:-1]:  # led astray, it would show the answer on its way
+    if answer in written[:-1]:  # the slips would lead past the answer, and so show it
       written = path
     others = [i for i in range(count) if i != answer]
     trace = _told(name, written, taken, others, phrasings, noise, writing)
@@ -183,10 +194,15 @@ def _told(
   noise: float,
   rng: np.random.Generator,
 ) -> str:
-  """The trace that goes over the stops `written`, a sentence for each line that is taken.
+  """Writes a trace, with a sentence for each ride.
 
   Args:
-    others: the stops that noise puts in the place of one.
+    name: the person of the story.
+    written: numbers of the stops, the first one included.
+    taken: numbers of the lines.
+    others: the stops out of which `noise` draws.
+    phrasings, noise: see `make_records`.
+    rng: draws phrasings and noise.
   """
 
   def stop(at: int) -> str:
@@ -210,7 +226,7 @@ def _told(
 def _distracted(
   question: str, name: str, places: list[int], distractors: int, rng: np.random.Generator
 ) -> str:
-  """The question among facts about other people, stops (out of `places`) and buses."""
+  """The question, at a random place among facts about other people, buses and stops of `places`."""
   others = [person for person in PEOPLE if person != name]
   sentences = [
     FACTS[rng.integers(len(FACTS))].format(

@@ -1,20 +1,20 @@
-r"""Sudoku of any size up to 9x9: fill the empty cells; no row, column or box repeats a digit.
+r"""Sudoku of 4, 6, 8 or 9 digits: fill the empty cells; no row, column or box repeats a digit.
 
     prompt   0321 1204 2143 3402      rows of digits, 0 stands for an empty cell
     trace    11:123>4;23:124>3...;\boxed{4321 1234 2143 3412}
 
-A step of a trace is "cell: reason > digit". The cell is its row and its column, counted from 1. The
-reason is either the digits that its row, column and box have already ("123" leaves 4 alone), or the
-unit in which no other empty cell can take the digit: r, c or b for its row, column or box.
+A step of a trace is "cell:reason>digit". The cell is given by its row and its column, counted from
+1. The reason is either the digits that its row, column and box already have ("123" leaves only 4),
+or the unit in which no other empty cell can take the digit: r, c or b for its row, column or box.
 
-The gold is what the verifier needs, `{"puzzle": "0321...", "solution": "4321..."}`, two strings of
+The gold is what the verifier needs, `{"puzzle": "0321...", "solution": "4321..."}`: two strings of
 digits, row by row. The verifier reads the digits in the completion's last `<answer>` or box,
-whatever stands between them. Records of a file may carry the gold as a field `gold`, or as a JSON
-object in the place of the answer (docs/data.md).
+whatever is between them. Records of a file may have the gold as a field `gold`, or as a JSON object
+instead of the answer (docs/data.md).
 
-The knob of difficulty is the number of empty cells; every puzzle can be filled by such steps alone,
-so it has one solution. Train and test problems are disjoint: the split is a hash of the solution,
-so that no test problem has the grid of a training problem.
+The number of empty cells decides the difficulty. Every puzzle can be filled by such steps alone, so
+it has one solution. Train and test problems are disjoint: the split is decided by a hash of the
+solution, so no test problem has the grid of a training problem.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from igpo_jax.tasks import common
 
 NAME = "sudoku"
 ALPHABET = "0123456789 :;>rc\\boxed{}"
-BOXES = {4: (2, 2), 6: (2, 3), 8: (2, 4), 9: (3, 3)}  # size: rows and columns of a box
-MAX_LENGTH = 2000  # characters of an answer
-LABEL = 2  # digits between two rows of a shown grid that may be a row's label
+BOXES = {4: (2, 2), 6: (2, 3), 8: (2, 4), 9: (3, 3)}  # size: (rows, columns) of a box
+MAX_LENGTH = 2000  # the longest answer that is read, in characters
+LABEL = 2  # the largest number of digits of a row's label in a shown grid
 
 
 # --- the verifier ------------------------------------------------------------------------
 
 
 def _gold(record: Record) -> tuple[str, str]:
-  """The puzzle and its solution, as strings of digits."""
+  """A record's puzzle and its solution, as strings of digits, row by row."""
 
   def read(gold):
     puzzle, solution = (re.sub(r"\s", "", gold[key]) for key in ("puzzle", "solution"))
@@ -63,9 +63,13 @@ def _answer(completion: str) -> str | None:
 
 
 def shown_solutions(text: str, record: Record) -> list[Span]:
-  """Characters [start, end) where a text has the whole solution, row by row.
+  """Where a text shows the whole solution, row by row: characters [start, end) each time.
 
-  What is no digit may stand anywhere in it, and a label of up to two digits before each row.
+  Characters that are not digits may be anywhere in it, and each row may have a label of up to two
+  digits before it.
+
+  Raises:
+    UserError: the record's gold is not that of a sudoku.
   """
   _, solution = _gold(record)
   side = round(len(solution) ** 0.5)
@@ -91,7 +95,11 @@ def shown_solutions(text: str, record: Record) -> list[Span]:
 
 @registry.register_verifier(NAME, reads_golds=True, shown=shown_solutions)
 def verify(completion: str, record: Record) -> registry.Verdict:
-  """Correct: every cell is the solution's, the given ones included, and there are no others."""
+  """Grades a completion: correct if its digits are exactly those of the solution, given ones too.
+
+  Raises:
+    UserError: the record's gold is not that of a sudoku.
+  """
   _, solution = _gold(record)
   extracted = _answer(completion)
   status = registry.OK if extracted else registry.UNPARSEABLE
@@ -100,7 +108,10 @@ def verify(completion: str, record: Record) -> registry.Verdict:
 
 @registry.register_reward("sudoku_cells")
 def right_cells(completion: str, record: Record, verdict: registry.Verdict) -> float:
-  """The share of the empty cells that were filled in rightly, in [0, 1]."""
+  """A reward part: the share of the empty cells that were filled correctly, in [0, 1].
+
+  For a puzzle without empty cells it is 1.0 or 0.0, the verdict.
+  """
   del completion
   puzzle, solution = _gold(record)
   empty = [at for at, cell in enumerate(puzzle) if cell == "0"]
@@ -114,7 +125,10 @@ def right_cells(completion: str, record: Record, verdict: registry.Verdict) -> f
 
 @functools.lru_cache
 def units(size: int) -> dict[str, list[list[int]]]:
-  """The cells (row * size + column) of every row "r", column "c" and box "b" of a grid."""
+  """All rows "r", columns "c" and boxes "b" of a grid, each a list of cells.
+
+  Cells are numbered row * size + column.
+  """
   high, wide = BOXES[size]
   cells = [divmod(cell, size) for cell in range(size * size)]
   kinds = {
@@ -132,7 +146,7 @@ def units(size: int) -> dict[str, list[list[int]]]:
 
 @functools.lru_cache
 def unit_of(size: int) -> dict[str, list[list[int]]]:
-  """For each kind of unit and each cell, the cells of the unit that it lies in."""
+  """For each kind of unit ("r", "c", "b") and each cell, the cells of the unit that it is in."""
   return {
     kind: [next(u for u in made if cell in u) for cell in range(size * size)]
     for kind, made in units(size).items()
@@ -140,15 +154,22 @@ def unit_of(size: int) -> dict[str, list[list[int]]]:
 
 
 def seen_by(grid: list[int], cell: int, size: int) -> set[int]:
-  """The digits that the row, column and box of a cell have."""
+  """The digits that are in the row, column and box of a cell. `grid` has 0 for an empty cell."""
   return {grid[c] for of in unit_of(size).values() for c in of[cell]} - {0}
 
 
 def fill(puzzle: str, size: int) -> list[tuple[int, str, int]] | None:
-  """(cell, reason, digit) for every empty cell, in the order in which they follow; None: stuck.
+  """Fills a grid by the steps that traces show.
 
-  The first cell, row by row, with one digit left comes before cells that are the only place of a
-  digit in a unit.
+  A step fills the first cell, row by row, that has only one digit left. If there is none, it fills
+  a cell that is the only place for a digit in a row, column or box.
+
+  Args:
+    puzzle: the cells as digits, row by row, 0 for an empty one.
+    size: cells of a row.
+
+  Returns:
+    (cell, reason, digit) of each step, in order; None if such steps do not fill the grid.
   """
   grid, steps = [int(digit) for digit in puzzle], []
   while 0 in grid:
@@ -185,7 +206,7 @@ def _only_place(grid: list[int], size: int) -> tuple[int, str, int] | None:
 
 
 def random_solution(size: int, rng: np.random.Generator) -> str:
-  """A full grid, by a search that tries digits in a random order, cell by cell."""
+  """A random full grid as a string of digits: a search that tries digits in random order."""
   grid = [0] * (size * size)
 
   def place(cell: int) -> bool:
@@ -219,11 +240,11 @@ def make_records(
 
   Args:
     split: "train" or "test".
-    n: how many.
-    seed: of the generator.
-    size: digits of a row: 4, 6, 8 or 9.
-    min_empty, max_empty: the number of empty cells is uniform in this range, up to half of them.
-      The knob of difficulty: a trace has a step for each.
+    n: number of problems.
+    seed: seed of the generator.
+    size: cells of a row: 4, 6, 8 or 9.
+    min_empty, max_empty: the number of empty cells is uniform in this range, which may go up to
+      half of all cells. It decides the difficulty: a trace has a step for each empty cell.
 
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
