@@ -456,7 +456,12 @@ def test_a_word_tokenizer_is_reversible_and_keeps_its_ids_on_disk(tmp_path):
 
 @pytest.mark.parametrize(
   ("words", "complaint"),
-  [((), "none"), (("a", "a"), "twice"), (("a b",), "has a blank"), (("",), "is empty")],
+  [
+    ((), "at least one word"),
+    (("a", "a"), "no word twice"),
+    (("a b",), "has a blank"),
+    (("",), "is empty"),
+  ],
 )
 def test_words_that_cannot_be_tokens_are_told(words, complaint):
   with pytest.raises(UserError, match=complaint):

@@ -1,4 +1,4 @@
-"""Tokens that a model directory names in other files than tokenizer.json, which lacks them.
+"""Tokens of a model directory that are not in its tokenizer.json, but in files beside it.
 
 They are in tokenizer_config.json (`added_tokens_decoder`) or in added_tokens.json. If a file only
 names a token (`mask_token: "<|mask|>"`), its id follows the vocabulary, in the order of `NAMED`, as
@@ -17,12 +17,12 @@ NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "c
 
 
 class Added(NamedTuple):
-  """One token.
+  """One added token.
 
   Attributes:
-    text: the text that stands for it.
+    text: how it is written in a text.
     id: its token id.
-    special: it stands for no text, and only the chat format may write it.
+    special: whether only the chat format may write it. Ordinary text never encodes to it.
     lstrip, rstrip: whether blanks to its left or right belong to it.
   """
 
@@ -40,7 +40,7 @@ def token_text(value: Any) -> str | None:
 
 
 def named_tokens(*files: Mapping[str, Any]) -> dict[str, str]:
-  """Name such as "bos_token" -> its text, from the first of the files that has the name."""
+  """Texts of special tokens by name, such as {"bos_token": "<s>"}; earlier files win."""
   found = {}
   for name in NAMED:
     texts = (token_text(file.get(name)) for file in files)
@@ -103,7 +103,7 @@ def find_added(
 
 
 class Splitter:
-  """Cuts texts at added tokens. Of several that match at one place it takes the longest."""
+  """Cuts texts at added tokens. Of several that match at one place, the longest wins."""
 
   def __init__(self, tokens: Sequence[Added]):
     ordered = sorted(tokens, key=lambda token: -len(token.text))

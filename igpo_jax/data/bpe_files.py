@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer of vocab.json and merges.txt, for directories without tokenizer.json.
 
-Dream and older Qwen and GPT-2 directories have these two files, and code of their own that reads
-them. How that code cuts a text into words before it merges bytes is in neither file. It goes by the
-class that tokenizer_config.json names, so only known classes are read.
+Directories of Dream, of older Qwen models and of GPT-2 have these two files, and code of their own
+that reads them. How that code cuts a text into words, before it merges bytes, is in neither file.
+It depends on the class that tokenizer_config.json names, so only known classes are read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def has_bpe_files(directory: epath.Path) -> bool:
+  """Whether a directory has both vocab.json and merges.txt."""
   return all((directory / name).exists() for name in (VOCABULARY_FILE, MERGES_FILE))
 
 
 def tokenizer_json(directory: epath.Path) -> str:
-  """The text of a tokenizer.json that encodes as the directory's own code does.
+  """Makes the text of a tokenizer.json that encodes as the directory's own code does.
 
   Added tokens are not in it: they are read from tokenizer_config.json and added_tokens.json.
 

@@ -18,7 +18,7 @@ import jinja2.sandbox
 from igpo_jax.data.records import Message
 from igpo_jax.errors import UserError
 
-# A piece of a rendered prompt: its text, and whether special tokens in it count.
+# A piece of a rendered prompt: its text, and whether it may hold special tokens.
 Segment = tuple[str, bool]
 Chat = Callable[[Sequence[Message]], list[Segment]]
 
@@ -100,14 +100,14 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
 
 
 class _Generation(jinja2.ext.Extension):
-  """{% generation %}...{% endgeneration %}: marks what a model wrote; here only its content."""
+  """{% generation %}...{% endgeneration %}, which marks what a model wrote: only its content."""
 
   tags = frozenset({"generation"})
 
   def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
     line = next(parser.stream).lineno
     body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    # A block of its own, so that what is set in it ends with it.
+    # A block with a scope: a variable that is set in it is unset after it.
     return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
   def _content(self, caller: Callable[[], str]) -> str:
@@ -119,7 +119,7 @@ class Template:
 
   Args:
     source: the template's text, in Jinja.
-    tokens: name such as "bos_token" -> text, of the special tokens that the tokenizer has.
+    tokens: texts of the tokenizer's special tokens by name, such as {"bos_token": "<s>"}.
     where: where the template comes from, for messages.
     now: the time that `strftime_now` writes, for templates with a date.
 

@@ -25,20 +25,20 @@ Row = Mapping[str, Any]
 
 
 class Drop(Exception):
-  """The row cannot be used; the text is the reason, under which it is counted."""
+  """Raised for a row that cannot be used. Its text is the reason, under which rows are counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-  """The contents of a row.
+  """What a format reads from a row.
 
   Attributes:
-    question: the problem, without a prompt template.
+    question: the problem, before `template` is applied.
     trace: reasoning that ends with the answer; "" if there is none.
     answer: the gold answer.
     answer_span: characters [start, end) of the answer in `trace`; None if it is not known.
     key: the row's id within its source; None uses its number.
-    before: messages of a chat that come before the question.
+    before: the messages of a chat before the question.
   """
 
   question: str
@@ -51,20 +51,20 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a user may set about reading rows.
+  """The options of a data source that say how rows are read.
 
   Attributes:
-    question, answer, trace, id: names of the fields, "" for the format's own. A name with dots
-      looks into objects and lists: "reward_model.ground_truth", "solutions.0".
-    strip_calculator: gsm8k: take the marks <<48/2=24>> out of traces.
-    final: text that replaces the end of a trace from the answer on, "{answer}" in it
-      standing for the answer; "" leaves traces as they are.
-    solution: openr1: "solution" (the short reference) or "generation" (a verified
-      long chain of thought) as trace.
-    task: the task of every record, by name; "" for none.
-    task_field: name of a field with the task of each row, in the place of `task`; "" for none.
-    gold: name of a field with what the verifier needs, as a JSON value (`Record.gold`). Format
-      plain looks for a field "gold"; without one an answer that is an object is the gold, too.
+    question, answer, trace, id: names of these fields in the rows; "": the format's own names. A
+      name with dots looks into objects and lists: "reward_model.ground_truth", "solutions.0".
+    strip_calculator: for gsm8k: remove the marks <<48/2=24>> from traces.
+    final: text that replaces the end of each trace, from the answer on; "{answer}" in it stands for
+      the answer. "": traces stay as they are.
+    solution: for openr1: which trace is used, "solution" (the short reference) or "generation" (a
+      long chain of thought that was verified).
+    task: name of the task of every record; "": none.
+    task_field: name of a field with the task of each row, used instead of `task`; "": none.
+    gold: name of a field with a JSON value for the verifier (`Record.gold`). Format plain looks for
+      a field "gold". If there is no such field, an answer that is an object is also the gold.
   """
 
   question: str = ""
@@ -99,7 +99,7 @@ def value_of(row: Row, name: str) -> Any:
 
 
 def _present(value: Any) -> Any:
-  """None for NaN and the like."""
+  """The value, or None for NaN and infinity."""
   missing = isinstance(value, float | decimal.Decimal) and not maths.isfinite(value)
   return None if missing else value
 
@@ -129,10 +129,10 @@ def _plain_text(value: Any) -> str:
 
 
 def answer_of(row: Row, *names: str) -> str:
-  """The gold answer, as `text_of`; lists and objects are allowed.
+  """The gold answer as text; "" if the row has none of the named fields.
 
-  A list with one item counts as that item. Other lists and objects are written as JSON, which the
-  verifiers of structured tasks read.
+  Unlike `text_of` it takes lists and objects: a list of one item counts as this item, and other
+  lists and objects become JSON text, which the verifiers of structured tasks read.
   """
   for name in names:
     value = value_of(row, name)
@@ -146,7 +146,7 @@ def answer_of(row: Row, *names: str) -> str:
 
 
 def gold_of(row: Row, options: Options) -> Any:
-  """What the verifier needs besides the text of the answer; None where that is all."""
+  """`Record.gold` of a row: a JSON value, or None if the text of the answer is enough."""
   gold = value_of(row, options.gold) if options.gold else None
   if gold is None:
     answer = value_of(row, options.answer) if options.answer else None
@@ -155,12 +155,12 @@ def gold_of(row: Row, options: Options) -> Any:
 
 
 def task_of(row: Row, options: Options) -> str:
-  """The name of the row's task; "" where nothing says it."""
+  """The name of the row's task, from its `task_field` or else `task`; "" if there is neither."""
   return text_of(row, options.task_field) if options.task_field else options.task
 
 
 def _asked(row: Row, *names: str) -> dict[str, Any]:
-  """The question, and what comes before it where the field holds the messages of a chat."""
+  """`Fields.question`, and `Fields.before` if the field holds the messages of a chat."""
   for name in names:
     value = value_of(row, name)
     if isinstance(value, list):
@@ -254,7 +254,7 @@ def gsm8k(row: Row, options: Options) -> Fields:
 
 
 def _from(start: int, trace: str, answer: str) -> tuple[int, int]:
-  """The span from `start` on, or from where the trace states the answer before that."""
+  """The span from `start` to the trace's end, or from an earlier statement of the answer on."""
   span = spans.find_answer_span(trace, answer) or (start, len(trace))
   return min(start, span[0]), len(trace)
 
@@ -269,7 +269,7 @@ def metamath(row: Row, options: Options) -> Fields:
   if start < 0:
     raise Drop('no "The answer is:"')
   answer = trace[start + len("The answer is:") :].strip()
-  # The solution before that line often has the answer in a box: that is the answer too.
+  # The text before that line often states the answer already, in a box: the span begins there.
   return Fields(
     **_asked(row, options.question),
     trace=trace,
@@ -347,15 +347,15 @@ def minerva(row: Row, options: Options) -> Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """How one dataset is read.
+  """How the rows of one dataset are read.
 
   Attributes:
-    read: reads a row.
+    read: `read(row, options) -> Fields`; raises `Drop` for a row that cannot be used.
     names: the dataset's own names for the fields "question", "answer", "trace", "id" and "gold".
     others: further columns that `read` uses.
-    unique_questions: use only the first row of each question.
-    needs_answer: leave out rows without an answer.
-    origin: the file that people download, and from where; for the message if it is missing.
+    unique_questions: whether only the first row of each question is used.
+    needs_answer: whether rows without an answer are left out.
+    origin: the file to download and where it is, for the message if the file is missing.
   """
 
   read: Callable[[Row, Options], Fields]
@@ -415,12 +415,16 @@ FORMATS: dict[str, Format] = {
 
 
 def find_format(name: str) -> Format | None:
-  """The format of that name, or of another name of its data set; None if there is none."""
+  """The format with this name, which may be any name of its data set; None if there is none."""
   return FORMATS.get(one_name(name))
 
 
 def format_named(name: str) -> Format:
-  """As `find_format`; a `UserError` names the formats that there are."""
+  """The format with this name, which may be any name of its data set.
+
+  Raises:
+    UserError: there is none; the message lists the formats.
+  """
   found = find_format(name)
   if found is None:
     raise UserError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
@@ -428,7 +432,7 @@ def format_named(name: str) -> Format:
 
 
 def columns(format: str, options: Options) -> tuple[str, ...]:
-  """The columns that a format uses. Only they are read, since the others may be large."""
+  """The columns that a format reads from a table. Others may be large and are left alone."""
   known = format_named(format)
   named = known.with_names(options)
   others = known.others
@@ -439,7 +443,10 @@ def columns(format: str, options: Options) -> tuple[str, ...]:
 
 
 def with_final(fields: Fields, final: str) -> Fields:
-  """`fields` with the end of the trace, from the answer on, replaced by `final`."""
+  """`fields` with the trace's end, from the answer on, replaced by `final` (see `Options.final`).
+
+  They are unchanged if `final` is "", there is no trace, or its answer was not found.
+  """
   if not final or not fields.trace or fields.answer_span is None:
     return fields
   start = fields.answer_span[0]

@@ -1,10 +1,11 @@
 """The tokenizer of a Hugging Face directory: tokenizer.json and the files beside it.
 
-A directory with vocab.json and merges.txt in its place is read as if it had one (bpe_files).
+A directory that has vocab.json and merges.txt instead is read as if it had one (bpe_files).
 
 Special ids are looked for in this order: config.json (what the model was trained with),
 tokenizer_config.json and special_tokens_map.json, well-known names in the vocabulary. The chat
-format is that of the directory's own template.
+format is that of the directory's own template; without one, that of the family whose special tokens
+are in the vocabulary.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class HFTokenizer(base.Tokenizer):
     self.vocab_size = max(self.vocab_size, *(i + 1 for i in self.special_ids))
 
   def _known_chat(self) -> chat_template.Chat:
-    """The format of ours that goes with the special tokens of the vocabulary."""
+    """The built-in chat format that fits the special tokens of the vocabulary."""
     known = (
       (("<|start_header_id|>", "<|startoftext|>"), chat_template.llada_chat),
       (("<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"), chat_template.dream_chat),
@@ -168,8 +169,10 @@ class HFTokenizer(base.Tokenizer):
     )
 
   def _now(self) -> datetime.datetime:
-    """The time that a template may write: a run's is kept with its tokenizer, so that prompts stay
-    the same from day to day and host to host."""
+    """The time that a template may write into prompts.
+
+    A run keeps it with its tokenizer, so that prompts are the same on every day and host.
+    """
     kept = self._described.get("now")
     try:
       return datetime.datetime.fromisoformat(kept) if kept else datetime.datetime.now()
@@ -213,7 +216,7 @@ class HFTokenizer(base.Tokenizer):
     description = {
       "type": "hf",
       "mask_token_id": self.mask_id,
-      # All of them, for the files that told of them do not come along.
+      # All stop ids: some come from files that are not saved here.
       "eos_token_id": self.eos_id if len(self.stop_ids) == 1 else list(self.stop_ids),
       "pad_token_id": self.pad_id,
       "eot_token_id": self.turn_id,
@@ -221,7 +224,7 @@ class HFTokenizer(base.Tokenizer):
     if self._template and self._template.tells_time:
       description["now"] = self._template.now.isoformat(timespec="seconds")
     base.write_description(directory, description)
-    for name in reversed(_FILES):  # tokenizer.json last: with it, the directory counts as whole
+    for name in reversed(_FILES):  # tokenizer.json last: it makes the directory a tokenizer's
       if name in self._files:
         base.write_file(directory, name, self._files[name].encode())
 
@@ -244,10 +247,10 @@ class HFTokenizer(base.Tokenizer):
 
 
 def _ids(file: dict[str, Any], what: str, where: epath.Path) -> list[int]:
-  """The ids of a special token in a file: one, several, or none (null, or a negative one).
+  """The ids that a file gives for a special token: one, several, or none (null or negative).
 
   Raises:
-    UserError: it is no whole number.
+    UserError: an id is not a whole number.
   """
   name = f"{what}_token_id" if f"{what}_token_id" in file else f"{what}_id"
   value = file.get(name)
@@ -263,10 +266,10 @@ def _ids(file: dict[str, Any], what: str, where: epath.Path) -> list[int]:
 
 
 def _untrimmed(text: str) -> str:
-  """tokenizer.json with offsets that cover all characters, blanks included.
+  """The text of tokenizer.json, changed so that a token's offsets include its blanks.
 
-  Byte-level tokenizers may leave a token's blanks out of its offsets, and then a
-  token that begins before an answer would seem to begin in it.
+  Byte-level tokenizers may leave blanks out of the offsets. A token that begins before an answer
+  would then seem to begin within it.
   """
 
   def walk(node: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-STEP = 64  # lengths that are proposed are multiples of this, of 8 where they are short
+STEP = 64  # proposed lengths are multiples of this, or of 8 up to this length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The one name of each known data set, and the other names under which it is found.
+"""Names of the known data sets: one main name for each, and other names that are in use.
 
-The name is that of its format (`format=amc`), of its TFDS data set (`tfds:amc/test`), and of its
-benchmark (`--benchmark=amc`, `data.eval`). Other names in use are taken for it everywhere.
+The main name is that of the format (`format=amc`), of the TFDS data set (`tfds:amc/test`) and of
+the benchmark (`--benchmark=amc`, `data.eval`). The other names work in all these places, too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ ALIASES = {
 
 
 def one_name(name: str) -> str:
-  """The name of a data set, from that or another name in use; unknown ones stay as they are."""
+  """The main name of a data set: one_name("amc23") == "amc". Unknown names stay as they are."""
   return ALIASES.get(name, name)
 
 
 def names_of(known: list[str] | tuple[str, ...]) -> list[str]:
-  """These names, then the others that are taken for one of them."""
+  """The main names `known`, followed by all other names of these data sets."""
   return [*known, *(other for other, name in ALIASES.items() if name in known)]

@@ -40,7 +40,8 @@ class PromptBatch:
     traces: P arrays i32[n], the token ids of the traces. Empty for a record without a trace.
     answer_spans: P token ranges [start, end) in `traces`, from the start of the final answer to the
       end of the trace; None where the answer was not found.
-    row_id: u32[P], derived from the record and the epoch, for randomness of each row's own.
+    row_id: u32[P], a number made from the record's id and the epoch (`row_identity`). A row's
+      random numbers are keyed by it, so that they do not depend on its place in the batch.
     real: bool[P], False on rows that only fill up the last batch of an evaluation.
     tasks: names of the tasks of all records of the stream, the same on every process.
   """
@@ -111,10 +112,10 @@ def row_identity(record_id: str, epoch: int) -> int:
 
 
 class _Stream:
-  """What prompt and SFT streams share: tokenized items, their order, the hosts' shares.
+  """What prompt and SFT streams share: tokenized items, their order, and the processes' shares.
 
   Attributes:
-    prompt_lengths, trace_lengths: of all records, those left out included.
+    prompt_lengths, trace_lengths: lengths in tokens of all records, including those left out.
   """
 
   def __init__(
@@ -137,7 +138,7 @@ class _Stream:
       )
     self.tokenizer, self.batch_size, self.buckets = tokenizer, batch_size, tuple(buckets)
     self.seed, self.process_index, self.process_count = seed, process_index, process_count
-    # A tokenizer that is no larger than the table cannot give an id past its end.
+    # Ids need no check if the embedding has a row for every id of the tokenizer.
     self._rows = embedding_rows if (embedding_rows or 0) < tokenizer.vocab_size else None
     self._dropped: collections.Counter[str] = collections.Counter()
     self._notes: collections.Counter[str] = collections.Counter()
@@ -151,7 +152,7 @@ class _Stream:
     self._order = None
 
   def _measured(self, records: Sequence[Record]) -> list[_Item]:
-    """The items that are used; `prompt_lengths` and `trace_lengths` are of all records."""
+    """The items that are used. Sets `prompt_lengths` and `trace_lengths`, from all records."""
     kept, prompts, traces = [], [], []
     for item in self._tokenize(records):
       prompts.append(len(item.prompt))
@@ -165,7 +166,10 @@ class _Stream:
     return kept
 
   def advice(self) -> list[str]:
-    """For each length that records were left out for: how long they are, and what keeps them."""
+    """For each limit that was too short for some records: the longest one, and what would hold all.
+
+    These are lines for the user.
+    """
     if not self._dropped[PROMPT_TOO_LONG]:
       return []
     longest = self.prompt_lengths.longest
@@ -181,7 +185,7 @@ class _Stream:
 
   @property
   def notes(self) -> dict[str, int]:
-    """What is missing -> the number of records that are used without it."""
+    """What a record lacks, such as "empty trace" -> the number of records used all the same."""
     return dict(self._notes)
 
   def __len__(self) -> int:
@@ -195,6 +199,7 @@ class _Stream:
 
   @property
   def local_batch_size(self) -> int:
+    """The number of rows of a batch that this process has."""
     return self.batch_size // self.process_count
 
   def _tokenize(self, records: Sequence[Record], chunk: int = 1024) -> Iterator[_Item]:
@@ -225,7 +230,7 @@ class _Stream:
     return True
 
   def _global_rows(self, step: int) -> list[tuple[int, int]]:
-    """(item, epoch) of every row of the whole batch of a step, epochs reshuffled."""
+    """(item, epoch) of every row of the whole batch of a step. Each epoch has its own order."""
     if self._order is None:
       import grain  # it imports jax, which reading this module must not
 
@@ -265,7 +270,7 @@ class PromptStream(_Stream):
   """Batches of prompts with their traces, for RL and evaluation.
 
   Args:
-    records: each with an id that no other has.
+    records: the records; no two have the same id.
     tokenizer: encodes prompts in its chat format.
     batch_size: rows of a batch, over all processes.
     buckets: prompt lengths in tokens, increasing. A batch is padded to the smallest that fits.
@@ -330,11 +335,12 @@ class PromptStream(_Stream):
       yield self._build(rows, min(self.batch_size, len(self) - first))
 
   def batch_of(self, numbers: Sequence[int], size: int) -> PromptBatch:
-    """This process's share of the records with these numbers, in this order.
+    """A batch of the records with these numbers, in this order: this process's share.
 
     Args:
-      size: rows over all processes, a multiple of them. It is filled up with the first of the
-        records; in these rows `real` is False.
+      numbers: indices of records that are used.
+      size: rows over all processes, a multiple of the number of processes. If it is larger than the
+        number of records, they are repeated from the first on; in these rows `real` is False.
     """
     rows = [(int(numbers[k % len(numbers)]), 0) for k in range(size)]
     return self._build(rows, len(numbers))

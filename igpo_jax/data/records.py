@@ -1,4 +1,4 @@
-"""The record: one problem as every source gives it and every loop takes it."""
+"""The record: one problem, as data sources give it and as training and evaluation take it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 ROLES = ("system", "user", "assistant")
-# Other names in use: ShareGPT's, and OpenAI's newer one for a system message.
+# Other names of these roles: ShareGPT's, and OpenAI's newer one for a system message.
 _ALSO_CALLED = {"human": "user", "gpt": "assistant", "developer": "system"}
 
 
@@ -17,16 +17,16 @@ class Record:
   """One problem.
 
   Attributes:
-    id: unique within its source and stable between runs.
-    prompt: chat messages, the last one the user's question.
-    trace: ground-truth reasoning ending in the answer; "" where there is none.
-    answer: the gold answer as text; "" where there is none.
-    answer_span: characters [start, end) of the final answer inside `trace`, or
-      None where it is not known; what the span covers is never hinted (docs/method.md#exploration).
-    task: the name of its task, for runs with several (`reward.verifier` = "task", metrics by
-      task); "" where it was not said.
-    gold: what its verifier needs where a text does not say it, as plain JSON values, such as
-      {"numbers": [3, 7, 2], "target": 23}; None: the answer is all.
+    id: unique within its source, and the same in every run.
+    prompt: chat messages; the last one is the user's question.
+    trace: ground-truth reasoning that ends with the answer; "" if there is none.
+    answer: the gold answer as text; "" if there is none.
+    answer_span: characters [start, end) of the final answer in `trace`; None if they are not known.
+      Hints never show them (docs/method.md#exploration).
+    task: name of the task, for runs with several tasks (`reward.verifier` = "task", metrics by
+      task); "" if it is not known.
+    gold: what the verifier needs beside `answer`, as plain JSON values, such as
+      {"numbers": [3, 7, 2], "target": 23}; None if `answer` is enough.
   """
 
   id: str
@@ -44,13 +44,14 @@ class Record:
 
 
 def read_messages(value: Any) -> tuple[Message, ...]:
-  """Chat messages from what a file says: [{"role": "user", "content": "Hi"}, ...].
+  """Reads chat messages from a JSON value such as [{"role": "user", "content": "Hi"}, ...].
 
-  A content may be a list of parts {"type": "text", "text": ...}, which are joined. ShareGPT's
-  {"from": "human", "value": "Hi"} is read, too.
+  A content may be a list of parts {"type": "text", "text": ...}, which are joined. ShareGPT's form,
+  {"from": "human", "value": "Hi"}, is read as well.
 
   Raises:
-    ValueError: it is something else; the text is a reason, such as "messages that are no list".
+    ValueError: it is something else. The error's text says what, such as "messages that are no
+      list".
   """
   if not isinstance(value, list | tuple):
     raise ValueError("messages that are no list")
@@ -75,7 +76,7 @@ def _message(item: Any) -> Message:
 
 
 def _joined(parts: Any) -> str | None:
-  """The text of a list of parts; None if one is something else, such as an image."""
+  """The joined text of a list of parts; None if one of them is not text, such as an image."""
   texts = []
   for part in parts:
     text = part.get("text") if isinstance(part, dict) else part

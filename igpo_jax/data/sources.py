@@ -8,8 +8,8 @@
   synthetic:chains?split=train&n=1000
   mix:synthetic:chains?n=1000 | synthetic:countdown?n=500
 
-What follows "?" are options; `load_records` takes the same as keyword arguments, which
-win. A row that cannot be used is counted by reason, never dropped in silence.
+Options follow after "?". `load_records` also takes them as keyword arguments, which override those
+of the URI. Rows that cannot be used are left out and counted by reason, never in silence.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ from igpo_jax.io.text import find_files
 
 
 class Loaded(NamedTuple):
-  """What a source gave: the records, and how many rows were left out for which reason."""
+  """What was read from a source.
+
+  Attributes:
+    records: the records, in the order of the source.
+    dropped: reason -> the number of rows that were left out for it.
+  """
 
   records: list[Record]
   dropped: dict[str, int]
 
 
 class Stream:
-  """Records one at a time: iterating reads the source as it goes, and only once.
+  """An iterator over the records of a source, which is read as they are asked for, once.
 
   Attributes:
-    dropped: how many rows were left out so far, by reason.
+    dropped: reason -> the number of rows that were left out for it so far.
   """
 
   def __init__(self, records: Iterable[Record], dropped: dict[str, int]):
@@ -55,10 +60,14 @@ _SOURCES: dict[str, Loader] = {}
 
 
 def register_source(name: str) -> Callable[[Loader], Loader]:
-  """Makes `name:REST?option=value` call the decorated function as f(REST, **options).
+  """Decorator: URIs `NAME:REST?option=value` call the function as `f(REST, option=value)`.
 
-  The function returns a list of `Record`s, a `Loaded` or a `Stream`. Options arrive as the
-  text of the URI or as the caller's keyword arguments. A name may be registered again.
+  The function returns a list of `Record`s, a `Loaded` or a `Stream`. Options of a URI arrive as
+  text; keyword arguments of `load_records` arrive as they are. Registering a name again replaces
+  the earlier function.
+
+  Raises:
+    UserError: the name has other characters than letters, digits and "_", or begins with a digit.
   """
   if not name.isidentifier():
     raise UserError(f"a source's name is letters, digits and _: {name!r}")
@@ -75,15 +84,15 @@ def load_records(uri: str, **options: Any) -> Loaded:
 
   Args:
     uri: NAME:REST?option=value&...; see the module's examples.
-    **options: as in the URI, and winning over it. Common to all built-in sources but
-      synthetic and mix: format, limit, system, template, and those of `formats.Options`.
+    **options: further options, which override those of the URI. All built-in sources but synthetic
+      and mix take: format, limit, system, template, and the fields of `formats.Options`.
 
   Returns:
     Records in the order of the source, and counts of the rows that were left out.
 
   Raises:
-    UserError: unknown source, option or format; a file that is missing or broken; no
-      record left.
+    UserError: the source, an option or the format is unknown; a file is missing or broken; or no
+      row can be used.
   """
   stream = stream_records(uri, **options)
   records = list(stream)
@@ -94,13 +103,15 @@ def load_records(uri: str, **options: Any) -> Loaded:
 
 
 def stream_records(uri: str, **options: Any) -> Stream:
-  """As `load_records`, one record at a time: files are read as they are needed.
+  """Reads the records of a source one at a time; arguments as `load_records`.
 
-  A JSON array, `synthetic:` and sources of your own that return lists are held whole.
-  Ids, and where a format wants distinct questions those, are kept to tell repeats.
+  Files are read as records are asked for. Held in memory are: a whole JSON array, all records of
+  `synthetic:` and of sources that return lists, and in any case the ids (and the questions, for a
+  format that uses each question once), to find repeats.
 
   Raises:
-    UserError: as `load_records`; what is wrong with a row when that row is reached.
+    UserError: as `load_records`, except that a source without records is no error here. What is
+      wrong with a row is raised when that row is reached.
   """
   name, colon, rest = uri.partition(":")
   if colon and name == MIX:
@@ -130,15 +141,15 @@ _BAR = " | "
 
 
 def _mixed(rest: str, options: dict[str, Any]) -> Stream:
-  """The records of each source in turn; `options` go to all of them.
+  """The records of each source, one source after the other; `options` go to all of them.
 
-  An id that an earlier source has is told apart by the number of its source: "ID#2".
+  An id that an earlier record has gets the number of its source appended: "ID#2".
   """
   uris = [uri.strip() for uri in rest.split(_BAR)]
   if not all(uris):
     raise UserError(f"{MIX}:{rest}: expected {MIX}:URI{_BAR}URI, and as many more as you like")
   dropped: collections.Counter[str] = collections.Counter()
-  parts = [stream_records(uri, **options) for uri in uris]  # what is wrong with one shows at once
+  parts = [stream_records(uri, **options) for uri in uris]  # a wrong URI is reported at once
 
   def records() -> Iterator[Record]:
     ids: set[str] = set()
@@ -165,10 +176,11 @@ def reads_files(uri: str) -> bool:
 
 
 def check_files(uri: str) -> None:
-  """Looks whether the files of a source are there, without reading them.
+  """Checks that the files of a source exist, without reading them.
 
   Raises:
-    UserError: a source that is unknown, or a missing file; says what to get from where.
+    UserError: the source is unknown, or a file is missing; for a known data set, the message says
+      which file to get and from where.
   """
   name, colon, rest = uri.partition(":")
   if colon and name == MIX:
@@ -185,15 +197,21 @@ def check_files(uri: str) -> None:
 
 
 def describe(counts: dict[str, int]) -> str:
-  """Counts by reason as one line: "3 x no question, 1 x prompt too long"."""
+  """Counts by reason in one line: "3 x no question, 1 x prompt too long"."""
   return ", ".join(f"{n} x {reason}" for reason, n in sorted(counts.items())) or "none left out"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-  """How a question becomes messages: an optional system message and a template.
+  """How a question becomes a prompt of chat messages.
 
-  Of a chat that has a system message of its own, that one stays.
+  Attributes:
+    system: text of a system message that comes first; "" for none. A chat that already has a system
+      message keeps its own.
+    template: text of the user's message, with "{question}" in the question's place.
+
+  Raises:
+    UserError: "{question}" is not in the template.
   """
 
   system: str = ""
@@ -204,7 +222,7 @@ class Prompting:
       raise UserError(f"template={self.template!r} has no {{question}} in it")
 
   def messages(self, question: str, before: tuple[Message, ...] = ()) -> tuple[Message, ...]:
-    """The prompt: `before`, earlier turns of a chat, then the question in the template."""
+    """The prompt: the earlier turns of a chat (`before`), then the question in the template."""
     user = {"role": "user", "content": self.template.replace("{question}", question)}
     if self.system and not any(message["role"] == "system" for message in before):
       before = ({"role": "system", "content": self.system}, *before)
@@ -221,15 +239,19 @@ def read_rows(
   template: str = "{question}",
   **options: Any,
 ) -> Stream:
-  """Rows of any table to records, by a named format.
+  """Turns the rows of a table into records.
 
   Args:
-    rows: dicts of plain values.
-    name: of the source; ids are "name/key" or "name/row number".
+    rows: dicts of plain values, one for each row.
+    name: name of the source. Ids of records are "NAME/KEY", or "NAME/ROW NUMBER" for rows without
+      a key.
     format: one of `formats.FORMATS`, or another name of its data set (`data.names`).
-    limit: stop after so many usable records.
+    limit: stop after this many records; None or "" reads all.
     system, template: see `Prompting`.
-    **options: `formats.Options`.
+    **options: fields of `formats.Options`.
+
+  Raises:
+    UserError: an unknown format or option. When the records are read: no row can be used.
   """
   formats.format_named(format)  # before the first row is asked for
   limit = None if limit in (None, "") else _integer("limit", limit)
@@ -323,7 +345,7 @@ def _boolean(name: str, value: bool | str) -> bool:
 
 
 def _name_of(pattern: str) -> str:
-  """FOLDER/STEM of a path or address; a packed file is named as the file in it."""
+  """FOLDER/STEM of a path or address: "gsm8k/train" for /data/gsm8k/train.jsonl.gz."""
   path = pathlib.PurePosixPath(pattern.rpartition("://")[2])
   stem = (
     path.stem if path.suffix not in (".gz", ".bz2", ".xz", ".zst") else path.with_suffix("").stem
@@ -356,7 +378,7 @@ def _load_parquet(path: str, **options: Any) -> Stream:
 
 
 def _columns(options: Mapping[str, Any]) -> tuple[str, ...] | None:
-  """The columns that the options' format reads; None: `read_rows` will find fault with them."""
+  """The columns that the format reads; None if the format is unknown, which `read_rows` reports."""
   format = options.get("format", "plain")
   known = {field.name for field in dataclasses.fields(formats.Options)}
   if formats.find_format(format) is None:
@@ -392,7 +414,7 @@ SYNTHETIC = "synthetic"
 
 
 def _generator(name: str) -> Task:
-  """The task of `synthetic:NAME`; a `UserError` names those there are."""
+  """The task of `synthetic:NAME`; a `UserError` that lists the known ones if there is no such."""
   return task_with("make_records", name or "chains", SYNTHETIC)
 
 
@@ -423,7 +445,7 @@ def _load_synthetic(
 
 
 def _number_if(value: Any) -> Any:
-  """Text of a URI that reads as a number, as that number."""
+  """An option's text as an int or a float if it reads as one; everything else as it is."""
   for kind in (int, float):
     try:
       return kind(value) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ from igpo_jax.rewards import answers
 
 # A box opens, an escaped character, or a brace.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-# What opens a statement. More than the grader reads does no harm: it is asked about each.
+# What may open a statement. Too many matches do no harm: the grader is asked about each of them.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _MARKS = (re.compile(r"####"), re.compile(r"(?i)<answer>"))
 _SAID = re.compile(r"(?i)(?:\b(?:the|final|correct|my|our)[ \t]+)*(?<![</])\banswers?\b")
@@ -101,9 +101,9 @@ def last_boxed(trace: str) -> str:
 
 
 def _stated(trace: str, answered: list[str], before: int) -> int | None:
-  """Where the grader first reads a statement that may say one of `answered`; None: nowhere.
+  """Where the first statement begins that the grader reads and that may say one of `answered`.
 
-  Only those that begin before the character `before` are asked for.
+  Only statements that begin before the character `before` count. None if there is none.
   """
   starts = sorted(m.start() for pattern in (_BOX, *_MARKS, _SAID) for m in pattern.finditer(trace))
   for start, end in itertools.pairwise([*starts, len(trace)]):

@@ -1,7 +1,7 @@
-"""Tasks by name: what a generated task registers, and what the rest of the package asks for.
+"""Tasks by name: what belongs to a task, and how the rest of the package finds it.
 
-The package's own tasks are in `igpo_jax.tasks`, a file each. A task of a user's own is registered
-from a config file, or from a file named by `--plugins`, by one call of `register_task`.
+The package's own tasks are in `igpo_jax.tasks`, one file each. Users register tasks of their own by
+one call of `register_task` in a config file, or in a file given by `--plugins`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ TrimRules = Callable[[str, str, Count, int], str]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One task, under one name everywhere.
+  """One task. Its name is the same wherever it is used.
 
   Attributes:
-    name: of the source `synthetic:NAME`, the tokenizer `char:NAME` or `words:NAME`, the trim rules
-      `--rules=NAME`, and the `Record.task` of its records.
-    verifier: the name of the verifier that grades its records where `reward.verifier` is "task".
-    make_records: `(split, n, seed, **options) -> records`, `split` being "train" or "test"; None
-      for a task whose problems are read from files.
-    alphabet: the characters of its texts, for the character tokenizer; "" where it has none.
-    words: the words of its texts, for the word tokenizer; () where it has none.
-    trim: `(trace, answer, count, max_tokens) -> trace`, a shorter trace by rules; "" stands for one
-      that cannot be trimmed. None where there are no rules.
-    aliases: further names under which it is found.
+    name: the name in the source `synthetic:NAME`, the tokenizer `char:NAME` or `words:NAME`, the
+      trim rules `--rules=NAME`, and `Record.task`.
+    verifier: name of the verifier that grades its records if `reward.verifier` is "task".
+    make_records: `make_records(split, n, seed, **options) -> records`, where `split` is "train" or
+      "test" and the options are those of the source's URI. None for a task whose problems are read
+      from files.
+    alphabet: the characters of its texts, for the character tokenizer; "" if it has none.
+    words: the words of its texts, for the word tokenizer; () if it has none.
+    trim: `trim(trace, answer, count, max_tokens) -> trace`, which shortens a trace by rules.
+      `count(text)` is the number of tokens of a text. "" means that the trace cannot be trimmed.
+      None if the task has no rules.
+    aliases: further names of the task.
   """
 
   name: str
@@ -47,10 +49,10 @@ _TASKS: dict[str, Task] = {}
 
 
 def register_task(task: Task) -> Task:
-  """Makes a task known under its name and its aliases; returns it.
+  """Registers a task under its name and its aliases, and returns it.
 
   Raises:
-    ValueError: one of the names is taken.
+    ValueError: another task has one of these names.
   """
   load_built_in()
   for name in (task.name, *task.aliases):
@@ -61,25 +63,27 @@ def register_task(task: Task) -> Task:
 
 
 def find_task(name: str) -> Task | None:
-  """The task of that name or alias; None if there is none."""
+  """The task with this name or alias; None if there is none."""
   load_built_in()
   return next((t for t in _TASKS.values() if name == t.name or name in t.aliases), None)
 
 
 def all_tasks() -> list[Task]:
-  """Every task, in the order of their names."""
+  """All tasks, the package's own included, sorted by name."""
   load_built_in()
   return sorted(_TASKS.values(), key=lambda task: task.name)
 
 
 def task_with(attribute: str, name: str, asked: str) -> Task:
-  """The task of that name, which must have an attribute such as "make_records" or "words".
+  """The task with this name, if it has what is needed of it.
 
   Args:
-    asked: what the user wrote; the error's message begins with it.
+    attribute: the attribute that it must have, such as "make_records" or "words".
+    name: name or alias of the task.
+    asked: what the user wrote, which begins the error's message.
 
   Raises:
-    UserError: there is no such task; says which there are.
+    UserError: no task with this attribute has this name; the message lists those there are.
   """
   task = find_task(name)
   if task is None or not getattr(task, attribute):

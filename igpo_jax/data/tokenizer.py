@@ -1,7 +1,7 @@
-"""Tokenizers of characters, words and SentencePiece; loading any tokenizer from a directory.
+"""Character, word and SentencePiece tokenizers; loading a tokenizer of any kind from a directory.
 
 All tokenizers have one interface (`tokenizer_base.Tokenizer`), so the rest of the program does not
-depend on the kind. Tokenizers of Hugging Face are in `hf_tokenizer`. Needs no jax.
+depend on the kind. Hugging Face tokenizers are in `hf_tokenizer`. Does not import jax.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from igpo_jax.data.tokenizer_base import (
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import mend, read_object
 
-CHAR, WORDS = "char", "words"  # char:NAME, words:NAME: of a generated task; "char" is char:chains
-OWN_KINDS = (CHAR, WORDS)  # types of a description file that are read here
+CHAR, WORDS = "char", "words"  # "char:TASK", "words:TASK"; "char" stands for "char:chains"
+OWN_KINDS = (CHAR, WORDS)  # tokenizers that consist of a description file only
 
 
 class CharTokenizer(Tokenizer):
@@ -80,10 +80,10 @@ class CharTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-  """One token per word, words being what blanks part; for generated tasks told in sentences.
+  """One token per word, for generated tasks told in sentences. Words are separated by blanks.
 
-  Ids: 0 end of text (and padding), 1 mask, 2 end of a turn, then the words in their order. Texts
-  have one space between two words: then `decode(encode(text)) == text`.
+  Ids: 0 is the end of text and the padding, 1 the mask, 2 the end of a message; then the words. For
+  a text with single spaces between its words, `decode(encode(text)) == text`.
 
   Worked example, words ("a", "bus", "."): encode("a bus .") is [3, 4, 5].
   """
@@ -93,7 +93,9 @@ class WordTokenizer(Tokenizer):
   def __init__(self, words: Sequence[str]):
     words = tuple(words)
     if not words or len(set(words)) != len(words):
-      raise UserError(f"the {len(words)} words of a tokenizer are none, or one is there twice")
+      raise UserError(
+        f"a word tokenizer needs at least one word and no word twice; it was given {len(words)}"
+      )
     odd = [word for word in words if word.split() != [word]]
     if odd:
       raise UserError(f"the word {odd[0]!r} of a tokenizer is empty or has a blank in it")
@@ -228,7 +230,7 @@ def train_sentencepiece(
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
       model_writer=model,
-      vocab_size=max(vocab_size, least),  # what is less still is told with the characters counted
+      vocab_size=max(vocab_size, least),  # with fewer, its error would not count the characters
       model_type="unigram",
       character_coverage=0.9995,
       byte_fallback=True,
@@ -248,7 +250,7 @@ def train_sentencepiece(
       minloglevel=2,
     )
   except RuntimeError as error:
-    # Its own words name flags of its command line.
+    # The library's message is about flags of its command line, so this one is written anew.
     few = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
     many = re.search(r"to a value <= (\d+)", str(error))
     reason = str(error).rpartition("] ")[2]
@@ -294,7 +296,7 @@ def open_tokenizer(spec: str) -> Tokenizer:
       those of several tasks, "char" for "char:chains"; or a path.
 
   Raises:
-    UserError: no such task, one that is not written in characters (or words); else as
+    UserError: there is no such task, or it has no characters (or words) of its own; for a path, as
       `load_tokenizer`.
   """
   kind, _, names = spec.partition(":")

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and what the tokenizers share. No jax in here."""
+"""The interface of all tokenizers, and what they share. Does not import jax."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from etils import epath
 from igpo_jax.data.records import ROLES, Message
 from igpo_jax.errors import UserError
 
-# The description file that this program writes. It is all that a character tokenizer has. Beside
-# the files of other tokenizers it has the special ids, which those files do not always give.
+# A file that this program writes into every tokenizer's directory. A character or word tokenizer
+# has no other file. For Hugging Face tokenizers it has the special ids, which their own files do
+# not always give.
 DESCRIPTION_FILE = "igpo_tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -65,7 +66,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _decode_text(self, ids: list[int]) -> str:
-    """Text of ids that hold no special token."""
+    """The text of ids of the vocabulary, none of which is special."""
 
   def encode(self, text: str) -> list[int]:
     """Token ids of `text`; see `encode_with_offsets`."""
@@ -104,7 +105,7 @@ class Tokenizer(abc.ABC):
       of them has it and the others are "".
     """
     out: list[str] = []
-    before: list[int] = []  # the last token with a text: spaces may depend on it
+    before: list[int] = []  # the tokens of the last text: spaces may depend on them
     waiting: list[int] = []  # tokens whose character is not complete
     last = -1  # where the last of them is in `out`
 
@@ -161,7 +162,7 @@ def split_prefill(messages: Sequence[Message]) -> Prefill:
 
 
 def write_file(directory: epath.PathLike, name: str, data: bytes) -> None:
-  """Writes a file under a temporary name and renames it, so that it is complete or not there."""
+  """Writes a file under a temporary name and renames it, so that it is never there in part."""
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   partial = directory / f".{name}.partial"

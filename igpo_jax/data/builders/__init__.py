@@ -1,7 +1,7 @@
-"""Reading TFDS datasets by name; they are prepared if they are not yet. Needs no TensorFlow.
+"""Reading TFDS datasets by name, preparing them first if necessary. Does not need TensorFlow.
 
-The datasets of `BUILDERS` are made here from files that people download. Any other name is a
-dataset of TFDS, which downloads it.
+The datasets of `BUILDERS` are made from files that the user has downloaded. Any other name is a
+dataset of TFDS, which downloads it by itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TFDS builders for the mathematics datasets that people download as files.
 
-The files lie in MANUAL_DIR/NAME/, named as where they come from. Rows are kept as they
-are, in their order, with the fields that the formats read; `formats` makes records of them.
+The files are in MANUAL_DIR/NAME/, under the names that they have where they come from. Rows keep
+their order and the fields that are used, unchanged; `formats` turns them into records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from igpo_jax.errors import UserError
 
 
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Rows of JSON or Parquet files; what a dataset is, its class attributes say.
+  """A dataset of rows in JSON or Parquet files. A subclass describes it by class attributes.
 
   Attributes:
     FILES: split -> glob pattern under MANUAL_DIR/NAME/.
@@ -46,10 +46,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   @classmethod
   def check_files(cls, manual_dir: epath.Path) -> dict[str, list[epath.Path]]:
-    """The files of each split.
+    """Finds the files of each split.
 
     Raises:
-      UserError: one is missing; says which, from where, where to put it.
+      UserError: one is missing; the message says where to get it and where to put it.
     """
     directory = epath.Path(manual_dir) / cls.name
     found = {split: sorted(directory.glob(pattern)) for split, pattern in cls.FILES.items()}
@@ -57,8 +57,8 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if missing:
       raise UserError(
         f"tfds:{cls.name} needs {directory / missing[0]}, which is not there: get"
-        f" {formats.FORMATS[cls.FORMAT].origin}, put it in {directory}, or say"
-        f" where its parent is with manual_dir="
+        f" {formats.FORMATS[cls.FORMAT].origin}, and put it in {directory}; or give another"
+        f" parent of that folder with manual_dir="
       )
     return found
 
