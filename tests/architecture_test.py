@@ -173,7 +173,7 @@ def test_nothing_is_evaluated_or_unpickled(path):
 
 TEXTS = [
   p
-  for folder in ("igpo_jax", "configs", "tests", "benchmarks", "launch", ".ci")
+  for folder in ("igpo_jax", "configs", "examples", "tests", "benchmarks", "launch", ".ci")
   for p in sorted((REPO / folder).rglob("*"))
   if p.is_file() and (p.suffix in (".py", ".sh", ".json", ".md", ".toml") or p.name == "run")
 ] + [REPO / "pyproject.toml", REPO / "setup.py"]

@@ -1,16 +1,13 @@
-"""A config file with an estimator and an objective of its own, on the tiny run of `tiny_config`."""
-
-from __future__ import annotations
+"""An estimator and an objective of one's own: --config=examples/own_estimator.py"""
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from igpo_jax.config import Count, Share
+from igpo_jax.flags import load
 from igpo_jax.rl.estimators import Estimator, Forwards, Views, register_estimator
 from igpo_jax.rl.objectives import LossSums, Objective, register_objective
-from tests import tiny_config
 
 
 @register_estimator("halves")
@@ -23,7 +20,7 @@ class Halves(Estimator):
   """
 
   parts: Count = 2
-  redrawn = False
+  redrawn = False  # the same masks at every inner update
 
   def forwards(self, sizes):
     return Forwards(shared=0, own=self.parts)
@@ -38,37 +35,23 @@ class Halves(Estimator):
 @register_objective("weighted_nll")
 @dataclasses.dataclass(frozen=True)
 class WeightedLikelihood(Objective):
-  """-mean of A log pi over what is kept, the ratio to the old policy left out.
+  """-mean of A log pi over what is kept: no ratio to the policy that sampled."""
 
-  Attributes:
-    floor: advantages below -floor count as -floor.
-  """
-
-  floor: Share = 0.5
+  floor: Share = 0.5  # advantages below -floor count as -floor
   needs_old = False
-  drops_zero_advantage = True
 
   def totals(self, batch):
     return {"rows": jnp.float32(batch.advantages.size)}
 
   def sums(self, policy, old, ref, batch, totals, kept):
-    assert old is None and ref is None
-    advantage = jnp.maximum(batch.advantages, -self.floor)
     per_row = jnp.sum(jnp.where(kept, policy.tokens, 0.0), axis=-1)
-    count = jnp.sum(kept)
-    weight = jax.lax.stop_gradient(jnp.sum(jnp.abs(advantage)))
-    return LossSums(
-      -jnp.sum(advantage * per_row) / totals["rows"], None, {"kept": count, "weight": weight},
-      {"longest": jnp.max(jnp.sum(kept, axis=-1)).astype(jnp.float32)},
-    )  # fmt: skip
-
-  def metrics(self, sums, most):
-    return {"kept": sums["kept"], "longest": most["longest"]}
+    loss = -jnp.sum(jnp.maximum(batch.advantages, -self.floor) * per_row) / totals["rows"]
+    return LossSums(loss, None, {"kept": jnp.sum(kept)})  # and what is logged
 
 
 def get_config():
-  config = tiny_config.get_config()
+  config, _ = load("configs/quickstart.py:smoke")
   config.rl.estimator = "halves"
-  config.estimator.halves.parts = 4
+  config.estimator.halves.parts = 7
   config.rl.objective = "weighted_nll"
   return config
