@@ -35,7 +35,10 @@ FILES = "files.json"
 SMALL_BYTES = 1 << 20  # larger files hold arrays, which have checksums of their own
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 ARRAYS = "default"  # Orbax's folder of a step's arrays
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's end of the name of what it is still writing
+# What a disk says when it is full, read-only, broken or away.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT)
+_FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
 # Words of errors that say nothing about the files: another look may succeed.
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED")
 
@@ -134,7 +137,7 @@ class Checkpoints:
       note: a JSON object to save with it.
 
     Raises:
-      UserError: the disk is full.
+      UserError: the disk is full, or fails.
     """
     note = note or {}
     kept = {"sums": digests(state), "note": note, "note_sum": _digest(_text_of(note))}
@@ -148,24 +151,32 @@ class Checkpoints:
         )
         self._manager.wait_until_finished()
       except Exception as error:
-        if not _is_disk_full(error):
+        why = _said_by_disk(error)
+        if not why:
           raise
         words.clear()
-        raise UserError(self._full(step, state)) from error
+        raise UserError(self._unwritten(step, state, why)) from error
     self._write_files(step)
     self.prune()
 
-  def _full(self, step: int, state: Any) -> str:
-    """What to say of a full disk; removes what was written of the checkpoint."""
-    begun = self.directory / f"{step}.orbax-checkpoint-tmp"
-    with contextlib.suppress(OSError):
+  def remove_unfinished(self) -> None:
+    """Removes what killed processes left of checkpoints. No other process may be saving one."""
+    for begun in self.directory.glob(f"*{UNFINISHED}"):
       begun.rmtree(missing_ok=True)
+
+  def _unwritten(self, step: int, state: Any, why: str) -> str:
+    """What to say of a disk that is full or fails; removes what was written of the checkpoint."""
+    with contextlib.suppress(OSError):
+      self.remove_unfinished()
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     last = self.latest()
-    return (
-      f"no space left on the device: the checkpoint of step {step} ({in_bytes(size)}) does not fit "
-      f"in {self.directory}; free some and start the same command again, which continues from "
-      + (f"step {last}" if last is not None else "the beginning of the stage")
+    what = f"the checkpoint of step {step} ({in_bytes(size)})"
+    if why in _FULL:
+      line = f"no space left on the device: {what} does not fit in {self.directory}; free some"
+    else:
+      line = f"{what} cannot be written to {self.directory} ({why}); see to the disk"
+    return f"{line} and start the same command again, which continues from " + (
+      f"step {last}" if last is not None else "the beginning of the stage"
     )
 
   def prune(self) -> None:
@@ -330,13 +341,14 @@ class Checkpoints:
     return DamagedCheckpoint(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def _said_by_disk(error: BaseException | None) -> str:
+  """The system's words for an error that is the disk's; "" for other errors."""
   while error is not None:
-    texts = [os.strerror(number) for number in DISK_FULL]
-    if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in texts):
-      return True
+    for number in DISK:
+      if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+        return os.strerror(number)
     error = error.__cause__ or error.__context__
-  return False
+  return ""
 
 
 @contextlib.contextmanager

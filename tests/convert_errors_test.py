@@ -137,6 +137,25 @@ def index_of_numbers(directory):
   edit_index(directory, lambda names: names.update({HEAD: 1}))
 
 
+def index_that_leads_out(directory):
+  shard(directory)
+  edit_index(directory, lambda names: names.update({HEAD: f"../hf/{names[HEAD]}"}))
+
+
+def index_nested_without_end(directory):
+  shard(directory)
+  (directory / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
+def header_nested_without_end(directory):
+  edit_header(directory, lambda text: "[" * 100_000)
+
+
+def weights_are_a_folder(directory):
+  (directory / "model.safetensors").unlink()
+  (directory / "model.safetensors").mkdir()
+
+
 def weights_twice(directory):
   shutil.copy(directory / "model.safetensors", directory / "old.safetensors")
   shard(directory)
@@ -196,6 +215,10 @@ BAD = {
   index_names_the_wrong_shard: (f"{HEAD} is in the index but not in model-0000",),
   index_forgets_a_tensor: (f"{HEAD} is in model-0000", "but not in the index"),
   index_of_numbers: ("index.json is damaged", "tensor -> file"),
+  index_that_leads_out: ("index.json is damaged", "tensor -> file"),
+  index_nested_without_end: ("index.json is damaged", "tensor -> file"),
+  header_nested_without_end: ("damaged header",),
+  weights_are_a_folder: ("model.safetensors cannot be read", "s a directory"),
   weights_twice: ("has weights twice: model.safetensors, and the shards",),
   a_key_twice: ("damaged header",),
   overlapping_tensors: ("overlaps another tensor or leaves a gap",),

@@ -88,6 +88,15 @@ def test_half_a_line_is_dropped_and_any_other_is_told(tmp_path):
     file.read()
 
 
+@pytest.mark.parametrize("line", [b'{"n": "\xff"}', b"5", b'"text"', b"[" * 100_000])
+def test_a_line_that_is_no_object_is_told(line, tmp_path):
+  file = row_file(tmp_path / "rows.jsonl")
+  file.path.write_bytes(line + b'\n{"n": 1}\n')
+  for use in (file.read, lambda: file.cut(lambda row: False)):
+    with pytest.raises(UserError, match=r"rows\.jsonl: not a JSON (line|object)"):
+      use()
+
+
 def test_what_lies_before_the_tail_is_not_read_to_drop_the_tail(tmp_path, monkeypatch):
   monkeypatch.setattr(jsonl, "TAIL_BYTES", 64)
   file = row_file(tmp_path / "rows.jsonl")

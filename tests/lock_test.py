@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -114,11 +115,21 @@ def test_another_process_with_the_id_of_a_dead_one_is_not_taken_for_it(folder, l
   assert not locks.said
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "x"}', '{"pid": null}'])
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", '{"host": "x"}', '{"pid": null}', "\udcff", "[" * 100_000]
+)
 def test_a_lock_that_makes_no_sense_is_dead_once_it_stays_as_it_is(text, folder, locks):
-  stale(folder).write_text(text)
+  stale(folder).write_bytes(text.encode(errors="surrogateescape"))
   locks(folder).take()
   assert "in use by process 0 on an unknown host: waiting up to " in locks.said[0]
+
+
+def test_what_a_kill_left_of_a_lock_is_removed(tmp_path, locks):
+  (tmp_path / f".{FILE}-0123456789abcdef").write_text("{")
+  lock = locks(tmp_path)
+  lock.take()
+  lock.release()
+  assert not list(tmp_path.iterdir())
 
 
 def test_on_another_machine_silence_is_death(folder, locks):
@@ -202,6 +213,17 @@ def test_however_a_run_ends_its_workdir_is_free(how, tmp_path, monkeypatch):
   else:
     run()
   assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_in_a_run_is_one_line_and_a_bug_is_not(number, tmp_path):
+  advice = rf"workdir {tmp_path}: .*start the same command again"
+  with pytest.raises(UserError, match=advice), workdir_module.disk_told(tmp_path):
+    raise OSError(number, os.strerror(number))
+  with pytest.raises(UserError, match=advice), workdir_module.disk_told(tmp_path):
+    (tmp_path / "gone" / "metrics.jsonl").write_text("")
+  with pytest.raises(FileNotFoundError), workdir_module.disk_told(tmp_path / "run"):
+    (tmp_path / "elsewhere" / "x").write_text("")
 
 
 def test_a_workdir_that_cannot_be_written_is_told(tmp_path):

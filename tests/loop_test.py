@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +215,19 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_rubbish(
   checkpoints.close()
 
 
+def test_a_disk_that_fails_is_told_with_what_to_do(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, tree(1))
+  for error in (
+    OSError(errno.EROFS, "Read-only file system", "x"),
+    ValueError("OUT_OF_RANGE: Failed writing: [OS error 27: EFBIG File too large]"),
+  ):
+    monkeypatch.setattr(checkpoints._manager, "save", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"step 2 \(16 B\) cannot be written .*from step 1$"):
+      checkpoints.save(2, tree(2))
+  checkpoints.close()
+
+
 # --- the record -----------------------------------------------------------------------
 
 
@@ -228,6 +243,13 @@ def fill(log):
 
 def positions(path):
   return [(r["stage"], r["step"]) for r in row_file(path).read()]
+
+
+@pytest.mark.parametrize("row", ['{"stage": "rm", "step": 1}', '{"stage": "rl"}', '{"step": 1}'])
+def test_a_row_that_no_run_wrote_is_told(row, tmp_path):
+  (tmp_path / "metrics.jsonl").write_text(f'{row}\n{{"stage": "rl", "step": 2}}\n')
+  with pytest.raises(UserError, match=r"metrics\.jsonl: not a row of a run: "):
+    run_log(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +495,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint(damage, tmp_path, capsys):
     run_stage(make_run(war), counting_stage(at_step=send), fresh())
   folder = war / "checkpoints" / "rl"
   DAMAGES[damage](folder / "5")
+  (folder / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)  # of a killed save
   capsys.readouterr()
   run_stage(make_run(war), counting_stage(seen=seen), fresh())
   assert seen == [4, 5] and written(war) == written(peace)
@@ -480,7 +503,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint(damage, tmp_path, capsys):
   assert f"rl: the checkpoint {folder}/5 is damaged: " in said
   assert f"; it is {folder}/damaged-5 now" in said
   assert "rl: continues from its checkpoint of step 4" in said
-  assert make_run(war).checkpoints("rl").steps() == [4, 6]
+  assert sorted(p.name for p in folder.iterdir()) == ["4", "6", "damaged-5"]
 
 
 def test_where_no_checkpoint_is_good_nothing_is_thrown_away(tmp_path):

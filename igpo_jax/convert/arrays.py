@@ -396,7 +396,7 @@ def read_tree_metadata(directory: epath.Path) -> dict[str, Any]:
   try:
     metadata = json.loads(file.read_text())
     tree_paths(metadata)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
     raise UserError(f"{file} is damaged: {error}") from error
   return metadata
 
@@ -404,7 +404,10 @@ def read_tree_metadata(directory: epath.Path) -> dict[str, Any]:
 def tree_paths(metadata: Mapping[str, Any]) -> list[tuple[str, ...]]:
   """The paths of all leaves, as names."""
   leaves = metadata["tree_metadata"].values()
-  return [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves]
+  paths = [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves]
+  if any("/" in name for path in paths for name in path):
+    raise ValueError("a name leads out of the checkpoint")
+  return paths
 
 
 def kvstore(directory: epath.Path, name: str) -> dict[str, Any]:

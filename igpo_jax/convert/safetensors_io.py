@@ -72,18 +72,21 @@ def raise_problems(where: Any, problems: Sequence[str]) -> None:
 
 def read_header(file: epath.Path) -> Header:
   """The header of one file, checked: every tensor lies within it, and no two overlap."""
-  size = file.stat().length
-  with file.open("rb") as f:
-    length = int.from_bytes(f.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-      return Header({}, {}, (f"{file.name} is truncated or no safetensors file ({size} bytes)",))
-    text = f.read(length)
+  try:
+    size = file.stat().length
+    with file.open("rb") as f:
+      length = int.from_bytes(f.read(8), "little")
+      if size < 8 or length > min(size - 8, MAX_HEADER):
+        return Header({}, {}, (f"{file.name} is truncated or no safetensors file ({size} bytes)",))
+      text = f.read(length)
+  except OSError as error:
+    return Header({}, {}, (f"{file.name} cannot be read ({error.strerror or error})",))
   try:
     header = json.loads(text, object_pairs_hook=_unique)
     metadata = header.pop("__metadata__", None) or {}
     aliases = {k: v for k, v in metadata.items() if isinstance(v, str)}
     fields = {key: _field(value) for key, value in header.items()}
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return Header({}, {}, (f"{file.name} has a damaged header",))
   tensors, problems, data, end_of_last = {}, [], 8 + length, 0
   for key, (dtype, shape, begin, end) in sorted(fields.items(), key=lambda item: item[1][2:]):
@@ -219,8 +222,10 @@ class Reader:
     try:
       weight_map = dict(json.loads(index.read_bytes())["weight_map"])
       names = sorted(set(weight_map.values()))
+      if any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
+        raise ValueError("shards lie beside their index")
       missing = [n for n in names if not (self.directory / n).exists()]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
       raise UserError(
         f"{index} is damaged: it needs a JSON object with weight_map, tensor -> file"
       ) from error

@@ -11,6 +11,7 @@ The file is read backwards, and no further than needed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -48,8 +49,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     path.write_text(text)  # an object appears when it is complete
     return
   temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text(text)
-  temporary.replace(path)
+  try:
+    temporary.write_text(text)
+    temporary.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
 
 
 def row_file(path: epath.PathLike) -> DiskRows | PartRows:
@@ -208,28 +214,39 @@ def _lines(rows: Sequence[Row]) -> str:
 
 
 def _text(path: epath.Path) -> str:
-  return path.read_text(encoding="utf-8") if path.exists() else ""
+  return _decoded(path.read_bytes()) if path.exists() else ""
+
+
+def _decoded(data: bytes) -> str:
+  """Text of which every byte comes back, those that are not UTF-8 included."""
+  return data.decode(errors="surrogateescape")
 
 
 def _parse(path: epath.Path, text: str) -> Iterator[tuple[str, Row | None]]:
-  """Lines with their ends, and rows; None for a last line that a kill cut."""
+  """Lines with their ends, and rows; None for a last line that a kill cut.
+
+  Raises:
+    UserError: another line is not a JSON object.
+  """
   # At LF only: U+2028 and others that `splitlines` cuts at may stand in a JSON string.
   lines = re.findall(r"[^\n]*\n|[^\n]+", text)
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+      row = json.loads(line.encode()) if line.endswith("\n") else None
+    except (ValueError, RecursionError):
       row = None
-    if row is None and number < len(lines):
-      raise UserError(f"{path}: not a JSON line: {line[:60]!r}; mend or move the file")
+    if not isinstance(row, dict) and number < len(lines):
+      what = "JSON line" if row is None else "JSON object"
+      raise UserError(f"{path}: not a {what}: {line[:60]!r}; mend or move the file")
+    row = row if isinstance(row, dict) else None
     yield line, row
 
 
 def _kept(path: epath.Path, data: bytes, keep: Callable[[Row], bool]) -> int:
   """How many bytes of whole lines go up to the last row to keep; 0 if there is none."""
   end = at = 0
-  for line, row in _parse(path, data.decode()):
-    at += len(line.encode())
+  for line, row in _parse(path, _decoded(data)):
+    at += len(line.encode(errors="surrogateescape"))
     if row is not None and keep(row):
       end = at
   return end

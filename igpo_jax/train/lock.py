@@ -132,9 +132,14 @@ class WorkdirLock:
     draft.write_text(text)
     draft.replace(self.file)
 
+  def _remove_drafts(self) -> None:
+    """Removes what kills left between writing a lock and putting it in its place."""
+    for draft in self.workdir.glob(f".{FILE}-*"):
+      draft.unlink(missing_ok=True)
+
   def _read(self) -> str | None:
     try:
-      return self.file.read_text()
+      return self.file.read_bytes().decode(errors="replace")
     except FileNotFoundError:
       return None
 
@@ -143,6 +148,8 @@ class WorkdirLock:
     with self._alone() as alone:
       if self._read() not in (None, dead):
         return False
+      if alone:
+        self._remove_drafts()
       self._write()
     if not alone:  # of two that write it at the same moment the last keeps it
       time.sleep(SETTLE_SECONDS)
@@ -213,7 +220,7 @@ def _parse(text: str) -> Holder:
     values = json.loads(text)
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Holder)}
     return Holder(**{name: kind(values[name]) for name, kind in kinds.items()})
-  except (ValueError, TypeError, KeyError):
+  except (ValueError, TypeError, KeyError, RecursionError):
     return Holder()
 
 

@@ -305,6 +305,7 @@ def resume(
     UserError: there are checkpoints, but none can be read; or there are none although the stage was
       finished.
   """
+  from_first(checkpoints.remove_unfinished)
   steps = from_first(checkpoints.steps)
   start, damaged = 0, []
   if steps:

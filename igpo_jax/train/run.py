@@ -41,7 +41,7 @@ from igpo_jax.train.setup import (
 from igpo_jax.train.sft import handed_on, is_spent, train_sft
 from igpo_jax.train.sizes import asked, said
 from igpo_jax.train.stop import StopSignal
-from igpo_jax.train.workdir import hold, open_workdir, versions
+from igpo_jax.train.workdir import disk_told, hold, open_workdir, versions
 from igpo_jax.viewer.comparison import method_of, write_comparison
 from igpo_jax.viewer.report import PAGE, write_page, write_report
 from igpo_jax.viewer.summary import summary_table
@@ -59,7 +59,7 @@ def train(config: Config, workdir: epath.Path, command: str = "") -> dict:
   if config.init_from:
     with_lora(open_source(config.init_from), config.model.lora)  # a mistake costs no workdir
   sized, arms = resolve_all(config, machine)
-  with hold(workdir) as lock:
+  with hold(workdir) as lock, disk_told(workdir):
     told = {"devices": str(machine), "versions": versions(), **asked(sized)}
     open_workdir(workdir, config, told | ({"command": command} if command else {}))
     distributed.agree("the choice of sizes", [asked(sized), *(asked(arm.config) for arm in arms)])

@@ -8,6 +8,7 @@ uninterrupted run, except for `time/...`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import secrets
@@ -49,6 +50,20 @@ def tag(stage: str, name: str) -> str:
   return name if name.startswith(("eval/", f"{stage}/")) else f"{stage}/{name}"
 
 
+def read_rows(workdir: epath.Path) -> list[Row]:
+  """The rows of a run's metrics.jsonl; [] if there is none.
+
+  Raises:
+    UserError: a line that no run has written.
+  """
+  path = workdir / "metrics.jsonl"
+  rows = row_file(path).read()
+  for row in rows:
+    if row.get("stage") not in STAGE_ORDER or type(row.get("step")) is not int:
+      raise UserError(f"{path}: not a row of a run: {json.dumps(row)[:60]}; mend or move the file")
+  return rows
+
+
 class RunLog:
   """The logs of one workdir. Only process 0 reads and writes files.
 
@@ -72,7 +87,7 @@ class RunLog:
     self._metrics, self._samples = row_file(self.metrics_path), row_file(workdir / "samples.jsonl")
     for file in (self._metrics, self._samples):
       file.cut()  # half a row at the end would run into the next one
-    self.rows = self._metrics.read()
+    self.rows = read_rows(workdir)
     if options.tensorboard and can_append(workdir):
       from tensorboardX import SummaryWriter
 

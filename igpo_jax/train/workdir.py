@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import platform
@@ -19,12 +20,12 @@ from igpo_jax.cli import before_leaving
 from igpo_jax.config import Config
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.errors import UserError
-from igpo_jax.io.jsonl import Row, row_file, write_whole
+from igpo_jax.io.jsonl import Row, write_whole
 from igpo_jax.io.text import read_object
 from igpo_jax.parallel.distributed import agree, from_first, share
 from igpo_jax.train.continued import Reached, as_json, changes
 from igpo_jax.train.lock import WorkdirLock
-from igpo_jax.train.runlog import print_once
+from igpo_jax.train.runlog import print_once, read_rows
 
 # A line for every start with other options than the one before: when, after which row, what.
 CHANGES = "changes.jsonl"
@@ -44,7 +45,7 @@ def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
   lock = WorkdirLock(workdir, print_once)
 
   def take() -> None:
-    with _told(workdir):
+    with _made(workdir):
       lock.take()
 
   from_first(take)
@@ -55,8 +56,27 @@ def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
     lock.release()
 
 
+# What a disk says when it is full, away, broken or read-only.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+
+
 @contextlib.contextmanager
-def _told(workdir: epath.Path) -> Iterator[None]:
+def disk_told(workdir: epath.Path) -> Iterator[None]:
+  """Turns errors of the workdir's disk into a `UserError` that says how to go on."""
+  try:
+    yield
+  except OSError as error:
+    inside = str(error.filename or "").startswith(f"{workdir}/")
+    if not inside and error.errno not in _DISK:
+      raise
+    raise UserError(
+      f"workdir {workdir}: {error}: see to the disk, then start the same command again, which "
+      "continues the run"
+    ) from error
+
+
+@contextlib.contextmanager
+def _made(workdir: epath.Path) -> Iterator[None]:
   """Turns errors that keep the workdir from being used into `UserError`."""
   try:
     yield
@@ -98,7 +118,7 @@ def open_workdir(
   agree("--workdir", str(workdir))
 
   def first() -> dict[str, list]:
-    with _told(workdir):
+    with _made(workdir):
       return _open(workdir, config, current, resolved or {})
 
   if changed := from_first(first):
@@ -120,7 +140,7 @@ def _open(
 ) -> dict[str, list]:
   """Checks and writes config.json; returns what differs from the run that is continued."""
   path, changed = workdir / "config.json", {}
-  rows = row_file(workdir / "metrics.jsonl").read()
+  rows = read_rows(workdir)
   reached = _reached(workdir, rows)
   if reached.begun:
     changed = changes(_config_of(workdir), config, reached, workdir)

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from igpo_jax.config import Config
-from igpo_jax.io.jsonl import Row
+from igpo_jax.io.jsonl import Row, write_whole
 from igpo_jax.viewer.files import each_row
 from igpo_jax.viewer.summary import (
   ACCURACY_HEAD,
@@ -52,7 +52,7 @@ def write_comparison(
   summary = summary_of(rows) | {"arms": {n: summary_of(only_rl(r)) for n, r in arms.items()}}
   example = example_in_words(each_row(workdir / "samples.jsonl"))
   text = "\n\n".join(filter(None, [comparison_table(summary, own), example]))
-  workdir.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   workdir.joinpath("table.md").write_text(text + "\n")
   draw_comparison(rows, arms, own, workdir / "curves.png")
   return summary, text

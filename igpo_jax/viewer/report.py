@@ -19,7 +19,7 @@ PAGE = "report.html"
 def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
   """Writes summary.json, table.md and curves.png; returns the summary."""
   summary = summary_of(rows)
-  workdir.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   workdir.joinpath("table.md").write_text(summary_table(summary) + "\n")
   draw_curves(rows, workdir / "curves.png")
   return summary
