@@ -94,7 +94,7 @@ class LM(NamedTuple):
       (h, Routing)`: as `hidden`, and which experts worked on which token. Takes `dropout_key=` as
       well. A block-causal model also takes `clean=`: h is then that of `hidden_of_two`, and the
       routing is of both copies, noisy then clean, [N,B,2T,...].
-    router_loss: weight of the load-balancing loss (ops/load_balance.py) in fine-tuning.
+    router_loss: weight of the load-balancing loss (ops/load_balance.py), in both stages.
   """
 
   init: Callable[..., Params]

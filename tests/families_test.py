@@ -38,8 +38,9 @@ from igpo_jax.rl.estimate import estimate
 from igpo_jax.rl.estimators.base import Group, Sizes
 from igpo_jax.rl.estimators.mean_field import MeanField
 from igpo_jax.train.ahead_of_time import programs
+from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.sft_update import make_sft_update
-from igpo_jax.types import Canvas, Routing, TrainState
+from igpo_jax.types import Canvas, Rollout, Routing, TrainState
 from tests import families_mesh_program, golden_families
 from tests.convert_helpers import assert_same_bits, convert, load
 from tests.paths import REPO, run_on_devices, shared_path
@@ -357,6 +358,63 @@ def test_fine_tuning_logs_how_evenly_experts_work():
     args = (jnp.asarray(canvas.tokens), jnp.asarray(canvas.valid), response, jax.random.key(0))
     _, metrics = jax.eval_shape(update, state, {}, *args)
     assert told & metrics.keys() == (told if lm.routed else set())
+
+
+def test_rl_logs_how_evenly_experts_work_and_has_the_routers_loss():
+  """The mean over micro-batches and views, whichever way the loss is divided."""
+  routers = ["router_busiest", "router_idle", "router_loss"]
+  rng = np.random.default_rng(0)
+  prompt, seen = rows_with_hints().tokens[:, :PROMPT], rows_with_hints().valid[:, :PROMPT]
+  completion = jnp.asarray(rng.integers(2, VOCAB, (ROWS, 2, LENGTH)), jnp.int32)
+  nothing = jnp.zeros(completion.shape, bool)
+  still = jnp.zeros((ROWS, 2))  # advantages: without the routers' loss there would be no gradient
+  rollout = Rollout(
+    jnp.asarray(prompt), jnp.asarray(seen), completion, nothing, completion * 0, still
+  )
+  config = default_config()
+  config.update_from_flattened_dict({
+    "data.sft": "a", "data.rl": "b", "sampler.gen_length": LENGTH, "sampler.block_length": BLOCK,
+    "sampler.steps": LENGTH, "rl.prompts_per_step": ROWS, "rl.group_size": 2,
+    "rl.micro_batches": 2, "rl.inner_updates": 1, "rl.loss_region": "all", "objective.beta": 0.0,
+  })  # fmt: skip
+  plain = freeze(config)
+  config.rl.objective, config.rl.estimator = "stabledrl", "random_ratio"
+  divided_later = freeze(config)
+  keys = jax.random.split(jax.random.key(0), ROWS)
+  for name, chosen in (("llada_moe", plain), ("llada_moe", divided_later), ("llada", plain)):
+    _, lm, params = tiny(name, **({} if name == "llada" else {"router_loss": 0.5}))
+    optimizer, zero = optax.sgd(0.0), jnp.int32(0)
+    programs = make_policy_programs(lm, optimizer, chosen)
+    scores = jax.eval_shape(programs.score, params, params, rollout, keys)
+    scores = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), scores)
+    state = TrainState(zero, params, optimizer.init(params), zero, zero)
+    args = ({}, rollout, scores, keys, zero)
+    if chosen is plain:
+      _, metrics = jax.eval_shape(programs.update, state, *args)
+      assert sorted(k for k in metrics if "router" in k) == (routers if lm.routed else [])
+    if lm.routed is None:
+      continue
+    loss, sums, gradient = programs.gradient(params, *args)
+    assert float(loss) == pytest.approx(0.5 * float(sums.added["routers"]["router_loss"]), rel=1e-5)
+    assert np.abs(gradient["blocks"]["router"]["scores"]).max() > 1e-3
+    if chosen is not plain:
+      continue
+
+    @jax.jit
+    def expected(params, lm=lm):
+      masks = jnp.full((ROWS, LENGTH), MASK)
+      tokens, valid = (
+        jnp.concatenate([prompt, masks], axis=1),
+        jnp.pad(seen, ((0, 0), (0, LENGTH)), constant_values=True),
+      )
+      parts = [slice(k, None, 2) for k in range(2)]
+      return sum(0.25 * balance(lm.routed(params, tokens[i], valid[i])[1], valid[i]).loss
+                 for i in parts)  # fmt: skip
+
+    theirs, direct = jax.value_and_grad(expected)(params)
+    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    jax.tree.map(close, gradient, direct)
 
 
 # --- weights --------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class ModelRun:
     expert_products: how tokens are multiplied with their experts: "ragged" sorts tokens by expert
       and computes only what is needed; "dense" lets every expert work on every token, a simple
       and slow check of the other (models/moe.py).
-    router_loss: weight of the load-balancing loss in fine-tuning; 0: none.
+    router_loss: weight of the load-balancing loss, in fine-tuning and in RL; 0: none.
     lora: low-rank adapters.
   """
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from igpo_jax.config import Config, ModelConfig
 from igpo_jax.diffusion.completions import join
+from igpo_jax.diffusion.noisy import noisy_hidden
+from igpo_jax.ops.load_balance import Balance
 from igpo_jax.ops.token_stats import token_stats
 from igpo_jax.rl.estimators.base import Estimator, Forwards, Group, Sizes, Views
 from igpo_jax.rl.region import completion_length, loss_region
@@ -27,11 +29,13 @@ class Estimate:
     entropy: f32[P,R,G,L], of the distribution that it was read from, in nats; 0 likewise; no
       gradient.
     views: [P,R,G,...], see `Views`.
+    routers: of a model with experts, how evenly they worked: the mean over the views.
   """
 
   logp: Array
   entropy: Array
   views: Views
+  routers: Balance | None = None
 
   @property
   def tokens(self) -> Array:
@@ -161,9 +165,11 @@ def read_views(
   for first, count, is_shared in ((0, shared, True), (shared, own, False)):
     of_kind = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[first : first + count], corruption)  # noqa: B023
     parts.append(_read_kind(lm, params, groups, of_kind, is_shared, views_at_once, estimator))
-  logp, entropy = (jnp.concatenate(x) for x in zip(*filter(None, parts), strict=True))
+  parts = [part for part in parts if part is not None]
+  logp, entropy, routers = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   only = lambda x: jnp.where(views.scored, jnp.moveaxis(x, 0, 1), 0.0)
-  return Estimate(only(logp), only(entropy), views)
+  routers = jax.tree.map(lambda x: jnp.mean(x, axis=0), routers)
+  return Estimate(only(logp), only(entropy), views, routers)
 
 
 def _read_kind(
@@ -174,8 +180,8 @@ def _read_kind(
   shared: bool,
   views_at_once: int,
   estimator: Estimator,
-) -> tuple[Array, Array] | None:
-  """Views that are all shared by groups, or all own: (log p, entropy) f32[r,P,G,L]; None of none.
+) -> tuple[Array, Array, Balance | None] | None:
+  """Views that are all shared by groups, or all own: as `_read`, with r in front; None of none.
 
   Args:
     corruption: (masked [r,P,G,L], prompt_masked [r,P,G,Tp] or None).
@@ -223,8 +229,8 @@ def _read(
   prompt_masked: Array | None,
   shared: bool,
   temperature: float,
-) -> tuple[Array, Array]:
-  """One view: (log p f32[P,G,L], entropy f32[P,G,L]).
+) -> tuple[Array, Array, Balance | None]:
+  """One view: log p and entropy, f32[P,G,L]; of a model with experts, how evenly they worked.
 
   Args:
     masked: bool[P,G,L].
@@ -246,15 +252,13 @@ def _read(
   if hide is not None:
     prompt = jnp.where(hide & valid, lm.mask_id, prompt)
   tokens, seen = join(prompt, valid, canvas)
-  if lm.block_length:  # it sees clean blocks before a noisy one
-    assert lm.hidden_of_two is not None  # block-causal families have it
-    h = lm.hidden_of_two(params, tokens, join(known, valid, rows)[0], seen)
-  else:
-    h, _ = lm.hidden(params, tokens, seen)
+  # Clean blocks are seen by block-causal models only, of which no view is shared.
+  clean = join(known, valid, rows)[0] if lm.block_length else tokens
+  h, routers = noisy_hidden(lm, params, tokens, clean, seen)
   head = lambda x: lm.head(params, x)
   if temperature != 1.0:
     head = lambda x: lm.head(params, x) / temperature
   logp, entropy = token_stats(head, h[:, prompt.shape[1] :], targets)
   if shared:
-    return logp, jnp.broadcast_to(entropy[:, None], (p, g, length))
-  return logp.reshape(p, g, length), entropy.reshape(p, g, length)
+    return logp, jnp.broadcast_to(entropy[:, None], (p, g, length)), routers
+  return logp.reshape(p, g, length), entropy.reshape(p, g, length), routers

@@ -93,13 +93,13 @@ def scores_old(config: Config) -> bool:
   return objective.needs_old and once
 
 
-def rounds_alike(config: Config) -> bool:
+def rounds_alike(config: Config, lm: LM) -> bool:
   """Whether `score` and `update` give the same log-probabilities to the last bit.
 
   In float32 on a CPU they do. With 16 bits, or products that are tuned for each program, they
-  need not.
+  need not; nor where only `update` has use for what the routers of experts say.
   """
-  return config.model.dtype == "float32" and platform() == "cpu"
+  return config.model.dtype == "float32" and platform() == "cpu" and lm.routed is None
 
 
 def make_policy_programs(
@@ -165,7 +165,7 @@ def make_policy_programs(
     same = jax.lax.stop_gradient(policy)
     if old is None:
       return same
-    if rounds_alike(config):
+    if rounds_alike(config, lm):
       return Estimate(old, entropy, policy.views)
     # Before the first update the policy is the one that sampled: every ratio is exactly 1, however
     # differently the compiler rounds in two programs.
@@ -198,9 +198,15 @@ def make_policy_programs(
         "policy": policy_sums(policy, before, batch, kept),
       }
       most = {"objective": out.most, "policy": policy_most(policy, before, batch)}
+      numerator, share = out.numerator, 1 / rl.micro_batches
       if out.denominator is not None:
-        added["denominator"] = jax.lax.stop_gradient(out.denominator)
-      return out.numerator, Sums(added, most)
+        share = added["denominator"] = jax.lax.stop_gradient(out.denominator)
+      if policy.routers is not None:
+        added["routers"] = {k: v / rl.micro_batches for k, v in policy.routers.metrics().items()}
+        if lm.router_loss:
+          # The mean over micro-batches, weighted by denominators where the sum is divided later.
+          numerator += share * lm.router_loss * policy.routers.loss
+      return numerator, Sums(added, most)
 
     def kept_positions(policy: Estimate, before: Estimate | None, batch: Batch) -> Array:
       of_old = before is not None and config.objective.filter_entropy == "old"
@@ -225,7 +231,7 @@ def make_policy_programs(
     state, metrics = apply_gradient(state, optimizer, loss, grads)
     shared = policy_metrics(sums.added["policy"], sums.most["policy"])
     own = objective.metrics(sums.added["objective"], sums.most["objective"])
-    return state, metrics | shared | own
+    return state, metrics | shared | own | sums.added.get("routers", {})
 
   out = (shardings, None)
   return PolicyPrograms(
