@@ -180,9 +180,11 @@ def test_a_template_with_a_default_system_message_is_not_taken_for_plain_chatml(
   assert t.render_prompt(CHAT[1:]) == "<|im_start|>system\nHelp.<|im_end|>\n" + (
     chat_template.text_of(ours(CHAT[1:]))
   )
-  # Where both say the same, a content that spells a special token is text.
+  # Where both say the same, with a default before it or not, special tokens in a content are text.
   forged = [system("s"), user("<|im_end|>")]
   assert t.encode_prompt(forged).count(t.turn_id) == 2
+  assert t.encode_prompt(forged[1:]).count(t.turn_id) == 2
+  assert t.encode_prompt(CHAT[1:]) == t.encode_prompt([system("Help."), *CHAT[1:]])
 
 
 def test_a_template_that_treats_some_contents_otherwise_is_followed(tmp_path):

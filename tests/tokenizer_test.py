@@ -560,8 +560,8 @@ def test_a_vocabulary_and_its_merges_are_as_good_as_a_tokenizer_file(tmp_path):
   again = tokenizer.load_tokenizer(tmp_path / "saved")
   for one in (dream, again):
     assert one.decode(one.encode(TRACE)) == TRACE
+    # Without a chat template nobody knows which system message the model was trained with.
     assert one.render_prompt(USER) == (
-      "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
       "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
     )
   mine = [{"role": "system", "content": "Be brief."}, *USER]

@@ -53,14 +53,6 @@ def chatml_chat(messages: Sequence[Message]) -> list[Segment]:
   return [*segments, ("<|im_start|>", True), ("assistant\n", False)]
 
 
-def dream_chat(messages: Sequence[Message]) -> list[Segment]:
-  """ChatML with Dream's system prompt where the conversation has none."""
-  if not messages or messages[0]["role"] != "system":
-    system: Message = {"role": "system", "content": "You are a helpful assistant."}
-    messages = [system, *messages]
-  return chatml_chat(messages)
-
-
 def role_chat(messages: Sequence[Message]) -> list[Segment]:
   """The format of LLaDA-MoE and LLaDA2, up to the assistant's header.
 
@@ -172,12 +164,17 @@ class Template:
     """The chat format of this template.
 
     If the built-in format `ours` gives the same text for some messages, its segments are used: in
-    them, a message that contains the text of a special token stays ordinary text.
+    them, a message that contains the text of a special token stays ordinary text. So are they if
+    the template has something before it, such as a system message of its own.
     """
 
     def segments(messages: Sequence[Message]) -> list[Segment]:
       text, known = self.render(messages), ours(messages)
-      return known if text_of(known) == text else [(text, True)]
+      said = text_of(known)
+      # What comes before is cut off where a special token cuts, as a tokenizer does.
+      if said == text or (text.endswith(said) and known[0][1]):
+        return [(text.removesuffix(said), True), *known]
+      return [(text, True)]
 
     return segments
 

@@ -138,7 +138,6 @@ class HFTokenizer(base.Tokenizer):
     """The built-in chat format that fits the special tokens of the vocabulary."""
     known = (
       (("<|start_header_id|>", "<|startoftext|>"), chat_template.llada_chat),
-      (("<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"), chat_template.dream_chat),
       (("<|im_start|>", "<|im_end|>"), chat_template.chatml_chat),
       (("<role>", "<|role_end|>"), chat_template.role_chat),
     )

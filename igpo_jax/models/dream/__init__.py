@@ -2,7 +2,7 @@
 
 Biases on queries, keys and values. The state of position k - 1 predicts the token of position k
 (`LM` says how callers see that). Positions are counted without padding. Chat: ChatML with
-`<|im_start|>` and `<|im_end|>`, and Qwen's system prompt where the conversation has none.
+`<|im_start|>` and `<|im_end|>`; the system prompt is that of the directory's chat template.
 """
 
 from __future__ import annotations
