@@ -262,7 +262,9 @@ def test_rows_of_a_gguf_file_are_put_in_the_order_of_hugging_face():
 
 
 def test_the_families_benchmark_has_a_config_for_every_family():
+  args = families.make_parser().parse_args(["--workdir=w", "--grpo"])
   for name in families.FAMILIES:
-    model = families.config_of(name).model
+    model = families.config_of(name, args).model
     assert model.family == name and families.FAMILIES[name].design(model) is not None
-  assert families.config_of("sdar").model.attention_block == families.BLOCK
+  config = families.config_of("sdar", args)
+  assert config.model.attention_block == families.BLOCK and config.arms
