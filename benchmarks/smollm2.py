@@ -214,6 +214,7 @@ def main() -> None:
   parser.add_argument("--prompt", type=int, default=96, help="longest prompt, in tokens")
   parser.add_argument("--answer", type=int, default=64, help="longest answer")
   parser.add_argument("--questions", type=int, default=3)
+  parser.add_argument("--causal", type=int, default=16, help="problems of step 2; 0: without it")
   args = parser.parse_args()
 
   hf, diffusion, sft = (args.workdir / name for name in ("hf", "diffusion", "sft"))
@@ -223,10 +224,13 @@ def main() -> None:
   if not diffusion.exists():
     run("igpo_jax.convert", "--as-diffusion", f"--source={hf}", f"--target={diffusion}")
   test = read_rows(args.data / "test.jsonl")
-  result = {"causal": causal_loss(diffusion, [(r["question"], r["answer"]) for r in test[:16]])}
+  result: dict[str, Any] = {}
+  if args.causal:
+    rows = [(row["question"], row["answer"]) for row in test[: args.causal]]
+    result["causal"] = causal_loss(diffusion, rows)
 
-  short = args.workdir / "short.jsonl"
   sizes = (args.prompt, args.answer)
+  short = args.workdir / f"short_{args.prompt}_{args.answer}.jsonl"
   if not short.exists():
     rows = fitting(diffusion, read_rows(args.data / "train.jsonl"), *sizes)
     short.write_text("".join(json.dumps(row) + "\n" for row in rows))
