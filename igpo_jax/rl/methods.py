@@ -13,36 +13,36 @@ from igpo_jax.rl.objectives.base import Objective
 
 
 def estimator_of(config: Config) -> Estimator:
-  """The estimator that `rl.estimator` names, with its options.
+  """The estimator that `rl.estimator` names, with its options from `config.estimator`.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: no estimator is registered under this name.
   """
   return _method(config, "estimator")
 
 
 def objective_of(config: Config) -> Objective:
-  """The objective that `rl.objective` names, with its options.
+  """The objective that `rl.objective` names, with its options from `config.objective`.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: no objective is registered under this name.
   """
   return _method(config, "objective")
 
 
 def forwards_of(config: Config) -> Forwards:
-  """How many forward passes an estimate takes, as the estimator declares it for the model."""
+  """How many forward passes an estimate takes with this config's estimator and model."""
   declared = estimator_of(config).forwards(sizes_of(config, config.model))
   return forwards_of_model(declared, check(config.model).design(config.model).block_length)
 
 
 def rows_per_prompt(config: Config) -> int:
-  """Rows that a prompt needs in one forward pass: 1 where every pass serves a whole group, or G."""
+  """Rows of a prompt in one forward pass: 1 if every pass serves a whole group, else G."""
   return config.rl.group_size if forwards_of(config).own else 1
 
 
 def views_kept(config: Config) -> int:
-  """Views whose activations an update holds at the same time."""
+  """How many views' activations an update keeps in memory at the same time."""
   return sum(largest_part(count, config.rl.views_at_once) for count in forwards_of(config))
 
 

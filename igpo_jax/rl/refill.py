@@ -1,7 +1,7 @@
 """Refilling: further batches of prompts until enough groups have an advantage.
 
-DAPO's dynamic sampling (arXiv 2503.14476). The groups to learn from are chosen from those of all
-processes, in the order of the prompts, so that what is learnt does not depend on the number of
+This is DAPO's dynamic sampling (arXiv 2503.14476). The groups to learn from are chosen from those
+of all processes, in the order of the prompts. So the choice does not depend on the number of
 processes.
 """
 
@@ -20,12 +20,19 @@ from igpo_jax.rl.sampling import Samples
 
 
 def has_advantage(advantages: np.ndarray) -> np.ndarray:
-  """bool[P], from f32[P,G]: the groups in which some completion has an advantage."""
+  """bool[P]: the groups in which some completion has an advantage other than 0, of f32[P,G]."""
   return np.any(advantages != 0, axis=1)
 
 
 def first_live(live: np.ndarray, size: int) -> np.ndarray:
-  """i64[size], ascending: the first groups that are live, filled up with the first that are not.
+  """Indices of the first live groups; if they are too few, the first others fill them up.
+
+  Args:
+    live: bool[P].
+    size: how many indices to return, at most P.
+
+  Returns:
+    i64[size], ascending.
 
   Example: `first_live(np.array([0, 1, 0, 1, 1], bool), 4) == [0, 1, 3, 4]`.
   """
@@ -33,9 +40,13 @@ def first_live(live: np.ndarray, size: int) -> np.ndarray:
 
 
 def enough(tried: Sequence[Tries]) -> bool:
-  """Whether as many groups have an advantage as a batch has prompts. A collective.
+  """Whether enough groups have an advantage: as many as one batch has prompts, over all processes.
 
-  Every process gets the same answer: they sample together, or none does.
+  A collective: every process has to call it, and all get the same answer. So either all of them
+  sample another batch, or none does.
+
+  Args:
+    tried: what this process has sampled for each batch so far.
   """
   live = sum(int(has_advantage(one.advantages).sum()) for one in tried)
   wanted = len(tried[0].batch.records)
@@ -43,7 +54,7 @@ def enough(tried: Sequence[Tries]) -> bool:
 
 
 def join_batches(batches: Sequence[PromptBatch], pad_id: int) -> PromptBatch:
-  """All prompts, a batch after another, padded on the left to the longest batch."""
+  """Joins batches into one with all their prompts, padded on the left to the longest of them."""
   width = max(batch.tokens.shape[1] for batch in batches)
 
   def padded(x: np.ndarray, fill) -> np.ndarray:
@@ -62,7 +73,7 @@ def join_batches(batches: Sequence[PromptBatch], pad_id: int) -> PromptBatch:
 
 
 def join_tries(parts: Sequence[Tries], pad_id: int) -> Tries:
-  """What was sampled for several batches, as for one batch of all their prompts."""
+  """Joins what was sampled for several batches, as if it had been sampled for one large batch."""
   if len(parts) == 1:
     return parts[0]
   firsts = np.cumsum([0, *(len(part.batch.records) for part in parts)])
@@ -83,16 +94,17 @@ def join_tries(parts: Sequence[Tries], pad_id: int) -> Tries:
 def choose(
   arrays: Mapping[str, np.ndarray], batches: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """This process's share of the groups to learn from. A collective if there are several batches.
+  """Chooses the groups to learn from, and gives this process its share of them.
+
+  A collective if there are several batches: groups may then go from one process to another.
 
   Args:
-    arrays: name -> [batches * P, ...], of this process's groups, "advantages" f32[...,G] among
-      them.
-    batches: how many batches of P prompts they are.
+    arrays: name -> [batches * P, ...], arrays of this process's groups; "advantages" is one.
+    batches: number of batches of P prompts.
 
   Returns:
-    (name -> [P, ...], i64[P]: the numbers of these groups, see `Tries.number_of`; with several
-    batches another process may have sampled them).
+    (name -> [P, ...], the same arrays of this process's share; i64[P], the numbers of its groups,
+    see `Tries.number_of`).
   """
   share, index = len(arrays["advantages"]) // batches, jax.process_index()
   if batches == 1:

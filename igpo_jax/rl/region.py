@@ -8,7 +8,7 @@ from igpo_jax.types import Array
 
 
 def completion_length(completion: Array, stop_ids: tuple[int, ...]) -> Array:
-  """|o_i|: tokens through the first stop token, that token included; L without one.
+  """|o_i|: the number of tokens up to and including the first stop token; L if there is none.
 
   Args:
     completion: i32[...,L].
@@ -28,7 +28,7 @@ def loss_region(completion: Array, stop_ids: tuple[int, ...], kind: str) -> Arra
   Args:
     completion: i32[...,L].
     stop_ids: tokens that end a completion.
-    kind: "through_eos": up to and including the first stop token; "all": the canvas
+    kind: "through_eos": positions up to and including the first stop token; "all": all L positions
       (official code).
 
   Returns:

@@ -1,4 +1,7 @@
-"""Rows of samples.jsonl: one a completion, with all that is known of it (docs/samples.md)."""
+"""Rows of samples.jsonl: one for each completion, with all that is known of it.
+
+docs/samples.md describes the fields.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from igpo_jax.data.tokenizer import Tokenizer
 from igpo_jax.hints.leak import segments
 from igpo_jax.rl.sampling import Samples
 
-VERSION = 2  # of a row; version 1 had neither "version" nor tokens
+VERSION = 2  # of the rows' fields; rows of version 1 have neither "version" nor tokens
 
 OWN, HINTED, RESAMPLED = "own", "hinted", "resampled"
 KEPT, REPLACED, INSERTED, DROPPED = "kept", "replaced", "inserted", "dropped"
@@ -24,19 +27,20 @@ KEPT, REPLACED, INSERTED, DROPPED = "kept", "replaced", "inserted", "dropped"
 
 @dataclasses.dataclass(frozen=True)
 class Tries:
-  """Everything that one step sampled: this process's prompts, both tries.
+  """Everything that one step sampled for this process's prompts: the first and the second try.
 
   Attributes:
     batch: the P prompts.
-    own: the policy's own completions, [P,G,...].
-    extra: the second try, [X,G,...]; None where there was none.
-    wrong: i64[X], the groups that were tried again, all wrong the first time; `extra` may have
-      more groups, which are padding.
-    second: what the second try was, "hinted" or "resampled".
-    source: i64[P,G], the number of the completion of the second try that took a place; -1: none.
-    advantages: f32[P,G], of what is in the places afterwards.
+    own: the first try: the policy's own completions, [P,G,...].
+    extra: the second try, [X,G,...]; None if there was none.
+    wrong: i64[X], indices of the groups that were tried again, which were all wrong at first.
+      `extra` may have more groups than these: they are padding.
+    second: how the second try was made, "hinted" or "resampled".
+    source: i64[P,G], for each place of a group the number of the completion of the second try that
+      was inserted there; -1: none was.
+    advantages: f32[P,G], of the completions that are in the groups afterwards.
     shown: bool[X,G], hinted canvases that show the answer's value.
-    batches: how many batches of as many prompts the P are (`rl.refill`), one after another.
+    batches: number of batches that these prompts are, one after another (`rl.refill`).
   """
 
   batch: PromptBatch
@@ -50,18 +54,22 @@ class Tries:
   batches: int = 1
 
   def number_of(self, group: int) -> int:
-    """The number of a group among those of all processes: batch by batch, as if there was one."""
+    """The number of a group among those of all processes.
+
+    Groups are numbered batch by batch, and within a batch process by process.
+    """
     share = len(self.batch.records) // self.batches
     batch, k = divmod(group, share)
     return (batch * jax.process_count() + jax.process_index()) * share + k
 
 
 class _Place(NamedTuple):
-  """One completion: its group, its number in its try, what became of it.
+  """One completion: its group, its number in its try, and what became of it.
 
   Attributes:
     rank: rows are sorted by it, lowest first.
-    group, number: of this process.
+    group: index of the group among this process's.
+    number: number of the completion in its try.
     phase, used, partner: see docs/samples.md.
   """
 
@@ -74,7 +82,7 @@ class _Place(NamedTuple):
 
 
 def _places(tries: Tries) -> list[_Place]:
-  """All completions, those first that show what inpainting did.
+  """All completions, in the order in which they tell most about inpainting.
 
   Groups in which something was inserted come first, then the others that were all wrong, then the
   rest: `rank` says so. Within a group, every inserted completion is followed by the one that it
@@ -107,13 +115,13 @@ def sample_rows(
   limit: int = 0,
   token_stats: Mapping[int, Mapping[str, np.ndarray]] | None = None,
 ) -> list[dict[str, Any]]:
-  """One dict per completion, those first that show what inpainting did.
+  """Makes a row for each completion, those first that show what inpainting did.
 
   Args:
-    tries: of one step.
-    tokenizer: of the run.
-    limit: make the first so many rows only; 0: all.
-    token_stats: number of a group -> name -> [G,L], of the groups that were learned from
+    tries: what one step sampled.
+    tokenizer: the run's tokenizer.
+    limit: make at most this many rows; 0: all.
+    token_stats: number of a group -> name -> [G,L], for the groups that were learned from
       (train/token_stats.py).
 
   Returns:
@@ -145,7 +153,14 @@ def sample_rows(
 def completion_fields(
   record: Record, samples: Samples, at: tuple[int, int], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-  """What is known of one completion by itself: the fields of its row."""
+  """The fields of a row that one completion has by itself, whatever became of it.
+
+  Args:
+    record: the problem.
+    samples: completions.
+    at: (group, number) of the completion in `samples`.
+    tokenizer: the run's tokenizer.
+  """
   group, k = at
   tokens = samples.completion[at].tolist()
   return {

@@ -1,6 +1,6 @@
 """The jitted programs that learn from a rollout: likelihoods once, then one update after another.
 
-They join an estimator and an objective, and ask both only for what they declare: a new method
+They combine an estimator with an objective, and use only what these two declare. So a new method
 needs no change here.
 """
 
@@ -33,20 +33,20 @@ from igpo_jax.train.micro_batches import (
 from igpo_jax.train.setup import compute_copy
 from igpo_jax.types import LM, Array, Rollout, TrainState
 
-OWN_MASKS = (
-  2**31 - 1
-)  # stands for an inner update in the key of masks that are only the old policy's
+# Takes the place of an inner update's number in the keys of masks that only the old policy is read
+# under (`Objective.old_has_own_masks`).
+OWN_MASKS = 2**31 - 1
 
 
 class RolloutScores(NamedTuple):
-  """What is computed once per rollout: U = 1 if it is the same for all inner updates.
+  """What is computed once per rollout. U is 1 if it is the same for all inner updates.
 
   Attributes:
-    old: f32[U,P,R,G,L], log-probabilities of the policy that sampled, in every view; None where
-      the objective does without.
-    ref: f32[U,P,R,G,L], of the reference; None likewise.
-    entropy: f32[U,P,R,G,L], of the policy that sampled; None where `old` is.
-    totals: f32[U,...] each, see `Objective.totals`.
+    old: f32[U,P,R,G,L], log-probabilities under the policy that sampled, in every view; None if
+      the objective does not need them, or if the policy of the only update is the one that sampled.
+    ref: f32[U,P,R,G,L], log-probabilities under the reference; None if it is not needed.
+    entropy: f32[U,P,R,G,L], entropies of the policy that sampled, in nats; None if `old` is None.
+    totals: name -> f32[U,...], see `Objective.totals`.
   """
 
   old: Array | None
@@ -56,20 +56,28 @@ class RolloutScores(NamedTuple):
 
 
 class PolicyPrograms(NamedTuple):
-  """The jitted programs of a step's learning.
+  """The programs of a step's learning. All but `totals` are jitted.
+
+  Arguments that several of them take:
+    rollout: the groups to learn from.
+    keys: key[P], one for each prompt of the rollout; views are drawn from it.
+    u: i32[], number of the inner update, from 0 on.
+    frozen: the parameters that are not trained: the base model under LoRA, else {}.
+    rounding: the key with which parameters were rounded for `score` (`compute_copy`); the network
+      then reads the trained ones rounded by the same thresholds. None: nothing is rounded so.
 
   Attributes:
-    totals: (rollout, keys, u i32[], old=None) -> what the objective knows before the policy is
-      read; not jitted. `old` is (log-probabilities, entropies) f32[P,R,G,L], for an objective with
-      `totals_need_old`.
-    score: (params, ref_params or None, rollout, keys, full_batch=None) -> RolloutScores. Where
-      `rollout` and `keys` are some groups of a step's batch, `full_batch` is (rollout, keys) of
-      all of them: the loss is a mean over the full batch.
-    gradient: (trained params, frozen, rollout, scores, keys, u i32[], rounding=None) ->
-      (loss, sums, gradient). `rounding`: the key that the scores' parameters were rounded with
-      (`compute_copy`); the network then reads the trained ones rounded by the same thresholds.
-    update: (state, frozen, rollout, scores, keys, u i32[], rounding=None) -> (state, metrics);
-      donates state. `frozen` is what is not trained: the base under LoRA, else {}.
+    totals: `totals(rollout, keys, u, old=None) -> dict`: what the objective knows before the policy
+      is read (`Objective.totals`). `old` is (log-probabilities, entropies) f32[P,R,G,L], for an
+      objective with `totals_need_old`.
+    score: `score(params, ref_params, rollout, keys, full_batch=None) -> RolloutScores`.
+      `ref_params` is None where no reference is needed. If `rollout` and `keys` are only some
+      groups of the step's batch, `full_batch` is (rollout, keys) of all groups: the loss is a mean
+      over them.
+    gradient: `gradient(trained_params, frozen, rollout, scores, keys, u, rounding=None) -> (loss,
+      sums, gradient)`.
+    update: `update(state, frozen, rollout, scores, keys, u, rounding=None) -> (state, metrics)`.
+      `state` is donated.
   """
 
   totals: Callable
@@ -79,14 +87,15 @@ class PolicyPrograms(NamedTuple):
 
 
 def corruptions(config: Config) -> int:
-  """U: of how many inner updates the masks differ, 1 or all."""
+  """U: the number of inner updates if each of them draws its own masks, else 1."""
   return config.rl.inner_updates if estimator_of(config).redrawn else 1
 
 
 def scores_old(config: Config) -> bool:
-  """Whether log-probabilities of the policy that sampled are computed once a rollout.
+  """Whether log-probabilities under the policy that sampled are computed, once per rollout.
 
-  With a single inner update the policy that is trained is the one that sampled.
+  With a single inner update they are not needed: the policy that is trained is the one that
+  sampled. Some objectives need them in any case.
   """
   objective = objective_of(config)
   once = config.rl.inner_updates > 1 or objective.old_has_own_masks or objective.totals_need_old
@@ -108,10 +117,14 @@ def make_policy_programs(
   config: Config,
   shardings: TrainState | None = None,
 ) -> PolicyPrograms:
-  """Compiles the estimator and the objective of a config into its programs.
+  """Makes the programs for the estimator and the objective of a config.
 
   Args:
-    shardings: of the state that `update` takes and gives; None leaves them to the compiler.
+    lm: the model.
+    optimizer: makes an update of the trained parameters from a gradient.
+    config: the whole config; it names the estimator and the objective.
+    shardings: shardings of the state that `update` returns (`micro_batches.shardings_of`); None
+      leaves them to the compiler.
   """
   rl = config.rl
   estimator, objective, sizes = estimator_of(config), objective_of(config), sizes_of(config, lm)
@@ -192,7 +205,7 @@ def make_policy_programs(
       batch = batch_of(rollout, groups, policy.views)
       kept = kept_positions(policy, before, batch)
       out = objective.sums(policy, before, reference, batch, totals, kept)
-      # The objective's own apart from what every method has: names may be the same.
+      # The objective's sums are kept apart from those of every method: names may be the same.
       added = {
         "objective": {name: value.astype(jnp.float32) for name, value in out.sums.items()},
         "policy": policy_sums(policy, before, batch, kept),
@@ -245,7 +258,17 @@ def make_policy_programs(
 def policy_sums(
   policy: Estimate, old: Estimate | None, batch: Batch, kept: Array
 ) -> dict[str, Array]:
-  """Sums for metrics that every method has: entropies, and how far off the policy hints are."""
+  """Sums for metrics that every method has: entropies, and how far off the policy hints are.
+
+  Args:
+    policy: the current policy's estimate.
+    old: that of the policy that sampled; None where it is not known.
+    batch: the completions.
+    kept: bool[P,G,L], positions that are in the loss after the entropy filter.
+
+  Returns:
+    name -> f32[], to be added up over micro-batches. Without gradient.
+  """
   scored = batch.region & policy.scored
   sums = filter_sums(policy.token_entropy, scored, batch.hinted, kept)
   if old is not None:
@@ -264,7 +287,10 @@ def policy_sums(
 
 
 def policy_most(policy: Estimate, old: Estimate | None, batch: Batch) -> dict[str, Array]:
-  """Extremes for metrics that every method has; the least as the greatest of its negative."""
+  """Maxima for metrics that every method has; a minimum is the maximum of negative values.
+
+  Arguments as `policy_sums`. Returns name -> f32[], of which the largest over micro-batches counts.
+  """
   scored = batch.region & policy.scored
   mean = masked_sum(policy.token_entropy, scored, axis=-1) / jnp.maximum(
     jnp.sum(scored, axis=-1), 1
@@ -277,13 +303,15 @@ def policy_most(policy: Estimate, old: Estimate | None, batch: Batch) -> dict[st
 
 
 def policy_metrics(sums: dict[str, Array], most: dict[str, Array]) -> dict[str, Array]:
-  """Metrics from `policy_sums` and `policy_most`, gathered over micro-batches.
+  """Metrics from `policy_sums` and `policy_most`, combined over micro-batches.
 
-  entropy_floor is the least mean entropy of a completion, largest_ratio the greatest of all
-  exp(log pi - log pi_old). effective_share is the effective sample size of these ratios as a share
-  of their number, (sum)^2 / (n sum of squares): 1 on policy, 1/n where one of them is all.
-  hint_ratio and own_ratio are means of exp(log pi - log pi_old) over what is read of hint tokens
-  and of the others; hint_logp and own_logp their mean log-probabilities in nats.
+  Besides those of `filter_metrics`, with ratio = exp(log pi - log pi_old) of a scored token:
+    entropy_floor: the lowest mean entropy of a completion, in nats.
+    largest_ratio: the largest ratio.
+    effective_share: effective sample size of the ratios as a share of their number n,
+      (sum)^2 / (n sum of squares): 1 if all are equal, 1/n if one outweighs all others.
+    hint_ratio, own_ratio: mean ratio of hint tokens, and of all others.
+    hint_logp, own_logp: mean log-probability of hint tokens, and of all others, in nats.
   """
   share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
   metrics = filter_metrics(sums)

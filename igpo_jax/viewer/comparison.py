@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from igpo_jax.config import Config
-from igpo_jax.io.jsonl import Row, write_whole
+from igpo_jax.io.jsonl import Row
 from igpo_jax.viewer.files import each_row
 from igpo_jax.viewer.summary import (
   ACCURACY_HEAD,
@@ -18,6 +17,7 @@ from igpo_jax.viewer.summary import (
   evaluations,
   rl_lines,
   summary_of,
+  write_summary,
 )
 
 METHODS = {"inpaint": "IGPO", "resample": "GRPO, resampled", "none": "GRPO"}
@@ -28,23 +28,24 @@ Rows = Sequence[Row]
 
 
 def method_of(config: Config) -> str:
-  """What the run itself is called beside its arms."""
+  """The name of the run itself in a comparison with its arms, by its `rl.exploration`."""
   return METHODS[config.rl.exploration]
 
 
 def write_comparison(
   rows: list[Row], arms: Mapping[str, list[Row]], own: str, workdir: epath.Path
 ) -> tuple[dict[str, Any], str]:
-  """Writes summary.json, table.md and curves.png of a run with arms; returns (summary, table).
-
-  The summary is that of the run without arms (`summary_of`), and has "arms": {name: {"eval", "rl",
-  "steps"}} besides.
+  """Writes summary.json, table.md and curves.png of a run with arms.
 
   Args:
-    rows: of the run's metrics.jsonl.
-    arms: those of each arm by its name.
-    own: what the run itself is called.
-    workdir: of the run.
+    rows: the rows of the run's metrics.jsonl.
+    arms: arm's name -> the rows of its metrics.jsonl.
+    own: name of the run itself, see `method_of`.
+    workdir: the run's workdir.
+
+  Returns:
+    (summary, text of table.md). The summary is that of the run (`summary_of`), with one more entry
+    "arms": {name: {"eval", "rl", "steps"}}.
   """
   if own in arms:
     own = f"{own}, the run itself"
@@ -52,14 +53,13 @@ def write_comparison(
   summary = summary_of(rows) | {"arms": {n: summary_of(only_rl(r)) for n, r in arms.items()}}
   example = example_in_words(each_row(workdir / "samples.jsonl"))
   text = "\n\n".join(filter(None, [comparison_table(summary, own), example]))
-  write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-  workdir.joinpath("table.md").write_text(text + "\n")
+  write_summary(summary, text, workdir)
   draw_comparison(rows, arms, own, workdir / "curves.png")
   return summary, text
 
 
 def comparison_table(summary: Mapping[str, Any], own: str) -> str:
-  """A summary with arms as Markdown: accuracies, then the means over the RL steps side by side."""
+  """A summary with arms as Markdown: accuracies, then means over the RL steps, a column each."""
   lines = [*ACCURACY_HEAD]
   for name, result in summary["eval"].items():
     if name.startswith("rl/"):
@@ -75,8 +75,14 @@ def comparison_table(summary: Mapping[str, Any], own: str) -> str:
 def draw_comparison(rows: Rows, arms: Mapping[str, Rows], own: str, path: epath.Path) -> None:
   """Draws held-out accuracy and the share of all-wrong groups over the RL steps.
 
-  The run and each arm have a color. Accuracies begin with the one before RL, and have their
-  standard error.
+  The run and each arm have a color. Accuracies have error bars of one standard error, and begin
+  with the one before RL.
+
+  Args:
+    rows: the rows of the run's metrics.jsonl.
+    arms: arm's name -> the rows of its metrics.jsonl.
+    own: name of the run itself.
+    path: the PNG file to write.
   """
   # Not pyplot: it would change the backend of a notebook that calls this.
   from matplotlib.figure import Figure
@@ -134,11 +140,14 @@ def _smooth(rows: Rows, name: str) -> list[float]:
 
 
 def example_in_words(samples: Iterable[Row]) -> str:
-  """The first completion of samples.jsonl that hints made right, told; "" if there is none.
+  """Tells in words how hints made the first such completion of samples.jsonl right.
 
   Args:
-    samples: rows of samples.jsonl (docs/samples.md), read as far as is needed. Those of version 1,
-      without `pieces`, give no example.
+    samples: rows of samples.jsonl (docs/samples.md), which are read up to that completion. Rows of
+      version 1 have no `pieces`, and give no example.
+
+  Returns:
+    Lines of Markdown; "" if no completion was made right by hints.
   """
   for (step, _), group in itertools.groupby(samples, lambda row: (row["step"], row["group"])):
     rows = list(group)

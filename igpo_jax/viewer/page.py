@@ -1,9 +1,9 @@
 """The page of a run: one HTML file that needs nothing else (docs/samples.md#the-page).
 
-jinja2 fills the template and escapes every text. uPlot (MIT), which draws the curves, is in the
-package and is written into the page. The data stands in the page as JSON in ASCII, in which no
-character can end a script; the scripts put it into the document as text only. A content security
-policy lets no other script run and nothing be fetched.
+jinja2 fills the template and escapes every text. uPlot (MIT), which draws the curves, is part of
+the package and is written into the page. The data is in the page as JSON in ASCII, in which no
+character can end a script. The scripts put it into the document only as text. A content security
+policy forbids all other scripts, and all requests.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _asset(name: str) -> str:
 
 
 def as_script(data: Data) -> str:
-  """JSON that may stand inside a <script>: ASCII, and "<", ">" and "&" are escaped as well.
+  """JSON that is safe inside a <script>: in ASCII, with "<", ">" and "&" escaped as well.
 
-  Half a character (a lone surrogate) stays what it is, as an escape. A number that is not finite,
-  such as a reward of a user's own, becomes null: JSON has no other name for it.
+  A lone surrogate (half a character) is kept as an escape. A number that is not finite, such as a
+  user's own reward may be, becomes null, since JSON has no other way to write it.
   """
   try:
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
@@ -63,9 +63,9 @@ def render(data: Data, title: str = "igpo_jax", section: str = "") -> str:
   """The page as HTML.
 
   Args:
-    data: see `collect`.
-    title: of the page.
-    section: show this part only: "rollouts", for notebooks; "": all.
+    data: what the page shows, see `collect`.
+    title: the page's title.
+    section: "rollouts" shows only that part, for notebooks; "" shows all.
   """
   environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
   scripts = [_asset(name) for name in SCRIPTS]
@@ -85,10 +85,13 @@ def render(data: Data, title: str = "igpo_jax", section: str = "") -> str:
 
 
 def make_page(workdirs: Sequence[epath.Path]) -> str:
-  """The page about some runs.
+  """The page about one or several runs, as HTML.
+
+  Args:
+    workdirs: the runs' workdirs, the main one first.
 
   Raises:
-    UserError: a file of a run makes no sense.
+    UserError: a file of a run is not what this program writes.
   """
   data = collect(workdirs)
   title = f"{', '.join(run['name'] for run in data['runs'])} - igpo_jax"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from etils import epath
@@ -11,16 +10,23 @@ from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row, write_whole
 from igpo_jax.viewer.curves import draw_curves
 from igpo_jax.viewer.page import make_page
-from igpo_jax.viewer.summary import summary_of, summary_table
+from igpo_jax.viewer.summary import summary_of, summary_table, write_summary
 
 PAGE = "report.html"
 
 
 def write_report(rows: list[Row], workdir: epath.Path) -> dict[str, Any]:
-  """Writes summary.json, table.md and curves.png; returns the summary."""
+  """Writes summary.json, table.md and curves.png of a run.
+
+  Args:
+    rows: the rows of the run's metrics.jsonl.
+    workdir: the run's workdir.
+
+  Returns:
+    The summary, see `summary_of`.
+  """
   summary = summary_of(rows)
-  write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-  workdir.joinpath("table.md").write_text(summary_table(summary) + "\n")
+  write_summary(summary, summary_table(summary), workdir)
   draw_curves(rows, workdir / "curves.png")
   return summary
 
@@ -29,11 +35,12 @@ def write_page(workdir: epath.Path, *others: epath.Path) -> str:
   """Writes report.html, the page of a run (viewer/page.py).
 
   Args:
-    workdir: of the run.
+    workdir: the run's workdir.
     others: workdirs of runs that the page compares it with, such as its arms.
 
   Returns:
-    "", or why it could not be written: a page is no reason to end a run.
+    "", or the reason why the page could not be written. It is no error, since a run should not end
+    for want of its page.
   """
   try:
     write_whole(workdir / PAGE, make_page([workdir, *others]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igpo_jax.io.jsonl import Row
+from etils import epath
+
+from igpo_jax.io.jsonl import Row, write_whole
 
 # The order of stages in a run; "init" is the evaluation before the first one.
 STAGE_ORDER = ("init", "sft", "rl", "eval")
@@ -57,6 +60,12 @@ def summary_of(rows: list[Row]) -> dict[str, Any]:
     if values:
       means[name] = sum(values) / len(values)
   return {"eval": evals, "rl": means, "steps": steps}
+
+
+def write_summary(summary: Mapping[str, Any], table: str, workdir: epath.Path) -> None:
+  """Writes summary.json and table.md, the summary as JSON and as Markdown, into a workdir."""
+  write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+  workdir.joinpath("table.md").write_text(table + "\n")
 
 
 def evaluations(row: Row) -> dict[str, dict[str, Any]]:

@@ -1,24 +1,25 @@
-"""Text of a model made safe to look at: nothing in it can act on a terminal or hide itself."""
+"""Makes a model's text safe to show: nothing in it can control a terminal or be invisible."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# What is drawn for characters that one could not see.
+# What is shown instead of invisible characters; `_sign` has the others.
 _SHOWN = {"\n": "⏎", "\t": "⇥", "\0": "␀", "\x1b": "␛"}
-LONGEST = 20_000  # characters of one text that are shown
-LONGEST_PIECE = 200  # of a token's text
+LONGEST = 20_000  # how many characters of a text are shown at most
+LONGEST_PIECE = 200  # how many characters of one token are shown at most
 
 
 def visible(text: str, newlines: bool = False) -> str:
-  """A text in which control characters, direction marks and half characters are signs.
+  """Replaces control characters, direction marks and lone surrogates by visible signs.
 
-  A terminal would obey some of them; others would reorder or hide what stands beside them.
-  Example: visible("a\\n\\u202eb") == "a⏎⟨202E⟩b".
+  A terminal would obey some of these characters; others reorder or hide the text beside them.
 
   Args:
-    text: anything, lone surrogates included.
-    newlines: leave line ends as they are.
+    text: any text.
+    newlines: keep line ends as they are.
+
+  Example: visible("a\\n\\u202eb") == "a⏎⟨202E⟩b".
   """
   if text.isascii() and text.isprintable():
     return text
@@ -31,14 +32,14 @@ def _sign(character: str) -> str:
   kind = unicodedata.category(character)
   if kind == "Cs":  # half of a character
     return "\ufffd"
-  # Joiners make one picture of several emoji; the other formats are not seen, and some reorder.
+  # U+200D joins several emoji into one and is kept. Other format characters are invisible.
   if kind in ("Cc", "Cf", "Zl", "Zp") and character != "\u200d":
     return f"⟨{ord(character):04X}⟩"
   return character
 
 
 def shortened(text: str, most: int = LONGEST) -> str:
-  """A text of at most `most` characters, and how many are left out."""
+  """The first `most` characters of a longer text, and how many are left out."""
   if len(text) <= most:
     return text
   return f"{text[:most]}… ({len(text) - most:,} more characters)"
