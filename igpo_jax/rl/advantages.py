@@ -32,7 +32,7 @@ def group_advantages(
     kind: "mean"; "std" also divides by the group's standard deviation, "std_sample" by that of a
       sample (G - 1 below instead of G); "leave_one_out" subtracts the mean of the others.
     eps: added to a standard deviation.
-    floor: the smallest number that a standard deviation with `eps` is divided by.
+    floor: the smallest divisor: a standard deviation plus `eps` below it counts as it.
 
   Returns:
     f32[B].

@@ -1,7 +1,7 @@
-"""Reads an estimator's views: log-probabilities of completions (docs/method.md#likelihood).
+"""Estimates log-probabilities of completions from an estimator's views (docs/method.md#likelihood).
 
-The corruption is a function of the rollout's keys and the number of the inner update, so old,
-reference and policy log-probabilities see the same masks.
+Masks depend only on the rollout's keys and the number of the inner update. So the old, the
+reference and the current policy are read under the same masks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from igpo_jax.types import LM, Array, Params, Rollout
 
 @flax.struct.dataclass
 class Estimate:
-  """What the views say of completions.
+  """Log-probabilities and entropies that were read in each view.
 
   Attributes:
-    logp: f32[P,R,G,L], of the token of each completion; 0 where a view does not score it.
-    entropy: f32[P,R,G,L], of the distribution that it was read from, in nats; 0 likewise; no
-      gradient.
-    views: [P,R,G,...], see `Views`.
-    routers: of a model with experts, how evenly they worked: the mean over the views.
+    logp: f32[P,R,G,L], log-probability of each token in each view; 0 where the view does not score
+      the token.
+    entropy: f32[P,R,G,L], entropy in nats of the distribution that the log-probability was read
+      from; 0 where the view does not score the token. Without gradient.
+    views: the views, [P,R,G,...].
+    routers: for a model with experts, how evenly tokens are spread over them, as a mean over the
+      views; else None.
   """
 
   logp: Array
@@ -39,23 +41,23 @@ class Estimate:
 
   @property
   def tokens(self) -> Array:
-    """f32[P,G,L], the weighted sum of the views: one number for each token, 0 where unscored."""
+    """f32[P,G,L], the weighted sum of each token's log-probabilities over views; 0 if unscored."""
     logp = jnp.where(self.views.scored, self.logp, 0.0)
     return jnp.sum(logp if self.views.weights is None else self.views.weights * logp, axis=1)
 
   @property
   def scored(self) -> Array:
-    """bool[P,G,L], positions that any view scores."""
+    """bool[P,G,L], positions that at least one view scores."""
     return jnp.any(self.views.scored, axis=1)
 
   @property
   def token_entropy(self) -> Array:
-    """f32[P,G,L], the mean over the views that score a position."""
+    """f32[P,G,L], the mean entropy over the views that score a position; 0 where none does."""
     return self._mean(self.entropy)
 
   @property
   def token_logp(self) -> Array:
-    """f32[P,G,L], the mean log-probability over the views that score a token, 0 where none does."""
+    """f32[P,G,L], the mean log-probability over the views that score a token; 0 where none does."""
     return self._mean(self.logp)
 
   def _mean(self, x: Array) -> Array:
@@ -65,7 +67,7 @@ class Estimate:
 
 
 def largest_part(count: int, most: int) -> int:
-  """The greatest divisor of `count` that is at most `most`; 0 of 0."""
+  """The largest divisor of `count` that is at most `most`; 0 if `count` is 0."""
   return next((n for n in range(min(count, most), 0, -1) if count % n == 0), 0)
 
 
@@ -73,7 +75,8 @@ def sizes_of(config: Config, lm: LM | ModelConfig) -> Sizes:
   """The static numbers that estimators may depend on.
 
   Args:
-    lm: what has the ids of special tokens: the model, or its config.
+    config: the whole config.
+    lm: the model or its config, for the ids of special tokens.
   """
   return Sizes(
     group=config.rl.group_size,
@@ -88,9 +91,10 @@ def sizes_of(config: Config, lm: LM | ModelConfig) -> Sizes:
 
 
 def groups_of(rollout: Rollout, stop_ids: tuple[int, ...], region: str) -> Group:
-  """What estimators are given of a rollout, [P,...].
+  """The groups of a rollout as estimators get them, [P,...].
 
   Args:
+    rollout: the rollout.
     stop_ids: tokens that end a completion.
     region: `rl.loss_region`.
   """
@@ -107,11 +111,14 @@ def groups_of(rollout: Rollout, stop_ids: tuple[int, ...], region: str) -> Group
 
 
 def forwards_of_model(forwards: Forwards, block_length: int) -> Forwards:
-  """What a model makes of an estimator's forwards.
+  """How many forward passes the model needs for what the estimator declares.
+
+  A block-causal model sees a completion's own clean blocks before each noisy one. So no input is
+  the same for a whole group, and shared views become own ones.
 
   Args:
-    block_length: of a block-causal model, else 0. Such a model sees a completion's own clean blocks
-      before each noisy one, so no input is the same for a whole group.
+    forwards: what the estimator declares.
+    block_length: of a block-causal model; 0 for others.
   """
   return Forwards(0, forwards.views) if block_length else forwards
 
@@ -122,9 +129,11 @@ def views_of(
   """The views of all groups, [P,R,G,...].
 
   Args:
-    groups: [P,...].
-    keys: key[P], the rollout's.
-    update: i32[], number of the inner update; of no effect unless the estimator is `redrawn`.
+    estimator: chooses the views.
+    groups: of `groups_of`, [P,...].
+    keys: key[P], one for each prompt of the rollout.
+    update: i32[], number of the inner update. It changes nothing unless the estimator is `redrawn`.
+    sizes: of `sizes_of`.
   """
   number = update if estimator.redrawn else 0
 
@@ -143,17 +152,23 @@ def read_views(
   sizes: Sizes,
   views_at_once: int = 2,
 ) -> Estimate:
-  """Reads views that are drawn already: per-token log-probabilities and entropies.
+  """Reads per-token log-probabilities and entropies in views that are given.
 
   At most `views_at_once` views of a kind (shared by a group, or own) are differentiated together.
   With more of them, each batch of views is computed again in the backward pass, so that memory
   does not grow with their number.
 
   Args:
-    lm, params: the model.
+    lm: the model.
+    params: its parameters.
+    estimator: the one that made the views.
     groups: [P,...], as for `views_of`.
-    views: [P,R,G,...].
+    views: of `views_of`, [P,R,G,...].
+    sizes: of `sizes_of`.
     views_at_once: at least 1.
+
+  Raises:
+    ValueError: the estimator made another number of views than it declares.
   """
   shared, own = forwards_of_model(estimator.forwards(sizes), lm.block_length)
   if views.masked.shape[1] != shared + own:
@@ -181,10 +196,13 @@ def _read_kind(
   views_at_once: int,
   estimator: Estimator,
 ) -> tuple[Array, Array, Balance | None] | None:
-  """Views that are all shared by groups, or all own: as `_read`, with r in front; None of none.
+  """Reads r views of one kind: all shared by groups, or all own.
 
   Args:
-    corruption: (masked [r,P,G,L], prompt_masked [r,P,G,Tp] or None).
+    corruption: (masked bool[r,P,G,L], prompt_masked bool[r,P,G,Tp] or None).
+
+  Returns:
+    The results of `_read`, with r as their first dimension; None if there are no such views.
   """
   count = corruption[0].shape[0]
   at_once = largest_part(count, views_at_once)
@@ -230,12 +248,16 @@ def _read(
   shared: bool,
   temperature: float,
 ) -> tuple[Array, Array, Balance | None]:
-  """One view: log p and entropy, f32[P,G,L]; of a model with experts, how evenly they worked.
+  """Reads one view.
 
   Args:
     masked: bool[P,G,L].
     prompt_masked: bool[P,G,Tp] or None.
-    shared: the input is that of the group's first completion; its G completions are read from it.
+    shared: whether the input is the same for a group. It is then made from the group's first
+      completion, and all G completions are read from it.
+
+  Returns:
+    (log-probabilities f32[P,G,L], entropies f32[P,G,L], see `Estimate.routers`).
   """
   p, g, length = masked.shape
   prompt, valid, completion = groups.prompt, groups.prompt_valid, groups.completion
@@ -252,7 +274,7 @@ def _read(
   if hide is not None:
     prompt = jnp.where(hide & valid, lm.mask_id, prompt)
   tokens, seen = join(prompt, valid, canvas)
-  # Clean blocks are seen by block-causal models only, of which no view is shared.
+  # Only block-causal models read the clean rows, and they have no shared views.
   clean = join(known, valid, rows)[0] if lm.block_length else tokens
   h, routers = noisy_hidden(lm, params, tokens, clean, seen)
   head = lambda x: lm.head(params, x)

@@ -1,8 +1,8 @@
-"""Sample, score, and where a whole group is wrong, inpaint (docs/method.md#exploration).
+"""Sample, grade, and inpaint where a whole group is wrong (docs/method.md#exploration).
 
-The heart of IGPO, as a recipe. Sampling runs on the devices; decoding, grading and
-the building of hints on the host. What decides control flow (how many groups are
-hinted, padded to a bucket) is agreed on by all hosts.
+This is the heart of IGPO, as a recipe. Sampling runs on the devices. Decoding, grading and making
+hints run on the host. All hosts agree on what decides control flow: how many groups are hinted,
+padded to a bucket.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from igpo_jax.types import LM, Array, Params, Rollout
 
 
 def most_replacements(replace_fraction: float, group_size: int) -> int:
-  """floor(lambda G): how many wrong completions of a group inserted ones may replace."""
+  """floor(lambda G): how many completions of a group may be replaced at most."""
   return math.floor(replace_fraction * group_size + 1e-9)
 
 
 def num_replacements(num_correct: int, replace_fraction: float, group_size: int) -> int:
-  """K = min(#correct, floor(lambda G)): how many wrong completions are replaced.
+  """K = min(#correct, floor(lambda G)): how many wrong completions of a group are replaced.
 
   Args:
-    num_correct: correct ones among a group's inpainted completions.
-    replace_fraction: lambda.
+    num_correct: how many of the group's inpainted completions are correct.
+    replace_fraction: lambda, see `HintConfig`.
     group_size: G.
 
   Example: `num_replacements(5, 0.5, 8) == 4`.
@@ -53,20 +53,20 @@ def num_replacements(num_correct: int, replace_fraction: float, group_size: int)
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
-  """One step's experience.
+  """What one step sampled, and what the update learns from.
 
   Attributes:
-    rollout: on the devices.
-    row_id: u32[P], identities of this process's prompts in it, see `PromptBatch`.
-    numbers: i64[P], their numbers among the groups of all processes, see `Tries.number_of`. With
-      `rl.refill` another process may have sampled them.
-    update_rollout: the part of `rollout` that is used in the update. All groups; or, with an
+    rollout: the groups to learn from, on the devices.
+    row_id: u32[P], ids of this process's prompts in `rollout`, see `PromptBatch`.
+    numbers: i64[P], numbers of these groups among those of all processes, see `Tries.number_of`.
+      With `rl.refill` another process may have sampled them.
+    update_rollout: the part of `rollout` that is used in the update. It is all groups; or, with an
       objective for which a group without advantage adds no gradient, the groups with an advantage,
       filled up to one of a few static sizes.
-    update_groups: i64[X], their indices among this process's groups.
-    metrics: means over all that was sampled on all hosts.
-    tries: all that was sampled on this host, both tries.
-    tokenizer: of the policy.
+    update_groups: i64[X], indices of the groups of `update_rollout` among this process's groups.
+    metrics: means over all that was sampled, on all hosts.
+    tries: all that was sampled on this host, in both tries.
+    tokenizer: the policy's tokenizer.
   """
 
   rollout: Rollout
@@ -80,18 +80,20 @@ class Exploration:
 
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
-    """One dict per completion of this host, both tries, for samples.jsonl (docs/samples.md)."""
+    """Rows for samples.jsonl, one for each completion of this host in both tries."""
     return sample_rows(self.tries, self.tokenizer)
 
 
 def repeated_tokens(completion: np.ndarray, length: np.ndarray) -> tuple[int, int]:
-  """(Tokens that are the same as the one before them, tokens that have one before them.)
-
-  A policy that has collapsed says one token over and over: then nearly all are.
+  """Counts tokens that repeat the token before them. A collapsed policy repeats nearly all.
 
   Args:
     completion: i32[...,L].
-    length: i32[...], tokens of each through its first stop token; later ones do not count.
+    length: i32[...], tokens of each completion up to its first stop token, that included. Later
+      tokens do not count.
+
+  Returns:
+    (number of tokens that are equal to the one before, number of tokens that have one before).
   """
   counted = np.arange(1, completion.shape[-1]) < length[..., None]
   same = completion[..., 1:] == completion[..., :-1]
@@ -99,10 +101,20 @@ def repeated_tokens(completion: np.ndarray, length: np.ndarray) -> tuple[int, in
 
 
 class Explorer:
-  """Makes rollouts with one of three explorations.
+  """Makes rollouts, with one of three kinds of exploration (`rl.exploration`).
 
-  "inpaint" is IGPO. "resample" draws as many extra samples for the same groups
-  without hints. "none" is GRPO: the update uses what was sampled.
+  "inpaint" is IGPO. "resample" samples the same groups again, as often, but without hints. "none"
+  is GRPO: the update uses what was sampled at first.
+
+  Args:
+    lm: the model.
+    tokenizer: its tokenizer.
+    scorer: grades completions.
+    config: the whole config.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: prompts, slices and devices do not fit each other.
   """
 
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
@@ -111,7 +123,7 @@ class Explorer:
     self.objective = objective_of(config)
     self.group_sampler = GroupSampler(lm, tokenizer, scorer, config, mesh)
     ways, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
-    # Micro-batches of the update share out over the devices, too.
+    # Each micro-batch of the update has to divide over the devices as well.
     multiple = config.rl.micro_batches * max(1, ways // processes)
     self.update_sizes = group_buckets(config.rl.prompts_per_step // processes, multiple)
 
@@ -126,16 +138,18 @@ class Explorer:
   ) -> Exploration:
     """Explores one batch of prompts, or more of them until enough groups have an advantage.
 
+    Every process has to call it at the same time, with its own prompts.
+
     Args:
-      params: the policy.
+      params: the policy's parameters, in the dtype of the computation.
       batch: this process's prompts.
-      step: seeds the choice of chunks, with the prompt's identity.
-      keys: the step's PRNG keys for "sample" and "resample".
+      step: number of the step. The choice of chunks is seeded by it and the prompt's id.
+      keys: the step's PRNG keys, "sample" for the first try and "resample" for the second.
       clock: counts the seconds in which the devices wait for this host.
-      further: makes further batches of as many prompts. They are sampled one after another, until
-        as many groups as a batch has have an advantage (rl/refill.py). The first of these groups
-        are what is learnt from, in the order of the prompts. If there are fewer than a batch, the
-        first others fill it up.
+      further: functions that make further batches of as many prompts. They are sampled one after
+        another until enough groups have an advantage: as many as a batch has (rl/refill.py). The
+        update learns from the first of these groups, in the order of the prompts. If they are
+        fewer than a batch, the first other groups fill it up.
     """
     clock = clock or DeviceClock()
     tried = [self._explore(params, batch, step, keys, clock)]
@@ -149,7 +163,7 @@ class Explorer:
     arrays, numbers = choose(arrays, len(tried))
     row_id = arrays.pop("row_id")
 
-    # To the devices: everything, and what there is to learn from.
+    # To the devices: all groups, and those of the update.
     live = self._groups_to_update(arrays["advantages"])
     rollout = update_rollout = Rollout(**shard_rows(self.mesh, arrays))
     if len(live) < len(row_id):
@@ -171,7 +185,11 @@ class Explorer:
     keys: dict[str, Array],
     clock: DeviceClock,
   ) -> tuple[Tries, Samples]:
-    """(What was sampled for one batch, the completions that take part afterwards)."""
+    """Explores one batch.
+
+    Returns:
+      (all that was sampled; the groups after inpainting, with inserted completions in place).
+    """
     cfg = self.config
     g, length = cfg.rl.group_size, cfg.sampler.gen_length
     p = len(batch.records)
@@ -188,7 +206,7 @@ class Explorer:
       most = int(over_processes(np.array(len(wrong)), np.max))
       if most:
         size = self.group_sampler.padded(most)
-        # Padding groups are fixed throughout: they have nothing to denoise.
+        # Padding groups are fixed everywhere, so there is nothing to denoise in them.
         groups = np.concatenate([wrong, np.zeros(size - len(wrong), int)])
         canvas = np.full((size, g, length), self.lm.mask_id, np.int32)
         hinted = np.zeros((size, g, length), bool)
@@ -199,9 +217,9 @@ class Explorer:
         canvas[padding], hinted[padding] = self.lm.eos_id, True
         extra = self.group_sampler(params, batch, groups, canvas, hinted, keys["resample"], clock)
 
-    # 3. Correct ones replace wrong originals, at most lambda G of a group.
+    # 3. Correct ones replace wrong originals, at most lambda G in a group.
     mixed = own.copy()
-    source = np.full((p, g), -1)  # which extra completion took the place; -1: none
+    source = np.full((p, g), -1)  # number of the extra completion in each place; -1: the original
     if extra is not None:
       for row, group in enumerate(wrong.tolist()):
         rng = np.random.default_rng([cfg.seed, step, int(batch.row_id[group]), 1])
@@ -236,7 +254,7 @@ class Explorer:
     return visible_hints(*canvases, prompt_length, self.lm.block_length, self.lm.mask_id)
 
   def _advantages(self, samples: Samples) -> np.ndarray:
-    """f32[P,G]; 0 in groups whose accuracy is outside the window of rl.accuracy_low and _high."""
+    """f32[P,G]; 0 in groups whose accuracy is outside rl.accuracy_low to rl.accuracy_high."""
     p, g = samples.reward.shape
     rl = self.config.rl
     advantages = host_advantages(samples.reward.reshape(-1), g, rl.advantage).reshape(p, g)
@@ -257,13 +275,16 @@ class Explorer:
     }
 
   def _groups_to_update(self, advantages: np.ndarray) -> np.ndarray:
-    """Which of this process's groups go into the update, in their order: i64[X].
+    """Chooses the groups that go into the update.
 
     With some objectives a group whose advantages are all zero adds no gradient. Such groups are
-    left out, but for as many as fill X up to one of a few sizes, the same on every process.
+    left out, except for those that fill X up to one of a few sizes, the same on every process.
 
     Args:
       advantages: f32[P,G].
+
+    Returns:
+      i64[X], indices of this process's groups, ascending.
     """
     if not self.objective.drops_zero_advantage:
       return np.arange(len(advantages))
@@ -272,7 +293,7 @@ class Explorer:
     return first_live(live, next(size for size in self.update_sizes if size >= most))
 
   def _answer_shown(self, batch, extra: Samples | None, wrong) -> np.ndarray:
-    """Which hinted canvases show the answer's value in a run of hint tokens: bool[X,G]."""
+    """bool[X,G]: whether a hinted canvas shows the answer's value in a run of hint tokens."""
     shown = np.zeros((len(wrong), self.config.rl.group_size), bool)
     if extra is None:
       return shown
@@ -324,5 +345,5 @@ class Explorer:
       }
     totals = over_processes(np.array(list(sums.values()), np.float64), np.sum)
     means = {name: (a / max(b, 1), b) for name, (a, b) in zip(sums, totals, strict=True)}
-    # A step without a prompt of some task says nothing of it.
+    # A task has no metrics in a step without prompts of it.
     return {name: float(mean) for name, (mean, b) in means.items() if b or "/" not in name}

@@ -1,10 +1,11 @@
-"""Groups of completions: sampled on the devices, decoded and graded on the host meanwhile.
+"""Groups of completions: sampled on the devices, while the host decodes and grades.
 
-Prompts are cut into slices of like length, padded only as far as they need, so that one long prompt
-does not make every row long. The rows of all slices of a length wait in one queue; those of a slice
-are worked at, at a time, each at its own pace, and come out in rounds. Two rounds are begun at a
-time: while the devices sample, the host decodes what came out before and hands it to the graders.
-Slices have a few sizes and a few lengths, so that few programs compile.
+Prompts are sorted by length and cut into slices, each padded only as far as it needs. So one long
+prompt does not make every row long. The rows of all slices of one padded length wait in one queue.
+The devices work at as many rows at a time as a slice has, each at its own pace, and rows come back
+in rounds. Two rounds are started ahead: while the devices sample, the host decodes what came back
+before and hands it to the graders. Slices have a few sizes and lengths, so that few programs are
+compiled.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from igpo_jax.types import LM, Array, Params
 
 @dataclasses.dataclass
 class Samples:
-  """Groups of completions on the host: numpy, this process's prompts.
+  """Sampled and graded groups of completions, for this process's prompts. Arrays are numpy.
 
   Attributes:
-    completion, commit_step: i32[P,G,L].
+    completion: i32[P,G,L], token ids.
+    commit_step: i32[P,G,L], see `Denoised`.
     commit_logp: f32[P,G,L], see `Denoised`.
-    hinted: bool[P,G,L].
-    finite: bool[P,G], all logits that it was sampled from were numbers.
-    texts: P lists of G strings.
+    hinted: bool[P,G,L], True where a token was a hint.
+    finite: bool[P,G], whether all logits that a completion was sampled from were numbers.
+    texts: the decoded completions; like the other lists P lists of G.
     reward: f32[P,G].
     correct: bool[P,G].
-    status: P lists of G of "ok", "unparseable", "timeout".
-    extracted: P lists of G answers as the verifier found them; None where there is none.
-    reason: P lists of G, why the verdict is what it is.
-    parts: P lists of G of {name: value}, the parts of the reward before their weights.
+    status: "ok", "unparseable" or "timeout".
+    extracted: the answer that the verifier found; None if it found none.
+    reason: why the verdict is what it is, in words.
+    parts: {name: value} of the parts of the reward, before their weights.
   """
 
   completion: np.ndarray
@@ -79,7 +81,7 @@ class Samples:
       getattr(self, name)[group][row] = getattr(other, name)[other_group][other_row]
 
   def take(self, groups: np.ndarray) -> Samples:
-    """The groups i[X] of it, in that order."""
+    """The groups with indices `groups` i[X], in this order."""
     taken: dict[str, Any] = {name: getattr(self, name)[groups] for name in self.ARRAYS}
     taken |= {name: [getattr(self, name)[k] for k in groups] for name in self.LISTS}
     return Samples(**taken)
@@ -97,10 +99,13 @@ class Samples:
 
 
 class DeviceClock:
-  """Seconds in which this host had given its devices nothing to do.
+  """Measures how long the devices wait for this host.
 
-  The other methods do nothing here: they tell a subclass how far a step is
+  `program`, `sampling` and `sampled` do nothing here. A subclass learns from them how far a step is
   (`train.progress.StepProgress`).
+
+  Attributes:
+    idle_seconds: seconds in which no program was queued.
   """
 
   def __init__(self):
@@ -118,24 +123,31 @@ class DeviceClock:
     self._idle_since = time.perf_counter()
 
   def program(self, name: str, shape: tuple[int, ...]) -> contextlib.AbstractContextManager:
-    """Around a call of a jitted program; with a shape that is new for it, it is compiled."""
+    """A context for a call of a jitted program. With a new shape the call compiles the program."""
     del name, shape
     return contextlib.nullcontext()
 
   def sampling(self, rows: int) -> None:
-    """So many rows are going to be sampled, counted over all processes."""
+    """`rows` rows are going to be sampled, over all processes."""
 
   def sampled(self, commit_step: np.ndarray, prompt_length: int) -> None:
-    """A slice has arrived. May raise, on every process alike: nothing has been changed yet.
+    """Some rows have come back. It may raise, to end the step, if it does so on every process.
 
     Args:
-      commit_step: i32[B,L], this process's rows.
+      commit_step: i32[B,L], of this process's rows.
       prompt_length: positions of the padded prompts.
     """
 
 
 def group_buckets(prompts: int, multiple: int) -> list[int]:
-  """Sizes that the last slice of hinted groups is padded to: few, so that few programs compile.
+  """The sizes that a number of groups is padded to. They are few, so that few programs compile.
+
+  Args:
+    prompts: the largest number of groups.
+    multiple: all sizes but the largest are multiples of this number.
+
+  Returns:
+    Growing sizes, each twice the one before; the last is `prompts`.
 
   Example: group_buckets(8, 1) == [1, 2, 4, 8]; group_buckets(8, 4) == [4, 8].
   """
@@ -147,7 +159,7 @@ def group_buckets(prompts: int, multiple: int) -> list[int]:
 
 
 class Cut(NamedTuple):
-  """One slice: groups begin..end-1 in falling order of prompt length, padded to `positions`."""
+  """One slice: the groups begin .. end - 1, longest prompts first, padded to `positions`."""
 
   begin: int
   end: int
@@ -166,10 +178,10 @@ def cut_by_length(
   Example: `cut_by_length([90, 12, 11, 10, 9], 4, (16, 128)) == [Cut(0, 1, 128), Cut(1, 5, 16)]`.
 
   Args:
-    lengths: tokens of each group's prompt, falling.
-    size: groups of a full slice.
-    buckets: growing lengths, the last of which holds every prompt.
-    completion: positions that every row has beside its prompt.
+    lengths: tokens of each group's prompt, in falling order.
+    size: number of groups of a full slice.
+    buckets: growing lengths; the last one holds every prompt.
+    completion: number of positions that a row has in addition to its prompt.
   """
   full, rest = divmod(len(lengths), size)
 
@@ -186,7 +198,7 @@ def cut_by_length(
 
 
 def one_for_each_length(cuts: Sequence[Cut]) -> list[Cut]:
-  """Slices that are padded to the same length, one after the other, as one."""
+  """Joins neighboring slices that are padded to the same length."""
   out: list[Cut] = []
   for cut in cuts:
     if out and out[-1].positions == cut.positions:
@@ -199,15 +211,22 @@ def one_for_each_length(cuts: Sequence[Cut]) -> list[Cut]:
 class GroupSampler:
   """Samples and grades groups, a slice of prompts at a time.
 
-  What a group's completions are depends neither on the slices nor on their order, except
-  with `sampler.early_stop="batch"` (official code), which looks at all rows of a slice.
+  Completions depend neither on the slices nor on their order, except with
+  `sampler.early_stop="batch"` (official code), which looks at all rows of a slice.
+
+  Args:
+    lm: the model.
+    tokenizer: its tokenizer.
+    scorer: grades completions.
+    config: the whole config.
+    mesh: the device mesh.
 
   Attributes:
-    slice_size: prompts of this process in a full slice.
-    buckets: sizes of the last slice, growing up to `slice_size`.
+    slice_size: number of this process's prompts in a full slice.
+    buckets: sizes that the last slice may have, growing up to `slice_size`.
 
   Raises:
-    UserError: the slices do not share out over the devices.
+    UserError: the slices do not divide over the devices.
   """
 
   def __init__(self, lm: LM, tokenizer: Tokenizer, scorer: Scorer, config: Config, mesh):
@@ -218,26 +237,27 @@ class GroupSampler:
     prompts, slices = config.rl.prompts_per_step, config.rl.sample_slices
     check_sample_slices(mesh, prompts, self.group_size, slices, processes)
     self.slice_size = prompts // slices // processes
-    # Few groups are enough to give every device a row.
+    # The smallest bucket has a row for every device.
     rows = processes * self.group_size
     self.buckets = group_buckets(self.slice_size, ways // math.gcd(ways, rows))
 
   def padded(self, groups: int) -> int:
-    """The number of groups that is sampled where `groups` are wanted."""
+    """The number of groups to sample if `groups` are wanted: the last slice is padded."""
     full = groups // self.slice_size * self.slice_size
     rest = groups - full
     return full + next(b for b in self.buckets if b >= rest) if rest else full
 
   def cuts(self, batch: PromptBatch, groups, hinted) -> tuple[np.ndarray, list[Cut]]:
-    """(The order in which `groups` are sampled, i64[X]; the slices in that order).
+    """Sorts groups by length and cuts them into slices. A collective.
 
-    The slices are the same on every process: they follow from the longest prompt that any
-    process has at each place of its order. A collective.
+    The slices are the same on every process: they follow from the longest prompt that any process
+    has at each place of the order. Arguments as `__call__`.
 
-    Args: as `__call__`.
+    Returns:
+      (i64[X], the order in which `groups` are sampled; the slices in this order).
     """
     lengths = batch.valid.sum(axis=1)[groups]
-    # A group without masks is not changed, whatever its prompt: it need not fit.
+    # A group without masks is not sampled, so its prompt need not fit.
     lengths = np.where(hinted.all(axis=(1, 2)), 0, lengths)
     order = np.argsort(-lengths, kind="stable")
     longest = over_processes(lengths[order], np.max)
@@ -249,19 +269,23 @@ class GroupSampler:
   def __call__(
     self, params: Params, batch: PromptBatch, groups, canvas, hinted, key: Array, clock: DeviceClock
   ) -> Samples:
-    """Samples, decodes and scores; groups come back in the order in which they were given.
+    """Samples, decodes and grades groups. Every process has to call it at the same time.
 
     Args:
-      params: the policy, in the compute dtype.
+      params: the policy's parameters, in the dtype of the computation.
       batch: this process's prompts.
-      groups: i[X], which of them; X as `padded` says, the same on every process.
-      canvas: i32[X,G,L], masks and hints.
-      hinted: bool[X,G,L].
-      key: of the step.
-      clock: told when devices have work, and when they are out of it.
+      groups: i[X], indices of prompts of the batch; X is a result of `padded`, and the same on
+        every process.
+      canvas: i32[X,G,L], masks, and hints where `hinted` is True.
+      hinted: bool[X,G,L], positions that are never changed.
+      key: the step's PRNG key.
+      clock: is told when the devices get work, and when they have none left.
+
+    Returns:
+      [X,G,...], in the order of `groups`.
     """
     order, cuts = self.cuts(batch, groups, hinted)
-    if self.sampler_config.early_stop != "batch":  # which asks about a slice as a whole
+    if self.sampler_config.early_stop != "batch":  # that rule needs the slices as they are
       cuts = one_for_each_length(cuts)
     rows = len(groups) * self.group_size
     clock.sampling(rows * jax.process_count())
@@ -270,7 +294,7 @@ class GroupSampler:
     arrays: dict[str, np.ndarray] = {}
 
     def rounds():
-      """Gives the devices a round to do each time it is asked for the next."""
+      """Yields rounds, each of which it starts on the devices when it is asked for it."""
       for cut in cuts:
         part = order[cut.begin : cut.end]
         queue = self._queue(
@@ -292,7 +316,7 @@ class GroupSampler:
       if not begun:
         clock.drained()
       group, number = np.divmod(made.rows, self.group_size)
-      at = part[group] * self.group_size + number  # where the rows are among those asked for
+      at = part[group] * self.group_size + number  # indices among all rows that were asked for
       for name, x in zip(made._fields[1:], made[1:], strict=True):
         arrays.setdefault(name, np.zeros((rows, *x.shape[1:]), x.dtype))[at] = x
       said = [self.tokenizer.decode(row) for row in made.completion]
@@ -303,7 +327,7 @@ class GroupSampler:
     return self._samples(hinted, arrays, texts, graded)
 
   def _queue(self, params, batch: PromptBatch, groups, positions: int, canvas, hinted, key):
-    """The rows of groups i[X] of the batch, in a queue."""
+    """A queue of the rows of groups i[X] of the batch, with prompts padded to `positions`."""
     rows = np.repeat(groups, self.group_size)
     begin = batch.tokens.shape[1] - positions
     flat = lambda x: x.reshape(-1, x.shape[-1])

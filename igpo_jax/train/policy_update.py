@@ -103,10 +103,10 @@ def scores_old(config: Config) -> bool:
 
 
 def rounds_alike(config: Config, lm: LM) -> bool:
-  """Whether `score` and `update` give the same log-probabilities to the last bit.
+  """Whether `score` and `update` compute the same log-probabilities to the last bit.
 
-  In float32 on a CPU they do. With 16 bits, or products that are tuned for each program, they
-  need not; nor where only `update` has use for what the routers of experts say.
+  In float32 on a CPU they do. They need not with 16 bits, with products that the compiler tunes for
+  each program, or with experts, whose routers only `update` has a loss for.
   """
   return config.model.dtype == "float32" and platform() == "cpu" and lm.routed is None
 

@@ -1,8 +1,9 @@
 """autoregressive: the exact likelihood of writing from left to right (JustGRPO, arXiv 2601.15165).
 
-View t sees the tokens before t and masks for the rest. It takes as many forwards as a completion
-has positions: the masked tail is attended to, so no cache can stand in for them. What is sampled
-with `sampler.block_length=1` is sampled in this order, and its likelihood is then exact.
+View t shows the tokens before position t, and masks from t on. An estimate takes as many forward
+passes as a completion has positions: positions attend to the masked tail, so a cache cannot replace
+them. With `sampler.block_length=1` completions are sampled in this order, and their likelihood is
+exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a likelihood estimator declares, and the arrays that it is given and gives."""
+"""The interface of likelihood estimators: what one declares, is given, and returns."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Sizes(NamedTuple):
   """Numbers of a run that are known before it begins.
 
   Attributes:
-    group: G, completions of a prompt.
-    length: L, positions of a completion.
-    steps: denoising steps of the sampler: commit steps are 0..steps-1.
-    block_length: positions of a block of the sampler.
-    inner_updates: mu.
-    mask_id, eos_id: of the tokenizer.
-    stop_ids: tokens that end a completion.
+    group: G, the number of completions of a prompt.
+    length: L, the number of positions of a completion.
+    steps: number of denoising steps of the sampler: commit steps are 0 .. steps - 1.
+    block_length: number of positions of a block of the sampler.
+    inner_updates: mu, the number of updates on one rollout.
+    mask_id, eos_id: ids of the mask and of the end of text.
+    stop_ids: ids of the tokens that end a completion.
   """
 
   group: int
@@ -48,12 +48,12 @@ class Group:
     prompt: i32[Tp], left-padded.
     prompt_valid: bool[Tp], False on the padding.
     completion: i32[G,L].
-    hinted: bool[G,L], tokens that were fixed while the rest was sampled.
-    commit_step: i32[G,L], the step at which the sampler decided a token; -1 on hints.
+    hinted: bool[G,L], True where a token was a hint.
+    commit_step: i32[G,L], the step at which the sampler committed a token; -1 on hints.
     region: bool[G,L], the loss region (`rl.loss_region`).
-    length: i32[G], |o_i|: tokens through the first stop token, whatever the region is.
-    commit_logp: f32[G,L], log-probability of a token when the sampler decided it; 0 on hints. None
-      for completions that were not sampled here.
+    length: i32[G], tokens up to and including the first stop token, whatever the region is.
+    commit_logp: f32[G,L], log-probability of a token when the sampler committed it; 0 on hints.
+      None for completions that were not sampled here.
   """
 
   prompt: Array
@@ -71,12 +71,13 @@ class Views:
   """Corrupted copies of completions: [R,G,...] of one group, [P,R,G,...] of a batch.
 
   Attributes:
-    masked: bool[R,G,L], completion positions that the network sees as masks.
-    scored: bool[R,G,L], positions whose log-probability the view gives. Views may overlap.
-    weights: f32[R,G,L], factors of the log-probabilities in the estimate; None: 1.
-    prompt_masked: bool[R,G,Tp], prompt positions seen as masks; None: none.
-    aux: the estimator's own arrays [R,G,...], which an objective made for it reads.
-    draws: how many independent draws the views are; ordered by draw, R is a multiple of it.
+    masked: bool[R,G,L], completion positions that are replaced by masks.
+    scored: bool[R,G,L], positions whose log-probability is read. Views may score the same ones.
+    weights: f32[R,G,L], factors of the log-probabilities in the estimate; None: all are 1.
+    prompt_masked: bool[R,G,Tp], prompt positions that are replaced by masks; None: no position.
+    aux: further arrays [R,G,...] of this estimator, for objectives that are made for it.
+    draws: number of independent draws that the views come from. R is a multiple of it, and the
+      views of a draw are next to each other.
   """
 
   masked: Array
@@ -88,11 +89,12 @@ class Views:
 
 
 class Forwards(NamedTuple):
-  """How many forward passes an estimate takes; views are ordered alike.
+  """How many forward passes an estimate takes. Shared views come before own ones.
 
   Attributes:
-    shared: views whose input is the same for all completions of a group: one forward a prompt.
-    own: views that need a forward for each completion.
+    shared: number of views whose input is the same for all completions of a group. Each takes one
+      forward pass per prompt.
+    own: number of views that take a forward pass for each completion.
   """
 
   shared: int
@@ -100,22 +102,22 @@ class Forwards(NamedTuple):
 
   @property
   def views(self) -> int:
-    """R."""
+    """R, the number of views."""
     return self.shared + self.own
 
   def per_completion(self, group: int) -> float:
-    """Forward passes for each completion and each evaluation of the policy."""
+    """Forward passes per completion each time the policy is read, for groups of size `group`."""
     return self.shared / group + self.own
 
 
 class Estimator:
-  """Base of all estimators, which are frozen dataclasses: their fields are their options.
+  """Base of all estimators. They are frozen dataclasses, and their fields are their options.
 
   Attributes:
-    name: the registered one.
-    redrawn: masks are drawn anew for each inner update. False: they follow from the completions
-      or their keys alone, and old and reference log-probabilities are computed once a rollout.
-    temperature: of the distribution whose log-probabilities are read.
+    name: the name under which it is registered.
+    redrawn: whether each inner update draws new masks. If False, masks depend on the completions
+      and their keys only, and old and reference log-probabilities are computed once per rollout.
+    temperature: log-probabilities are those of softmax(logits / temperature).
   """
 
   name: ClassVar[str] = ""
@@ -135,12 +137,16 @@ class Estimator:
   def views(self, group: Group, key: Array, sizes: Sizes) -> Views:
     """The views of one prompt's completions.
 
-    Called once for each prompt (under `jax.vmap`), so that masks follow from the prompt's own key
-    and never from what else is in a micro-batch. Old, reference and current policy read the same.
+    It is called for one prompt at a time (under `jax.vmap`). So masks depend on the prompt's own
+    key, and never on what else is in a micro-batch. The old, the reference and the current policy
+    are read in the same views.
 
     Args:
       group: the completions.
-      key: one PRNG key, of the rollout, the prompt, and (if `redrawn`) the inner update.
-      sizes: static numbers.
+      key: one PRNG key, made from the step, the prompt and (if `redrawn`) the inner update.
+      sizes: static numbers of the run.
+
+    Returns:
+      [R,G,...], with R = `forwards(sizes).views`.
     """
     raise NotImplementedError

@@ -1,8 +1,8 @@
 """block_random: masks as block-wise sampling leaves them (SPG, StableDRL).
 
-A view stands in a block of the completion: what comes before is clean but for a few random holes,
-the block is partly masked, what comes after is masked, as it is while that block is sampled
-(SPG, arXiv 2510.09541, section on block-wise masking).
+A view chooses a block of the completion, and looks as the canvas does while this block is sampled:
+earlier blocks are clean except for a few random holes, the block is partly masked, and later blocks
+are masked (SPG, arXiv 2510.09541, section on block-wise masking).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from igpo_jax.types import Array
 @register_estimator("block_random")
 @dataclasses.dataclass(frozen=True)
 class BlockRandom(Estimator):
-  """Weights make the estimate mean over views of mean over masked positions of log p.
+  """The estimate is the mean over views of the mean log p over masked positions.
 
-  Every masked position through the first stop token is scored: those of the chosen block, of all
-  later blocks, and the holes. Positions past the stop token are masked and not scored.
+  Every masked position up to the first stop token is scored: those of the chosen block, of all
+  later blocks, and the holes. Positions after the stop token are masked and not scored.
 
   Attributes:
-    draws: views; their blocks are distinct while there are as many.
+    draws: number of views. They choose different blocks as long as there are enough blocks.
     block_length: positions of a block; 0: the sampler's.
     min_ratio, max_ratio: the chosen block has U{max(1, floor(len min)) .. max(1, floor(len max))}
-      masks, `len` being its positions through the first stop token.
-    hole_probability: with which each prompt token and each token of earlier blocks is masked.
+      masks, where `len` is the number of its positions up to the first stop token.
+    hole_probability: the probability that a token of the prompt or of an earlier block is masked.
   """
 
   draws: Count = 2
@@ -63,7 +63,7 @@ class BlockRandom(Estimator):
     size = self.block_length or sizes.block_length
     blocks = -(-length // size)
     position = jnp.arange(length)
-    # A random order of each completion's finished blocks; more draws than blocks begin again.
+    # A random order of the blocks up to the stop token. If draws outnumber them, blocks repeat.
     finished = jnp.maximum(-(-group.length // size), 1)  # [G]
     dice = jax.random.uniform(block_key, (g, blocks))
     order = jnp.argsort(jnp.where(jnp.arange(blocks) < finished[:, None], dice, 2.0), axis=1)
@@ -86,7 +86,7 @@ class BlockRandom(Estimator):
     return self.of_masks(masked, prompt_masked, group)
 
   def of_masks(self, masked: Array, prompt_masked: Array, group: Group) -> Views:
-    """The views of given masks bool[R,G,L] and bool[R,G,Tp]."""
+    """The views with these masks of completions bool[R,G,L] and of prompts bool[R,G,Tp]."""
     scored = masked & (jnp.arange(masked.shape[-1]) < group.length[:, None])
     count = jnp.maximum(jnp.sum(scored, axis=-1, keepdims=True), 1)
     return Views(

@@ -1,6 +1,7 @@
 """coupled: a random mask and its complement, so that every position is scored once.
 
-The two complementary views of DiffuCoder's coupled-GRPO, without its third view and its weights.
+These are the two complementary views of DiffuCoder's coupled-GRPO, without its third view and its
+weights (`coupled_grpo` has all of it).
 """
 
 from __future__ import annotations

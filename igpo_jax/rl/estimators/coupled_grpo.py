@@ -1,8 +1,9 @@
 """coupled_grpo: coupled-GRPO as published (DiffuCoder, arXiv 2506.20639).
 
-Three views: the whole completion masked, a random mask, and its complement. A token's estimate is
-the mean of the first and of that one of the others that masks it, which counts 1/(its ratio).
-`coupled` is the pair alone, with a ratio of its own for each completion and without weights.
+There are three views: the whole completion masked, a random mask, and its complement. A token's
+estimate is the mean of two numbers: its log-probability in the first view, and that in the one of
+the other views that masks it, divided by this view's masking ratio. `coupled` has the pair only,
+with a ratio of its own for each completion and without weights.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ Ratio = Annotated[float, Range(0, 1, above=True, below=True)]
 @register_estimator("coupled_grpo")
 @dataclasses.dataclass(frozen=True)
 class CoupledGRPO(Estimator):
-  """l_k = (l_k of the full view + w l_k of the view that masks k) / 2, w = 1/m or 1/(1-m).
+  """l_k = (l_k in the full view + w * l_k in the view that masks k) / 2, with w = 1/m or 1/(1-m).
 
-  A weighted sum, not a log-probability: its weights sum to 1/2 + 1/(2m) or 1/2 + 1/(2(1-m)).
+  It is a weighted sum and not a log-probability: the weights sum to 1/2 + 1/(2m) or
+  1/2 + 1/(2(1-m)).
 
   Attributes:
-    ratio_low, ratio_high: m ~ U[low, high], one for a group (official code: one for a batch).
+    ratio_low, ratio_high: the masking ratio m ~ U[ratio_low, ratio_high] is drawn once for each
+      group (official code: once for a batch).
   """
 
   ratio_low: Ratio = 0.2
@@ -57,7 +60,7 @@ class CoupledGRPO(Estimator):
     return self.of_masks(jax.random.uniform(mask_key, group.completion.shape) < ratio, ratio)
 
   def of_masks(self, masked: Array, ratio: Array) -> Views:
-    """The views of the second view's masks bool[G,L] and the ratio f32[] they were drawn with."""
+    """The views for given masks bool[G,L] of the second view, drawn with a ratio f32[]."""
     views = jnp.stack([jnp.ones_like(masked), masked, ~masked])
     factor = 0.5 / jnp.stack([jnp.ones_like(ratio), ratio, 1 - ratio])
     return Views(masked=views, scored=views, weights=jnp.where(views, factor[:, None, None], 0.0))

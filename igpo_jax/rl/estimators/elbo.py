@@ -1,8 +1,8 @@
 """elbo: a Monte Carlo estimate of the likelihood bound (ESPO, GDPO, BGPO, GDSD).
 
-The bound is an integral over the masking ratio t of 1/t times the masked log-probabilities. What
-the published methods do differently is how they choose t, which here is how many positions a view
-masks (`counts`), and whether each view comes with its complement.
+The bound is an integral over the masking ratio t of 1/t times the masked log-probabilities. The
+published methods differ in how they choose t, which is here the number of positions that a view
+masks (`counts`), and in whether each view comes with its complement.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from igpo_jax.types import Array
 @register_estimator("elbo")
 @dataclasses.dataclass(frozen=True)
 class Elbo(Estimator):
-  """E = sum over views and positions of weight times log p, in nats of the whole completion.
+  """E = sum over views and positions of weight times log p: nats for the whole completion.
 
   Attributes:
-    counts: how many positions a view masks.
+    counts: how many positions a view masks; p is the ratio that the weights divide by.
       "canvas" (ESPO): n of L positions, n in 0..L, spread evenly over a group's completions from
       one random offset; p = n/(L+1).
       "response" (BGPO): n of the first |o| positions, n in 1..|o|, spread evenly over a
       completion's draws; p = n/|o|.
       "gauss_legendre" (GDPO): max(1, floor(t |o|)) of the first |o|, at each node t of the
       Gauss-Legendre rule on [0,1]. The rule's weights replace the average over draws.
-    draws: independent draws, or nodes of the rule.
-    complement: each draw also reads the positions that it left clean, with the others clean
+    draws: number of independent draws, or of nodes of the rule.
+    complement: each draw also reads the complementary view, which masks what the draw left clean
       (ESPO). Needs counts="canvas".
-    weights: "inverse" divides a log-probability by the ratio that its view masks; "none" does not
+    weights: "inverse" divides a log-probability by the masking ratio of its view; "none" does not
       (the file `gdsd_trainer_batchll.py` of GDSD).
   """
 
@@ -56,12 +56,12 @@ class Elbo(Estimator):
     super().__post_init__()
     require(
       not self.complement or self.counts == "canvas",
-      f"estimator.elbo.complement needs counts='canvas', not {self.counts!r}: a complement has "
-      "no ratio of its own there; set complement=False",
+      f"estimator.elbo.complement needs counts='canvas', not {self.counts!r}: only there has a "
+      "complement a masking ratio; set estimator.elbo.complement=False",
     )
     require(
       self.counts != "gauss_legendre" or self.draws <= 64,
-      f"estimator.elbo.draws={self.draws} nodes: at most 64",
+      f"estimator.elbo.draws={self.draws}: counts='gauss_legendre' has at most 64 nodes",
     )
 
   def forwards(self, sizes: Sizes) -> Forwards:
@@ -79,7 +79,7 @@ class Elbo(Estimator):
     return self.of_masks(masked, group)
 
   def count(self, group: Group, key: Array) -> Array:
-    """i32[draws,G]: how many positions each draw masks in each completion."""
+    """i32[draws,G], how many positions each draw masks in each completion."""
     g, length = group.completion.shape
     if self.counts == "canvas":
       offset = jax.random.randint(key, (self.draws, 1), 0, length + 1)
@@ -90,7 +90,7 @@ class Elbo(Estimator):
     return node_counts(self.draws, length)[:, group.length]
 
   def of_masks(self, masked: Array, group: Group) -> Views:
-    """The views of given masks bool[R,G,L]: everything about them that is not drawn."""
+    """The views with given masks bool[R,G,L]; their weights follow from the masks."""
     length = masked.shape[-1]
     draws, views = self.draws, 2 if self.complement else 1
     count = jnp.sum(masked, axis=-1)[..., None]  # [R,G,1]
@@ -111,28 +111,33 @@ class Elbo(Estimator):
 
 
 def stratified_counts(offset: Array, rows: int, length: int) -> Array:
-  """Counts in 0..L of `rows` completions: equal steps around the circle from `offset`.
-
-  Example: `stratified_counts(3, 4, 7) == [3, 5, 7, 1]`: steps of 8/4, modulo 8.
+  """Counts in 0 .. L, spread evenly: equal steps around the circle 0 .. L, starting from `offset`.
 
   Args:
-    offset: i32[...,1].
+    offset: i32[...,1], the first count.
+    rows: how many counts.
+    length: L.
 
   Returns:
     i32[...,rows].
+
+  Example: `stratified_counts(3, 4, 7) == [3, 5, 7, 1]`: steps of 8/4, modulo 8.
   """
   steps = offset + jnp.arange(rows) * (length + 1) / rows
   return jnp.round(steps).astype(jnp.int32) % (length + 1)
 
 
 def gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
-  """(t f64[N], w f64[N]): the rule on [0,1]. For N = 3: t = .1127, .5, .8873, w = 5, 8, 5 / 18."""
+  """Gauss-Legendre quadrature on [0,1]: (nodes t f64[N], weights w f64[N]), of which N is `nodes`.
+
+  Example: for N = 3, t = .1127, .5, .8873 and w = 5/18, 8/18, 5/18.
+  """
   t, w = np.polynomial.legendre.leggauss(nodes)
   return (t + 1) / 2, w / 2
 
 
 def node_counts(nodes: int, length: int) -> Array:
-  """i32[N,L+1]: max(1, floor(t |o|)) for every |o|, and 0 of an empty completion."""
+  """i32[N,L+1]: max(1, floor(t |o|)) for each node t and each |o| in 0 .. L; 0 for |o| = 0."""
   t, _ = gauss_legendre(nodes)
   count = lambda x: table(length, lambda n: min(n, max(1, int(x * n + 1e-9))))
   return jnp.asarray([count(x) for x in t], jnp.int32)

@@ -24,16 +24,16 @@ from igpo_jax.types import Array
 @register_estimator("every_block")
 @dataclasses.dataclass(frozen=True)
 class EveryBlock(Estimator):
-  """E = mean over views of the sum over masked positions of log p / (share of its block masked).
+  """E = mean over views of the sum over masked positions of log p / (masked share of its block).
 
-  A block of `len` positions through the first stop token gets floor(u len) + 1 masks. The numbers u
-  of all views and blocks of a completion are spread evenly over [0,1).
+  A block with `len` positions up to the first stop token gets floor(u * len) + 1 masks. The numbers
+  u of all views and blocks of a completion are spread evenly over [0,1).
 
   Attributes:
-    draws: views.
+    draws: number of views.
     block_length: positions of a block; 0: the sampler's.
-    origin: where blocks begin: "completion", or "prompt", at the prompt's first token (released
-      code; a block may then hold the end of the prompt, which is never masked).
+    origin: where the first block begins: "completion"; or "prompt", at the prompt's first token, as
+      in the released code. A block may then hold the end of the prompt, which is never masked.
   """
 
   draws: Count = 3
@@ -56,7 +56,7 @@ class EveryBlock(Estimator):
     return self.of_masks(masked, group, sizes)
 
   def of_masks(self, masked: Array, group: Group, sizes: Sizes) -> Views:
-    """The views of given masks bool[R,G,L]."""
+    """The views with given masks bool[R,G,L]; their weights follow from the masks."""
     inside = self._blocks(group, sizes)
     hits = jnp.sum(masked[:, None] & inside, axis=-1)  # [R,b,G]
     share = hits / jnp.maximum(jnp.sum(inside, axis=-1), 1)
@@ -65,7 +65,7 @@ class EveryBlock(Estimator):
     return Views(masked=masked, scored=masked, weights=weights, draws=self.draws)
 
   def _blocks(self, group: Group, sizes: Sizes) -> Array:
-    """bool[b,G,L]: which positions through the first stop token each block has."""
+    """bool[b,G,L], the positions of each block up to the first stop token."""
     size = self.block_length or sizes.block_length
     position = jnp.arange(group.completion.shape[1])
     block = position // size

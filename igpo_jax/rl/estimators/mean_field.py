@@ -1,7 +1,8 @@
 """mean_field: every position of the completion masked (diffu-GRPO, IGPO).
 
-The input is then the same for all completions of a prompt and for all inner updates: one forward
-pass a prompt serves the whole group, and old and reference are computed once a rollout.
+The input is then the same for all completions of a prompt and for all inner updates. So one forward
+pass per prompt serves the whole group, and old and reference log-probabilities are computed once
+per rollout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """prompt_masked: the completion masked, and some of the prompt (diffu-GRPO of d1, wd1).
 
-`mean_field` with each prompt token masked with a small probability, which regularises inner
-updates on one rollout (arXiv 2504.12216). The prompt's masks are a completion's own, so no forward
-serves a group.
+As `mean_field`, but each prompt token is masked with a small probability, which regularizes several
+updates on one rollout (arXiv 2504.12216). Each completion has its own prompt masks, so no forward
+pass serves a whole group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PromptMasked(Estimator):
   """log p(o^k | q with holes, m ... m) at every position.
 
   Attributes:
-    probability: with which each prompt token is masked.
+    probability: the probability that a prompt token is masked.
   """
 
   probability: Share = 0.15

@@ -12,12 +12,12 @@ from igpo_jax.types import Array
 
 
 def random_subset(key: Array, allowed: Array, count: Array) -> Array:
-  """`count` of the allowed positions of each row, every such subset equally likely.
+  """Draws `count` of the allowed positions of each row; every such subset is equally likely.
 
   Args:
     key: one PRNG key.
     allowed: bool[...,L].
-    count: i32[...]; more than a row allows takes all that it allows.
+    count: i32[...]. A row with fewer allowed positions has all of them drawn.
 
   Returns:
     bool[...,L].
@@ -28,14 +28,16 @@ def random_subset(key: Array, allowed: Array, count: Array) -> Array:
 
 
 def prompt_holes(key: Array, probability: float, shape: tuple[int, ...], length: int) -> Array:
-  """Prompt positions that are masked, each with `probability`.
+  """Draws prompt positions to mask, each with the given probability.
 
-  Drawn by the distance from the prompt's end, so that padding to the left changes nothing.
+  Draws are keyed by the distance from the prompt's end, so that padding on the left does not change
+  them.
 
   Args:
     key: one PRNG key.
-    shape: of the rows.
-    length: Tp.
+    probability: in [0, 1].
+    shape: the leading dimensions of the result.
+    length: Tp, positions of the padded prompt.
 
   Returns:
     bool[*shape,Tp].
@@ -55,8 +57,8 @@ def spread(key: Array, cells: int) -> Array:
 
 
 def table(length: int, value: Callable[[int], float]) -> list[float]:
-  """[value(0), ..., value(length)], in double precision: to be indexed by |o|.
+  """[value(0), ..., value(length)] in double precision, a table to be indexed by |o|.
 
-  floor(t n) in float32 is off by one for some t.
+  It is there because floor(t * n) in float32 is off by one for some t.
   """
   return [value(n) for n in range(length + 1)]

@@ -1,7 +1,8 @@
-"""trace: the states that sampling went through, every few steps one (TraceRL, CJ-GRPO).
+"""trace: the states that sampling went through, or one of every few of them (TraceRL, CJ-GRPO).
 
-Each token is scored in the state in which it was decided (`shrink` 1, CJ-GRPO), or in the first of
-a few neighbouring states (TraceRL, arXiv 2509.06949), so an estimate takes steps / shrink forwards.
+Each token is scored in the state in which the sampler committed it (`shrink` 1, CJ-GRPO), or in the
+first of a few neighboring states (TraceRL, arXiv 2509.06949). So an estimate takes steps / shrink
+forward passes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Trace(Estimator):
   """View j masks the tokens of merged step j and later, and scores those of step j.
 
   Attributes:
-    shrink: s, neighbouring steps that become one; 1: each step its own view.
-    hints: "scored": hint tokens are read in one more view, with the whole completion masked (a
-      forward a prompt); "context": they are seen and never scored.
-    end_tokens: how many end-of-text tokens of a completion may be scored, the first ones. None:
-      the loss region alone decides. 0 is TraceRL's released code: stopping is then not trained.
+    shrink: s, the number of neighboring steps that are merged into one view.
+    hints: "scored": hint tokens are read in one more view, in which the whole completion is masked
+      (one forward pass per prompt); "context": they are visible in all views and never scored.
+    end_tokens: how many end-of-text tokens of a completion are scored, the first ones. None: all
+      in the loss region. 0 is TraceRL's released code, which does not train when to stop.
   """
 
   shrink: Count = 8

@@ -1,7 +1,8 @@
-"""trace_sampled: a few states of the trajectory, drawn (RLDF / Drift, AGRPO).
+"""trace_sampled: a few random states of the trajectory (RLDF / Drift, AGRPO).
 
-Where `trace` reads every state, this reads `draws` of them. RLDF draws unsure steps more often and
-scores all that is masked there; AGRPO draws evenly, or by entropy with weights that undo it.
+Where `trace` reads every state, this estimator reads `draws` of them. RLDF draws unsure steps more
+often and scores all masked tokens. AGRPO draws evenly, or by entropy with weights that make up for
+it.
 """
 
 from __future__ import annotations
@@ -29,23 +30,25 @@ from igpo_jax.types import Array
 @register_estimator("trace_sampled")
 @dataclasses.dataclass(frozen=True)
 class TraceSampled(Estimator):
-  """View j masks what was decided at its step or later.
+  """View j masks the tokens that were committed at its step or later.
 
-  Steps are those that decided a token of the completion through its first stop token.
+  The steps that may be drawn are those that committed a token up to the first stop token.
 
   Attributes:
-    draws: views of a completion. With more draws than steps, steps repeat.
-    steps: which are drawn. "even" (AGRPO): numbers that are spread evenly over the steps of a
-      group's completions. "surprisal" (AGRPO's "entropy"): with probability proportional to the
-      summed -log p of the step's tokens as the sampler chose them, which is the entropy on
-      average; weights undo it. "unsure" (RLDF): without replacement, by softmax of the mean
-      -log p / `step_temperature`; not undone.
-    step_temperature: of "unsure".
-    score: "step" (AGRPO): the tokens that were decided at the step; "later" (RLDF): all that is
-      masked, which an objective may filter (`objective.trace_ppo.threshold`).
-    temperature: log-probabilities are of softmax(logits / temperature). AGRPO: the sampler's.
-    hints: "scored": hint tokens are read in one more view, with the whole completion masked (a
-      forward a prompt); "context": they are seen and never scored.
+    draws: number of views of a completion. If it has fewer steps, steps repeat.
+    steps: how steps are drawn. "even" (AGRPO): spread evenly over the steps of a group's
+      completions. "surprisal" (AGRPO's "entropy"): with a probability proportional to the summed
+      -log p of the step's tokens when the sampler chose them, which on average is the entropy;
+      weights make up for it. "unsure" (RLDF): without replacement, by the softmax of the mean
+      -log p / `step_temperature`; nothing makes up for it.
+    step_temperature: the temperature of "unsure".
+    score: which tokens a view scores. "step" (AGRPO): those that were committed at its step.
+      "later" (RLDF): all masked ones, which an objective may filter
+      (`objective.trace_ppo.threshold`).
+    temperature: log-probabilities are those of softmax(logits / temperature). In AGRPO it is the
+      sampler's.
+    hints: "scored": hint tokens are read in one more view, in which the whole completion is masked
+      (one forward pass per prompt); "context": they are visible in all views and never scored.
   """
 
   draws: Count = 4
@@ -74,7 +77,7 @@ class TraceSampled(Estimator):
     drawn = share
     if self.steps == "surprisal":
       drawn = step_shares(-group.commit_logp, group.commit_step, present, counted)
-    # Evenly over all draws of the group, handed out at random.
+    # Points are spread evenly over all draws of the group, and assigned to them at random.
     points = spread(key, self.draws * present.shape[0])
     points = jax.random.permutation(jax.random.fold_in(key, 1), points).reshape(self.draws, -1)
     chosen = inverse_cdf(drawn, points)
@@ -83,7 +86,7 @@ class TraceSampled(Estimator):
     return self.of_steps(chosen, group, importance(share, drawn, chosen))
 
   def of_steps(self, steps: Array, group: Group, weights: Array | None = None) -> Views:
-    """The views of steps i32[R,G], with importance weights f32[R,G] if there are any."""
+    """The views at given steps i32[R,G], with importance weights f32[R,G] if there are any."""
     step = steps[..., None]
     masked, current = group.commit_step >= step, group.commit_step == step
     scored = current if self.score == "step" else masked
@@ -94,7 +97,7 @@ class TraceSampled(Estimator):
     return add_hints(views, self.hints, group)
 
   def _unsure(self, group, key, sizes, present, counted) -> Array:
-    """i32[R,G] steps without replacement: the largest of log-probability plus Gumbel noise."""
+    """i32[R,G]: steps drawn without replacement, as the largest of score plus Gumbel noise."""
     commits = (group.commit_step[:, None] == jnp.arange(sizes.steps)[:, None]) & counted[:, None]
     total = jnp.sum(jnp.where(commits, group.commit_logp[:, None], 0.0), axis=-1)
     mean = total / jnp.maximum(jnp.sum(commits, axis=-1), 1)
@@ -105,23 +108,26 @@ class TraceSampled(Estimator):
 
 
 def step_shares(value: Array, commit_step: Array, present: Array, counted: Array) -> Array:
-  """f32[G,T]: each step's share of the summed `value` of the tokens decided at it.
+  """Each step's share of a completion's summed `value`, from the tokens committed at the step.
 
   Args:
-    value: f32[G,L], at least 0; a row of zeros is shared out evenly.
+    value: f32[G,L], at least 0. If all are 0, every step gets the same share.
     commit_step: i32[G,L].
     present: bool[G,T], the steps that may be drawn.
-    counted: bool[G,L].
+    counted: bool[G,L], the tokens that count.
+
+  Returns:
+    f32[G,T].
   """
   commits = (commit_step[:, None] == jnp.arange(present.shape[1])[:, None]) & counted[:, None]
-  # A step of sure tokens can be drawn, too: its weight would be infinite else.
+  # The small number lets steps of sure tokens be drawn: else their weight would be infinite.
   total = jnp.sum(jnp.where(commits, value[:, None], 0.0), axis=-1) + 1e-6
   total = jnp.where(present, total, 0.0)
   return total / jnp.maximum(jnp.sum(total, axis=1, keepdims=True), 1e-6)
 
 
 def inverse_cdf(share: Array, points: Array) -> Array:
-  """i32[R,G]: the step at which the running sum of a row's shares f32[G,T] passes points [R,G]."""
+  """i32[R,G]: the first step at which the running sum of shares f32[G,T] exceeds points [R,G]."""
   edges = jnp.cumsum(share, axis=1)
   passed = jnp.sum(points[..., None] >= edges, axis=-1)
   # Rounding may leave the last edge a little below 1.
@@ -130,6 +136,12 @@ def inverse_cdf(share: Array, points: Array) -> Array:
 
 
 def importance(share: Array, drawn: Array, steps: Array) -> Array:
-  """f32[R,G]: how likely a step should be (`share` f32[G,T]) over how likely it was (`drawn`)."""
+  """Importance weights f32[R,G] of drawn steps: wanted over actual probability.
+
+  Args:
+    share: f32[G,T], the probabilities with which steps should be drawn.
+    drawn: f32[G,T], those with which they were drawn.
+    steps: i32[R,G].
+  """
   at = lambda x: jnp.take_along_axis(x, steps.T, axis=1).T
   return at(share) / jnp.maximum(at(drawn), 1e-12)

@@ -1,9 +1,10 @@
-"""What trace estimators read off a recorded trajectory: its steps, and its hints.
+"""Steps and hints of a recorded trajectory, for the trace estimators.
 
-A completion's trajectory is the order in which the sampler decided its tokens. A hint was decided
-by nobody: its commit step is -1, as if it had been there before step 0. Every view of a later step
-therefore shows it, and the state before it is the completion with everything masked. That state is
-the same for all completions of a group, so reading the hints there takes one forward a prompt.
+A completion's trajectory is the order in which the sampler committed its tokens. Hints were not
+committed by the sampler: their commit step is -1, as if they had been there before step 0. So the
+view of every step shows them, and the state before them is the completion with everything masked.
+This state is the same for all completions of a group, so reading the hints in it takes one forward
+pass per prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Hints = Literal["scored", "context"]
 
 
 def distinct_steps(commit_step: Array, steps: int, counted: Array | None = None) -> Array:
-  """bool[G,T]: at which steps of the sampler a completion decided a token.
+  """bool[G,T]: the steps of the sampler that committed a token of a completion.
 
   Args:
     commit_step: i32[G,L]; -1 on hints, which have no step.
@@ -33,7 +34,10 @@ def distinct_steps(commit_step: Array, steps: int, counted: Array | None = None)
 
 
 def merged_steps(commit_step: Array, steps: int, shrink: int) -> Array:
-  """i32[G,L]: the place of a token's step among its completion's, every `shrink` of them one.
+  """i32[G,L]: for each token the number of its merged step.
+
+  The steps of a completion that committed something are counted in order, and every `shrink` of
+  them are merged into one.
 
   Example: with commit steps [0, 3, 4, 9, -1] and shrink 2 the result is [0, 0, 1, 1, -1].
   """
@@ -43,14 +47,14 @@ def merged_steps(commit_step: Array, steps: int, shrink: int) -> Array:
 
 
 def with_hints(hints: Hints, own: int) -> Forwards:
-  """The forwards of `own` views, and of the one that reads the hints, if there is one."""
+  """The forward passes of `own` views, plus the one that reads the hints if they are scored."""
   return Forwards(shared=1 if hints == "scored" else 0, own=own)
 
 
 def add_hints(views: Views, hints: Hints, group: Group) -> Views:
-  """`views`, behind a first one that masks everything and scores the hints, if it is wanted.
+  """Puts a view that masks everything and scores the hints before the others, if hints are scored.
 
-  `aux["of_hints"]` bool[R,G] says which view that is.
+  `aux["of_hints"]` bool[R,G] is True for this view.
   """
   if hints == "context":
     return views

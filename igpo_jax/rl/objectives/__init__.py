@@ -1,4 +1,4 @@
-"""Objectives, one file each: the loss of a batch, from what an estimator read.
+"""Objectives, one file each: the loss of a batch, from what an estimator has read.
 
 An objective of your own is a class in a config file:
 

@@ -1,4 +1,4 @@
-"""What an objective declares, and the arrays that it is given and gives."""
+"""The interface of objectives: what one declares, what it is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ register_objective: Callable[[str], Callable[[type], type]] = functools.partial(
 
 @flax.struct.dataclass
 class Batch:
-  """What is known of completions before any forward pass.
+  """What is known about completions before any forward pass.
 
   Attributes:
     completion: i32[P,G,L].
-    hinted: bool[P,G,L].
-    commit_step: i32[P,G,L], -1 on hints.
+    hinted: bool[P,G,L], True where a token was a hint.
+    commit_step: i32[P,G,L], the step at which the sampler committed a token; -1 on hints.
     advantages: f32[P,G].
     region: bool[P,G,L], the loss region (`rl.loss_region`).
-    length: i32[P,G], |o_i|: tokens through the first stop token.
-    views: of the inner update.
+    length: i32[P,G], |o_i|: tokens up to and including the first stop token.
+    views: the views of the inner update.
   """
 
   completion: Array
@@ -49,10 +49,10 @@ class LossSums(NamedTuple):
 
   Attributes:
     numerator: f32[].
-    denominator: f32[], a number without gradient, for one that is only known after the forward
-      pass. None: the numerator is divided already, by what `Objective.totals` told.
-    sums: added up over micro-batches.
-    most: of each, the greatest over micro-batches is kept.
+    denominator: f32[], without gradient, if it is only known after the forward pass. None: the
+      numerator is already divided, by a number from `Objective.totals`.
+    sums: name -> f32[], added up over micro-batches.
+    most: name -> f32[], of which the largest over micro-batches is kept.
   """
 
   numerator: Array
@@ -62,26 +62,30 @@ class LossSums(NamedTuple):
 
 
 def given(estimate: Estimate | None) -> Estimate:
-  """The old or the reference estimate, where the objective has declared that it needs it."""
+  """Asserts that an estimate, the old or the reference one, was computed, and returns it.
+
+  Raises:
+    ValueError: it is None, since the objective does not declare to need it.
+  """
   if estimate is None:
     raise ValueError("the objective reads an estimate that it does not declare to need")
   return estimate
 
 
 class Objective:
-  """Base of all objectives, which are frozen dataclasses: their fields are their options.
+  """Base of all objectives. They are frozen dataclasses, and their fields are their options.
 
   Attributes:
-    name: the registered one.
-    needs_reference: log-probabilities of the reference policy are computed, for `sums`.
-    without_reference: how the user does without one, for messages: "; none with beta=0".
-    needs_old: log-probabilities of the policy that sampled are computed, for `sums`.
-    totals_need_old: `totals` is given the old policy's estimate of the update's groups, which are
-      then all groups of the batch: `drops_zero_advantage` must be False.
-    old_has_own_masks: the old policy is read under masks of its own, drawn once a rollout. A
-      departure of official code: ratios are then not 1 at the first inner update.
-    drops_zero_advantage: a group whose advantages are all 0 adds exactly no gradient. It is left
-      out of the metrics, and may be left out of the update.
+    name: the name under which it is registered.
+    needs_reference: whether `sums` needs log-probabilities under the reference policy.
+    without_reference: how a user can avoid that, for messages: "; none is needed with beta=0".
+    needs_old: whether `sums` needs log-probabilities under the policy that sampled.
+    totals_need_old: whether `totals` needs the old policy's estimate. It is one of the update's
+      groups, which then have to be all groups of the batch: `drops_zero_advantage` must be False.
+    old_has_own_masks: whether the old policy is read under its own masks, drawn once per rollout,
+      as some official code does. Ratios are then not 1 at the first inner update.
+    drops_zero_advantage: whether a group whose advantages are all 0 adds exactly no gradient. Such
+      groups are left out of the metrics, and may be left out of the update.
   """
 
   name: ClassVar[str] = ""
@@ -96,13 +100,17 @@ class Objective:
     check_section(self, f"objective.{self.name}")
 
   def totals(self, batch: Batch, old: Estimate | None = None) -> dict[str, Array]:
-    """Numbers of a whole update's batch that are known before the policy is read.
+    """Numbers of an update's whole batch that are known before the policy is read.
 
-    Denominators above all: gradients of micro-batches then add up to that of the whole batch.
+    These are mostly denominators: with them the gradients of micro-batches add up to the gradient
+    of the whole batch.
 
     Args:
-      batch: also of groups that are left out of the update.
-      old: of the policy that sampled; None, or left out, unless `totals_need_old`.
+      batch: all groups of the batch, including those that are left out of the update.
+      old: the estimate of the policy that sampled; only with `totals_need_old`.
+
+    Returns:
+      name -> f32[...], which `sums` is given for each micro-batch.
     """
     raise NotImplementedError
 
@@ -119,17 +127,17 @@ class Objective:
 
     Args:
       policy: the current policy's estimate; gradients flow through `policy.logp` only.
-      old: of the policy that sampled. At the first inner update its log-probabilities are those
-        of `policy`, bit for bit. None unless `needs_old`.
-      ref: of the reference; its entropy is not computed. None unless `needs_reference`.
-      batch: of this micro-batch.
-      totals: of the whole batch.
-      kept: bool[P,G,L], positions of the region that some view scores, less the hint tokens that
+      old: the estimate of the policy that sampled; None unless `needs_old`. At the first inner
+        update its log-probabilities are those of `policy`, bit for bit.
+      ref: the estimate of the reference, without entropies; None unless `needs_reference`.
+      batch: the completions of this micro-batch.
+      totals: the result of `totals` for the whole batch.
+      kept: bool[P,G,L], positions of the region that some view scores, without the hint tokens that
         the entropy filter drops.
     """
     raise NotImplementedError
 
   def metrics(self, sums: dict[str, Array], most: dict[str, Array]) -> dict[str, Array]:
-    """Metrics of an update, from what its micro-batches added up to."""
+    """Metrics of an update, from `LossSums.sums` and `LossSums.most` over all its micro-batches."""
     del most
     return dict(sums)

@@ -1,12 +1,13 @@
-"""bgpo: a bound of the loss that is a sum over draws (BGPO; DARE's implementation).
+"""bgpo: a bound of the loss that is a sum over draws (BGPO, as implemented by DARE).
 
 For each draw j of a completion, D_ij = (E_ij - E_ij^old) / L, and
 
     rho_ij = 1 + D_ij where A_i > 0, exp(D_ij) else        (first order; Jensen)
     loss = mean_j [ sum_i |o_i| c(rho_ij, A_i) / sum_i |o_i| ]
 
-with c the clipped loss. The ratio is taken for each draw, where `elbo_ratio` takes it of their
-mean. Released code computes 1 + D as exp(log(1 + D)), which is NaN for D <= -1; here it is 1 + D.
+with c the clipped loss. Each draw has its own ratio, while `elbo_ratio` takes the ratio of their
+mean. The released code computes 1 + D as exp(log(1 + D)), which is NaN for D <= -1; here it is
+1 + D.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class BGPO(Objective):
   """The clipped loss of each draw's bound.
 
   Attributes:
-    eps_low, eps_high: clipping range [1 - eps_low, 1 + eps_high].
-    dual_clip: where A < 0 the loss is at most -dual_clip A; None: no such bound.
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
+    dual_clip: with an advantage A < 0, the loss is at most -dual_clip * A. None: no bound.
   """
 
   eps_low: NonNegative = 0.2

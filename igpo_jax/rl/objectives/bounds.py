@@ -5,7 +5,7 @@ Per token, in nats. With M_t the positions that view t scores, tau_t = |M_t| / |
     lower = mean_t 1/|M_t| sum_{k in M_t} l_k(t)
     upper = 1/beta mean_k log( 1/T sum_t p_k(t)^beta 1[k in M_t] / tau_t ),  k in any M_t
 
-The upper one is computed in log space: p^beta would underflow at log p < -69 in float32.
+The upper bound is computed in log space: p^beta would underflow in float32 at log p < -69.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from igpo_jax.types import Array
 
 
 class Bounds(NamedTuple):
-  """f32[P,G] each, in nats a token."""
+  """Both bounds of each completion, f32[P,G], in nats per token."""
 
   lower: Array
   upper: Array
 
 
 def lower_bound(estimate: Estimate, batch: Batch, kept: Array) -> Array:
-  """f32[P,G]. Tokens that the filter drops count as 0 and stay in the means."""
+  """The lower bound f32[P,G], in nats per token; arguments as `bounds`.
+
+  Tokens that the entropy filter drops count as 0 in the means.
+  """
   scored = estimate.views.scored & batch.region[:, None]
   used = scored & kept[:, None]
   count = jnp.maximum(jnp.sum(scored, axis=-1), 1)
@@ -38,13 +41,14 @@ def lower_bound(estimate: Estimate, batch: Batch, kept: Array) -> Array:
 
 
 def bounds(estimate: Estimate, batch: Batch, kept: Array, beta: float) -> Bounds:
-  """Both bounds.
+  """Both bounds of each completion's log-likelihood, in nats per token.
 
   Args:
-    estimate: the policy's, [P,R,G,L].
-    batch: of the same groups.
-    kept: bool[P,G,L].
-    beta: exponent of the upper bound, above 0; the closer to 0, the nearer to the mean.
+    estimate: a policy's estimate, [P,R,G,L].
+    batch: the same completions.
+    kept: bool[P,G,L], positions that are in the loss after the entropy filter.
+    beta: exponent of the upper bound, above 0. The closer it is to 0, the closer the bound is to
+      the mean of log p.
   """
   scored = estimate.views.scored & batch.region[:, None]
   length = jnp.maximum(batch.length, 1)[:, None, :, None]
@@ -62,11 +66,11 @@ def bounds(estimate: Estimate, batch: Batch, kept: Array, beta: float) -> Bounds
 
 @dataclasses.dataclass(frozen=True)
 class SandwichOptions(Objective):
-  """Which bound stands for a completion's likelihood: the lower one where A > 0.
+  """Options for which bound stands for a completion's likelihood. It is the lower one if A > 0.
 
   Attributes:
-    negative: what does where A <= 0: "mix" of both bounds, the "upper" or the "lower" one, or
-      "zero": such completions are ignored.
+    negative: which one it is if A <= 0: a "mix" of both, the "upper" or the "lower" one, or "zero",
+      which ignores such completions.
     mix: share of the upper bound in the mix.
     upper_beta: exponent of the upper bound; 1.5 in the published runs, 1.0 for sudoku.
   """
@@ -76,7 +80,7 @@ class SandwichOptions(Objective):
   upper_beta: Positive = 1.5
 
   def likelihood(self, estimate: Estimate, batch: Batch, kept: Array) -> tuple[Array, Bounds]:
-    """(The bound that stands for each completion f32[P,G], both bounds)."""
+    """(f32[P,G], the bound that stands for each completion's likelihood; both bounds)."""
     both = bounds(estimate, batch, kept, self.upper_beta)
     negative = {
       "mix": self.mix * both.upper + (1 - self.mix) * both.lower,

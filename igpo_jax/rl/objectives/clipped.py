@@ -2,10 +2,10 @@
 
     mean_i 1/|o_i| sum_k kept_ik [ -min(rho_ik A_i, clip(rho_ik) A_i) + beta KL_ik ]
 
-`kept` is the loss region less the hint tokens that the entropy filter drops. The
-loss is a numerator over a denominator, and the denominator can be computed before
-any forward pass (how many hints are kept does not depend on which), so gradients
-of micro-batches add up to the gradient of the whole batch.
+`kept` is the loss region without the hint tokens that the entropy filter drops. The loss is a
+numerator over a denominator. The denominator is known before any forward pass, since the number of
+kept hints does not depend on which ones are kept. So gradients of micro-batches add up to the
+gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from igpo_jax.types import AnyArray, Array
 def loss_denominator(
   loss_mask: Bool[AnyArray, "B L"], hinted: Bool[AnyArray, "B L"], cfg: ObjectiveConfig
 ) -> Float[Array, ""]:
-  """What the summed loss is divided by: rows, or kept tokens; at least 1. f32[]."""
+  """What the summed loss is divided by, by `cfg.normalize`: the number of rows or of kept tokens.
+
+  Args:
+    loss_mask: bool[B,L], the loss region.
+    hinted: bool[B,L], True where a token was a hint.
+    cfg: see `ObjectiveConfig`.
+
+  Returns:
+    f32[], at least 1.
+  """
   if cfg.normalize == "row":
     return jnp.float32(max(loss_mask.shape[0], 1))
   kept = jnp.sum(num_kept(jnp.asarray(loss_mask), jnp.asarray(hinted), cfg.entropy_keep))
@@ -36,12 +45,15 @@ def loss_denominator(
 
 
 def policy_ratio(logps: Array, old_logps: Array, loss_mask: Array, kind: str) -> Array:
-  """rho f32[B,L], the importance ratio that multiplies a token's advantage.
+  """The importance ratio rho f32[B,L] that multiplies a token's advantage.
 
-  token: exp(logp - old). sequence: the value of every token is the row's
-  exp(mean(logp - old)) over the loss region, its gradient is that of the token's own
-  log-probability (GSPO-token). sequence_official: exp(mean over the whole canvas),
-  differentiated through every token of it.
+  Args:
+    logps, old_logps: f32[B,L], log-probabilities under the current policy and the one that sampled.
+    loss_mask: bool[B,L], the loss region.
+    kind: "token": exp(logp - old). "sequence": every token has the row's value, exp of the mean of
+      logp - old over the loss region, and the gradient of its own log-probability (GSPO-token).
+      "sequence_official": exp of the mean over the whole canvas, differentiated through every token
+      of the canvas.
   """
   log_ratio = logps - old_logps
   if kind == "token":
@@ -67,18 +79,19 @@ def policy_loss_sums(
   """The loss's numerator, and sums for metrics. Arguments as `policy_loss`.
 
   Args:
-    kept: bool[B,L], what the entropy filter leaves of `loss_mask`; None: it is computed here.
+    kept: bool[B,L], the positions of `loss_mask` that the entropy filter keeps; None: they are
+      computed here.
 
   Returns:
-    (numerator f32[], sums): divide the numerator by `loss_denominator` of the whole
-    batch; `metrics_from_sums` turns added-up sums into means.
+    (numerator f32[], sums {name: f32[]}). Divide the numerator by the `loss_denominator` of the
+    whole batch. `metrics_from_sums` turns sums, added up over micro-batches, into means.
   """
   loss_mask, hinted = loss_mask.astype(bool), hinted.astype(bool)
   entropy = jax.lax.stop_gradient(entropy)
   if kept is None:
     kept = entropy_filter(entropy, loss_mask, hinted, cfg.entropy_keep)
-  # Outside the region log-probabilities may be anything; inside exp they could overflow
-  # and turn the zero gradient of a masked token into a NaN.
+  # Outside the region log-probabilities may be any number. In exp they could overflow, and turn the
+  # zero gradient of a masked token into a NaN.
   region = jnp.ones_like(loss_mask) if cfg.ratio == "sequence_official" else loss_mask
   logps = jnp.where(region, logps, 0.0)
   old_logps = jnp.where(region, old_logps, 0.0)
@@ -113,7 +126,7 @@ def policy_loss_sums(
 
 
 def metrics_from_sums(sums: dict[str, Array]) -> dict[str, Array]:
-  """Means over the batch from `policy_loss_sums`'s sums, added over micro-batches."""
+  """Means over the batch, from the sums of `policy_loss_sums` added up over micro-batches."""
   share = lambda top, bottom: sums[top] / jnp.maximum(sums[bottom], 1)
   return {
     "clip_fraction": share("clipped", "kept"),

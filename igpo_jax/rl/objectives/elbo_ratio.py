@@ -3,9 +3,9 @@
     mean_i w_i [ -min( rho_i A_i, clip(rho_i) A_i ) + beta/2 (E_i - E_i^ref)^2 / n_i ]
     rho_i = exp( (E_i - E_i^old) / n_i )
 
-E is what the estimator's views and weights add up to over the kept positions. The clip is taken in
-log space, so a ratio that is cut off never overflows. Sources: arXiv 2512.03759 (ESPO), 2510.08554
-(GDPO), the LLaDA2.1 report (EBPO).
+E is the estimator's weighted sum over views and kept positions. Ratios are clipped in log space, so
+one that is cut off never overflows. Sources: arXiv 2512.03759 (ESPO), 2510.08554 (GDPO), the
+LLaDA2.1 report (EBPO).
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from igpo_jax.types import Array
 @register_objective("elbo_ratio")
 @dataclasses.dataclass(frozen=True)
 class ElboRatio(Objective):
-  """The clipped loss of sequences.
+  """The clipped loss with one ratio for each completion.
 
   Attributes:
-    scale: n, what the difference of two bounds is divided by: "canvas" L (ESPO), "length" |o|, or
-      "none" 1 (GDPO, EBPO: the ratio of whole sequences, for small learning rates).
-    row_weight: w, "one", or "length" 1/|o| (GDPO).
-    eps_low, eps_high: clipping range [1 - eps_low, 1 + eps_high].
-    beta: weight of the k2 KL to the reference; 0: no reference is read.
+    scale: n, by which the difference of two bounds is divided. "canvas": L (ESPO). "length": |o|.
+      "none": 1 (GDPO, EBPO), which makes rho the ratio of whole sequences, for small learning
+      rates.
+    row_weight: w, the weight of a completion: "one", or "length", which is 1/|o| (GDPO).
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
+    beta: weight of the k2 KL to the reference. 0: the reference is not needed.
   """
 
   scale: Literal["canvas", "length", "none"] = "canvas"
@@ -66,7 +67,7 @@ class ElboRatio(Objective):
   ) -> LossSums:
     advantage, length = batch.advantages, jnp.maximum(batch.length, 1).astype(jnp.float32)
     scale = {"canvas": float(kept.shape[-1]), "length": length, "none": 1.0}[self.scale]
-    # Differences first: the bounds are sums of hundreds, and what is left of them is small.
+    # Terms are subtracted before they are summed: the sums are large, and their difference small.
     log_ratio = per_row(policy, old, kept) / scale
     high = jnp.where(advantage >= 0, jnp.log1p(self.eps_high), jnp.inf)
     low = jnp.where(advantage >= 0, -jnp.inf, jnp.log1p(-self.eps_low))

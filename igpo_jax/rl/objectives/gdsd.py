@@ -3,10 +3,11 @@
     1/B sum_i sum_j ( clip(S_ij - S_ij^old, log(1 - eps), log(1 + eps)) / L - psi A_i )^2
       + beta / (B D L) sum_ij (S_ij - S_ij^ref)^2 / 2
 
-over the D draws j of each completion. The first term is a sum over draws, the second a mean, as
-released. The window is on the SUM of a completion's log-probabilities, and outside it the first
-term has no gradient, whatever the advantage: with the released eps = 4e-4 that is every completion
-after the first inner update. Widen `eps` to learn from later ones.
+over the D draws j of each completion. As in the released code, the first term is a sum over draws
+and the second a mean. The clipping window is for the SUM of a completion's log-probabilities, and
+outside the window the first term has no gradient, whatever the advantage. With the released
+eps = 4e-4 this concerns every completion after the first inner update. Raise `eps` to learn from
+later updates.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from igpo_jax.types import Array
 @register_objective("gdsd")
 @dataclasses.dataclass(frozen=True)
 class GDSD(Objective):
-  """Squared distance to psi times the advantage.
+  """The squared distance of the change in likelihood to psi times the advantage.
 
   Attributes:
     psi: slope of the regression; 10 in the published GSM8K runs.
-    eps: half-width of the window, as of a ratio.
-    beta: weight of the k2 KL to the reference; 0: no reference is read.
+    eps: half the width of the window, which is [1 - eps, 1 + eps] for the ratio.
+    beta: weight of the k2 KL to the reference. 0: the reference is not needed.
   """
 
   psi: Positive = 1.0

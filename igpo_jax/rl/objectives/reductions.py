@@ -1,4 +1,4 @@
-"""Sums over views and positions that several objectives take."""
+"""Sums over views and positions, and loss terms, that several objectives share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from igpo_jax.types import Array
 
 
 def weighted(policy: Estimate, other: Estimate | None, kept: Array) -> Array:
-  """Weight times log p (less `other`'s), where a view scores a kept position; else 0.
+  """Weight times log p (minus that of `other`) where a view scores a kept position; 0 elsewhere.
 
   Args:
-    policy, other: [P,R,G,L] under the same views.
-    kept: bool[P,G,L].
+    policy, other: estimates [P,R,G,L] in the same views; `other` may be None.
+    kept: bool[P,G,L], positions that are in the loss after the entropy filter.
 
   Returns:
     f32[P,R,G,L].
@@ -26,12 +26,15 @@ def weighted(policy: Estimate, other: Estimate | None, kept: Array) -> Array:
 
 
 def per_row(policy: Estimate, other: Estimate | None, kept: Array) -> Array:
-  """A completion's estimate (less `other`'s), f32[P,G]."""
+  """The estimate of each completion (minus that of `other`): f32[P,G]. Arguments as `weighted`."""
   return jnp.sum(weighted(policy, other, kept), axis=(1, 3))
 
 
 def per_draw(policy: Estimate, other: Estimate | None, kept: Array) -> Array:
-  """The estimate of each independent draw alone, f32[P,D,G]: `per_row` is their mean."""
+  """The estimate of each completion by each independent draw: f32[P,D,G].
+
+  `per_row` is their mean over D. Arguments as `weighted`.
+  """
   terms = jnp.sum(weighted(policy, other, kept), axis=3)  # [P,R,G]
   p, _, g = terms.shape
   draws = policy.views.draws
@@ -39,12 +42,12 @@ def per_draw(policy: Estimate, other: Estimate | None, kept: Array) -> Array:
 
 
 def k2(logp: Array, other: Array) -> Array:
-  """(log p - log p')^2 / 2."""
+  """The k2 estimate of a KL, elementwise: (log p - log p')^2 / 2, where p' is `other`."""
   return 0.5 * (logp - other) ** 2
 
 
 def k3(logp: Array, other: Array) -> Array:
-  """exp(d) - d - 1 with d = log p' - log p."""
+  """The k3 estimate of a KL, elementwise: exp(d) - d - 1 with d = log p' - log p; p' is `other`."""
   d = other - logp
   return jnp.exp(d) - d - 1
 
@@ -52,10 +55,16 @@ def k3(logp: Array, other: Array) -> Array:
 def clipped_loss(
   ratio: Array, advantage: Array, eps_low: float, eps_high: float, dual: float | None = None
 ) -> tuple[Array, Array]:
-  """(-min(rho A, clip(rho) A), which of them are cut off), elementwise.
+  """The clipped policy loss -min(rho A, clip(rho) A), elementwise.
 
   Args:
-    dual: c > 1; where A < 0 the loss is at most -c A (dual clip). None: unbounded.
+    ratio: f32[...], rho.
+    advantage: f32[...], A; it may be broadcast to the shape of `ratio`.
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
+    dual: c > 1: where A < 0 the loss is at most -c A (dual clip). None: no bound.
+
+  Returns:
+    (loss f32[...]; bool[...], True where clipping changed it), of the shape of `ratio`.
   """
   advantage = jnp.broadcast_to(advantage, ratio.shape)
   plain = -ratio * advantage

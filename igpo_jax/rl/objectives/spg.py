@@ -2,9 +2,9 @@
 
     - sum_i A_i |o_i| l_i / sum_i |o_i|
 
-l_i is the lower bound where A_i > 0: pushing it up pushes the likelihood up. Where A_i <= 0 it
-is (a mix with) the upper bound: pushing that down pushes the likelihood down. There is no ratio,
-no clip and no KL.
+If A_i > 0, l_i is the lower bound: pushing it up pushes the likelihood up. If A_i <= 0, l_i is the
+upper bound, or a mix with it: pushing it down pushes the likelihood down. There is no ratio, no
+clipping and no KL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from igpo_jax.types import Array
 @register_objective("spg")
 @dataclasses.dataclass(frozen=True)
 class SPG(SandwichOptions):
-  """The sandwiched policy gradient. Made for the estimator block_random."""
+  """The sandwiched policy gradient. It is made for the estimator block_random."""
 
   needs_old = False
   drops_zero_advantage = True

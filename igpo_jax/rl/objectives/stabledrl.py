@@ -1,9 +1,9 @@
-"""stabledrl: SPG's bounds under self-normalised, clamped weights (StableDRL, arXiv 2603.06743).
+"""stabledrl: SPG's bounds with self-normalized, clamped weights (StableDRL, arXiv 2603.06743).
 
     - sum_i w_i A_i l_i / sum_i w_i,   w_i = min( exp(E_i - E_i^old), c ), without gradient
 
-E is the lower bound of `spg`, a mean over masked tokens, so w is a ratio per token. Only the upper
-side is clamped. Weights compete over the whole update batch: a completion without advantage takes
+E is the lower bound of `spg`, a mean over masked tokens, so w is a ratio per token. It is clamped
+from above only. Weights compete over the whole update batch: a completion without advantage takes
 weight away from the others, so none may be left out.
 """
 
@@ -26,13 +26,13 @@ from igpo_jax.types import Array
 @register_objective("stabledrl")
 @dataclasses.dataclass(frozen=True)
 class StableDRL(SandwichOptions):
-  """Self-normalised importance weights. Made for the estimator block_random.
+  """Self-normalized importance weights. It is made for the estimator block_random.
 
   Attributes:
-    largest: c, what weights are clamped at.
-    old_masks: the masks that E^old is read under: "same" as the policy's, so that weights are all 1
-      at the first inner update; "own", drawn once a rollout (released code): weights are then the
-      noise of two draws of masks, even before the policy has changed.
+    largest: c, the largest weight; higher ones are clamped to it.
+    old_masks: the masks under which E^old is read. "same": those of the policy, so that all weights
+      are 1 at the first inner update. "own": other masks, drawn once per rollout (released code);
+      weights then differ by the noise of the two draws, even before the policy has changed.
   """
 
   largest: Positive = 5.0
@@ -55,7 +55,7 @@ class StableDRL(SandwichOptions):
     kept: Array,
   ) -> LossSums:
     likelihood, both = self.likelihood(policy, batch, kept)
-    # Under masks of its own the old policy is read at positions that the policy is not.
+    # With its own masks, the old policy is read at other positions than the current one.
     before = lower_bound(given(old), batch, kept | (batch.region & ~policy.scored))
     log_weight = jax.lax.stop_gradient(both.lower - before)
     clamped = log_weight > math.log(self.largest)
@@ -77,7 +77,7 @@ class StableDRL(SandwichOptions):
       "clip_fraction": sums["clamped"] / rows,
       "ratio": sums["weight"] / rows,
       "largest_weight": most["weight"] / jnp.maximum(sums["weight"], tiny),
-      # Kish: as many equally weighted completions would be worth as much, as a share of all.
+      # Kish's effective sample size, as a share of all completions.
       "effective_share": sums["weight"] ** 2 / jnp.maximum(sums["square"], tiny) / rows,
       "lower_bound": sums["lower"] / rows,
       "upper_bound": sums["upper"] / rows,

@@ -1,9 +1,9 @@
 """trace_ppo: the clipped loss of tokens, each in the views that score it.
 
-For trace and autoregressive estimators. `clipped` adds a token's views up and then takes the ratio;
-here a token of a view is a term of its own, and what differs between methods is how terms are
-averaged (`reduce`): TraceRL (arXiv 2509.06949), CJ-GRPO, RLDF (arXiv 2605.25638), AGRPO,
-JustGRPO (arXiv 2601.15165).
+It is for trace and autoregressive estimators. `clipped` adds up a token's views before it takes the
+ratio. Here each token of each view is a term of its own. The methods differ in how these terms are
+averaged (`reduce`): TraceRL (arXiv 2509.06949), CJ-GRPO, RLDF (arXiv 2605.25638), AGRPO, JustGRPO
+(arXiv 2601.15165).
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ from igpo_jax.types import Array
 @register_objective("trace_ppo")
 @dataclasses.dataclass(frozen=True)
 class TracePPO(Objective):
-  """Clipped loss and KL of every scored token of every view.
+  """The clipped loss and the KL of every scored token of every view.
 
   Attributes:
-    reduce: how terms are averaged.
+    reduce: how the terms are averaged.
       "view" (TraceRL): over a view's tokens, then over all views of the update that score any.
       "row" (CJ-GRPO's paper): over a view's tokens, a completion's views, completions.
       "step" (CJ-GRPO's released code; RLDF's "token"): over the tokens that the j-th views of all
       completions score, then over j.
-      "row_step" (RLDF's "sample"): over a view's tokens, completions, views, empty ones included.
+      "row_step" (RLDF's "sample"): over a view's tokens, then over completions and views, those
+      without terms included.
       "draws" (AGRPO's released code): a sum over all, divided by views times G; it grows with the
       number of prompts.
       "valid_rows" (JustGRPO's released code): a sum over all, divided by L times the number of
       completions with an advantage.
-    ratio: "token", or "none": minus A log p, without old policy (RLDF with one inner update).
-    eps_low, eps_high: clipping range [1 - eps_low, 1 + eps_high].
-    dual_clip: where A < 0 a term is at most -dual_clip A; None: no such bound.
-    beta: weight of the KL; 0: none.
-    kl: "k2" or "k3".
-    kl_to: "reference", or "old", the policy that sampled (TraceRL).
-    kl_sum: the KL is summed over a view's tokens where the loss is averaged over them (TraceRL's
-      released code). For reduce="view" only.
-    threshold: with an estimator that scores later tokens (`estimator.trace_sampled.score="later"`),
-      these count where the policy that sampled gives them at least this probability; tokens of the
-      view's own step always count. 0: all count.
+    ratio: "token": the clipped ratio. "none": the loss is -A log p, without the old policy (RLDF
+      with one inner update).
+    eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high].
+    dual_clip: with an advantage A < 0, a term is at most -dual_clip * A. None: no bound.
+    beta: weight of the KL. 0: none.
+    kl: estimate of the KL, "k2" or "k3".
+    kl_to: the policy that the KL keeps the current one close to: the "reference", or the "old" one,
+      which sampled (TraceRL).
+    kl_sum: sum the KL over a view's tokens, although the loss is averaged over them (TraceRL's
+      released code). Only for reduce="view".
+    threshold: for an estimator that also scores later tokens
+      (`estimator.trace_sampled.score="later"`): a later token counts only if the policy that
+      sampled gives it at least this probability. Tokens of the view's own step always count. 0: all
+      count.
   """
 
   reduce: Literal["view", "row", "step", "row_step", "draws", "valid_rows"] = "view"
@@ -91,7 +95,13 @@ class TracePPO(Objective):
     return self.beta == 0 and not self.totals_need_old
 
   def counted(self, views, region: Array, old: Estimate | None) -> Array:
-    """bool[P,R,G,L]: the terms of the loss, before the entropy filter."""
+    """bool[P,R,G,L], the terms of the loss before the entropy filter.
+
+    Args:
+      views: the views.
+      region: bool[P,G,L], the loss region.
+      old: the estimate of the policy that sampled, which `threshold` needs.
+    """
     scored = views.scored & region[:, None]
     if not self.threshold or "current" not in views.aux:
       return scored
@@ -105,7 +115,7 @@ class TracePPO(Objective):
     most = lambda x: jnp.maximum(x, 1).astype(jnp.float32)
     p, r, g, length = batch.views.scored.shape
     views = jnp.float32(r)
-    if "of_hints" in batch.views.aux:  # A view that would score hints, if there were any.
+    if "of_hints" in batch.views.aux:  # The view of hints counts only if there are any.
       views -= 1 - jnp.any(batch.views.scored[:, 0] & batch.region)
     if self.reduce == "view":
       counted = self.counted(batch.views, batch.region, old)

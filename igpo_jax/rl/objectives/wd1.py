@@ -2,7 +2,7 @@
 
     sum_i ( w-_i - w+_i ) S_i,   w+ = softmax(A), w- = softmax(-A),   S_i = sum_k log p(o_i^k)
 
-No ratio, no clip, no old and no reference policy.
+It needs no ratio, no clipping, and neither the old nor a reference policy.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from igpo_jax.types import Array
 @register_objective("wd1")
 @dataclasses.dataclass(frozen=True)
 class WD1(Objective):
-  """Weighted log-likelihood.
+  """The weighted log-likelihood.
 
   Attributes:
-    softmax: over what the weights compete: "group" (mean over groups; one whose rewards are equal
-      adds nothing), or "batch", all completions of an update (released code, for which it is the
-      rows of one device): completions of other prompts then change a completion's weight, and equal
-      rewards still have a gradient.
+    softmax: the completions among which weights compete. "group": those of a group, with a mean
+      over groups; a group whose rewards are all equal adds nothing. "batch": all completions of an
+      update, as in the released code, where it is the rows of one device. A weight then depends on
+      completions of other prompts, and groups with equal rewards have a gradient.
   """
 
   softmax: Literal["group", "batch"] = "group"
