@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import subprocess
 import sys
 import urllib.parse
 
 import pytest
 
 import igpo_jax
+from igpo_jax.config.file import load_python_file
+from igpo_jax.usage import options
 from tests.paths import REPO
 
 PAGES = sorted(
@@ -65,6 +70,27 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
     "no.png: there is no such file", "b.md#no-heading: the page has no such heading",
     "b.md#same-2: the page has no such heading", "#nowhere: the page has no such heading",
   ]  # fmt: skip
+
+
+def test_the_site_lists_every_page_and_every_option():
+  listed = re.findall(r": (\S+\.md)$", (REPO / "mkdocs.yml").read_text(), re.MULTILINE)
+  pages = {path.name for path in (REPO / "docs").glob("*.md")}
+  assert len(listed) == len(set(listed)) and set(listed) == pages | {"options.md"}
+  page = load_python_file(REPO / "mkdocs_hooks.py", "hooks").page()
+  assert page.count("\n| `") == len(list(options())) > 150
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+  if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
+    pytest.skip("mkdocs and mkdocstrings are not here: pip install -e '.[docs]'")
+  done = subprocess.run(
+    [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"],
+    cwd=REPO, capture_output=True, text=True, check=False,
+    env=os.environ | {"PYTHONPATH": str(REPO)},
+  )  # fmt: skip
+  assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
+  assert "load_pretrained" in (tmp_path / "site" / "api" / "index.html").read_text()
 
 
 def test_one_version_is_told_everywhere():

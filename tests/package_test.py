@@ -156,8 +156,8 @@ def igpo_command(monkeypatch, *words):
 
 
 def test_one_command_hands_over_to_every_other(monkeypatch, capsys, tmp_path):
-  readme = (REPO / "README.md").read_text()
-  modules = set(re.findall(r"python -m igpo_jax\.(\w+)", readme))
+  page = (REPO / "docs" / "commands.md").read_text()
+  modules = set(re.findall(r"^\| `python -m igpo_jax\.(\w+)", page, re.MULTILINE))
   assert modules == {module.split(".")[0] for module, _ in igpo.COMMANDS.values()}
   for name in ("generate", "grade", "convert", "rewrite"):
     with pytest.raises(SystemExit):
