@@ -1,4 +1,4 @@
-"""How evenly the work of a layer is shared out over its experts."""
+"""How evenly the tokens of a batch are spread over the experts of each layer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from igpo_jax.types import Array, Routing
 
 
 class Balance(NamedTuple):
-  """How evenly the experts of a batch worked.
+  """How evenly the experts worked.
 
   Attributes:
-    loss: f32[], the load-balancing loss.
-    load: f32[N,X], each expert's share of its layer's work; without gradient.
+    loss: f32[], the load-balancing loss, see `balance`.
+    load: f32[N,X], the share of a layer's work that each expert did. Without gradient.
   """
 
   loss: Array
   load: Array
 
   def metrics(self) -> dict[str, Array]:
-    """`router_loss`; `router_busiest`, the work of a layer's busiest expert as a multiple of an
-    equal share, 1 to X, mean over layers; `router_idle`, the share of experts without any."""
+    """Metrics, f32[] each.
+
+    router_loss: the load-balancing loss.
+    router_busiest: the work of a layer's busiest expert as a multiple of an equal share, from 1 to
+      X; mean over layers.
+    router_idle: the share of experts that did no work.
+    """
     load = self.load
     return {
       "router_loss": self.loss,
@@ -33,11 +38,15 @@ class Balance(NamedTuple):
 
 
 def balance(routing: Routing, valid: Array | None) -> Balance:
-  """Of the positions of a batch that are valid, bool[B,T]; None: of all.
+  """Measures how evenly positions were spread over experts.
 
-  The loss is of every layer X * sum of (share of the work) * (mean probability), and then the mean
-  over layers: 1 where all experts have the same of both, up to X where one has everything (Switch
-  Transformer, arXiv 2101.03961, equation 4).
+  The loss of a layer is X * sum over experts of (share of the work) * (mean probability). It is 1
+  if all experts have equal shares and probabilities, and up to X if one has everything. The result
+  is the mean over layers (Switch Transformer, arXiv 2101.03961, equation 4).
+
+  Args:
+    routing: which experts worked on which position.
+    valid: bool[B,T], the positions that count; None: all.
   """
   probabilities, experts = routing
   layers, _, _, count = probabilities.shape

@@ -1,12 +1,13 @@
-"""Rounding a float32 master to bfloat16 by chance, so that small updates show in the mean.
+"""Stochastic rounding of float32 parameters to bfloat16, so that small updates show on average.
 
-Near 0.02 two bfloat16 numbers are 1.2e-4 apart: a weight that starts on one of them, as published
-weights do, has to be moved by half of that, a hundred updates at 5e-7, before rounding to the
-nearest shows any of it. Rounded up or down by chance, in proportion to where it lies, the copy is
-the master in the mean, for some noise (docs/scaling.md has the numbers).
+Near 0.02, neighboring bfloat16 numbers are 1.2e-4 apart. A weight that starts at one of them, as
+published weights do, has to move by half of that, a hundred updates at 5e-7, before rounding to the
+nearest number shows any change. If it is rounded up or down by chance, in proportion to where it
+lies between its neighbors, the copy equals the weight on average, at the price of some noise
+(docs/scaling.md has the numbers).
 
-The chance is one threshold for each weight, drawn from a key. While the key stays, a weight's copy
-changes exactly when the master crosses its threshold.
+Each weight has one threshold, drawn from a key. As long as the key stays the same, the copy of a
+weight changes exactly when the weight crosses its threshold.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ DROPPED = 16  # low bits of a float32 that a bfloat16 does not have
 
 
 def stochastic_round(x: Array, key: Array) -> Array:
-  """x f32[...] as bf16[...]: one of its two neighbours, with x itself as the mean.
+  """Rounds each number to one of its two bfloat16 neighbors at random, so that the mean is x.
 
-  What bfloat16 holds exactly stays as it is; what is not finite is rounded as usual. The same key
-  gives the same thresholds, on every device mesh.
+  Args:
+    x: f32[...]. Numbers that bfloat16 can represent do not change. NaN and infinity stay so.
+    key: one PRNG key. The same key gives the same thresholds on every device mesh.
+
+  Returns:
+    bf16[...].
   """
   threshold = jax.random.bits(key, x.shape, jnp.uint16)
-  # Added to the bits that are cut off it carries into the last one kept, with the chance
-  # cut off / 2**16: away from zero, as bits count magnitudes.
+  # Added to the bits that are cut off, the threshold carries into the last bit that is kept with
+  # probability (bits cut off) / 2**16. That rounds away from zero, since bits count magnitudes.
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + threshold.astype(jnp.uint32)
   kept = (bits >> DROPPED).astype(jnp.uint16)
   rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
@@ -36,7 +41,7 @@ def stochastic_round(x: Array, key: Array) -> Array:
 
 @jax.custom_jvp
 def read_as(master: Array, copy: Array) -> Array:
-  """The value is `copy`, a rounded `master`; the gradient goes to `master` as through a cast."""
+  """Returns `copy`, a rounded `master`, but passes the gradient to `master` as a cast would."""
   del master
   return copy
 

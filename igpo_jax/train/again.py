@@ -1,7 +1,7 @@
-"""Makes the rollout of any step of a run again (docs/samples.md#replay).
+"""Repeats the rollout of any step of a run (docs/samples.md#replay).
 
-Every step is a function of the state before it, the seed and its number. So from the nearest
-checkpoint the steps up to the one that is asked for are run again, and nothing is written.
+Every step is a function of the state before it, the seed and its number. So the steps from the
+nearest earlier checkpoint up to the one that is asked for are run again. Nothing is written.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-  """The rollout of one step, made again.
+  """A repeated rollout of one step.
 
   Attributes:
-    config: of the run.
-    model: of the run; its parameters are those that RL began with.
-    policy: the parameters that sampled.
+    config: the run's config.
+    model: the run's model, with the parameters that RL started from.
+    policy: the parameters that sampled, in the dtype of the computation.
     explored: what was sampled.
-    rows: all completions, as in samples.jsonl.
-    scorer: of the run.
-    step: of the run, from 1.
+    rows: all completions, as rows of samples.jsonl.
+    scorer: the run's scorer.
+    step: number of the RL step, from 1 on.
   """
 
   config: Config
@@ -67,10 +67,15 @@ class Replay:
 
 @contextlib.contextmanager
 def replayed(config: Config, workdir: epath.Path, step: int) -> Iterator[Replay]:
-  """Makes the rollout of RL step `step` (from 1) again, in the body of the `with`.
+  """A context in which the rollout of an RL step is there again.
+
+  Args:
+    config: the run's config.
+    workdir: the run's workdir.
+    step: number of the RL step, from 1 on.
 
   Raises:
-    UserError: the run has no RL or no such step, or there is no checkpoint to begin with.
+    UserError: the run has no RL or no such step, or there is no checkpoint to start from.
   """
   if "rl" not in config.stages or not 1 <= step <= config.rl.steps:
     what = f"{config.rl.steps} steps" if "rl" in config.stages else "no RL stage"
@@ -107,14 +112,14 @@ def _nearest(folder: epath.Path, done: int) -> int:
 
 
 def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: int) -> Model:
-  """The model that RL began with: what SFT ended with, if there was SFT.
+  """The model that RL started from: the result of SFT, if there was SFT.
 
   Args:
-    begin: the step of the RL checkpoint that the steps begin from; 0 if there is none.
-    step: whose rollout is asked for.
+    begin: step of the RL checkpoint that is continued from; 0 if there is none.
+    step: the step whose rollout is asked for.
 
   Raises:
-    UserError: it is needed, and its checkpoint is gone.
+    UserError: it is needed, but its checkpoint is gone.
   """
   if "sft" not in config.stages:
     return model
@@ -144,7 +149,7 @@ def _start(config: Config, workdir: epath.Path, model: Model, begin: int, step: 
 
 
 def where_differs(logged: Row, again: Row) -> str:
-  """What differs first between a logged completion and the one made again; "" if nothing."""
+  """The first difference between a logged completion and the repeated one, in words; "" if none."""
   if "tokens" not in logged:  # of version 1
     return "" if logged["completion"] == again["completion"] else "the text differs"
   for name in ("tokens", "commit_step"):
@@ -155,12 +160,12 @@ def where_differs(logged: Row, again: Row) -> str:
 
 
 class Choice(NamedTuple):
-  """What the model thought of one position when it was filled in.
+  """The model's distribution at one position when it was filled in.
 
   Attributes:
-    position: in the completion.
+    position: the position in the completion.
     tokens: ids of the likeliest tokens, the likeliest first.
-    probabilities: of these, under the softmax at temperature 1.
+    probabilities: their probabilities, under the softmax at temperature 1.
   """
 
   position: int
@@ -169,13 +174,13 @@ class Choice(NamedTuple):
 
 
 def canvas_at(row: Row, step: int, mask_id: int) -> np.ndarray:
-  """i32[L]: the canvas after denoising step `step`; -1: before the first, hints alone."""
+  """i32[L], the canvas after denoising step `step`. For -1 it has the hints only."""
   commit = np.array(row["commit_step"])
   return np.where(commit <= step, np.array(row["tokens"]), mask_id).astype(np.int32)
 
 
 def hinted_of(row: Row) -> np.ndarray:
-  """bool[L], the positions that were given."""
+  """bool[L], the positions of hints."""
   hinted = np.zeros(len(row["tokens"]), bool)
   for begin, end in row["hints"]:
     hinted[begin:end] = True
@@ -183,7 +188,7 @@ def hinted_of(row: Row) -> np.ndarray:
 
 
 def _on_every_device(row: np.ndarray) -> np.ndarray:
-  """A row as often as the mesh splits a batch: one row alone does not share out over devices."""
+  """Repeats a row for each part that the mesh splits a batch into: one row cannot be split."""
   return np.repeat(row[None], num_shards("act_batch"), axis=0)
 
 
@@ -196,10 +201,15 @@ def _likeliest(lm: LM, params: Params, tokens: Array, valid: Array, begin, width
 
 
 def choices(replay: Replay, row: Row, count: int = 3) -> Iterator[tuple[int, list[Choice]]]:
-  """(denoising step, what the model thought of the positions it filled in), step by step.
+  """Yields each denoising step with the model's distributions at the positions that it filled.
 
-  The model is asked anew, with the whole canvas: with a cache of keys and values
-  (`sampler.cache`) the sampler itself saw something near. Guidance is left out.
+  The model is called on the whole canvas. If the run sampled with a cache of keys and values
+  (`sampler.cache`), what the sampler computed was only close to this. Guidance is left out.
+
+  Args:
+    replay: the repeated rollout.
+    row: the completion, a row of `replay.rows`.
+    count: how many of the likeliest tokens to give.
   """
   lm, width = replay.model.lm, replay.config.sampler.block_length
   prompt, valid = _prompt_of(replay, row)
@@ -226,12 +236,17 @@ def _prompt_of(replay: Replay, row: Row) -> tuple[np.ndarray, np.ndarray]:
 def edited(
   replay: Replay, row: Row, sampler: SamplerConfig, tokens: np.ndarray, hinted: np.ndarray
 ) -> Row:
-  """The completion of `row` sampled with other options or hints, and the same noise.
+  """Samples a completion with other options or hints, and with the same noise.
 
   Args:
-    sampler: with the lengths of the run's.
-    tokens: i32[L], masks and hints.
-    hinted: bool[L].
+    replay: the repeated rollout.
+    row: the completion, a row of `replay.rows`.
+    sampler: options of the sampler, with the lengths of the run's.
+    tokens: i32[L], masks, and hints where `hinted` is True.
+    hinted: bool[L], positions that are never changed.
+
+  Returns:
+    The new completion, as a row of samples.jsonl.
   """
   tries, tokenizer = replay.explored.tries, replay.model.tokenizer
   prompt, valid = _prompt_of(replay, row)

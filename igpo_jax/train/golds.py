@@ -118,7 +118,7 @@ def check_traces(records: Sequence[Record], scorer: Scorer, reward: RewardConfig
   except Exception as error:
     if registry.reads_golds(reward.verifier):
       raise
-    # One that was not made for them may fail on them: that is no reason not to train.
+    # A verifier that is not made to read traces may fail on them. Training may go on all the same.
     return dataclasses.replace(golds, examples=(*golds.examples, f"not graded: {error!r:.200}"))
   failed = [k for k in range(len(traced)) if not scores.correct[k]]
   status = [scores.status[k] for k in failed]

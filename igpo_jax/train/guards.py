@@ -1,4 +1,4 @@
-"""Stop rules: a run that has collapsed ends, with its state saved, in place of running on.
+"""Stop rules: a run that has collapsed ends, with its state saved, instead of going on.
 
 log.stop_when=("rl/repeated > 0.9", "rl/entropy_floor < 0.01")
 """
@@ -17,9 +17,9 @@ class Rule(NamedTuple):
   """One rule of `log.stop_when`.
 
   Attributes:
-    metric: its name in metrics.jsonl.
-    is_above: the rule holds above the limit; else below it.
-    limit: a number.
+    metric: the metric's name in metrics.jsonl.
+    is_above: whether the rule holds above the limit; else it holds below it.
+    limit: the limit.
   """
 
   metric: str
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
   limit: float
 
   def holds(self, value: float) -> bool:
-    """Whether a value of the metric is beyond the limit. A NaN is."""
+    """Whether a value of the metric is beyond the limit. NaN always is."""
     return math.isnan(value) or (value > self.limit if self.is_above else value < self.limit)
 
 
@@ -35,7 +35,7 @@ class Guards:
   """Watches the logged rows of one stage.
 
   Attributes:
-    rules: those that are about this stage, or about evaluations.
+    rules: the rules that are about this stage or about evaluations.
   """
 
   def __init__(self, log: LogConfig, stage: str):
@@ -46,9 +46,10 @@ class Guards:
     self._in_a_row = [0] * len(self.rules)
 
   def reason(self, row: Mapping[str, Any]) -> str:
-    """Why the run is to stop after this row; "" if it is not.
+    """Why the run has to stop after this row; "" if it does not.
 
-    Rows without a rule's metric, such as those without an evaluation, leave its count as it is.
+    It counts for each rule in how many rows in a row it held. Rows without the rule's metric, such
+    as those without an evaluation, do not change the count.
 
     Raises:
       UserError: a rule is about a metric that the stage does not have.

@@ -110,7 +110,7 @@ def _of_policy(config: Config, mesh) -> dict[str, Memory]:
 
 @functools.lru_cache(maxsize=64)
 def _held(model: ModelConfig, mesh, reference: bool = False) -> dict[str, int]:
-  """What lies on a device throughout a stage."""
+  """Bytes on each device of the arrays that stay there throughout a stage, by name."""
   optimizer = make_optimizer(Config().rl_optimizer, 1)
   params = abstract_params(dataclasses.replace(Config(), model=model), mesh)
   trainable, frozen = lora.split(params)
@@ -129,7 +129,7 @@ def _item(model: ModelConfig) -> int:
 
 
 def _layer_width(model: ModelConfig, mesh) -> int:
-  """Bytes for each token that a layer works with at a time: its widest place.
+  """Bytes per token of the arrays that a layer holds at the same time, where they are most.
 
   In the MLP: the residual stream, its norm, two branches and their product; under LoRA the
   branches are summed with their adapters' products in float32. In attention: queries, keys, values
@@ -149,7 +149,7 @@ def _layer_width(model: ModelConfig, mesh) -> int:
 
 
 def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
-  """Of a forward pass over `rows` rows of `total` positions on a device."""
+  """Bytes of a forward pass over `rows` rows of `total` positions on a device, by name."""
   tensor = mesh.shape["tensor"]
   work = {"activations": rows * total * _layer_width(model, mesh)}
   if model.attention == "einsum" or copies_read(model) > 1:
@@ -162,7 +162,7 @@ def _forward(model: ModelConfig, mesh, rows: int, total: int) -> dict[str, int]:
 
 
 def _gathered(model: ModelConfig, mesh) -> int:
-  """The weights of two layers, one at work and one on its way, and the head's."""
+  """Bytes of gathered weights: two layers, one in use and one being gathered, and the head."""
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
   mlp = model.stored_mlp_units // mesh.shape["expert"]
   layer = model.d_model * (2 * heads + 2 * kv_heads + 3 * mlp)
@@ -172,7 +172,7 @@ def _gathered(model: ModelConfig, mesh) -> int:
 def _denoising(
   model: ModelConfig, mesh, rows: int, total: int, sampler: SamplerConfig
 ) -> dict[str, int]:
-  """Of a denoising loop over `rows` rows of a device."""
+  """Bytes of a denoising loop over `rows` rows of a device, by name."""
   tensor = mesh.shape["tensor"]
   rows *= 2 if sampler.cfg_scale else 1
   work = _forward(model, mesh, rows, total)
@@ -194,11 +194,11 @@ def _statistics(model: ModelConfig, mesh, rows: int, length: int) -> int:
 def _backward(
   model: ModelConfig, mesh, rows: int, total: int, scored: int, micro_batches: int
 ) -> dict[str, int]:
-  """Of an update: a forward and a backward pass over `rows` rows of a device, and its gradients."""
+  """Bytes of an update (forward, backward and gradients) with `rows` rows on a device, by name."""
   tensor, tokens = mesh.shape["tensor"], rows * total
   width = _layer_width(model, mesh)
   stream = _item(model) * model.d_model // (tensor if model.shard_sequence else 1)
-  # What remat keeps of every layer: its input; also the products; or all it worked with.
+  # What is kept of every layer, by `model.remat`: its input; also the products; or everything.
   heads, kv_heads = model.n_heads * model.head_size, model.kv_heads * model.head_size
   products = _item(model) * (heads + 2 * kv_heads + 2 * model.mlp_units) // tensor + 2 * stream
   kept = {"full": stream, "dots": stream + products, "none": stream + 2 * width}[model.remat]
@@ -219,7 +219,7 @@ def _backward(
 
 
 def largest(memories: dict[str, Memory]) -> tuple[str, Memory]:
-  """The program that needs most, by name."""
+  """(name, memory) of the program that needs the most."""
   return max(memories.items(), key=lambda item: item[1].total)
 
 

@@ -1,9 +1,8 @@
 """Gradients over micro-batches, and one optimizer step.
 
-A batch is cut into M micro-batches along its first axis and scanned. The gradient of the sum is the
-sum of the gradients, because every loss is a sum of numerators over a denominator that carries no
-gradient. An update whose loss or gradient is not finite changes nothing but the count of skipped
-updates.
+A batch is cut into M micro-batches along its first axis, and they are scanned. Every loss is a sum
+of numerators over a denominator without gradient, so the gradients of the micro-batches add up to
+that of the batch. An update whose loss or gradient is not finite only counts as skipped.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from igpo_jax.types import Array, Params, TrainState
 
 
 class Sums(NamedTuple):
-  """What is gathered beside the gradient.
+  """Numbers for metrics that are gathered over micro-batches.
 
   Attributes:
-    added: a tree of f32[], summed over micro-batches.
-    most: a tree of f32[], of each the greatest over micro-batches.
+    added: a tree of f32[], which are summed over micro-batches.
+    most: a tree of f32[], of which the largest over micro-batches is kept.
   """
 
   added: dict[str, Any]
   most: dict[str, Any]
 
   def merge(self, other: Sums) -> Sums:
-    """Of both together."""
+    """The numbers of two groups of micro-batches together."""
     return Sums(
       jax.tree.map(jnp.add, self.added, other.added),
       jax.tree.map(jnp.maximum, self.most, other.most),
@@ -39,10 +38,14 @@ class Sums(NamedTuple):
 
 
 def split_micro_batches(tree: Any, count: int) -> Any:
-  """[X, ...] -> [M, X/M, ...] for every array, the parts interleaved over devices.
+  """Splits every array of a tree into M micro-batches: [X, ...] -> [M, X/M, ...].
 
-  Taking every M-th row keeps each micro-batch spread over all devices, where
-  contiguous slices would sit on a few of them.
+  Micro-batch m has the rows m, m + M, m + 2 M, ... So each of them is spread over all devices;
+  contiguous slices would be on a few of them.
+
+  Args:
+    tree: arrays [X, ...].
+    count: M; divides X.
   """
 
   def split(x):
@@ -57,12 +60,15 @@ def split_micro_batches(tree: Any, count: int) -> Any:
 
 
 def map_micro_batches(fn: Callable[[Any], Any], tree: Any, count: int) -> Any:
-  """`fn(tree)`, made a micro-batch at a time to bound its memory; rows come back in their order.
+  """Computes `fn(tree)` one micro-batch at a time, to bound its memory.
 
   Args:
-    fn: maps arrays [X, ...] to arrays [X, ...], each row for itself.
-    tree: of arrays [X, ...].
-    count: M.
+    fn: maps arrays [X, ...] to arrays [X, ...]; each row of the result depends on its own row only.
+    tree: arrays [X, ...].
+    count: M, the number of micro-batches; divides X.
+
+  Returns:
+    Arrays [X, ...], with rows in their order.
   """
   if count == 1:
     return fn(tree)
@@ -73,12 +79,12 @@ def map_micro_batches(fn: Callable[[Any], Any], tree: Any, count: int) -> Any:
 def accumulate(
   loss_sums: Callable[[Params, Any], tuple[Array, Sums]], params: Params, slices: Any
 ) -> tuple[Array, Sums, Params]:
-  """Sums of the loss's numerator and of its gradient over M micro-batches.
+  """Sums a loss's numerator and its gradient over M micro-batches.
 
   Args:
-    loss_sums: (params, micro-batch) -> (numerator f32[], what is gathered beside it).
-    params: differentiated.
-    slices: tree of [M, ...].
+    loss_sums: `loss_sums(params, micro_batch) -> (numerator f32[], Sums)`.
+    params: the parameters that are differentiated.
+    slices: arrays [M, ...], of `split_micro_batches`.
 
   Returns:
     (numerator, sums, gradient).
@@ -104,7 +110,17 @@ def accumulate(
 def apply_gradient(
   state: TrainState, optimizer: optax.GradientTransformation, loss: Array, grads: Params
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step, or none if the loss or the gradient's norm is not finite."""
+  """Makes one optimizer step, or skips it if the loss or the gradient's norm is not finite.
+
+  Args:
+    state: the state before the step.
+    optimizer: the one that made `state.opt_state`.
+    loss: f32[].
+    grads: the loss's gradient, with the structure of `state.params`.
+
+  Returns:
+    (the state after the step; metrics loss, grad_norm, skipped and skipped_in_a_row).
+  """
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

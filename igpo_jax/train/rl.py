@@ -43,12 +43,19 @@ def train_rl(
   make_programs: Callable[..., PolicyPrograms] = make_policy_programs,
   keep: bool = False,
 ) -> Params:
-  """Trains the policy from `model.params`, which stay as the reference.
+  """Runs the RL stage. A collective.
 
   Args:
+    run: the run.
+    model: the policy to start from, which is also the reference.
+    scorer: grades completions.
+    stream: prompts with their traces (`preflight.rl_stream`).
     make_programs: see `make_stage`.
-    keep: also if `model.params` are of no use to this stage any more, they are left alone, for
-      another one that begins with them (train/arms.py).
+    keep: do not use up the arrays of `model.params`, since another stage starts from them
+      (train/arms.py).
+
+  Returns:
+    All parameters of the model after the last step.
   """
   new_clock = lambda: StepClock(run.stop, run.progress)
   stage, state = make_stage(
@@ -68,24 +75,26 @@ def make_stage(
   make_programs: Callable[..., PolicyPrograms] = make_policy_programs,
   keep: bool = False,
 ) -> tuple[Stage, TrainState]:
-  """The stage's steps, and the state they start from.
+  """The RL stage for `run_stage`, and the state that it starts from.
 
   Args:
-    stream: prompts with their traces (`preflight.rl_stream`).
-    new_clock: makes what is told how far a step is.
-    optimizer: in place of the one that `rl_optimizer` asks for.
-    make_programs: in place of `make_policy_programs`, with its arguments: several stages of one
-      process may share what was compiled.
+    config: all options.
+    mesh: the device mesh.
+    model, scorer, stream: see `train_rl`.
+    new_clock: makes a clock for each step, which is told how far the step is.
+    optimizer: an optimizer to use instead of that of `rl_optimizer`; None for no other.
+    make_programs: called instead of `make_policy_programs`, with the same arguments. So several
+      stages of a process can share compiled programs.
     keep: see `train_rl`.
   """
   # policy, reference, optimizer
   updates = config.rl.steps * config.rl.inner_updates
   optimizer = optimizer or make_optimizer(config.rl_optimizer, updates)
-  # What is only read is kept in the compute dtype. Under LoRA policy and reference share
-  # the base; only the small adapters exist twice.
+  # Parameters that are only read are kept in the dtype of the computation. Under LoRA, policy and
+  # reference share the base; only the small adapters exist twice.
   readable = functools.partial(compute_copy, dtype=config.model.dtype)
   reference = readable(model.params) if objective_of(config).needs_reference else None
-  # A float32 master must not stay around unused beside the state and the reference.
+  # Float32 parameters of the model must not stay in memory, unused, beside state and reference.
   trained = jax.tree.leaves(lora.split(model.params)[0])
   is_cast = all(x.dtype != jnp.dtype(config.model.dtype) for x in trained)
   state, frozen = start_state(model, optimizer, mesh, donate=is_cast and not keep)
@@ -101,7 +110,7 @@ def make_stage(
   def explore(state, n, clock):
     keys = {purpose: purpose_key(config.seed, n, purpose) for purpose in ("sample", "resample")}
     policy = readable(all_params(state.params), key=rounding_key(config, n))
-    # Batches of a step are at places of its own, needed or not: a resumed run finds the same ones.
+    # Each step has its own batches, whether it needs them or not: a resumed run gets the same ones.
     count = 1 + config.rl.refill
     batch, *further = (functools.partial(stream.batch, n * count + k) for k in range(count))
     return policy, explorer(policy, batch(), n, keys, clock, further)
@@ -122,7 +131,7 @@ def make_stage(
       with clock.program("token_stats", rollout.completion.shape):
         before = token_stats(policy, rollout, keys)
     clock.dispatched()
-    del policy  # updates read the parameters themselves: room for what they work with
+    del policy  # updates read the parameters themselves: this frees memory for them
     for u in range(config.rl.inner_updates):
       with clock.program("update", rollout.completion.shape):
         inner = (rollout, scores, keys, jnp.int32(u), rounding)

@@ -22,14 +22,14 @@ STATE_COPIES = 3  # the trained parameters and AdamW's two moments
 def check_room(config: Config, workdir: epath.Path, params: Params, arms: int = 0) -> None:
   """Checks that the disk has room for the checkpoints of all stages. A collective.
 
-  A stage keeps the latest `checkpoint.keep` checkpoints and perhaps the best, and a new one is
-  written before an old one is removed. Compression may make them smaller than is assumed here. Room
-  on gs:// and quotas that the disk does not report are not checked.
+  A stage keeps the latest `checkpoint.keep` checkpoints and perhaps the best one, and a new one is
+  written before an old one is removed. Compression may make them smaller than is assumed here. The
+  room on gs://, and quotas that the disk does not report, are not checked.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    params: parameters of the model. Those that LoRA does not train are in no checkpoint.
+    config: the run's config.
+    workdir: the run's workdir.
+    params: the model's parameters. Those that LoRA does not train are not in checkpoints.
     arms: number of RL stages besides the run's own (train/arms.py).
 
   Raises:

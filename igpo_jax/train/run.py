@@ -48,10 +48,22 @@ from igpo_jax.viewer.summary import summary_table
 
 
 def train(config: Config, workdir: epath.Path, command: str = "") -> dict:
-  """Runs every stage of a config in `workdir`; returns the contents of summary.json.
+  """Runs every stage of a config, or continues where an earlier run in the workdir ended.
+
+  Every process of a run has to call it.
 
   Args:
-    command: what to type to run it again, for config.json; "" if it was no command.
+    config: all options.
+    workdir: the directory that the run writes to.
+    command: the command line that started the run, which is noted in config.json; "" if there was
+      none.
+
+  Returns:
+    The contents of summary.json on process 0; {} on others.
+
+  Raises:
+    UserError: the config, the inputs, the workdir or the machine do not allow the run; the message
+      says what to change.
   """
   machine = here()
   check_machine(config.mesh, machine)
@@ -144,10 +156,10 @@ def make_evaluation(
   """Makes the function that evaluates parameters on every benchmark of `data.eval`.
 
   Args:
-    config, model, scorer, mesh, workdir: of the run.
+    config, model, scorer, mesh, workdir: those of the run.
     load: reads the records of a source, given its URI.
     stop: if it has received a signal, the evaluation raises `Stopped` between two batches. The rows
-      that were made are on disk.
+      made so far are on disk then.
 
   Returns:
     (params, label) -> {"eval/NAME/accuracy": ..., ...}.

@@ -59,10 +59,14 @@ class Model:
 
 
 def load_source(uri: str, log: Any = None) -> list[Record]:
-  """Records of a source; what could not be used is reported, never dropped in silence.
+  """Reads the records of a source, and reports how many rows could not be used.
+
+  Args:
+    uri: see `data.sources.load_records`.
+    log: prints a line; None reports nothing.
 
   Raises:
-    UserError: they cannot be read, or another process read other ones.
+    UserError: they cannot be read, or processes have read different records.
   """
   records, dropped = load_records(uri)
   if jax.process_count() > 1:
@@ -76,11 +80,14 @@ def load_source(uri: str, log: Any = None) -> list[Record]:
 
 
 def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
-  """The run's tokenizer: the one in the workdir if there is one, else as configured.
+  """The run's tokenizer: the one in the workdir if there is one, else as configured. A collective.
 
-  "sentencepiece:N" trains N pieces on the sft (else rl) source; anything else is for
-  `open_tokenizer`. The result is saved in the workdir, so a run keeps its tokenizer.
-  Process 0 makes it, all read it there.
+  "sentencepiece:N" trains N pieces on the sft source (or the rl source if there is none); any other
+  value is for `open_tokenizer`. Process 0 makes the tokenizer and saves it in the workdir, where
+  all processes read it. So a run keeps its tokenizer.
+
+  Raises:
+    UserError: there is no such tokenizer, or it does not fit the model of `init_from`.
   """
   kept = workdir / "tokenizer"
   from_first(lambda: None if has_tokenizer(kept) else _new_tokenizer(config).save(kept))
@@ -88,7 +95,7 @@ def make_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
 
 
 def peek_tokenizer(config: Config, workdir: epath.Path) -> Tokenizer:
-  """The tokenizer that `make_tokenizer` would give; nothing is written."""
+  """The tokenizer that `make_tokenizer` would return, without writing anything."""
   kept = workdir / "tokenizer"
   return load_tokenizer(kept) if has_tokenizer(kept) else _new_tokenizer(config)
 
@@ -119,12 +126,12 @@ def _tokenizer_of(config: Config) -> str:
 
 
 def with_lora(source: Source, asked: LoRAConfig) -> Source:
-  """What a run with `model.lora` = `asked` begins with.
+  """The weights that a run with `model.lora` = `asked` starts from.
 
-  A base stays a base, which gets fresh adapters if any are asked for. Adapters that the
-  source brings are merged into their kernels where none are asked for; else the run goes on
-  with them, so they have to be the ones that are asked for. Their dropout may differ: it
-  belongs to the training.
+  A source without adapters is returned as it is; the caller adds fresh adapters if any are asked
+  for. If the source has adapters and none are asked for, they are merged into their kernels. If it
+  has adapters and some are asked for, the run continues with them, so rank, alpha and targets have
+  to be equal. The dropout may differ, since it belongs to the training.
 
   Raises:
     UserError: other adapters are asked for.
@@ -207,7 +214,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
 
 
 def _tell_what_weights_fix(asked: ModelConfig, source: Source) -> None:
-  """Says which options of the config are not the weights', and so have no effect."""
+  """Says which options of the config differ from the loaded weights, and so have no effect."""
   unset = ModelConfig()
   other = [
     f"model.{name}={getattr(asked, name)!r} (they have {getattr(source.config, name)!r})"
@@ -219,7 +226,12 @@ def _tell_what_weights_fix(asked: ModelConfig, source: Source) -> None:
 
 
 def learning_rate(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:
-  """Linear warm-up from 0, then constant, cosine or linear decay to 0."""
+  """The learning rate of each update: linear warm-up, then constant or decaying to 0.
+
+  Args:
+    cfg: see `OptimizerConfig`.
+    total_updates: number of updates of the stage.
+  """
   decay = max(total_updates - cfg.warmup_steps, 1)
   after = {
     "constant": optax.constant_schedule(cfg.learning_rate),
@@ -228,7 +240,7 @@ def learning_rate(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:
   }[cfg.schedule]
   if cfg.warmup_steps == 0:
     return after
-  # Starts at the first step's share rather than at 0: no update is without effect.
+  # The warm-up starts at the first step's share and not at 0, so that every update has an effect.
   warmup = optax.linear_schedule(
     cfg.learning_rate / cfg.warmup_steps, cfg.learning_rate, cfg.warmup_steps - 1
   )
@@ -255,7 +267,14 @@ def make_optimizer(cfg: OptimizerConfig, total_updates: int) -> optax.GradientTr
 def state_shardings(
   optimizer: optax.GradientTransformation, params: Params, shardings: Any, mesh
 ) -> TrainState:
-  """Where every array of a TrainState lives: optimizer moments beside their parameters."""
+  """The shardings of a TrainState: those of optimizer moments are those of their parameters.
+
+  Args:
+    optimizer: the optimizer.
+    params: the trained parameters, or their shapes.
+    shardings: shardings of `params`.
+    mesh: the device mesh.
+  """
   opt_state = jax.eval_shape(optimizer.init, params)
   whole = replicated(mesh)
   opt_shardings = optax.tree_map_params(
@@ -265,7 +284,7 @@ def state_shardings(
 
 
 def new_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-  """A TrainState that has seen no update."""
+  """A TrainState of these parameters before the first update. It holds `params` themselves."""
   zero = lambda: jnp.zeros((), jnp.int32)
   return TrainState(zero(), params, optimizer.init(params), zero(), zero())
 
@@ -277,9 +296,14 @@ def make_state(
   mesh: jax.sharding.Mesh,
   donate: bool = False,
 ) -> TrainState:
-  """A fresh TrainState around a copy of `params`, so that updates leave them alone.
+  """A fresh TrainState with a copy of `params`, so that updates do not change them.
 
-  With `donate` around `params` themselves, which are of no use to the caller any more.
+  Args:
+    optimizer: the optimizer.
+    params: the parameters to train.
+    shardings: their shardings.
+    mesh: the device mesh.
+    donate: use the arrays of `params` themselves. The caller must not use them any more.
   """
 
   create = lambda params: new_state(optimizer, jax.tree.map(jnp.copy, params))
@@ -293,9 +317,16 @@ def start_state(
   mesh: jax.sharding.Mesh,
   donate: bool = False,
 ) -> tuple[TrainState, Params]:
-  """(a fresh state of what is trained, the rest): adapters and base under LoRA, else all and {}.
+  """A fresh state of the trained parameters, and the parameters that are not trained.
 
-  With `donate` the trained part of `model.params` is used up.
+  Args:
+    model: the model to start from.
+    optimizer: the optimizer.
+    mesh: the device mesh.
+    donate: use the trained arrays of `model.params` themselves, which must not be used any more.
+
+  Returns:
+    (state, frozen): under LoRA the adapters' state and the base; else that of all, and {}.
   """
   trainable, frozen = lora.split(model.params)
   state = make_state(optimizer, trainable, lora.split(model.shardings)[0], mesh, donate)
@@ -303,22 +334,24 @@ def start_state(
 
 
 def compute_copy(params: Params, dtype: str, key: Array | None = None) -> Params:
-  """The parameters in the compute dtype, for programs that only read them; no copy where
-  nothing is to be cast.
+  """The parameters in the dtype of the computation, for programs that only read them.
 
-  Exact without a key: the layers cast every parameter to the compute dtype before they use it.
-  Done once, so a float32 master is not read, cast and gathered again at every denoising step.
+  Without a key it changes no result: the layers cast every parameter to this dtype before they use
+  it. Casting once avoids reading, casting and gathering float32 parameters at every denoising step.
+  Arrays that already have the dtype are not copied.
 
   Args:
-    key: rounds float32 parameters to bfloat16 by chance instead (ops/rounding.py). The same key
-      gives the same copy of the same parameters, whatever the mesh.
+    params: the parameters.
+    dtype: `model.dtype`.
+    key: if given, float32 parameters are rounded to bfloat16 by chance (ops/rounding.py). The same
+      key gives the same copy of the same parameters on every mesh.
   """
   if key is not None and dtype == "bfloat16":
     return _rounded_by_chance(params, key)
   return jax.tree.map(lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype), params)
 
 
-@jax.jit  # so that no random number is held, and each device draws those of its own part
+@jax.jit  # so that random numbers are not stored, and each device draws those of its own part
 def _rounded_by_chance(params: Params, key: Array) -> Params:
   def rounded(path, x):
     name = zlib.crc32(jax.tree_util.keystr(path).encode()) >> 1
@@ -328,15 +361,23 @@ def _rounded_by_chance(params: Params, key: Array) -> Params:
 
 
 def rounding_key(config: Config, step: int) -> Array | None:
-  """`compute_copy`'s key for an RL step: one for sampling, scores and all its updates."""
+  """The key of `compute_copy` for an RL step, the same for sampling, scores and all updates.
+
+  None unless `rl.rounding` is "stochastic".
+  """
   stochastic = config.rl.rounding == "stochastic"
   return purpose_key(config.seed, step, "round") if stochastic else None
 
 
 def purpose_key(seed: int, step: int | Array, purpose: str) -> Array:
-  """The PRNG key of one use of randomness: (seed, step, purpose), nothing else.
+  """The PRNG key of one use of randomness, made from (seed, step, purpose) and nothing else.
 
-  No key is ever carried from step to step, so a resumed run repeats the same numbers.
+  No key is carried from step to step, so a resumed run repeats the same numbers.
+
+  Args:
+    seed: `config.seed`.
+    step: number of the step, from 0 on.
+    purpose: one of `PURPOSES`.
   """
   key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
   return jax.random.fold_in(key, step)

@@ -22,15 +22,18 @@ from igpo_jax.types import Params
 
 
 def train_sft(run: Run, model: Model, stream: SFTStream) -> Params:
-  """Fine-tunes `model.params`; returns all parameters, for the next stage (`sft.select`).
+  """Runs the SFT stage. A collective.
 
-  The trained part of `model.params` is used up: under full fine-tuning there may be no room for
-  what the stage began with beside its state.
+  The trained arrays of `model.params` are used up: under full fine-tuning they may not fit into
+  memory beside the state.
 
   Args:
     run: the run.
     model: the model to start from.
-    stream: the batches (`preflight.sft_stream`); that of a step is a function of (seed, step).
+    stream: the batches (`preflight.sft_stream`). A step's batch is a function of (seed, step).
+
+  Returns:
+    All parameters of the model, those that `sft.select` asks for.
   """
   config = run.config
   steps = sft_steps(config, stream)

@@ -20,15 +20,20 @@ def make_sft_update(
   cfg: SFTConfig,
   shardings: TrainState | None = None,
 ):
-  """update(state, frozen, tokens, valid, response, key) -> (state, metrics), jitted.
-
-  The state is donated. `frozen` is what is not trained: the base under LoRA, else {}. `tokens`
-  and `valid` are [B,T], `response` bool[B,W] is of their last W columns: W = T may be, but the
-  head is then applied to the prompts, too. Adapters have dropout if `lm` has; its patterns, unlike
-  everything else, differ with the number of micro-batches. Metrics of routers are means over them.
+  """Makes the jitted update of fine-tuning.
 
   Args:
-    shardings: of the state that goes in and comes out; None leaves them to the compiler.
+    lm: the model.
+    optimizer: makes an update of the trained parameters from a gradient.
+    cfg: see `SFTConfig`.
+    shardings: shardings of the state that goes in and comes out; None leaves them to the compiler.
+
+  Returns:
+    `update(state, frozen, tokens, valid, response, key) -> (state, metrics)`. `state` is donated.
+    `frozen` are the parameters that are not trained: the base under LoRA, else {}. `tokens` i32 and
+    `valid` bool are [B,T]. `response` bool[B,W] is for their last W columns, to which the head is
+    applied. `key` draws the masks and the adapters' dropout. Only the dropout's patterns depend on
+    the number of micro-batches. Metrics of routers are means over micro-batches.
   """
 
   def update(state: TrainState, frozen: Params, tokens, valid, response, key):

@@ -1,12 +1,11 @@
-"""Sizes that a config leaves to the devices (0), resolved once it is known which there are.
+"""Chooses the sizes that a config leaves to the devices (0).
 
-Config files are read before jax may look for its devices. So `rl.sample_slices`,
-`rl.micro_batches`, `sft.micro_batches`, `eval.batch_size`, `mesh.data` and `mesh.fsdp` may be 0,
-and `resolve` puts numbers in their places. None of them decides what is learnt: batches are the
-same, cut differently.
+Config files are read before jax looks for its devices. So `rl.sample_slices`, `rl.micro_batches`,
+`sft.micro_batches`, `eval.batch_size`, `mesh.data` and `mesh.fsdp` may be 0, and `resolve` replaces
+the zeros. These sizes do not change what is learned: batches are the same, only cut differently.
 
-It also checks what would otherwise show only in the middle of a run: that prompts, groups and
-rows share out over devices and processes, and that the arrays fit. No weights are read.
+It also checks what would otherwise fail only in the middle of a run: that prompts, groups and rows
+divide over devices and processes, and that the arrays fit into memory. No weights are read.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from igpo_jax.rl.methods import rows_per_prompt
 from igpo_jax.train import memory
 from igpo_jax.train.ahead_of_time import abstract_params
 
-# Positions that a device puts through the network at a time. At 8B these are 240 TFLOP, a quarter
-# of a second of an H100's peak: more would take memory and save no time.
+# How many positions a device puts through the network at a time. At 8B this is 240 TFLOP, a quarter
+# of a second at an H100's peak: more would take memory and save no time.
 TOKENS_AT_ONCE = 2**14
-# Sampling in slices lets one be graded while the next is sampled, and keeps a long prompt from
-# making all rows long: so many, if each device still has a few rows in a slice.
+# With several slices one is graded while the next is sampled, and a long prompt does not make all
+# rows long. This many are wanted, as long as each device has this many rows in a slice.
 SLICES_WANTED, FEWEST_ROWS = 4, 4
 # GPUs that share the fast links of one machine: full fine-tuning splits its state over them first.
 MACHINE_DEVICES = 8
@@ -53,9 +52,9 @@ def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
   """The config with a number for every size, checked against the devices.
 
   Args:
-    config: of the run.
-    machine: its devices, which are there or are only thought of.
-    strict: refuses what is estimated not to fit; else only what cannot fit.
+    config: the run's config.
+    machine: the devices, which need not exist.
+    strict: also refuse what is only estimated not to fit; else only what cannot fit.
 
   Raises:
     UserError: the config is for other devices, its sizes do not share out over them, or their
@@ -108,9 +107,9 @@ def _advice(config: Config, machine: Machine) -> str:
 
 
 def model_of(config: Config) -> ModelConfig:
-  """The model that the run will have, as far as files say: `init_from`'s sizes where it is there.
+  """The model that the run will have: with the sizes of `init_from` if its directory exists.
 
-  A vocabulary that only a tokenizer would tell is taken to be small.
+  A vocabulary size that only a tokenizer would tell is assumed to be small.
   """
   model = config.model
   if config.init_from and epath.Path(config.init_from).exists():

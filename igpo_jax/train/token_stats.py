@@ -1,4 +1,4 @@
-"""What an update made of every token: for samples.jsonl, with `log.token_stats`."""
+"""How an update changed each token's probability, for samples.jsonl (`log.token_stats`)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Stats = dict[str, Array]
 
 
 def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array], Stats]:
-  """A jitted (params, rollout, keys) -> {"logp", "entropy", "scored", "kept"}, [P,G,L] each.
+  """Makes a jitted function (params, rollout, keys) -> name -> [P,G,L].
 
-  They are read through the estimator's views of the first inner update: `logp` and `entropy` are
-  f32, means over the views that score a position, 0 where none does (`scored`, bool). `kept`, bool:
-  in the loss and not dropped by the entropy filter, with these entropies.
+  They are read in the views of the first inner update:
+    logp, entropy: f32, means over the views that score a position, in nats; 0 where none does.
+    scored: bool, whether a view scores the position.
+    kept: bool, whether it is in the loss and not dropped by the entropy filter, by these entropies.
   """
   rl, estimator, sizes = config.rl, estimator_of(config), sizes_of(config, lm)
 
@@ -52,13 +53,16 @@ def make_token_stats(lm: LM, config: Config) -> Callable[[Params, Rollout, Array
 def by_group(
   numbers: np.ndarray, before: Stats, after: Stats, of_all: bool = False
 ) -> Mapping[int, dict]:
-  """Statistics of groups: number -> name -> [G,L], as docs/samples.md has them.
+  """The statistics of each group, as docs/samples.md describes them.
 
   Args:
-    numbers: i64[X], of the groups that this process learned from, see `Exploration.numbers`.
-    before: of the policy that sampled, [X,G,L] each.
-    after: of the policy after the last inner update.
-    of_all: of the groups of all processes, and not of this one's alone. A collective.
+    numbers: i64[X], numbers of the groups that this process learned from (`Exploration.numbers`).
+    before: statistics under the policy that sampled, [X,G,L] each.
+    after: those under the policy after the last inner update.
+    of_all: include the groups of all processes. It is then a collective.
+
+  Returns:
+    number of a group -> name -> [G,L].
   """
   old, new = local_rows(before), local_rows(after)
   scored = old["scored"]
