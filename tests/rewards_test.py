@@ -131,6 +131,14 @@ SAME = (
   (r"\text{C}", "(C)"),
   (r"\text{east}", r"\text{East}."),
 )
+SAME += (
+  ("e^{100}", r"e^{99}\cdot e"),
+  ("e^{453438}", r"e^{453437}e"),
+  ("e^{x^2}+1", "1+e^{x^2}"),
+  (r"3\pi+\sin\pi", r"3\pi"),
+  (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"),
+  (r"\sin 20", r"2\sin 10\cos 10"),
+)
 DIFFERENT = (
   ("60", "0.6"),
   ("5", "50"),
@@ -177,6 +185,11 @@ DIFFERENT = (
   (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
   (r"\text{east}", "seat"),
   (r"\text{(C)}", "D"),
+  ("e^{100}", "e^{100}+1"),
+  ("e^{453438}", "e^{453438}+9"),
+  (r"\pi", r"\pi+10^{-40}"),
+  (r"\sinh 100", r"\cosh 100"),
+  (r"e^{x}+10^{60}", r"e^{x}+10^{60}+x"),
   ("2", "it is minus 2 in all"),
 )
 

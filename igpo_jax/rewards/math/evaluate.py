@@ -22,6 +22,7 @@ from igpo_jax.rewards.math.tree import Node
 MAX_BITS = 500_000  # of the numerator or the denominator of an exact number
 MAX_TERMS = 10_000  # of a sum; also the largest number whose factorial is computed
 SIZES = ((6, 3), (4, 40))  # (number of rational points of both signs, their largest size)
+LOST = 1e-20  # a term of this size that does not change a sum has been rounded away
 WHOLE = 6  # number of points that are positive whole numbers
 
 
@@ -38,9 +39,7 @@ Value = Any  # a Fraction, mpf or mpc; or a matrix, a list of rows of these
 
 def number_of(value: Value) -> Any:
   """The value as a number of mpmath, rounded to the digits that are set."""
-  if isinstance(value, Fraction):
-    return mp.mpf(value.numerator) / value.denominator
-  return value
+  return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
 def is_exact(value: Value) -> bool:
@@ -120,19 +119,21 @@ class Evaluator:
     raise Undefined("infinity is no number")
 
   def _add(self, *terms: Node) -> Value:
-    values = [self(term) for term in terms]
-    return functools.reduce(lambda a, b: _checked(_plus(a, b)), values)
+    return functools.reduce(self.plus, map(self, terms))
+
+  def plus(self, one: Value, other: Value) -> Value:
+    """`one + other`; outside limits and series neither may vanish in rounding."""
+    total = _checked(_plus(one, other))
+    if not self.summed and _is_lost(one, other, total):
+      raise Undefined("a term is lost to rounding")
+    return total
 
   def _neg(self, node: Node) -> Value:
     value = self(node)
     return [[-x for x in row] for row in value] if isinstance(value, list) else -value
 
   def _mul(self, *factors: Node) -> Value:
-    total: Value = None
-    for factor in factors:
-      value = self(factor)
-      total = value if total is None else _checked(_times(total, value))
-    return total
+    return functools.reduce(lambda one, other: _checked(_times(one, other)), map(self, factors))
 
   def _inverse(self, node: Node) -> Value:
     return quotient(Fraction(1), self(node))
@@ -336,6 +337,14 @@ def _plus(one: Value, other: Value) -> Value:
       [_plus(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(one, other, strict=True)
     ]
   return one + other if is_exact(one) == is_exact(other) else number_of(one) + number_of(other)
+
+
+def _is_lost(one: Value, other: Value, total: Value) -> bool:
+  """Whether a sum is as large as one of its terms although the other is no mere rounding."""
+  if isinstance(total, list) or is_exact(total):
+    return False
+  one, other = number_of(one), number_of(other)
+  return (total == one and abs(other) > LOST) or (total == other and abs(one) > LOST)
 
 
 def _times(one: Value, other: Value) -> Value:
