@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -203,7 +203,7 @@ class Checkpoints:
       UserError: there is no such checkpoint, or its arrays do not fit `like`.
     """
     path = self._directory(step)
-    self._check_files(path)
+    check_files(path)
     self._check_fit(path, like, whole=True)
     with _damage_told(path):
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(like))
@@ -221,7 +221,7 @@ class Checkpoints:
       DamagedCheckpoint, UserError: as `restore`.
     """
     path = self._directory(step)
-    self._check_files(path)
+    check_files(path)
     self._check_fit(path, like, whole=False)
     args = ocp.checkpoint_utils.construct_restore_args(like)
     restore = ocp.args.PyTreeRestore(item=like, restore_args=args, partial_restore=True)
@@ -273,30 +273,6 @@ class Checkpoints:
     path = self.directory / str(step)
     write_whole(path / FILES, json.dumps(_files(path), indent=1) + "\n")
 
-  def _check_files(self, path: epath.Path) -> None:
-    if not can_append(path) or not (path / FILES).exists():
-      return  # written by an older version, or the last thing before a kill
-    found = _files(path)
-    try:
-      for name, kept in json.loads((path / FILES).read_text()).items():
-        size, digest = kept if isinstance(kept, list) else (kept, "")  # older versions: the size
-        there, now = found.get(name, (None, ""))
-        if there is None:
-          why = "is missing"
-        elif there != size:
-          why = f"has {there} bytes of {size}"
-        elif digest and digest != now:
-          why = "is not what was saved"
-        else:
-          continue
-        raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {name} {why}")
-    except (ValueError, AttributeError, RecursionError) as error:
-      if isinstance(error, UserError):
-        raise
-      raise DamagedCheckpoint(
-        f"the checkpoint {path} is damaged: {FILES} makes no sense"
-      ) from error
-
   def _check_fit(self, path: epath.Path, like: Any, whole: bool) -> None:
     """Raises `UserError` unless the checkpoint's arrays are those of `like`."""
     reader = ocp.PyTreeCheckpointHandler()
@@ -322,23 +298,66 @@ class Checkpoints:
     kept = self._kept(step)
     for name, sums in digests(tree).items():
       if kept["sums"].get(name) != sums:
-        raise self._damaged(step, f"{name} is not what was saved")
+        raise damaged(self.directory / str(step), f"{name} is not what was saved")
     note_sum = _digest(_text_of(self.note(step)))
     if kept.get("note_sum", note_sum) != note_sum:
-      raise self._damaged(step, "its note is not what was saved")
+      raise damaged(self.directory / str(step), "its note is not what was saved")
 
   def _kept(self, step: int) -> dict[str, Any]:
-    """What `save` added to Orbax's description of the step."""
-    try:
-      kept = read_object(self.directory / str(step) / STEP_METADATA).get("custom_metadata")
-    except UserError as error:
-      raise self._damaged(step, str(error)) from error
-    if not isinstance(kept, dict) or not isinstance(kept.get("sums"), dict):
-      raise self._damaged(step, f"{STEP_METADATA} has no checksums")
-    return kept
+    return _kept_in(self.directory / str(step))
 
-  def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
+
+def check_files(path: epath.Path) -> None:
+  """Compares the files of a checkpoint with what `files.json` in it says of them.
+
+  Raises:
+    DamagedCheckpoint: one is missing, or is not what was saved.
+  """
+  if not can_append(path) or not (path / FILES).exists():
+    return  # written by an older version, or the last thing before a kill
+  found = _files(path)
+  try:
+    for name, kept in json.loads((path / FILES).read_text()).items():
+      size, digest = kept if isinstance(kept, list) else (kept, "")  # older versions: the size
+      there, now = found.get(name, (None, ""))
+      if there is None:
+        why = "is missing"
+      elif there != size:
+        why = f"has {there} bytes of {size}"
+      elif digest and digest != now:
+        why = "is not what was saved"
+      else:
+        continue
+      raise damaged(path, f"{name} {why}")
+  except (ValueError, AttributeError, RecursionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise damaged(path, f"{FILES} makes no sense") from error
+
+
+def kept_sums(path: epath.Path) -> dict[str, str]:
+  """The checksums that were saved with a checkpoint, as `digests` gives them.
+
+  Raises:
+    DamagedCheckpoint: it has none.
+  """
+  return _kept_in(path)["sums"]
+
+
+def _kept_in(path: epath.Path) -> dict[str, Any]:
+  """What `Checkpoints.save` added to Orbax's description of the step."""
+  try:
+    kept = read_object(path / STEP_METADATA).get("custom_metadata")
+  except UserError as error:
+    raise damaged(path, str(error)) from error
+  if not isinstance(kept, dict) or not isinstance(kept.get("sums"), dict):
+    raise damaged(path, f"{STEP_METADATA} has no checksums")
+  return kept
+
+
+def damaged(path: epath.Path, why: str) -> DamagedCheckpoint:
+  """The error of a damaged checkpoint."""
+  return DamagedCheckpoint(f"the checkpoint {path} is damaged: {why}")
 
 
 def _said_by_disk(error: BaseException | None) -> str:
@@ -380,7 +399,7 @@ def _damage_told(path: epath.Path) -> Iterator[None]:
       passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
       if passing or any(word in text for word in PASSING):
         raise UserError(f"the checkpoint {path} cannot be read: {text[:300]}") from error
-      raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {text[:150]}") from error
+      raise damaged(path, text[:150]) from error
 
 
 def _files(path: epath.Path) -> dict[str, tuple[int, str]]:
@@ -417,11 +436,25 @@ def digests(tree: Any) -> dict[str, str]:
 
   Two entries with different arrays have different checksums, but for an unlikely accident.
   """
+  return digests_of(jax.device_get(bit_sums(_named(tree))))
+
+
+def digests_of(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+  """`digests`, from the sums of each array: name, such as "params/head/kernel" -> both sums."""
   out: dict[str, Any] = {}
-  for name, (total, mixed) in sorted(jax.device_get(bit_sums(_named(tree))).items()):
+  for name, (total, mixed) in sorted(sums.items()):
     entry = out.setdefault(name.partition("/")[0], hashlib.blake2s(digest_size=8))
     entry.update(f"{name} {int(total)} {int(mixed)}\n".encode())
   return {name: entry.hexdigest() for name, entry in out.items()}
+
+
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by the bytes of an element
+
+
+def mix(bits: Any) -> Any:
+  """u32[...] of numpy or jax, so that a change of one bit changes about half of its element's."""
+  mixed = (bits ^ (bits >> 15)) * np.uint32(0x9E3779B1)
+  return mixed ^ (mixed >> 13)
 
 
 @jax.jit
@@ -429,10 +462,7 @@ def bit_sums(tree: Any) -> Any:
   """Of every array two sums over its bits, one of them after mixing: (u32[], u32[])."""
 
   def sums(x):
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
-    mixed = mixed ^ (mixed >> 13)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, BITS[np.dtype(x.dtype).itemsize]).astype(jnp.uint32)
+    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mix(bits), dtype=jnp.uint32)
 
   return jax.tree.map(sums, tree)

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from igpo_jax.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
+LONGEST_LINE = 4000  # characters of an error
 # How long Python may take to notice a signal, and then to leave: a compilation of a large
 # model, which is not interrupted, takes minutes.
 NOTICE_SECONDS, LEAVE_SECONDS = 1.0, 15.0
@@ -106,7 +107,9 @@ def _known(error: BaseException) -> tuple[str, int] | None:
     where = f" for {error.filename}" if error.filename else ""
     wrong = f"no space left on the device{where}: free some, or write elsewhere"
   if wrong is not None:
-    return f"error: {' '.join(str(wrong).split())}", USER_ERROR_EXIT_CODE
+    line = " ".join(str(wrong).split())
+    line = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."  # may quote a file
+    return f"error: {line}", USER_ERROR_EXIT_CODE
   if isinstance(error, Terminated):
     return "terminated", 128 + signal.SIGTERM
   if isinstance(error, KeyboardInterrupt):

@@ -379,6 +379,22 @@ def test_a_full_checkpoint_of_a_pretrained_model_keeps_its_config(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, pre.params, params)
 
 
+def test_a_damaged_checkpoint_is_not_converted(tmp_path):
+  """Changed bytes of arrays are read without an error."""
+  step = save_run(tmp_path / "run", Config(init_from=str(BASE)), load_pretrained(BASE).params)
+  convert(step, tmp_path / "hf")
+  for file in (step / "default").rglob("d/*"):
+    data = bytearray(file.read_bytes())
+    if len(data) > 100_000:
+      data[len(data) // 2] ^= 1
+      file.write_bytes(bytes(data))
+  for _ in range(2):
+    with pytest.raises(UserError, match=rf"the checkpoint {step} is damaged: "):
+      convert(step, tmp_path / "again")
+    (step / "files.json").unlink(missing_ok=True)  # as a kill right after the save leaves it
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
 def test_a_checkpoint_of_adapters_needs_its_base(tmp_path):
   base = load_pretrained(BASE, dtype="float32")
   adapters = lora.init(base.params, jax.random.key(0), LORA)

@@ -66,6 +66,13 @@ def test_exit_codes_and_the_one_line(main, code, said, capsys):
   assert capsys.readouterr().err == said
 
 
+def test_a_mistake_that_quotes_a_file_is_a_line_that_can_be_read(capsys):
+  with pytest.raises(SystemExit):
+    cli.run(raising(UserError(f"x={'y' * 100_000}")))
+  said = capsys.readouterr().err
+  assert said.startswith("error: x=yyy") and said.endswith("y ...\n") and len(said) < 5000
+
+
 @pytest.mark.parametrize("suppress", [False, True])
 def test_a_place_that_was_added_to_a_mistake_is_told(suppress, capsys):
   def main():

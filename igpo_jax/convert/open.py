@@ -24,6 +24,7 @@ from igpo_jax.convert.arrays import (
 )
 from igpo_jax.convert.entries import Entry, entries, split_entries, tied_copies
 from igpo_jax.convert.safetensors_io import Reader
+from igpo_jax.convert.trained import TrainedArrays
 from igpo_jax.data import bpe_files
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
@@ -282,7 +283,7 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
     raise UserError(f"{path}: no config.json of a run above this checkpoint")
   run = upgraded(read_json(workdir / CONFIG_FILE))
   model = _run_model(run, workdir / CONFIG_FILE)
-  state = OrbaxArrays(path / STATE_DIR, ("params",))
+  state = TrainedArrays(path)
   tokenizer = _tokenizer_in(workdir / "tokenizer")
   origin = _origin(path, base, run.get("init_from"))
   if origin is not None:

@@ -1,0 +1,1 @@
+"""Campaigns of faults: kills, broken disks, malformed input, numbers that are none, long runs."""
