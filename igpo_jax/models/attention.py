@@ -4,8 +4,8 @@
     dot_product  jax.nn.dot_product_attention: cuDNN's fused kernel on GPU in 16 bits
     splash       the Pallas flash kernel for TPU; scores never leave the chip's memory
 
-All take and return the same arrays; `ModelConfig.attention` names one, or "auto": the last on
-a TPU, the second on a GPU, else the first.
+All take and return the same arrays. `ModelConfig.attention` names one of them, or "auto", which is
+"splash" on a TPU, "dot_product" on a GPU and "einsum" elsewhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from igpo_jax.errors import UserError
 from igpo_jax.parallel.sharding import num_shards, partition_spec
 from igpo_jax.types import Array
 
-# Added to the scores of keys that nobody may see. Half of the lowest number, so that
-# no score can push the sum to infinity.
+# Added to the scores of keys that a query must not see. It is half of the lowest number, so that no
+# score can make the sum infinite.
 HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
 BEST = {"tpu": "splash", "gpu": "dot_product", "cuda": "dot_product"}  # "auto", by platform
 SPLASH_BLOCKS = (512, 256, 128)  # of queries and keys; the chip's vectors have 128 lanes
@@ -37,22 +37,22 @@ def attend(
   implementation: str = "einsum",
   visible: Array | None = None,
 ) -> Array:
-  """Attention; every query sees every valid key, or those of them that are visible to it.
+  """Attention without a causal mask: a query sees every valid key that is visible to it.
 
   Args:
     q: [B,t,H,E] queries.
     k: [B,T,K,E] keys; key-value head j serves query heads j*H/K .. (j+1)*H/K - 1.
     v: [B,T,K,E] values.
-    valid: bool[B,T], False on keys nobody may see; None where all are valid.
+    valid: bool[B,T], False on keys that no query sees; None: all are valid.
     implementation: "einsum", "dot_product", "splash" or "auto".
-    visible: bool[B or 1,t,T], which keys each query sees; None: all. The fused kernels take
-      none, so that with one "auto" and "dot_product" are "einsum".
+    visible: bool[B or 1,t,T], which keys each query sees; None: all. The fused kernels do not
+      support it, so with it "auto" and "dot_product" are "einsum".
 
   Returns:
     [B,t,H,E]. A query that sees no key gets the mean of the values, not NaN.
 
   Raises:
-    UserError: the platform has no such implementation.
+    UserError: the platform does not have the implementation, or "splash" is given `visible`.
   """
   if visible is not None:
     if implementation == "splash":
@@ -73,15 +73,15 @@ def attend(
   return {"einsum": einsum, "dot_product": dot_product}[implementation](q, k, v, valid)
 
 
-# `with program_for("cuda"):` what is traced is the program for that platform, wherever this is.
-# jax keeps its caches of traced programs apart by it.
+# In the body of `with program_for("cuda"):` programs are traced for that platform, whatever this
+# machine has. jax keeps separate caches of traced programs for each value.
 program_for = jax.make_user_context("")
 
 
 def platform() -> str:
-  """Where the program that is being traced will run.
+  """The platform for which a program is being traced, such as "cpu", "gpu", "cuda" or "tpu".
 
-  What `program_for` says; else the devices of the mesh in context; else the default backend.
+  It is what `program_for` says; else that of the mesh in context; else the default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   known = device.platform if device is not None else jax.default_backend()
@@ -91,7 +91,7 @@ def platform() -> str:
 def einsum(
   q: Array, k: Array, v: Array, valid: Array | None, visible: Array | None = None
 ) -> Array:
-  """See `attend`. Softmax in float32."""
+  """The implementation in plain JAX; see `attend`. The softmax is computed in float32."""
   b, t, h, e = q.shape
   kv_heads = k.shape[2]
   # Heads first and the queries of a key-value head as one matrix, and the division by
@@ -116,10 +116,10 @@ def einsum(
 
 
 def dot_product(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-  """See `attend`; under a mesh each device works on its own rows and heads.
+  """`jax.nn.dot_product_attention`; see `attend`. Each device works on its own rows and heads.
 
-  cuDNN's kernel serves 16 bits and head sizes that are multiples of 8 up to 128, on GPUs of
-  compute capability 8.0 or later; elsewhere it is XLA's own program.
+  It is cuDNN's kernel on a GPU, for 16 bits and head sizes that are multiples of 8 up to 128; this
+  needs compute capability 8.0. Elsewhere it is XLA's own program.
   """
   bits16 = q.dtype in (jnp.bfloat16, jnp.float16)
   kernel_size = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
@@ -133,11 +133,11 @@ def dot_product(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
 def _dot_product_local(
   q: Array, k: Array, v: Array, valid: Array | None, implementation: str
 ) -> Array:
-  """Fused attention on one device: the valid keys first, and their number.
+  """Fused attention on one device, with the valid keys of each row moved to the front.
 
-  The kernel takes either a bias [B,H,t,T] (a mask of keys is one to it, written out for every
-  query, and its gradient likewise) or a length for each row's keys. Attention does not ask in
-  what order keys come, so a length can say which are valid.
+  The kernel takes either a bias [B,H,t,T] or a number of keys for each row. A mask of keys would
+  become a bias, written out for every query, and so would its gradient. Attention does not depend
+  on the order of keys, so with valid keys in front their number is enough.
   """
   attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
   if valid is None:
@@ -145,14 +145,14 @@ def _dot_product_local(
   b, length = valid.shape
   order = jnp.argsort(~valid, axis=1, stable=True)
   count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-  # A row without any valid key sees all of them, as zeros: the mean of its values.
+  # A row without any valid key sees all keys, set to zero: it gets the mean of the values.
   seen = jnp.where(count > 0, count, length)
   shown = jnp.arange(length) < seen[:, None]
 
   def valid_first(x, shown):
-    # An order has no index twice: the gradient needs no atomic additions.
+    # `order` has every index once, so the gradient needs no atomic additions.
     x = x.at[jnp.arange(b)[:, None], order].get(unique_indices=True, mode="promise_in_bounds")
-    # Nothing depends on what the kernel makes of the rest, nor on the gradients it writes there.
+    # Zeros, so that nothing depends on what the kernel reads there, or on the gradients it writes.
     return jnp.where(shown[:, :, None, None], x, 0)
 
   k = valid_first(k, shown & (count > 0)[:, None])
@@ -160,10 +160,11 @@ def _dot_product_local(
 
 
 def splash(q: Array, k: Array, v: Array, valid: Array | None, interpret: bool = False) -> Array:
-  """See `attend`; under a mesh each device works on its own rows and heads.
+  """The Pallas kernel for TPU; see `attend`. Each device works on its own rows and heads.
 
   Args:
-    interpret: runs the kernel's emulation, on any platform. For tests.
+    q, k, v, valid: see `attend`.
+    interpret: run the kernel's emulation, which works on any platform; for tests.
   """
   if valid is None:
     valid = jnp.ones(k.shape[:2], bool)
@@ -173,10 +174,10 @@ def splash(q: Array, k: Array, v: Array, valid: Array | None, interpret: bool = 
 def _on_own_rows(
   attention: Callable[..., Array], q: Array, k: Array, v: Array, valid: Array | None
 ) -> Array:
-  """`attention(q, k, v, valid)` on every device of the mesh in context, of its rows and heads.
+  """Calls `attention(q, k, v, valid)` on every device of the mesh in context, on its own part.
 
-  A kernel is opaque to the partitioner. It would gather the operands; and cuDNN's lengths it
-  may leave whole beside rows that are shared out, each device then reading the first rows'.
+  The compiler cannot see into a kernel, so it would gather the operands. It may also leave cuDNN's
+  lengths whole where rows are sharded; each device would then read the lengths of the first rows.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -1,7 +1,7 @@
 """Keys and values of all layers, kept between calls of the network.
 
-A bidirectional model has no exact cache: a token that is committed changes the keys of
-every position. What is kept is therefore stale, and the sampler says when it is renewed.
+A bidirectional model has no exact cache: a committed token changes the keys of every position. So
+cached keys and values are out of date to some degree, and the sampler decides when to renew them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ AXES = ("layers", "act_batch", "act_kv_heads", "act_length", None)
 
 @flax.struct.dataclass
 class Cache:
-  """Rotated keys, and values, at their absolute positions.
+  """Keys, after RoPE, and values of all layers at their absolute positions.
 
-  Each [N,B,K,T,E], or a tuple of N [B,K,T,E] where the layers are a tuple, too. Heads first,
-  as attention multiplies them: else all of the cache is transposed at every call.
+  Each is [N,B,K,T,E], or a tuple of N arrays [B,K,T,E] if the layers of the parameters are a tuple
+  (`LM.unstack`). Heads come before positions, as attention multiplies them: else the whole cache
+  would be transposed at every call.
   """
 
   keys: Array | tuple[Array, ...]
@@ -30,7 +31,14 @@ class Cache:
 
 
 def empty(config: ModelConfig, params: Params, rows: int, length: int) -> Cache:
-  """Zeros for `rows` of `length` positions, stacked as `params` are."""
+  """A cache of zeros.
+
+  Args:
+    config: the model.
+    params: its parameters; the cache has a tuple of layers if they have one.
+    rows: B.
+    length: T, the number of positions.
+  """
   shape = (rows, config.kv_heads, length, config.head_size)
 
   def zeros():
@@ -43,9 +51,16 @@ def empty(config: ModelConfig, params: Params, rows: int, length: int) -> Cache:
 
 
 def write(cache: Cache, layer: Array | int, k: Array, v: Array, start: Array):
-  """Puts k, v [B,t,K,E] at positions from `start`: (k, v [B,T,K,E] of the layer, cache).
+  """Writes the keys and values of some positions of one layer into the cache.
 
-  With `start` i32[B] each row's go to positions of its own.
+  Args:
+    cache: the cache.
+    layer: number of the layer.
+    k, v: [B,t,K,E].
+    start: i32[], the first of the t positions; or i32[B], each row's own first position.
+
+  Returns:
+    (k, v [B,T,K,E], the layer's keys and values at all positions; the new cache).
   """
 
   def put(old, new):
@@ -56,7 +71,7 @@ def write(cache: Cache, layer: Array | int, k: Array, v: Array, start: Array):
     return _put(old, new, start, layer)
 
   cache = Cache(put(cache.keys, k), put(cache.values, v))
-  of_layer = lambda x: jnp.swapaxes(x[layer], 1, 2)  # which attention takes back
+  of_layer = lambda x: jnp.swapaxes(x[layer], 1, 2)  # attention swaps them back: no copy is made
   return of_layer(cache.keys), of_layer(cache.values), cache
 
 
@@ -66,8 +81,8 @@ def _put(old: Array, new: Array, start: Array, layer: Array | int | None = None)
   if jnp.ndim(start) == 0:
     new = new if layer is None else new[None]
     return jax.lax.dynamic_update_slice(old, new, (*layers, 0, 0, start, 0))
-  # One window for each row. As a scatter with rows as its batch it stays in place, and on the
-  # device that holds the row; a vmap over axis 1 of the stack would transpose all of it.
+  # One window for each row. A scatter with rows as its batch dimension writes in place, on the
+  # device that holds the row. A vmap over axis 1 of the stack would transpose all of it.
   rows = len(layers)
   indices = jnp.stack([*(jnp.broadcast_to(n, start.shape) for n in layers), start], axis=1)
   numbers = jax.lax.ScatterDimensionNumbers(

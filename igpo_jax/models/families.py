@@ -29,16 +29,16 @@ FAMILIES: Mapping[str, Family] = {
   )
 }
 
-# Options that some families have and others have not.
+# Options that not all families have.
 NOT_EVERYWHERE = ("head_dim", "rotary_share", "shift_logits", "attention_block", "moe",
                   "expert_products", "router_loss")  # fmt: skip
 
 
 def find(name: str) -> Family:
-  """The family of a name.
+  """The family with this name.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none; the message lists the families.
   """
   if name not in FAMILIES:
     raise UserError(f"config: model.family={name!r} is not one of {', '.join(FAMILIES)}")
@@ -46,10 +46,11 @@ def find(name: str) -> Family:
 
 
 def check(config: ModelConfig) -> Family:
-  """The family of a model, which has all the options that the config sets.
+  """The family of a model, after checking that it has the options that the config sets.
 
   Raises:
-    UserError: no such family, or options that it has not: they would be ignored in silence.
+    UserError: there is no such family, or it does not have an option that is set. The option would
+      be ignored in silence otherwise.
   """
   family = find(config.family)
   unset = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -83,11 +84,11 @@ def make_lm(config: ModelConfig) -> LM:
 
 
 def model_config(name: str, fields: Mapping[str, Any], **more: Any) -> ModelConfig:
-  """A ModelConfig of a family from fields as `Family.published` and `tiny` have them.
+  """Makes a ModelConfig from fields such as those of `Family.published` and `Family.tiny`.
 
   Args:
-    name: of the family.
-    fields: by name; "moe.experts" is of the section moe.
+    name: name of the family.
+    fields: fields by name; "moe.experts" is the field experts of the section moe.
     **more: further fields.
   """
   experts = {k.removeprefix("moe."): v for k, v in fields.items() if k.startswith("moe.")}

@@ -1,9 +1,9 @@
-"""What a model family is: the facts that tell it from the others, in one dataclass.
+"""What distinguishes a model family from the others, in one dataclass.
 
-A family is a folder of this room. It says how its blocks are made (`Design`), what its
-config.json means in our terms, how its tensors are called, and its published sizes. The
-network itself is shared (models/network.py). Nobody else compares a family's name: who needs a
-fact about a model asks its `LM`.
+Each family is a folder beside this file. It says how its blocks are made (`Design`), what its
+config.json means in our terms, how its tensors are called, and its published sizes. The network
+itself is shared (models/network.py). No other code compares names of families: facts about a model
+are fields of its `LM`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from igpo_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-  """How a token's experts are chosen, and what each counts (models/moe.py).
+  """How a token's experts are chosen and weighted (models/moe.py).
 
   Attributes:
-    scores: "softmax" over all experts, or "sigmoid" of each.
-    renormalise: the weights of the chosen ones are divided by their sum.
-    bias: the parameters hold a bias for each expert, which counts when experts are chosen but
-      not in their weights.
+    scores: how logits become scores: "softmax" over all experts, or "sigmoid" of each.
+    renormalise: whether the weights of the chosen experts are divided by their sum.
+    bias: whether there is a bias for each expert, which is added to the scores when experts are
+      chosen, but not to their weights.
   """
 
   scores: str = "softmax"
@@ -33,18 +33,18 @@ class Router:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-  """How the blocks of a model are made, beyond what its sizes say.
+  """How the blocks of a model are made, beyond its sizes.
 
   Attributes:
-    qkv_bias: queries, keys and values have biases.
-    qk_norm: every head of the queries and keys is normalised, before RoPE.
-    fused_qkv: queries, keys and values are one product, in this order.
-    counts_positions: the first position that is not padding is number 0, and padding within a
-      row is not counted; else a position's number is its place.
-    shift: the hidden state of position k - shift predicts the token of position k: 0 or 1.
-    block_length: 0: every position sees all others. Else of position k those up to the end of
-      its block of so many positions, counted from the row's first one that is not padding.
-    router: of the layers that have experts; None: none has.
+    qkv_bias: whether queries, keys and values have biases.
+    qk_norm: whether each head of queries and keys is normalized, before RoPE.
+    fused_qkv: whether queries, keys and values are one product, in this order.
+    counts_positions: whether RoPE counts only positions that are not padding, from 0 on. Otherwise
+      it counts all positions of the canvas.
+    shift: 0 or 1: the network's state of position k - shift predicts the token of position k.
+    block_length: 0: every position attends to all others. Else the model is block-causal, see
+      `LM.block_length`.
+    router: router of the layers that have experts; None if no layer has.
   """
 
   qkv_bias: bool = False
@@ -61,29 +61,28 @@ class Family:
   """A published architecture that our network computes exactly.
 
   Attributes:
-    name: what `model.family` says.
-    model_types: the values of config.json's key of that name.
-    marks: options that a config.json has in this family, where another family has the same
-      model_type.
-    design: ModelConfig -> its `Design`.
-    reads: options of ModelConfig that this family has and others have not.
-    fields: our field -> their key ("moe.experts" is a field of the section moe).
-    defaults: values of our fields where config.json has none.
-    instead: our field -> the key that is read where config.json has not its own.
-    required: option -> the only values under which the mathematics is ours.
-    stated: those of `required` that must be present, because the published code's default for
-      them is something else.
-    inert: options that do not change what the network computes at evaluation.
-    derive: (config.json, problems) -> more of our fields, for what no single key says; adds to
-      the problems what is wrong.
-    autoregressive: the model_type of the causal models that this family's can be made of
-      (`convert --as-diffusion`); "": of none.
-    written: what a config.json of a model that was trained here has besides.
-    top, block, first_block: our parameter -> their key; `{}` is the layer, and `{expert}` the
-      expert. `first_block` is for layers without experts, where the others have some.
-    code_files, auto_map: the released PyTorch code, and what config.json calls it.
-    published: name -> fields of ModelConfig, of the released models.
-    tiny: fields of ModelConfig for a model that tests can afford.
+    name: its name in `model.family`.
+    model_types: the values of "model_type" in config.json.
+    marks: keys that tell its config.json from that of a family with the same model_type.
+    design: `design(config) -> Design`, for a ModelConfig.
+    reads: options of ModelConfig that not all families have, but this one has.
+    fields: our field -> their key in config.json ("moe.experts" is a field of the section moe).
+    defaults: our field -> its value if config.json has none.
+    instead: our field -> another key that is read if config.json lacks the first one.
+    required: their key -> the only values for which our network computes what theirs does.
+    stated: the keys of `required` that must be present, because the published code has another
+      default for them.
+    inert: their keys that do not change what the network computes at evaluation.
+    derive: `derive(config_json, problems) -> more of our fields`, for what no single key says. It
+      appends to `problems` what is wrong.
+    autoregressive: the model_type of causal models that can be made models of this family
+      (`convert --as-diffusion`); "": there are none.
+    written: further keys in the config.json of a model that was trained here.
+    top, block, first_block: our parameter -> the key of their tensor; "{}" stands for the layer and
+      "{expert}" for the expert. `first_block` is for layers without experts, if others have some.
+    code_files, auto_map: files of the released PyTorch code, and how config.json refers to them.
+    published: name of a released model -> its fields of ModelConfig.
+    tiny: fields of ModelConfig of a model that is small enough for tests.
   """
 
   name: str

@@ -1,9 +1,8 @@
 """Floating-point operations that a forward pass needs, counted from its shapes.
 
-Products only: a multiplication and an addition for each element that a matrix product
-reads, and nothing for norms, softmax or RoPE. What is counted is what the mathematics
-needs, not what some program happens to do, so that a utilisation made from it cannot
-be raised by doing useless work.
+Only matrix products count: a multiplication and an addition for each pair of elements. Norms,
+softmax and RoPE count nothing. What is counted is what the mathematics needs, not what a program
+happens to do, so useless work cannot raise a utilization that is computed from it.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ def product_flops(positions: int, fan_in: int, fan_out: int) -> int:
 
 
 def copies_read(cfg: ModelConfig) -> int:
-  """Copies of a row that fine-tuning and likelihoods put through the network at once.
+  """How many copies of a row go through the network in fine-tuning and likelihoods: 1 or 2.
 
-  A block-causal model is given a clean one beside the noisy one (`LM.hidden_of_two`); each position
-  still sees at most as many keys as the row has positions.
+  A block-causal model gets a clean copy beside the noisy one (`LM.hidden_of_two`). Each position
+  still attends to no more keys than the row has positions.
   """
   return 2 if check(cfg).design(cfg).block_length else 1
 
@@ -43,16 +42,16 @@ def forward_flops(
   """FLOPs of one call of the network.
 
   Args:
-    cfg: the model; adapters are counted where they are.
+    cfg: the model, with its adapters if any.
     rows: B.
-    queries: positions of a row that go through the layers.
-    keys: positions of a row that they attend to; with a cache more than `queries`.
-    head_positions: positions of a row whose logits are made.
-    read: positions of a row whose final hidden state is used; None for all `queries`.
-      The last layer needs the keys and values of all, the rest of these only.
+    queries: number of positions of a row that go through the layers.
+    keys: number of positions of a row that they attend to; with a cache more than `queries`.
+    head_positions: number of positions of a row whose logits are computed.
+    read: number of positions of a row whose final hidden state is used; None: all `queries`. The
+      last layer computes keys and values of all positions, and everything else for these only.
 
   Returns:
-    The number, as an integer: it is exact.
+    The exact number.
 
   Example: for D=2, H=K=1, E=2, F=3, one layer, one row, 1 query and 4 keys, the four
   projections are 4 x 8, attention 2 x 16, the three of the MLP 3 x 12: 100 in all.

@@ -1,4 +1,4 @@
-"""What most families' Hugging Face directories share: the keys of Llama, Qwen and their kin."""
+"""The keys that most families' Hugging Face directories share: those of Llama and Qwen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ QK_NORMS = {
 
 
 def mlp(where: str, prefix: str = "") -> dict[str, str]:
-  """The keys of a SwiGLU: `mlp("mlp.experts.{expert}", "experts/")`."""
+  """Our parameters of a SwiGLU -> the keys of their tensors.
+
+  Args:
+    where: the module in their names, such as "mlp" or "mlp.experts.{expert}".
+    prefix: begins our names, such as "experts/".
+  """
   names = {"ff_proj": "gate_proj", "up_proj": "up_proj", "ff_out": "down_proj"}
   return {
     f"{prefix}{ours}/kernel": f"model.layers.{{}}.{where}.{theirs}.weight"

@@ -35,10 +35,10 @@ class RMSNorm(nn.Module):
 
 @jax.custom_vjp
 def dot_f32(x: Array, w: Array) -> Array:
-  """x [...,in] times w [in,out], f32[...,out], for arrays of one dtype.
+  """The product of x [...,in] and w [in,out], which have the same dtype: f32[...,out].
 
-  The products of its gradients have operands of that dtype, too. (jax alone would multiply a
-  float32 gradient with w in float32, several times as slow in 16 bits.)
+  The products of the backward pass have operands of this dtype as well. (jax by itself would
+  multiply a float32 gradient with w in float32, which is several times slower than in 16 bits.)
   """
   return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
@@ -57,21 +57,26 @@ dot_f32.defvjp(_dot_f32_fwd, _dot_f32_bwd)
 
 
 def low_rank(x: Array, a: Array, b: Array, alpha: float) -> Array:
-  """(x A) B alpha / r, f32[...,out], for x [...,in], A [in,r] and B [r,out].
+  """The output of an adapter, (x A) B alpha / r: f32[...,out].
 
-  To be added to x W in float32 and rounded together with it. After an update an output moves
-  by a thousandth of the distance between two bfloat16 numbers: added to an output that is
-  rounded already it would be rounded away; rounded together, it moves one output in a thousand.
+  Add it to x W in float32, and round the sum. One update moves an output by about a thousandth of
+  the distance between two bfloat16 numbers. Added to an output that is already rounded, it would be
+  lost. If the sum is rounded, one output in a thousand changes.
+
+  Args:
+    x: [...,in].
+    a, b: A [in,r] and B [r,out].
+    alpha: numerator of the scale.
   """
   h = dot_f32(x, a.astype(x.dtype)) * (alpha / a.shape[-1])
   return dot_f32(h.astype(x.dtype), b.astype(x.dtype))
 
 
 class Linear(nn.Module):
-  """y = x W, plus a bias where `use_bias`; W is [in, out] with logical axes `axes`.
+  """y = x W, plus a bias with `use_bias`. W is [in,out] with the logical axes `axes`.
 
-  Where the parameters hold `lora_a` and `lora_b` beside the kernel, their product is
-  added (models/lora.py puts them there); without them this is the base model.
+  If the parameters have `lora_a` and `lora_b` beside the kernel (models/lora.py), the adapter's
+  output is added. Without them it is the layer of the base model.
   """
 
   features: int
@@ -95,8 +100,8 @@ class Linear(nn.Module):
     # that sums over two axes (docs/LOG.md).
     rows = x.shape[:-1]
     x = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    # In the parameters' own layout after the cast: what is gathered is in the compute
-    # dtype, and the gradient is reduced straight into this layout, never whole.
+    # The constraint keeps the parameters' sharding after the cast. So weights are gathered in the
+    # dtype of the computation, and gradients are reduced into this sharding, never held whole.
     kernel = constrain(kernel.astype(self.dtype), *self.axes)
     adapted = self.has_variable("params", "lora_a")
     if not adapted and not self.use_bias:
@@ -123,10 +128,14 @@ def rope_tables(positions: Array, size: int, theta: float) -> tuple[Array, Array
 
 
 def apply_rope(x: Array, sin: Array, cos: Array) -> Array:
-  """Rotates the halves of each head of x [B,T,H,E], in float32.
+  """Applies RoPE to heads x [B,T,H,E], by rotating their halves, in float32.
 
-  The tables are f32[T,S], or f32[B,T,S] where rows count positions of their own. If S is less
-  than E the first S numbers of a head are rotated, and the others left as they are.
+  Args:
+    x: [B,T,H,E]. If S < E, only the first S dimensions of a head are rotated.
+    sin, cos: of `rope_tables`, f32[T,S]; or f32[B,T,S] if each row counts its own positions.
+
+  Returns:
+    [B,T,H,E] in the dtype of x.
   """
   size = sin.shape[-1]
   if size < x.shape[-1]:

@@ -4,12 +4,11 @@ An adapter is two more leaves in the parameter tree,
 
     blocks/q_proj/{kernel [N,in,out], lora_a [N,in,r], lora_b [N,r,out]}
 
-so the same `LM` computes the adapted model with them and the base model without:
-the KL reference is `split(params)[1]`, no second copy. Training differentiates
-the first half of `split` only; for the other half there is no gradient and no
-optimizer state, not even zeros. B starts at zero, so a fresh adapter changes
-nothing. Adapters are float32 whatever the base is: they are what the optimizer
-updates, by steps that bfloat16 would round away.
+so the same `LM` computes the adapted model with them, and the base model without them. The KL
+reference is `split(params)[1]`, without a second copy. Training differentiates only the first part
+of `split`; the other part has no gradient and no optimizer state. B starts at zero, so a fresh
+adapter changes nothing. Adapters are float32 whatever the dtype of the base, since the optimizer
+updates them by steps that bfloat16 would round away.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def linear_layers(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 def find_targets(params: Params, cfg: LoRAConfig) -> list[tuple[str, ...]]:
-  """The linear layers whose path matches `cfg.targets`.
+  """The paths of the linear layers that `cfg.targets` matches.
 
   Raises:
-    UserError: none does.
+    UserError: it matches none; the message lists the layers.
   """
   layers = list(linear_layers(params))
   found = [path for path in layers if re.fullmatch(cfg.targets, "/".join(path))]
@@ -54,14 +53,23 @@ def find_targets(params: Params, cfg: LoRAConfig) -> list[tuple[str, ...]]:
 
 
 def init(params: Params, key: Array, cfg: LoRAConfig) -> Params:
-  """Fresh adapters for `params` (arrays or ShapeDtypeStructs): adapter leaves only.
+  """Fresh adapters: A ~ U(-1/sqrt(in), 1/sqrt(in)), as PEFT draws it, and B = 0, in float32.
 
-  A ~ U(-1/sqrt(in), 1/sqrt(in)), as PEFT draws it; B = 0. Float32.
+  Args:
+    params: the base, as arrays or ShapeDtypeStructs.
+    key: one PRNG key.
+    cfg: see `LoRAConfig`.
+
+  Returns:
+    A tree with the adapters' leaves only; `combine` puts them beside the kernels.
+
+  Raises:
+    UserError: `cfg.targets` matches no layer.
   """
   adapters: Params = {}
   for path in find_targets(params, cfg):
     *stack, fan_in, fan_out = _get(params, path)["kernel"].shape
-    # Keyed by name: which other layers are adapted does not change this one.
+    # Keyed by name, so that an adapter does not depend on which other layers have one.
     layer_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()) >> 1)
     bound = fan_in**-0.5
     a = jax.random.uniform(layer_key, (*stack, fan_in, cfg.rank), minval=-bound, maxval=bound)
@@ -76,7 +84,7 @@ def add(params: Params, key: Array, cfg: LoRAConfig) -> Params:
 
 
 def add_axes(axes: Any, cfg: LoRAConfig) -> Any:
-  """The logical axes of `add(params)` from those of `params`."""
+  """The logical axes of `add(params, ...)`, made from those of `params`."""
   if not cfg.rank:
     return axes
   out = axes
@@ -91,17 +99,17 @@ def add_axes(axes: Any, cfg: LoRAConfig) -> Any:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """(trainable, frozen): the adapters, and everything else.
+  """Splits parameters into (trainable, frozen): the adapters, and everything else.
 
-  Without adapters everything is trainable and nothing is frozen. Any tree with the
-  structure of the parameters can be split (logical axes, shardings).
+  Without adapters everything is trainable, and frozen is {}. It works for any tree with the
+  structure of the parameters, such as logical axes or shardings.
   """
   trainable, frozen = _split(params)
   return (trainable, frozen) if trainable else (frozen, {})
 
 
 def combine(frozen: Params, trainable: Params) -> Params:
-  """The union of two trees without common leaves: the inverse of `split`."""
+  """The inverse of `split`: the union of two trees that have no leaf in common."""
   out = dict(frozen)
   for name, value in trainable.items():
     out[name] = combine(out[name], value) if name in out else value
@@ -109,9 +117,9 @@ def combine(frozen: Params, trainable: Params) -> Params:
 
 
 def merge(params: Params, cfg: LoRAConfig) -> Params:
-  """The base tree with W + A B alpha / r in place of W, in the dtype of W.
+  """The parameters without adapters, each added to its kernel: W + A B alpha / r.
 
-  The sum is made in float32 and rounded once.
+  The sum is made in float32 and rounded once, to the dtype of W.
   """
   if "lora_a" in params:
     kernel = merge_kernel(params["kernel"], params["lora_a"], params["lora_b"], cfg.alpha)
@@ -120,7 +128,7 @@ def merge(params: Params, cfg: LoRAConfig) -> Params:
 
 
 def merge_kernel(kernel: Array, a: Array, b: Array, alpha: float) -> Array:
-  """W + A B alpha / r for one layer or a stack of them."""
+  """W + A B alpha / r in the dtype of W, for one layer [in,out] or a stack of them [N,in,out]."""
   delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
   merged = kernel.astype(jnp.float32) + delta * (alpha / a.shape[-1])
   return merged.astype(kernel.dtype)

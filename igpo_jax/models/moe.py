@@ -43,7 +43,7 @@ class Choice(NamedTuple):
   Attributes:
     probabilities: f32[...,X], the scores of all experts, before any bias.
     experts: i32[...,k], the chosen ones, the best first.
-    weights: f32[...,k], what each of them counts.
+    weights: f32[...,k], the factors of their outputs.
   """
 
   probabilities: Array
@@ -56,11 +56,12 @@ def route(logits: Array, router: family.Router, moe: MoEConfig, bias: Array | No
 
   Args:
     logits: f32[...,X].
-    router, moe: the family's rule, and its sizes.
-    bias: f32[X], added to the scores by which experts are chosen; None: nothing is.
+    router: the family's rule.
+    moe: the numbers of experts and groups.
+    bias: f32[X], added to the scores when experts are chosen, but not to their weights; None: none.
 
   Example: softmax scores 0.5, 0.3, 0.2 and k = 2 give experts 0 and 1 with weights 0.5 and 0.3,
-  or 0.625 and 0.375 if they are renormalised.
+  or 0.625 and 0.375 if weights are divided by their sum.
   """
   if router.scores == "sigmoid":
     scores = jax.nn.sigmoid(logits)
@@ -69,7 +70,7 @@ def route(logits: Array, router: family.Router, moe: MoEConfig, bias: Array | No
   ranked = scores if bias is None else scores + bias
   if moe.groups:
     grouped = ranked.reshape(*ranked.shape[:-1], moe.groups, -1)
-    # A group is as good as its two best experts together.
+    # The worth of a group is the sum of its two highest scores.
     worth = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
     _, kept = jax.lax.top_k(worth, moe.groups_kept)
     in_kept = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=bool), axis=-2)
@@ -82,7 +83,7 @@ def route(logits: Array, router: family.Router, moe: MoEConfig, bias: Array | No
 
 
 class RouterScores(nn.Module):
-  """h -> f32[...,X]: one linear layer whose result is not rounded."""
+  """The router's logits f32[...,X] of h, by one linear layer with float32 results; and its bias."""
 
   config: ModelConfig
   router: family.Router
@@ -91,7 +92,7 @@ class RouterScores(nn.Module):
   def __call__(self, h: Array) -> tuple[Array, Array | None]:
     c = self.config
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-    # No "kernel": adapters are for the products between tokens and weights, not for choices.
+    # It is not called "kernel", so that adapters leave it alone: they are not for choices.
     weights = self.param(
       "scores",
       nn.with_logical_partitioning(init, ("embed", None)),
@@ -136,7 +137,7 @@ class ExpertKernel(nn.Module):
 
 
 class Experts(nn.Module):
-  """sum over a token's experts of weight * ff_out(silu(ff_proj(h)) * up_proj(h))."""
+  """The sum over a token's experts of weight * ff_out(silu(ff_proj(h)) * up_proj(h))."""
 
   config: ModelConfig
 
@@ -157,8 +158,20 @@ class Experts(nn.Module):
 
 
 def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
-  """`compute(h, experts, weights, kernels)` on every device of the mesh in context, of its rows,
-  its experts and its share of the hidden units; what the devices have of a row is added up."""
+  """Calls `compute(h, experts, weights, kernels)` on every device of the mesh in context.
+
+  Each device works on its own rows, experts and hidden units. The results that devices have for
+  the same row are added up. Along the expert axis a device gets the rows of all devices.
+
+  Args:
+    compute: `ragged` or `dense`.
+    h: [B,t,D].
+    choice: of the router.
+    kernels: name -> kernels [X,in,out] of all experts, with their adapters if any.
+
+  Returns:
+    [B,t,D] in the dtype of h.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return compute(h, choice.experts, choice.weights, kernels).astype(h.dtype)
@@ -179,7 +192,7 @@ def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
       gather = lambda x: jax.lax.all_gather(x, owners, axis=0, tiled=True)
       h, experts, weights = gather(h), gather(experts), gather(weights)
     if not alone:
-      # Numbers of the device's own experts; of others, past the last of them.
+      # Experts are numbered within the device; those of other devices get the number `count`.
       count = kernels["ff_proj"]["kernel"].shape[0]
       experts = experts - jax.lax.axis_index(owners) * count
       experts = jnp.where((experts >= 0) & (experts < count), experts, count)
@@ -188,7 +201,7 @@ def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
       out = jax.lax.psum_scatter(out, owners, scatter_dimension=0, tiled=True)
     return out[None]
 
-  # One more axis, over which the parts of a row lie: their sum is the compiler's.
+  # A new first axis holds the parts of a row; the compiler makes their sum.
   over = (owners, hidden) if rows is None else hidden
   parts = jax.shard_map(
     part,
@@ -200,10 +213,18 @@ def on_own_rows(compute, h: Array, choice: Choice, kernels: Params) -> Array:
 
 
 def ragged(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
-  """f32[B,t,D]; every expert multiplies the rows that were sent to it.
+  """The experts' outputs, by grouped products: each expert multiplies only the rows sent to it.
 
-  Experts are numbers of those in `kernels`, or past the last of them: such a one is another
-  device's, and adds nothing here.
+  Args:
+    h: [B,t,D].
+    experts: i32[B,t,k], indices into `kernels`. An index past the last one adds nothing: the expert
+      is on another device.
+    weights: f32[B,t,k].
+    kernels: name -> kernels [X,in,out], with adapters if any.
+    alpha: of the adapters.
+
+  Returns:
+    f32[B,t,D].
   """
   b, t, d = h.shape
   count, k = kernels["ff_proj"]["kernel"].shape[0], experts.shape[-1]
@@ -216,14 +237,24 @@ def ragged(h: Array, experts: Array, weights: Array, kernels: Params, alpha: flo
     return grouped_linear(x, kernels[name], sizes, alpha)
 
   out = linear(jax.nn.silu(linear(rows, "ff_proj")) * linear(rows, "up_proj"), "ff_out")
-  # What a grouped product holds in rows of no group is the platform's choice.
+  # In rows that belong to no group, a grouped product may hold anything.
   out = jnp.where(jnp.arange(len(out))[:, None] < jnp.sum(sizes), out, 0)
   back = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(b, t, k, d)
   return jnp.einsum("btkd,btk->btd", back, weights, preferred_element_type=jnp.float32)
 
 
 def grouped_linear(x: Array, tree: Params, sizes: Array, alpha: float) -> Array:
-  """Rows x [R,in], sorted by expert, times each one's kernel: [R,out] in the dtype of x."""
+  """Multiplies each row of x [R,in], sorted by expert, with the kernel of its expert.
+
+  Args:
+    x: [R,in].
+    tree: kernel [X,in,out], with adapters if any.
+    sizes: i32[X], how many rows each expert has.
+    alpha: of the adapters.
+
+  Returns:
+    [R,out] in the dtype of x.
+  """
   f32 = {"preferred_element_type": jnp.float32}
   y = jax.lax.ragged_dot(x, tree["kernel"], sizes, **f32)
   if "lora_a" in tree:
@@ -234,7 +265,7 @@ def grouped_linear(x: Array, tree: Params, sizes: Array, alpha: float) -> Array:
 
 
 def dense(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
-  """The twin of `ragged`: f32[B,t,D], every expert works on every token."""
+  """The plain twin of `ragged`, for tests: every expert works on every token."""
   count = kernels["ff_proj"]["kernel"].shape[0]
   given = jnp.sum(jax.nn.one_hot(experts, count) * weights[..., None], axis=-2)  # [B,t,X]
 

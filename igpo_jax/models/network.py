@@ -1,7 +1,7 @@
-"""The network of every family: a Llama stack with switches as Flax Linen, as pure functions.
+"""The network of every family: a Llama stack with switches, as pure functions (`LM`).
 
-Linen stays in this room. The layers are one scanned block, so compile time does not grow with
-depth; parameters carry a leading `layers` axis, and what a family does not have is not there:
+Only this folder uses Linen. The layers are one scanned block, so compile time does not grow with
+depth. Parameters have a leading axis for layers; those that a family does not have are left out:
 
     wte/embedding [V,D]            blocks/attn_norm/scale [N,D]
     blocks/{q,k,v}_proj/kernel [N,D,H*E or K*E]   and bias [N,H*E or K*E]
@@ -10,8 +10,8 @@ depth; parameters carry a leading `layers` axis, and what a family does not have
     blocks/ff_norm/scale [N,D]     blocks/{ff,up}_proj/kernel [N,D,F]
     blocks/ff_out/kernel [N,F,D]   ln_f/scale [D]   head/kernel [D,V] (untied)
 
-With experts, in place of the MLP (models/moe.py); `blocks` then has the layers after the first
-dense ones, which are `first_blocks`:
+With experts instead of the MLP (models/moe.py), the first, dense layers are `first_blocks`, and
+`blocks` has the others:
 
     blocks/router/{scores [N,D,X], bias [N,X]}    blocks/shared_{ff_proj,up_proj,ff_out}/kernel
     blocks/experts/{ff_proj,up_proj,ff_out}/kernel [N,X,D,F or F,D]
@@ -37,7 +37,7 @@ from igpo_jax.models.layers import Linear, RMSNorm, apply_rope, dot_f32, low_ran
 from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import LM, Array, Params, Routing
 
-UNSTACKED_LAYERS = 16  # the most that `unstack` takes apart
+UNSTACKED_LAYERS = 16  # `unstack` leaves a model with more layers as it is
 STACKS = ("first_blocks", "blocks")  # in the order of the layers
 
 # What the backward pass may keep of a block's forward pass, by name.
@@ -48,11 +48,11 @@ REMAT_POLICIES = {
 
 
 class Places(NamedTuple):
-  """Where the positions of a call are.
+  """What depends on where the t positions of a call are.
 
   Attributes:
-    sin, cos: f32[t,S] or, where rows count positions of their own, f32[B,t,S].
-    visible: bool[B or 1,t,T], which keys each position sees; None: all.
+    sin, cos: f32[t,S], RoPE's tables; f32[B,t,S] if each row counts its own positions.
+    visible: bool[B or 1,t,T], which keys each position attends to; None: all.
   """
 
   sin: Array
@@ -60,15 +60,16 @@ class Places(NamedTuple):
   visible: Array | None = None
 
   def at(self, read: tuple[Array, int]) -> Places:
-    """Those of the positions that are read."""
+    """The same for the positions that are read only."""
     sin, cos = (_at(read, table, -2) for table in self[:2])
     return Places(sin, cos, None if self.visible is None else _at(read, self.visible, -2))
 
 
 def _at(read: tuple[Array, int], x: Array, axis: int) -> Array:
-  """The positions read[0] .. read[0] + read[1] - 1 of an axis.
+  """Cuts the positions first .. first + width - 1 from an axis of x, where read = (first, width).
 
-  With i32[B] for read[0], each row's own, of rows x[B or 1,...]; of a table x[T,S] a copy each.
+  If `first` is i32[B], each row has its own: x is then [B or 1,...], or a table [T,S] of which
+  every row gets its own cut.
   """
   first, width = read
   axis %= x.ndim
@@ -136,7 +137,7 @@ class Block(nn.Module):
     return constrain(x + h, *stream), cache
 
   def _queries_keys_values(self, h, asking, read, linear):
-    """[B,t,H,E] of the positions that ask, and [B,t,K,E] twice of all."""
+    """Queries [B,t',H,E] of the positions that are read, keys and values [B,t,K,E] of all."""
     c, bias = self.config, {"use_bias": True} if self.design.qkv_bias else {}
     b, t, _ = h.shape
     query_heads, kv_heads = (b, -1, c.n_heads, c.head_size), (b, t, c.kv_heads, c.head_size)
@@ -155,7 +156,7 @@ class Block(nn.Module):
     return q, k, v
 
   def _experts(self, h, linear, linear_out):
-    """What a token's experts make of h, and the part that works on every token."""
+    """The output of a token's experts, plus that of the shared expert if there is one."""
     c, router = self.config, self.design.router
     logits, bias = moe.RouterScores(c, router, name="router")(h)
     choice = moe.route(logits, router, c.moe, bias)
@@ -167,7 +168,7 @@ class Block(nn.Module):
 
 
 def _mlp(h, hidden: int, linear, linear_out, prefix: str = ""):
-  """SwiGLU; called within a compact method, whose layers these are."""
+  """A SwiGLU. It is called in a compact method, and its layers belong to that module."""
   gate = linear(hidden, ("embed", "mlp"), name=f"{prefix}ff_proj")(h)
   up = linear(hidden, ("embed", "mlp"), name=f"{prefix}up_proj")(h)
   y = constrain(jax.nn.silu(gate) * up, "act_batch", "act_length", "act_mlp")
@@ -221,13 +222,14 @@ def find_places(
   start: Array | int | None = None,
   tables: tuple[Array, Array] | None = None,
 ) -> Places:
-  """Of the positions start .. start + length - 1 of a canvas.
+  """The `Places` of positions start .. start + length - 1 of a canvas.
 
   Args:
+    config, design: the model.
     length: t.
-    valid: bool[B,T], of the whole canvas; None where it has no padding.
-    start: i32[], or i32[B] with each row's own; None: 0, and T is t.
-    tables: sines and cosines of the positions from 0 on, if they are known already.
+    valid: bool[B,T], for the whole canvas; None if it has no padding.
+    start: i32[], or i32[B] with each row's own; None: the positions are the whole canvas, T is t.
+    tables: RoPE's tables for the positions from 0 on, if they are known already.
   """
   rope = lambda positions: rope_tables(positions, config.rotary_size, config.rope_theta)
   places = jnp.arange(length)
@@ -251,7 +253,11 @@ def find_places(
 
 
 def visible_keys(asking: Array, keys: Array, block_length: int) -> Array:
-  """bool[B,t,T]: the key's block is not after the position's, of positions i32[B,t] and i32[B,T].
+  """Block-causal visibility: bool[B,t,T], True where the key's block is not after the query's.
+
+  Args:
+    asking, keys: i32[B,t] and i32[B,T], the numbers of the queries' and the keys' positions.
+    block_length: positions of a block.
 
   Blocks of 2, four positions:  1 1 . .
                                 1 1 . .
@@ -262,11 +268,11 @@ def visible_keys(asking: Array, keys: Array, block_length: int) -> Array:
 
 
 def two_copies(config: ModelConfig, design: Design, length: int, valid: Array | None) -> Places:
-  """Of a noisy and a clean copy of T positions, one after the other, which share their numbers.
+  """The `Places` of 2T positions: a noisy copy of T positions, then a clean one.
 
-  A noisy position sees its own noisy block and the clean blocks before it, a clean one the clean
-  blocks up to its own. So one pass gives every block's noisy positions what decoding would show
-  them. Blocks of 2, four positions, noisy then clean:
+  Both copies have the same position numbers. A noisy position attends to its own noisy block and to
+  the clean blocks before it, a clean one to the clean blocks up to its own. So one call gives every
+  noisy block the context that it has in decoding. Blocks of 2, four positions, noisy then clean:
 
       1 1 . .  . . . .
       1 1 . .  . . . .
@@ -293,12 +299,12 @@ def two_copies(config: ModelConfig, design: Design, length: int, valid: Array | 
 
 
 def unstack(config: ModelConfig, params: Params, length: int) -> Params:
-  """`params` with tuples of layers, on the CPU and if they are few; else as they are.
+  """See `LM.unstack`: on the CPU, and with few layers, `params` with a tuple of layers.
 
-  XLA's CPU backend copies a layer's weights out of the stack at every use, and fuses the
-  sines and cosines of RoPE into every element that they rotate. A caller with a loop around
-  `LM.hidden` has both done once, before the loop, and pays with a copy of the layers and a
-  program that grows with their number. The tables, for `length` positions, are at "rope".
+  XLA's CPU backend copies a layer's weights out of the stack at every use, and computes sines and
+  cosines again for every element that RoPE rotates. Here both is done once, before a loop around
+  `LM.hidden`. It costs a copy of the layers, and a program that grows with their number. RoPE's
+  tables for `length` positions are at "rope".
   """
   if platform() != "cpu" or config.n_layers > UNSTACKED_LAYERS:
     return params
@@ -313,10 +319,10 @@ def unstack(config: ModelConfig, params: Params, length: int) -> Params:
 def read_hidden(
   config: ModelConfig, design: Design, params: Params, tokens, valid, start, cache, read
 ) -> tuple[Array, Cache | None]:
-  """`Transformer` for sampling: with a cache, and only what is read of the last layer.
+  """`Transformer` for sampling: with a cache, and a last layer that computes only what is read.
 
-  The layers are a loop that indexes the stacked parameters and writes to the cache in
-  place (a scan would copy the whole cache at every call), or unrolled if `unstack`ed.
+  The layers are a loop that indexes the stacked parameters and writes into the cache in place. (A
+  scan would copy the whole cache at every call.) If `params` are unstacked, the loop is unrolled.
   """
   kw = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
   # Few positions need not divide over the devices, and nothing is kept for a backward pass.
@@ -351,11 +357,15 @@ def read_hidden(
 
 
 def one_later(h: Array, first: Array | int = 0) -> Array:
-  """The states that predict positions first .. of a network that predicts one position ahead.
+  """The states that predict the positions from `first` on, if the network predicts one ahead.
 
   Args:
-    h: [B,w,D], the network's own states from position max(first - 1, 0) on.
-    first: the first position to be predicted, or i32[B]; position 0 is predicted by its own state.
+    h: [B,w,D], the network's own states, from position max(first - 1, 0) on.
+    first: the first position to predict, or i32[B] with each row's own. Position 0 is predicted by
+      its own state.
+
+  Returns:
+    [B,w,D].
   """
   moved = jnp.concatenate([h[:, :1], h[:, :-1]], axis=1)
   if isinstance(first, int):
@@ -364,7 +374,7 @@ def one_later(h: Array, first: Array | int = 0) -> Array:
 
 
 def make_network(config: ModelConfig, design: Design) -> LM:
-  """The model's pure functions; `models.make_lm` is the way in."""
+  """The model's pure functions. Call `models.make_lm` instead, which checks the config."""
   model = Transformer(config, design)
   # Parameters do not depend on how attention is computed, nor on where they are made.
   plain = Transformer(dataclasses.replace(config, attention="einsum"), design)
@@ -445,7 +455,7 @@ def make_network(config: ModelConfig, design: Design) -> LM:
     stop_ids=config.stop_ids or (config.eos_id,),
     vocab_size=config.vocab_size,
     shift=design.shift,
-    # The rest of a block that was begun before what is read changes with it.
+    # In a block-causal model, the earlier positions of a block change with those that are read.
     left_context=max(design.shift, design.block_length - 1),
     block_length=design.block_length,
     hidden_of_two=hidden_of_two if design.block_length else None,
@@ -455,6 +465,6 @@ def make_network(config: ModelConfig, design: Design) -> LM:
 
 
 def cache_length(cache: Cache) -> int:
-  """T, the positions that a cache has room for."""
+  """T, the number of positions that a cache has room for."""
   keys = cache.keys[0] if isinstance(cache.keys, tuple) else cache.keys
   return keys.shape[-2]

@@ -1,8 +1,9 @@
 """A2D: autoregressive Qwen2, Qwen3 and Llama checkpoints that became masked diffusion models.
 
-The blocks are those of the checkpoint; every position sees all others. Whether the model still
-predicts one position ahead is `right_shift_logits` in config.json; without it, it does not.
-`python -m igpo_jax.convert --as-diffusion` makes one of an autoregressive checkpoint.
+The blocks are those of the checkpoint, but every position attends to all others. The key
+`right_shift_logits` in config.json says whether the model still predicts one position ahead;
+without the key it does not. `python -m igpo_jax.convert --as-diffusion` makes such a model from an
+autoregressive checkpoint.
 """
 
 from __future__ import annotations

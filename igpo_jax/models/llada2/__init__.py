@@ -1,7 +1,7 @@
 """LLaDA2.0-mini, LLaDA2.1-mini: 256 experts, block-causal attention in blocks of 32.
 
-A sigmoid router with a bias and groups of experts, one part of the MLP that works on every
-token, a dense first layer, half of each head rotated, queries, keys and values in one tensor.
+A sigmoid router with a bias and groups of experts; a shared expert, which works on every token; a
+dense first layer; half of each head rotated; queries, keys and values in one tensor.
 Chat: `<role>SYSTEM</role>...<|role_end|>`; mask `<|mask|>` 156895.
 """
 
@@ -101,7 +101,7 @@ FAMILY = Family(
 
 
 def _derived(hf, problems: list[str]):
-  """What works on every token is as wide as so many experts; the rotated part, said twice."""
+  """The shared expert's width, from a number of experts; and the rotated share, given twice."""
   size, count = hf.get("moe_intermediate_size"), hf.get("num_shared_experts")
   part, rotated, head = (hf.get(k) for k in ("partial_rotary_factor", "rotary_dim", "head_dim"))
   numbers = all(type(x) in (int, float) for x in (part, rotated, head))

@@ -1,7 +1,8 @@
-"""LLaDA-MoE-7B-A1B: LLaDA whose MLPs are 64 experts, of which 8 work on a token.
+"""LLaDA-MoE-7B-A1B: LLaDA whose MLPs are 64 experts, 8 of which work on each token.
 
-The router is a softmax over all experts whose weights are not renormalised; queries and keys are
-normalised per head. config.json has LLaDA's model_type and is told from it by `num_experts`.
+The router is a softmax over all experts, and the weights of the chosen ones are not divided by
+their sum. Queries and keys are normalized per head. config.json has LLaDA's model_type; its key
+`num_experts` tells it from LLaDA's.
 Chat: `<role>HUMAN</role>...<|role_end|><role>ASSISTANT</role>`, mask 156895.
 """
 
@@ -36,7 +37,7 @@ FAMILY = Family(
     "router_topk_group": (None, 0, 1),
   },
   stated=frozenset({"qk_layernorm"}),
-  # The published code renormalises nothing and scales nothing, whatever these say.
+  # The published code neither renormalizes nor scales weights, whatever these options say.
   inert=hf_layout.INERT | {
     "dense_intermediate_size", "norm_topk_prob", "output_router_logits", "routed_scaling_factor",
     "moe_layer_freq", "router_aux_loss_coef",

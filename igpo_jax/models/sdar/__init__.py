@@ -1,6 +1,6 @@
 """SDAR and TraDo (dense): Qwen3 blocks, block-causal attention in blocks of 4.
 
-A position sees its own block and those before it, so hints further to the right are not seen.
+A position attends to its own block and to earlier ones, so it does not see hints in later blocks.
 Chat: ChatML; mask `<|MASK|>` 151669.
 """
 
