@@ -1,9 +1,9 @@
 """Named arrays on disk, any part of which can be read without the rest.
 
-Safetensors (one tensor per layer, kernels transposed) and Orbax (our stacked tree)
-look the same from here: a name such as "blocks/q_proj/kernel", a shape in our
-layout, a dtype, and `read(name, index)`. Nothing is read before it is asked for, and
-what several parts share is read once (`read_into`).
+Safetensors (one tensor per layer, kernels transposed) and Orbax (our stacked tree) have one
+interface here: a name such as "blocks/q_proj/kernel", a shape in our layout, a dtype, and
+`read(name, index)`. Nothing is read before it is asked for, and bytes that several parts share are
+read once (`read_into`).
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class Arrays(abc.ABC):
   def read_into(self, name: str, indices: Sequence[Index], outs: Sequence[np.ndarray]) -> None:
     """Fills outs[k] with the part indices[k] of an array, converted to the dtype of outs[k].
 
-    What several parts have in common, or what lies between them in a row of the file, is
-    read once: this is how the shards of one host are filled.
+    Bytes that several parts share are read once. The shards of a host are filled in this way.
 
     Raises:
-      UserError: a value that the dtype cannot hold, or a file that cannot be read.
+      UserError: the dtype cannot hold a value, or a file cannot be read.
     """
 
   def read(self, name: str, index: Index) -> np.ndarray:
@@ -57,7 +56,7 @@ class Arrays(abc.ABC):
     return out
 
   def check(self) -> None:
-    """Compares what the files hold twice. Reads data, unlike opening them.
+    """Compares arrays that the files have twice. Unlike opening the files, it reads data.
 
     Raises:
       UserError: two copies of one parameter differ.
@@ -71,10 +70,15 @@ def part_shape(index: Index, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def cast(x: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-  """`x` in another dtype, rounded to nearest; `x` itself where it has the dtype already.
+  """`x` in another dtype, rounded to the nearest number; `x` itself if it has this dtype.
+
+  Args:
+    x: the array.
+    dtype: the dtype.
+    what: name of the tensor, for the message.
 
   Raises:
-    UserError: a finite number becomes an infinity; `what` names the tensor.
+    UserError: a finite number would become infinite.
   """
   if x.dtype == dtype:
     return x
@@ -106,13 +110,13 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
 
 
 class SafetensorsArrays(Arrays):
-  """Safetensors as the arrays they make up.
+  """Safetensors files as our arrays.
 
   Args:
     reader: an open directory.
-    entries: what it must hold.
-    copies: keys that may be there besides, each with the name of the array that it must
-      be equal to (the head of a model whose embeddings are tied).
+    entries: the arrays that it must have.
+    copies: further keys that it may have, each with the name of the array that it must be equal to
+      (the head of a model whose embeddings are tied).
     tied_by: the option of config.json that says so, for the message.
 
   Raises:
@@ -311,7 +315,7 @@ class OrbaxArrays(Arrays):
 
 
 class UnionArrays(Arrays):
-  """Several sets of arrays as one; of two arrays with one name the later is taken."""
+  """Several sets of arrays as one. If two have an array of the same name, the later one counts."""
 
   def __init__(self, *parts: Arrays):
     self._parts = parts
@@ -328,9 +332,9 @@ class UnionArrays(Arrays):
 
 
 class MergedArrays(Arrays):
-  """The base with its adapters added in, computed part by part as it is read.
+  """Arrays of a base with its adapters added, W + A B alpha / r, part by part as they are read.
 
-  W + A B alpha / r, summed in float32 and rounded once, to the dtype that is asked for.
+  The sum is made in float32 and rounded once, to the dtype that is asked for.
   """
 
   def __init__(self, arrays: Arrays, alpha: float):

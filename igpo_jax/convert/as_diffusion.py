@@ -1,8 +1,8 @@
-"""An autoregressive Llama or Qwen checkpoint as a masked diffusion model, to be fine-tuned.
+"""Makes a masked diffusion model, to be fine-tuned, from an autoregressive Llama or Qwen model.
 
-The weights stay what they are, the attention sees both directions, and a mask token is named or
-added. By default the model goes on predicting one position ahead (`shift`), as its weights have
-learnt to; it can do nothing before it is fine-tuned.
+The weights do not change, attention is not causal any more, and a mask token is chosen or added. By
+default the model still predicts one position ahead (`shift`), as its weights have learned to. It is
+of no use before it is fine-tuned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from igpo_jax.models.a2d import SHIFT_OPTION
 from igpo_jax.models.families import FAMILIES
 
 MASK_TOKEN = "<|mask|>"
-ROWS = 128  # an embedding that has to grow does so to a multiple of it
+ROWS = 128  # an embedding that has to grow gets a multiple of this number of rows
 READ_ROWS = 4096
 SETTINGS_FILE = "tokenizer_config.json"
 
@@ -34,12 +34,13 @@ def open_as_diffusion(path: epath.PathLike, mask_token: str = "", shift: bool = 
 
   Args:
     path: a Hugging Face directory with model_type llama, qwen2 or qwen3 and a tokenizer.json.
-    mask_token: the token that stands for a mask: one that the vocabulary has and that no text
-      uses, or a new one. "": `<|mask|>`.
-    shift: the state of position k - 1 predicts the token of position k, as in the checkpoint.
+    mask_token: the mask token: one of the vocabulary that no text uses, or a new one. "":
+      `<|mask|>`.
+    shift: whether the state of position k - 1 predicts the token of position k, as in the
+      checkpoint.
 
   Raises:
-    UserError: another model, or no tokenizer.json; else as `open_source`.
+    UserError: it is another model, or has no tokenizer.json; else as `open_source`.
   """
   path, name = epath.Path(path), mask_token or MASK_TOKEN
   if not path.is_dir():
@@ -81,10 +82,13 @@ def open_as_diffusion(path: epath.PathLike, mask_token: str = "", shift: bool = 
 
 
 def _find_mask(tokens: dict[str, Any], name: str) -> tuple[int, bool]:
-  """(the id of the mask token, whether it was added); a new one goes into `tokens`.
+  """Finds the mask token in the contents of a tokenizer.json, or adds it to them.
+
+  Returns:
+    (id of the mask token, whether it was added).
 
   Raises:
-    UserError: a tokenizer.json that is not as it should be.
+    UserError: the tokenizer.json is damaged.
   """
   try:
     added = {token["content"]: token["id"] for token in tokens.setdefault("added_tokens", [])}
@@ -107,11 +111,11 @@ def _json_bytes(value: Any) -> bytes:
 
 
 class GrownArrays(Arrays):
-  """Arrays whose embedding, and head, have more rows: each new one is the mean of the others.
+  """Arrays with more rows in the embedding and the head. A new row is the mean of the old ones.
 
   Args:
-    arrays: as stored.
-    rows: how many the embedding is to have.
+    arrays: the stored arrays.
+    rows: number of rows that the embedding gets.
   """
 
   AXES: Mapping[str, int] = {"wte/embedding": 0, "head/kernel": 1}

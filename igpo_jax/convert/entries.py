@@ -21,14 +21,14 @@ TRANSPOSED = ("kernel", "scores")  # theirs are [out, in], ours [in, out]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One of our parameters and the Hugging Face tensors it is made of.
+  """One of our parameters, and the Hugging Face tensors that it is made of.
 
   Attributes:
-    path: where it sits in the parameter tree, for example ("blocks", "q_proj", "kernel").
-    shape: its shape; layers first where stacked, then experts.
-    keys: one key, or one for each layer, or for each expert of each layer.
-    stacked: along how many of the first axes `keys` lie: 0, 1 or 2.
-    transposed: True for kernels: theirs are [out, in], ours [in, out].
+    path: its place in the parameter tree, such as ("blocks", "q_proj", "kernel").
+    shape: its shape. A stacked parameter has layers as its first axis, and then perhaps experts.
+    keys: the tensors' keys: one, or one for each layer, or one for each expert of each layer.
+    stacked: how many of the first axes run over `keys`: 0, 1 or 2.
+    transposed: True for kernels: their tensors are [out, in], ours [in, out].
   """
 
   path: tuple[str, ...]
@@ -44,12 +44,12 @@ class Entry:
 
   @property
   def slice_shape(self) -> tuple[int, ...]:
-    """Our shape of what one key holds."""
+    """Shape of the part of our parameter that one key holds."""
     return self.shape[self.stacked :]
 
   @property
   def hf_shape(self) -> tuple[int, ...]:
-    """Their shape of what one key holds."""
+    """Shape of the tensor of one key."""
     return self.slice_shape[::-1] if self.transposed else self.slice_shape
 
   @property
@@ -58,17 +58,16 @@ class Entry:
     return math.prod(self.shape)
 
   def part(self, number: int) -> tuple[slice, ...]:
-    """Where what the key of this number holds lies along the first axes."""
+    """The part of our parameter that key number `number` holds, as slices of the first axes."""
     place = np.unravel_index(number, self.shape[: self.stacked])
     return tuple(slice(int(n), int(n) + 1) for n in place)
 
 
 @functools.lru_cache(maxsize=16)
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
-  """Every parameter with its keys, in the order of the tree.
+  """Every parameter of a model with its keys, in the order of the tree.
 
-  With `config.lora.rank` the adapters are among them, under the names that PEFT
-  gives them; without, this is the base model.
+  If `config.lora.rank` is above 0, adapters are among them, under the names that PEFT gives them.
   """
   shapes = jax.eval_shape(lambda: make_lm(config).init(jax.random.key(0)))
   out = []
@@ -87,8 +86,10 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
 
 
 def key_pattern(family: str, name: str) -> str:
-  """The key of one of our parameters: `key_pattern("dream", "blocks/q_proj/bias")` is
-  "model.layers.{}.self_attn.q_proj.bias"."""
+  """The pattern of the keys of one of our parameters; "{}" in it stands for the layer.
+
+  Example: `key_pattern("dream", "blocks/q_proj/bias")` is "model.layers.{}.self_attn.q_proj.bias".
+  """
   facts, (stack, _, rest) = find(family), name.partition("/")
   if stack not in STACKS:
     return facts.top[name]
@@ -96,7 +97,7 @@ def key_pattern(family: str, name: str) -> str:
 
 
 def fill(pattern: str, config: ModelConfig, stack: str) -> tuple[str, ...]:
-  """The keys of all layers of a stack, and of their experts."""
+  """All keys of a pattern: one for each layer of a stack, and for each expert of a layer."""
   if stack not in STACKS:
     return (pattern,)
   experts = range(config.moe.experts) if "{expert}" in pattern else (0,)
@@ -114,7 +115,7 @@ def layers_of(config: ModelConfig, stack: str) -> range:
 
 
 def split_entries(all_entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-  """(base, adapters)."""
+  """Splits entries into (those of the base, those of adapters)."""
   is_adapter = lambda entry: entry.path[-1] in ADAPTER_LEAVES
   return (
     tuple(e for e in all_entries if not is_adapter(e)),
@@ -123,6 +124,9 @@ def split_entries(all_entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tu
 
 
 def tied_copies(config: ModelConfig) -> dict[str, str]:
-  """Keys that a file may hold although one of our parameters stands for them: key -> name."""
+  """Keys that files may also have for a tensor that is equal to one of our parameters: key -> name.
+
+  It is the head's key, if the embedding and the head are tied.
+  """
   head = find(config.family).top["head/kernel"]
   return {head: "wte/embedding"} if config.tie_embeddings else {}

@@ -1,8 +1,8 @@
-"""What a config.json says in our terms, by the family of the model, and the way back.
+"""Translates a config.json into a ModelConfig, by the family of the model, and back.
 
-A family is recognised by `model_type`, never by the name of a directory. An option
-that would change the mathematics is either understood or refused by name; an
-option that the family does not know is refused too, unless it is known to be inert.
+A family is recognized by `model_type`, never by the name of a directory. An option that would
+change the mathematics is either understood or refused by name. An option that the family does not
+know is refused as well, unless it is known to have no effect.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   "tie_encoder_decoder": (False, None),
 }
 
-# What a value has to be: in words, and as a test. JSON's true is no number here.
+# What a value has to be: in words, and as a test. JSON's true does not count as a number here.
 _Kind = tuple[str, Callable[[Any], bool]]
 _SIZE: _Kind = ("a whole number from 1", lambda v: type(v) is int and 1 <= v <= 10**8)
 _NATURAL: _Kind = ("a whole number from 0", lambda v: type(v) is int and 0 <= v <= 10**8)
@@ -97,8 +97,12 @@ _KINDS: Mapping[str, _Kind] = {
 def find_family(hf_config: Mapping[str, Any], where: Any) -> Family:
   """The family of a config.json.
 
+  Args:
+    hf_config: the parsed config.json.
+    where: the file, for messages.
+
   Raises:
-    UserError: its model_type is none that is known here.
+    UserError: its model_type is unknown; the message lists the known ones.
   """
   kind = hf_config.get("model_type")
   found = [
@@ -125,16 +129,16 @@ def find_family(hf_config: Mapping[str, Any], where: Any) -> Family:
 def read_config(
   hf_config: Mapping[str, Any], where: Any, mask_id: Callable[[], int | None] = lambda: None
 ) -> ModelConfig:
-  """What a config.json says, as a ModelConfig (float32; the caller chooses dtypes).
+  """Translates a config.json into a ModelConfig. It has float32; the caller chooses dtypes.
 
   Args:
     hf_config: the parsed config.json.
     where: the file, for messages.
-    mask_id: asked for the mask token where config.json names none.
+    mask_id: returns the id of the mask token, or None; called if config.json has none.
 
   Raises:
-    UserError: an unknown model_type, a missing value, or options that change the
-      mathematics; all of them in one message.
+    UserError: the model_type is unknown, values are missing, or options change the mathematics.
+      One message has all problems.
   """
   family = find_family(hf_config, where)
   hf_config, problems = _plain_rotation(hf_config)
@@ -160,10 +164,13 @@ def read_config(
 
 
 def _plain_rotation(hf_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  """(the config with `rope_theta` in its old place, problems).
+  """Moves `rope_theta` to the place where older versions of `transformers` wrote it.
 
-  transformers 5 writes {"rope_parameters": {"rope_type": "default", "rope_theta": ...}} where
-  older versions wrote rope_theta, and `rope_scaling` for any rotation but the default one.
+  transformers 5 writes {"rope_parameters": {"rope_type": "default", "rope_theta": ...}} instead.
+  Older versions wrote rope_theta, and `rope_scaling` for any rotation but the default one.
+
+  Returns:
+    (the new config.json, problems: rotations that are not supported).
   """
   out, problems = dict(hf_config), []
   for key in ("rope_parameters", "rope_scaling"):
@@ -190,7 +197,7 @@ def _values(
   mask_id: Callable[[], int | None],
   problems: list[str],
 ) -> dict[str, Any]:
-  """Our fields; adds to `problems` what is missing or of a wrong kind."""
+  """Our fields from a config.json. Appends to `problems` what is missing or of a wrong kind."""
   values = {ours: hf_config.get(theirs) for ours, theirs in family.fields.items()}
   names = dict(family.fields)
   instead = {"n_kv_heads": family.fields["n_heads"], **family.instead}
@@ -216,7 +223,7 @@ def _values(
 def _contradictions(
   family: Family, hf_config: Mapping[str, Any], values: Mapping[str, Any]
 ) -> list[str]:
-  """What cannot be, of values that are each of the right kind."""
+  """Problems of values that are each of the right kind, but do not fit each other."""
   theirs, problems = family.fields, []
   size, heads, kv_heads = (values[k] for k in ("d_model", "n_heads", "n_kv_heads"))
   of_its_own = values.get("head_dim")
@@ -247,7 +254,7 @@ def _contradictions(
   experts = {k.removeprefix("moe."): v for k, v in values.items() if k.startswith("moe.")}
   if experts.get("experts_per_token", 0) > experts.get("experts", 0):
     problems.append(
-      f"{theirs['moe.experts_per_token']}={experts['experts_per_token']} of "
+      f"{theirs['moe.experts_per_token']}={experts['experts_per_token']} is above "
       f"{theirs['moe.experts']}={experts['experts']}"
     )
   if experts.get("groups") and experts["experts"] % experts["groups"]:
@@ -257,7 +264,7 @@ def _contradictions(
     )
   if experts.get("groups_kept", 0) > experts.get("groups", 0):
     problems.append(
-      f"{theirs['moe.groups_kept']}={experts['groups_kept']} of "
+      f"{theirs['moe.groups_kept']}={experts['groups_kept']} is above "
       f"{theirs['moe.groups']}={experts['groups']}"
     )
   return problems
@@ -266,8 +273,8 @@ def _contradictions(
 def hf_config(config: ModelConfig) -> dict[str, Any]:
   """A config.json for a model that was trained from scratch here.
 
-  It has the keys of the released one, so that the released code reads it, but for `auto_map`:
-  that names the files of the code, which are not there.
+  It has the keys of the released one, so that the released code can read it. Only `auto_map` is
+  left out, since it names files of that code, which are not there.
   """
   family = check(config)
   stop_ids = config.stop_ids or (config.eos_id,)
@@ -288,6 +295,6 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _field(config: ModelConfig, name: str) -> Any:
-  """One of our fields; "moe.experts" is of the section moe."""
+  """A field of a config; "moe.experts" is the field experts of the section moe."""
   section, _, inner = name.rpartition(".")
   return getattr(getattr(config, section) if section else config, inner)

@@ -1,4 +1,4 @@
-"""What a directory holds: a Hugging Face model, one of ours, or a training checkpoint."""
+"""Opens model directories: of Hugging Face, of igpo_jax.convert, or a step of a training run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from igpo_jax.io.text import read_object
 from igpo_jax.models.families import find
 
 CONFIG_FILE = "config.json"
-PARAMS_DIR = "params"  # of a directory that this package wrote
-STATE_DIR = "default"  # of a training checkpoint's step
+PARAMS_DIR = "params"  # the folder of arrays in a directory that igpo_jax.convert wrote
+STATE_DIR = "default"  # the folder of arrays in a step of a training run
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt",
                    ".pth", ".gguf", ".msgpack", ".h5")  # fmt: skip
 MAX_EXTRA_BYTES = 256 * 2**20
-# What a tokenizer is read from: a link of such a name that leads nowhere is a mistake.
+# The files of a tokenizer. A broken link with such a name is reported as a mistake.
 TOKENIZER_FILES = (
   tokenizer_lib.HF_FILE,
   tokenizer_lib.SENTENCEPIECE_FILE,
@@ -53,22 +53,22 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model on disk, opened: headers are read and checked, no array yet.
+  """An opened model on disk: its headers have been read and checked, but no array.
 
   Attributes:
     kind: "hf", "orbax" (written by igpo_jax.convert) or "training".
-    directory: where it is.
+    directory: the model's directory.
     hf_config: its config.json in Hugging Face terms.
-    config: the same in ours; `config.lora` describes the adapters it has.
-    entries: every array it holds with its Hugging Face names.
-    arrays: the arrays.
-    files: small files that belong to the model: tokenizer, template, code.
-    tokenizer: the directory that has the tokenizer, None if there is none.
-    inputs: every directory that is read, and every file that lies elsewhere: what a
-      conversion must not write over.
-    base: what a PEFT export says that its adapters belong to.
-    left_out: (name, reason) of what is in the directory and does not travel.
-    rewritten: name -> what one of `files` holds in place of what it held.
+    config: the same as a ModelConfig; `config.lora` describes its adapters.
+    entries: all of its arrays, with their Hugging Face names.
+    arrays: reads the arrays.
+    files: small files that belong to the model: tokenizer, chat template, code.
+    tokenizer: the directory of the tokenizer; None if there is none.
+    inputs: every directory that is read, and every file elsewhere. A conversion must not write over
+      them.
+    base: the base model that a PEFT export of the adapters names.
+    left_out: (name, reason) of files in the directory that a conversion does not copy.
+    rewritten: name of one of `files` -> its new contents.
   """
 
   kind: str
@@ -85,13 +85,13 @@ class Source:
   rewritten: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
   def with_config(self, config: ModelConfig, arrays: Arrays) -> Source:
-    """The same files as another model, which has these arrays."""
+    """The same directory with another ModelConfig and other arrays."""
     return dataclasses.replace(self, config=config, entries=entries(config), arrays=arrays)
 
   def merged(self) -> Source:
-    """The same model without adapters: each is added to its kernel when that is read.
+    """The same model without adapters: each one is added to its kernel when that is read.
 
-    What `arrays.read_into` is asked for in another dtype is rounded once, to that one.
+    The sum is rounded once, to the dtype that `arrays.read_into` is asked for.
     """
     if not self.config.lora.rank:
       return self
@@ -109,14 +109,14 @@ def open_source(
   """Opens a model directory of any kind.
 
   Args:
-    path: a Hugging Face directory, one written by igpo_jax.convert, or a step of a
-      training run (WORKDIR/checkpoints/STAGE/STEP).
-    adapter: a PEFT directory to put on top.
-    base: for a training checkpoint that holds adapters only: the model they belong
-      to, if not the run's `init_from`.
+    path: a Hugging Face directory, one that igpo_jax.convert wrote, or a step of a training run
+      (WORKDIR/checkpoints/STAGE/STEP).
+    adapter: a directory of PEFT adapters for the model; None: no adapters.
+    base: for a training checkpoint that has adapters only: the model that they belong to; None: the
+      run's `init_from`.
 
   Raises:
-    UserError: whatever is wrong with the files, all of it in one message.
+    UserError: something is wrong with the files. One message has all problems.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -135,10 +135,10 @@ def open_source(
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-  """A JSON object from a file that must exist.
+  """Reads a JSON object from a file that has to exist.
 
   Raises:
-    UserError: there is none, or it is not a JSON object.
+    UserError: there is no such file, or it is not a JSON object.
   """
   if not file.exists():
     raise UserError(f"{file.parent} has no {file.name}; is it a model directory?")
@@ -148,11 +148,13 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 def _extra_files(
   directory: epath.Path,
 ) -> tuple[tuple[epath.Path, ...], tuple[tuple[str, str], ...]]:
-  """(files of a model directory that are no weights, config.json aside; (name, reason) of those
-  that do not travel).
+  """The files of a model directory besides weights and config.json.
+
+  Returns:
+    (files to copy; (name, reason) of files that are not copied).
 
   Raises:
-    UserError: a file of the tokenizer is a link that leads nowhere.
+    UserError: a file of the tokenizer is a broken link.
   """
   files, left_out = [], []
   for file in sorted(directory.iterdir(), key=lambda f: f.name):
@@ -173,7 +175,7 @@ def _extra_files(
 
 
 def _read_config(path: epath.Path, hf_config: Mapping[str, Any]) -> ModelConfig:
-  """The ModelConfig of a directory; its tokenizer tells the mask where config.json does not."""
+  """The ModelConfig of a directory. If config.json names no mask, the tokenizer is asked."""
 
   def mask_id() -> int | None:
     directory = _tokenizer_in(path)
@@ -201,10 +203,12 @@ def _open_hf(path: epath.Path) -> Source:
 
 
 def open_hf(path: epath.Path, hf_config: Mapping[str, Any], rows: int = 0) -> Source:
-  """A Hugging Face directory, read as this config.json says.
+  """Opens a Hugging Face directory as if `hf_config` were its config.json.
 
   Args:
-    rows: that the stored embedding has; 0: as many as `hf_config` says.
+    path: the directory.
+    hf_config: the contents of a config.json.
+    rows: number of rows of the stored embedding; 0: as `hf_config` says.
 
   Raises:
     UserError: as `open_source`.
@@ -274,7 +278,7 @@ def _with_adapter(source: Source, adapter: epath.Path) -> Source:
 
 
 def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
-  """A step of a run: the parameters of its TrainState, on the base if they are adapters."""
+  """Opens a step of a run: the parameters of its TrainState, with the base if they are adapters."""
   workdir = next(
     (d for d in resolved(path).parents if (d / CONFIG_FILE).exists() and
      "stages" in read_object(d / CONFIG_FILE, missing={})), None,
@@ -289,7 +293,7 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
   if origin is not None:
     hf_config, files, left_out = origin.hf_config, origin.files, origin.left_out
     tokenizer = tokenizer or origin.tokenizer
-    # Adapters that a run went on with are what they were: it may change their dropout only.
+    # A run that continues with adapters may change only their dropout.
     lora = origin.config.lora if origin.config.lora.rank else model.lora
     lora = dataclasses.replace(lora, dropout=model.lora.dropout)
     config = dataclasses.replace(origin.config, lora=lora)
@@ -320,7 +324,7 @@ def _open_training(path: epath.Path, base: epath.PathLike | None) -> Source:
 
 
 def _origin(path: epath.Path, base: epath.PathLike | None, init_from: str | None) -> Source | None:
-  """What a run began with: `base`, else its own init_from; None for random weights.
+  """The model that a run started from: `base`, else its `init_from`; None for random weights.
 
   Raises:
     UserError: as `open_source`.
@@ -352,7 +356,7 @@ def _run_model(run: Mapping[str, Any], file: epath.Path) -> ModelConfig:
 def _own_config(
   model: ModelConfig, state: Arrays, tokenizer: epath.Path | None, workdir: epath.Path
 ) -> ModelConfig:
-  """The ModelConfig of a run that began with random weights."""
+  """The ModelConfig of a run that started from random weights."""
   if "wte/embedding" not in state.shapes:
     raise UserError(f"{workdir}: the checkpoint holds adapters only and config.json names no base")
   if tokenizer is None:

@@ -23,8 +23,8 @@ from igpo_jax.models.network import stack_sizes
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# Options under which an adapter is plainly x A B alpha / r on whole layers. Each has
-# one value that is supported, and PEFT's default is that value.
+# Options that must have these values for an adapter to be x A B alpha / r on whole layers. The
+# first value is PEFT's default.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
   "bias": ("none", None),
@@ -38,18 +38,18 @@ _INERT = frozenset({
 _READ = frozenset({
   "r", "lora_alpha", "target_modules", "exclude_modules", "init_lora_weights",
 })  # fmt: skip
-# How A and B may have begun so that the base is still the published one. Others (PiSSA,
-# OLoRA, CorDA, LoftQ, LoRA-GA) took something out of the base weights at the start.
+# Initializations of A and B that leave the base as it was published. Others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA) take something out of the base weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def module_name(family: str, path: str) -> str:
-  """Their name of our linear layer, for example "model.transformer.blocks.{}.q_proj"."""
+  """The Hugging Face name of one of our linear layers: "model.transformer.blocks.{}.q_proj"."""
   return key_pattern(family, f"{path}/kernel").removesuffix(".weight")
 
 
 def linear_layers(base: ModelConfig) -> list[str]:
-  """Our names of all linear layers of a model, its head among them even if it is tied."""
+  """Our names of all linear layers of a model, including its head even if it is tied."""
   model = make_lm(dataclasses.replace(base, lora=LoRAConfig()))
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   names = {"/".join(path) for path in lora.linear_layers(shapes)} | {"head"}
@@ -62,14 +62,14 @@ def linear_layers(base: ModelConfig) -> list[str]:
 
 
 def read_config(directory: epath.PathLike, base: ModelConfig) -> LoRAConfig:
-  """The adapter's options in our terms.
+  """Reads the options of a PEFT adapter.
 
   Args:
-    directory: holds adapter_config.json.
-    base: the model that it is for.
+    directory: the directory of adapter_config.json.
+    base: the model that the adapter is for.
 
   Raises:
-    UserError: no such file, or an option that changes what an adapter computes.
+    UserError: there is no such file, or it has an option that changes what an adapter computes.
   """
   file = epath.Path(directory) / CONFIG_FILE
   if not file.exists():
@@ -83,7 +83,7 @@ def read_config(directory: epath.PathLike, base: ModelConfig) -> LoRAConfig:
   problems += [
     f"{option}={value!r} is not supported (only {_off(value)!r})"
     for option, value in theirs.items()
-    # Whatever else PEFT has or will have is off where it is empty; a 0 may be a layer's number.
+    # Other options of PEFT, now and later, are off if they are empty. A 0 may be a layer's number.
     if option not in {*_REQUIRED, *_INERT, *_READ}
     and not (value is None or value is False or value in ([], {}, ""))
   ]
@@ -106,18 +106,18 @@ def read_config(directory: epath.PathLike, base: ModelConfig) -> LoRAConfig:
 
 
 def base_of(directory: epath.Path) -> str:
-  """What an adapter_config.json calls its base; "" if it does not say."""
+  """The base model's name in an adapter_config.json; "" if it has none."""
   name = read_object(directory / CONFIG_FILE, missing={}).get("base_model_name_or_path")
   return name if isinstance(name, str) else ""
 
 
 def _off(value: Any) -> Any:
-  """What an option of this kind is where it is off."""
+  """The value with which an option of this kind is off."""
   return False if isinstance(value, bool) else None
 
 
 def _wrong_kinds(theirs: Mapping[str, Any]) -> list[str]:
-  """What is no number or no name where there should be one; JSON's true is no number."""
+  """Problems: values of the wrong kind. JSON's true does not count as a number."""
   number = lambda v: type(v) in (int, float)
   names = lambda v: type(v) is list and bool(v) and all(type(m) is str for m in v)
   modules = lambda v: (type(v) is str and _compiles(v)) or names(v)
@@ -146,9 +146,9 @@ def _compiles(pattern: str) -> bool:
 
 
 def _matches(modules: str | list[str] | None, module: str) -> bool:
-  """Whether PEFT's target_modules or exclude_modules means a module.
+  """Whether PEFT's target_modules or exclude_modules matches a module.
 
-  A string is a regular expression for whole names, a list holds names or the ends of names.
+  A string is a regular expression for the whole name. A list has names, or ends of names.
   """
   if isinstance(modules, str):
     return re.fullmatch(modules, module) is not None
@@ -156,9 +156,9 @@ def _matches(modules: str | list[str] | None, module: str) -> bool:
 
 
 def _our_targets(theirs: Mapping[str, Any], base: ModelConfig, where: epath.Path) -> str:
-  """Our regular expression for PEFT's target_modules less its exclude_modules.
+  """`LoRAConfig.targets` for PEFT's target_modules without its exclude_modules.
 
-  "all-linear" means all but the head.
+  "all-linear" means all linear layers but the head.
   """
   targets, excluded = theirs["target_modules"], theirs.get("exclude_modules")
   everything = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -188,10 +188,14 @@ def _our_targets(theirs: Mapping[str, Any], base: ModelConfig, where: epath.Path
 
 
 def hf_config(model: ModelConfig, base: str) -> dict[str, Any]:
-  """An adapter_config.json that PEFT reads, for the adapters of a model.
+  """The contents of an adapter_config.json that PEFT reads, for the adapters of a model.
 
-  target_modules is a regular expression over whole names: in LLaDA both a block's
-  down projection and the head end in "ff_out", so a list could not tell them apart.
+  target_modules is a regular expression for whole names. A list would not do: in LLaDA the names of
+  a block's down projection and of the head both end in "ff_out".
+
+  Args:
+    model: the model with its adapters.
+    base: name or directory of the base model.
   """
   cfg = model.lora
   names = [n for n in linear_layers(model) if re.fullmatch(cfg.targets, n)]
@@ -215,7 +219,7 @@ def hf_config(model: ModelConfig, base: str) -> dict[str, Any]:
 
 
 def _pattern(model: ModelConfig, name: str) -> str:
-  """A regular expression for their names of one of our linear layers, in all its layers."""
+  """A regular expression for the Hugging Face names of one of our linear layers in all blocks."""
   module, stack = re.escape(module_name(model.family, name)), name.partition("/")[0]
   layer = r"\d+"
   if len(stack_sizes(model)) > 1:
@@ -230,10 +234,14 @@ def write_config(directory: epath.PathLike, model: ModelConfig, base: str) -> No
 
 
 def open_adapter(directory: epath.PathLike, base: ModelConfig) -> tuple[LoRAConfig, Reader]:
-  """An adapter's options and its tensors, for a base.
+  """Opens a PEFT adapter: its options, and a reader of its tensors.
+
+  Args:
+    directory: the adapter's directory.
+    base: the model that it is for.
 
   Raises:
-    UserError: a missing or damaged file, or an unsupported option.
+    UserError: a file is missing or damaged, or an option is not supported.
   """
   directory = epath.Path(directory)
   cfg = read_config(directory, base)

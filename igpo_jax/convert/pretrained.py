@@ -28,8 +28,8 @@ class Pretrained(NamedTuple):
   Attributes:
     lm: its pure functions.
     params: its parameters, on the default device or sharded over the mesh.
-    tokenizer: a `igpo_jax.data.tokenizer.Tokenizer`, None if the directory has none.
-    config: its ModelConfig; `config.lora` describes the adapters, if there are any.
+    tokenizer: its `igpo_jax.data.tokenizer.Tokenizer`; None if the directory has none.
+    config: its ModelConfig; `config.lora` describes its adapters.
   """
 
   lm: LM
@@ -66,7 +66,7 @@ def load_pretrained(
 def load_source(
   source: open.Source, dtype: str, mesh: jax.sharding.Mesh | None = None
 ) -> Pretrained:
-  """`load_pretrained` of a source that is open already.
+  """`load_pretrained` for a source that is already open.
 
   Raises:
     UserError: as `load_pretrained`.
@@ -85,10 +85,13 @@ def load_source(
 
 
 def laid_out(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> tuple[LM, Any]:
-  """(the model, the shardings of its parameters, which divide over the mesh; None without one).
+  """Makes a model, and the shardings of its parameters on a mesh.
+
+  Returns:
+    (the model, a tree of NamedShardings; None without a mesh).
 
   Raises:
-    UserError: a parameter that does not divide, or a family that there is not.
+    UserError: a parameter does not divide over the mesh, or the family is unknown.
   """
   lm = make_lm(config)
   if mesh is None:
@@ -99,9 +102,9 @@ def laid_out(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> tuple[LM, A
 
 
 def fitting_mesh(source: open.Source) -> jax.sharding.Mesh | None:
-  """The mesh of a program that only samples: parameters over as many devices as divide them.
+  """The mesh for sampling: parameters are split over as many devices as they can be divided by.
 
-  Says on stderr which devices stay idle. None where there is one device.
+  It says on stderr if some devices stay idle. None if one device is used.
   """
   count = jax.device_count()
   for used in range(count, 0, -1):
@@ -128,7 +131,7 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, where: Any) -> None:
     where: the tokenizer's directory or name, for messages.
 
   Raises:
-    UserError: another mask or end-of-text token, or one that the embedding has no row for.
+    UserError: the mask or end-of-text tokens differ, or the embedding has no row for a token.
   """
   for what, ours, theirs in (
     ("mask", tokenizer.mask_id, config.mask_id),
@@ -150,12 +153,12 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, where: Any) -> None:
 
 
 def read_params(source: open.Source, dtype: np.dtype, shardings: Any = None) -> Params:
-  """All parameters of an open source, one stacked array after the other.
+  """Reads all parameters of an open source, one array after the other.
 
   Args:
-    source: what to read.
-    dtype: of the base; adapters keep theirs.
-    shardings: NamedShardings, mirroring the parameters; None: all on the default device.
+    source: the source.
+    dtype: dtype of the base's parameters; adapters keep theirs.
+    shardings: NamedShardings with the structure of the parameters; None: the default device.
   """
   params: dict[str, Any] = {}
   for entry in source.entries:
@@ -166,7 +169,7 @@ def read_params(source: open.Source, dtype: np.dtype, shardings: Any = None) -> 
       node = node.setdefault(name, {})
     adapter = entry.path[-1].startswith("lora_")
     target = source.arrays.dtypes[entry.name] if adapter else dtype
-    # One at a time: the host's copy of an array is gone before the next one is read.
+    # One at a time, so that the host's copy of an array is freed before the next one is read.
     node[entry.path[-1]] = jax.block_until_ready(place(source.arrays, entry.name, target, sharding))
   return params
 
@@ -174,12 +177,12 @@ def read_params(source: open.Source, dtype: np.dtype, shardings: Any = None) -> 
 def place(
   arrays: Arrays, name: str, dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-  """One array on its devices; every byte of it is read from the file at most once.
+  """Reads one array onto its devices. Every byte of the file is read at most once.
 
   Args:
-    arrays: has it.
-    name: its name there.
-    dtype: to convert it to, while it is read.
+    arrays: reads the array.
+    name: its name.
+    dtype: the dtype that it is converted to while it is read.
     sharding: where its parts go; None: the default device.
   """
   shape = arrays.shapes[name]

@@ -1,4 +1,4 @@
-"""One conversion: what will be written, then writing it under a temporary name."""
+"""One conversion: a plan of what will be written, and then writing it under a temporary name."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ DTYPE_KEYS = ("torch_dtype", "dtype")  # what config.json calls the dtype of its
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a conversion will write; made from headers alone.
+  """What a conversion will write. It is made from headers; no array has been read.
 
   Attributes:
-    source: the model, merged already if that was asked for.
-    target: the directory to be made.
-    to: "hf", "orbax" or "peft".
-    entries: the arrays to be written.
-    dtypes: the dtype of each by name.
-    shards: safetensors files and their tensors; empty for Orbax.
+    source: the model, with adapters already merged if that was asked for.
+    target: the directory to make.
+    to: the format, "hf", "orbax" or "peft".
+    entries: the arrays to write.
+    dtypes: name of an entry -> its dtype.
+    shards: name of a safetensors file -> its tensors; {} for Orbax.
   """
 
   source: Source
@@ -68,7 +68,7 @@ class Plan:
     return out
 
   def notes(self) -> list[str]:
-    """What a user should know of the result and would not see in it."""
+    """Remarks for the user about what the result does not show by itself."""
     out = [f"{name} is left out: {why}" for name, why in self.source.left_out if self.to != "peft"]
     base = epath.Path(self.source.base)
     if self.to == "peft" and any((base / n).exists() for n in (PARAMS_DIR, STATE_DIR)):
@@ -100,18 +100,18 @@ def make_plan(
     source: an open model.
     target: the directory to make.
     to: a format; None: Orbax from Hugging Face, Hugging Face from anything else.
-    dtype: of all base parameters; None: as stored.
-    merge_lora: add the adapters into their kernels.
-    max_shard_bytes: of one safetensors file.
+    dtype: dtype of all base parameters; None: as stored.
+    merge_lora: add the adapters to their kernels.
+    max_shard_bytes: the largest size of a safetensors file.
     overwrite: replace the target if it exists.
-    code: a directory with the released PyTorch code, which is copied along and named in
-      config.json; only LLaDA's.
+    code: a directory with the released PyTorch code, which is copied and named in config.json. Only
+      for families whose code is known (`Family.code_files`).
 
   Raises:
-    UserError: the target exists or is the source, adapters where the format has no
-      place for them, none where they were asked for, or too little space.
+    UserError: the target exists or overlaps the source; the model has adapters, but the format has
+      no place for them; it has none, but they were asked for; or there is too little space.
   """
-  # A link stands for what it leads to: that is made or replaced, and the link stays.
+  # If the target is a link, the directory that it leads to is made or replaced, and the link stays.
   target = _real(epath.Path(target))
   to = to or ("orbax" if source.kind == "hf" else "hf")
   has_adapters = source.config.lora.rank > 0
@@ -173,7 +173,7 @@ def _with_code(source: Source, code: epath.Path) -> Source:
 
 
 def _check_replaceable(target: epath.Path) -> None:
-  """Refuses to delete what no conversion has made: somebody's folder, or a file."""
+  """Raises `UserError` for a target that no conversion has made: a file, or any other folder."""
   if not target.exists():
     return
   if not target.is_dir():
@@ -187,12 +187,12 @@ def _check_replaceable(target: epath.Path) -> None:
 
 
 def _real(path: epath.Path) -> epath.Path:
-  """The path from the root without links; a remote one as it is."""
+  """The absolute path with links resolved; a remote path as it is."""
   return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
 
 
 def _inside(path: epath.Path, directory: epath.Path) -> bool:
-  """Whether `path` is `directory` or lies in it, by whatever names they go."""
+  """Whether `path` is `directory` or is inside it, even if they have several names."""
   path, directory = _real(path), _real(directory)
   if directory == path or directory in path.parents:
     return True
@@ -219,7 +219,7 @@ def execute(
 ) -> None:
   """Writes the plan under a temporary name beside the target, then renames it.
 
-  Whatever happens, the target is either what it was before or complete.
+  Whatever happens, the target is either unchanged or complete.
 
   Raises:
     UserError: the file system refuses (no space left, no permission), or the source
@@ -255,7 +255,7 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
     # Small files first: a problem with them should not come after the large ones.
     for file in source.files:
       data = source.rewritten.get(file.name) or file.read_bytes()
-      (directory / file.name).write_bytes(data)  # they may lie in two places
+      (directory / file.name).write_bytes(data)  # files may come from two directories
     (directory / CONFIG_FILE).write_bytes(_config_bytes(plan))
   if source.config.lora.rank:
     peft.write_config(directory, source.config, source.base)
@@ -267,7 +267,7 @@ def _write(plan: Plan, directory: epath.Path, progress: writers.Progress, thread
 
 
 def _config_bytes(plan: Plan) -> bytes:
-  """config.json as it was, byte for byte, but for the dtype where that changes."""
+  """The bytes of config.json: unchanged, except for the dtype if it changes."""
   source = plan.source
   hf_config = dict(source.hf_config)
   base, _ = split_entries(plan.entries)
@@ -296,7 +296,7 @@ def _replace(temporary: epath.Path, target: epath.Path) -> None:
 
 
 def _file_system_error(error: BaseException) -> str | None:
-  """What the file system said, if it was the file system; TensorStore words it its own way."""
+  """The message of a file system's error; None for other errors. TensorStore has its own texts."""
   if isinstance(error, OSError):
     return os.strerror(error.errno).lower() if error.errno else str(error)
   text = str(error)

@@ -1,9 +1,8 @@
-"""Arrays to disk, block by block: safetensors shards, or an Orbax PyTree checkpoint.
+"""Writes arrays block by block: as safetensors shards, or as an Orbax PyTree checkpoint.
 
-Both writers walk over the same blocks: some rows of one Hugging Face tensor, which
-are some columns of one layer of our kernel. A block is the unit of reading, of
-transposing, of writing and of the Orbax chunks, so memory is a few blocks per
-thread whatever the model's size.
+Both writers go through the same blocks. A block is some rows of one Hugging Face tensor, which are
+some columns of one layer of our kernel. It is the unit of reading, transposing and writing, and the
+chunk of Orbax. So memory is a few blocks per thread, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from igpo_jax.convert.arrays import (
 from igpo_jax.convert.entries import Entry
 
 BLOCK_BYTES = 16 * 2**20
-INNER_PARTS = 16  # a reader of 1/16 of the rows of a chunk need not read the rest
+INNER_PARTS = 16  # a reader can read 1/16 of a chunk's rows without the rest
 
-Progress = Callable[[int], Any]  # told the bytes of each block once it is written
+Progress = Callable[[int], Any]  # called with the bytes of each block that has been written
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Rows start:stop of the tensor of one key: of one layer, or one expert of a layer."""
+  """Rows start .. stop - 1 of the tensor of key number `number` of an entry."""
 
   entry: Entry
   number: int
@@ -48,7 +47,7 @@ class Block:
 
   @property
   def index(self) -> Index:
-    """The same part of our array."""
+    """The block's part of our array."""
     rows = slice(self.start, self.stop)
     if self.entry.transposed:
       inner = (slice(0, self.entry.slice_shape[0]), rows)
@@ -58,7 +57,7 @@ class Block:
 
 
 def block_rows(entry: Entry, dtype: np.dtype) -> int:
-  """Rows of a block: all, or equal parts that fit into BLOCK_BYTES; at least one."""
+  """How many rows a block has: all of a tensor, or an equal part that fits into BLOCK_BYTES."""
   rows = entry.hf_shape[0]
   row_bytes = math.prod(entry.hf_shape[1:]) * dtype.itemsize
   parts = math.ceil(rows / max(BLOCK_BYTES // row_bytes, 1))
@@ -66,7 +65,7 @@ def block_rows(entry: Entry, dtype: np.dtype) -> int:
 
 
 def blocks(entry: Entry, dtype: np.dtype, numbers: Iterable[int]) -> Iterator[Block]:
-  """All blocks of some of an entry's keys, in the order of the bytes of a safetensors file."""
+  """Yields the blocks of the keys `numbers` of an entry, in the order of a safetensors file."""
   step = block_rows(entry, dtype)
   for number in numbers:
     for start in range(0, entry.hf_shape[0], step):
@@ -74,10 +73,10 @@ def blocks(entry: Entry, dtype: np.dtype, numbers: Iterable[int]) -> Iterator[Bl
 
 
 def read_block(arrays: Arrays, block: Block, dtype: np.dtype) -> np.ndarray:
-  """A block in our layout, converted to `dtype`.
+  """Reads a block, in our layout, converted to `dtype`.
 
   Raises:
-    UserError: `dtype` cannot hold a value of it.
+    UserError: `dtype` cannot hold one of its values.
   """
   out = np.empty(part_shape(block.index, block.entry.shape), dtype)
   arrays.read_into(block.entry.name, [block.index], [out])
@@ -85,7 +84,7 @@ def read_block(arrays: Arrays, block: Block, dtype: np.dtype) -> np.ndarray:
 
 
 def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:
-  """Runs tasks in parallel; the first failure stops those that have not begun."""
+  """Runs tasks in parallel. After the first failure, which is raised, no further task begins."""
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     futures = [pool.submit(task) for task in tasks]
     done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
@@ -115,16 +114,23 @@ class Tensor:
 def plan_shards(
   entries: Sequence[Entry], dtypes: Mapping[str, np.dtype], max_bytes: int, stem: str = "model"
 ) -> dict[str, list[Tensor]]:
-  """File name -> its tensors: layer after layer, in files of at most `max_bytes`.
+  """Distributes tensors over safetensors files, layer after layer.
 
-  A tensor larger than that gets a file to itself. One file has the plain name.
+  Args:
+    entries: the parameters to write.
+    dtypes: name of an entry -> its dtype.
+    max_bytes: the largest size of a file. A larger tensor gets a file of its own.
+    stem: begins the files' names. A single file is called STEM.safetensors.
+
+  Returns:
+    File name -> its tensors.
   """
   tensors = [
     Tensor(key, entry, number, dtypes[entry.name])
     for entry in entries
     for number, key in enumerate(entry.keys)
   ]
-  # Stable: what is not in a layer first, then layer by layer, as a model is read.
+  # A stable sort: tensors that belong to no layer come first, then layer by layer.
   tensors.sort(key=lambda t: t.entry.part(t.number)[0].start if t.entry.stacked else -1)
   shards: list[list[Tensor]] = [[]]
   for tensor in tensors:
@@ -174,7 +180,7 @@ def write_safetensors(
 
 
 def chunk_shapes(entry: Entry, dtype: np.dtype) -> tuple[list[int], list[int]]:
-  """(chunk, inner chunk): a chunk is a block, and can be read in parts of its input axis."""
+  """(chunk, inner chunk), shapes for zarr3: a chunk is a block, inner chunks can be read alone."""
   rows = block_rows(entry, dtype)
   chunk = [entry.slice_shape[0], rows] if entry.transposed else [rows, *entry.slice_shape[1:]]
   inner = list(chunk)
@@ -219,13 +225,13 @@ def array_spec(directory: epath.Path, entry: Entry, dtype: np.dtype) -> dict[str
 
 
 def tree_metadata(entries: Sequence[Entry], dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-  """Orbax's `_METADATA`: the tree, and how its leaves are stored."""
+  """The contents of Orbax's `_METADATA`: the tree, and how its leaves are stored."""
   leaves = {}
   for entry in entries:
     leaves[str(entry.path)] = {
       "key_metadata": [{"key": name, "key_type": 2} for name in entry.path],
       "value_metadata": {
-        # So that a restore without any arguments works on every machine: as numpy.
+        # As numpy, so that a restore without arguments works on every machine.
         "value_type": "np.ndarray",
         "skip_deserialize": False,
         "write_shape": chunk_shapes(entry, dtypes[entry.name])[0],
@@ -250,7 +256,7 @@ def write_orbax(
 ) -> None:
   """Writes an Orbax PyTree checkpoint that any Orbax restores, chunk by chunk.
 
-  Orbax's own `save` wants every array whole in memory; the files are the same.
+  Orbax's own `save` needs every array whole in memory, and writes the same files.
   """
   began = time.time_ns()
   directory.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""A client of the OpenAI-compatible chat protocol that survives what endpoints do.
+"""A client of the OpenAI-compatible chat protocol that survives failing endpoints.
 
-`POST ENDPOINT/chat/completions`, no streaming. What may pass by itself is tried again with
-exponential back-off and jitter: rate limits, server errors, time-outs, resets, broken JSON.
-What only the user can mend (a key, an address, a model's name) raises `UserError` at once.
+It calls `POST ENDPOINT/chat/completions`, without streaming. Errors that may pass by themselves are
+tried again with exponential back-off and jitter: rate limits, server errors, time-outs, resets,
+broken JSON. Errors that only the user can mend (a key, an address, a model's name) raise
+`UserError` at once.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _ABOUT_TEXT = re.compile(r"context.?(length|window)|too long|content.?(filter|po
 
 
 class Failed(Exception):
-  """One request failed for good after every retry; its text says how it failed last."""
+  """One request failed, and so did all retries. The error's text says how it failed last."""
 
 
 class Refused(Exception):
-  """The endpoint will not answer this request, whatever happens; others it may."""
+  """The endpoint will never answer this request. It may answer others."""
 
 
 class Stopped(Exception):
@@ -46,9 +47,9 @@ class Reply(NamedTuple):
   """An answer.
 
   Attributes:
-    text: stripped; without a reasoning model's <think> part.
-    cut_off: the endpoint stopped it at its limit of tokens.
-    prompt_tokens, completion_tokens: as the endpoint counts and charges, 0 if it does not tell.
+    text: the stripped text, without a reasoning model's <think> part.
+    cut_off: whether the endpoint stopped it at its limit of tokens.
+    prompt_tokens, completion_tokens: as the endpoint counts them; 0 if it does not say.
   """
 
   text: str
@@ -58,7 +59,7 @@ class Reply(NamedTuple):
 
 
 class _Transient(Exception):
-  """Worth another try; `wait` is the number of seconds the endpoint asked for."""
+  """An error that is worth another try, after `wait` seconds if the endpoint asked for them."""
 
   def __init__(self, message: str, wait: float | None = None):
     super().__init__(message)
@@ -70,14 +71,14 @@ class ChatClient:
 
   Args:
     endpoint: base address, such as http://localhost:8000/v1.
-    model: the model's name there.
-    key: sent as a bearer token and shown nowhere; "" for none.
-    options: further fields of every request; None takes a field out.
-    concurrency: connections that are kept.
-    timeout: seconds for one request, from first byte to last.
+    model: the model's name at the endpoint.
+    key: sent as a bearer token, and shown nowhere; "" for none.
+    options: further fields of every request; a field with the value None is left out.
+    concurrency: number of connections that are kept open.
+    timeout: the longest time of one request, in seconds, from its first byte to its last.
     retries: how often one request is tried again.
-    backoff: seconds before the first retry, doubled each time up to a minute.
-    proven: an earlier run has had answers, so that a 400 is about its own request.
+    backoff: seconds before the first retry; they double with each retry, up to a minute.
+    proven: whether an earlier run got answers. A response 400 is then about its own request.
   """
 
   def __init__(
@@ -180,10 +181,10 @@ class ChatClient:
 
 
 def completions_url(endpoint: str) -> str:
-  """The address that requests go to.
+  """The address that requests go to, made from a base address.
 
   Raises:
-    UserError: not an address, or one with a user name, password or query in it.
+    UserError: it is not an address, or has a user name, a password or a query in it.
   """
   try:
     url = httpx2.URL(endpoint)
@@ -200,7 +201,7 @@ def completions_url(endpoint: str) -> str:
 
 
 def retry_after(value: str | None) -> float | None:
-  """Seconds of a Retry-After header, given as a number or as a date; None if it says nothing."""
+  """The seconds to wait by a Retry-After header, a number or a date; None if it has neither."""
   if value is None:
     return None
   try:
@@ -214,7 +215,7 @@ def retry_after(value: str | None) -> float | None:
 
 
 def read_reply(content: bytes) -> Reply:
-  """The answer in a response's body; one that is not complete counts as a failed request."""
+  """Reads the answer from a response's body. A body without one counts as a failed request."""
   try:
     body = json.loads(content)
     choice = body["choices"][0]

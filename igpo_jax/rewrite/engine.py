@@ -1,7 +1,8 @@
-"""Records in, decisions out: bounded work in flight, each record decided exactly once.
+"""Rewrites the records of a source: each is decided exactly once, and few are in memory.
 
-`concurrency` coroutines take records from the source, one at a time, write, judge and enter
-them into the journal. Nothing but what is in flight is held, besides the ids in the journal.
+`concurrency` coroutines each take a record from the source, have its trace rewritten and judged,
+and enter the decision into the journal. Only the records at work are in memory, and the ids in the
+journal.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Writer(Protocol):
   """Writes a concise trace.
 
   Attributes:
-    attempts: how often it is asked for one record.
-    made_by: a label for every row.
+    attempts: how often it is called for one record, at most.
+    made_by: a label that every row gets.
   """
 
   attempts: int
@@ -41,7 +42,7 @@ class Writer(Protocol):
 
 
 class Rewriter:
-  """Asks a language model, and once more with the reason why the first text was not accepted."""
+  """Asks a language model, and a second time with the reason why the first text was refused."""
 
   attempts = 2
 
@@ -54,7 +55,7 @@ class Rewriter:
 
 
 class Trimmer:
-  """Takes sentences away by rules (`trim`); no language model."""
+  """Removes sentences by rules (`trim`), without a language model."""
 
   attempts = 1
 
@@ -67,13 +68,15 @@ class Trimmer:
 
 
 class Engine:
-  """Takes every record of a source to its decision.
+  """Decides every record of a source.
 
   Args:
-    write, judge, journal: what makes, decides and keeps.
-    concurrency: records in flight.
-    max_failures: stop when so many records in a row failed for good at the endpoint. Until
-      one succeeds again they are not entered, so that a later run tries them once more.
+    write: writes concise traces.
+    judge: accepts or refuses them.
+    journal: keeps the decisions.
+    concurrency: how many records are worked on at a time.
+    max_failures: stop after this many records in a row for which the endpoint failed. They are
+      entered only once another record succeeds, so that otherwise a later run tries them again.
     progress: called after each decision.
   """
 
@@ -96,13 +99,13 @@ class Engine:
     self._tasks: list[asyncio.Task] = []
 
   def stop(self) -> None:
-    """Takes no further record; those in flight are finished."""
+    """Takes no further record. Those that are being worked on are finished."""
     self.stopping.set()
     if isinstance(self.write, Rewriter):
       self.write.client.stop.set()
 
   def cancel(self) -> None:
-    """Leaves those in flight, too: they are undecided and a later run does them again."""
+    """Also drops the records that are being worked on. A later run decides them."""
     self.stop()
     for task in self._tasks:
       task.cancel()
@@ -206,7 +209,7 @@ class Engine:
     self.progress()
 
   def _hold_failed(self, row, earlier, reasons, last: str, usage) -> None:
-    """Whether it was this record or the endpoint shows when the next request succeeds."""
+    """Keeps a failed record back until another request shows whether the endpoint works at all."""
     self._failed.append((row, [*reasons, FAILED], [*earlier, Attempt("", last)], usage))
     if len(self._failed) >= self.max_failures:
       self._fail(UserError(

@@ -1,4 +1,4 @@
-"""What is decided is written down at once, and only once: append-only files that survive kills.
+"""Writes down each decision at once, and only once: append-only files that survive kills.
 
 OUT.jsonl               accepted traces, ready to be a data source
 OUT.rejected.jsonl      the others with their reasons
@@ -42,20 +42,20 @@ class Paths:
 class Journal:
   """Accepted and rejected records of one output; use it as a context manager.
 
-  Opening drops a last line that a kill cut in half, and takes up where the files end.
+  Opening it drops a last line that a kill has cut in half, and continues where the files end.
 
   Args:
     output: the file of accepted traces.
-    settings: what decides the rows; compared with those of the rows that are there.
-    notes: further facts for OUT.settings.json that may change from run to run.
+    settings: the settings that decide the rows. They must be those of the rows that are there.
+    notes: further facts for OUT.settings.json, which may differ from run to run.
 
   Raises:
-    UserError: other settings, another process at work, or files that cannot be used.
+    UserError: the output has other settings, another process writes it, or a file cannot be used.
 
   Attributes:
-    accepted, rejected: how many.
-    reasons: rejected records by reason.
-    usage: "prompt_tokens" and "completion_tokens" over all rows.
+    accepted, rejected: numbers of records.
+    reasons: reason -> number of rejected records.
+    usage: "prompt_tokens" and "completion_tokens", summed over all rows.
   """
 
   def __init__(self, output: pathlib.Path, settings: Row, notes: Row | None = None):
@@ -100,7 +100,7 @@ class Journal:
     return len(self._ids)
 
   def accept(self, row: Row) -> None:
-    """Writes an accepted trace; `row` has an "id" that was not decided before."""
+    """Writes an accepted trace. The "id" of `row` must not have been decided before."""
     self._write("accepted", row)
 
   def reject(self, row: Row) -> None:
@@ -126,13 +126,13 @@ class Journal:
     self.usage.update(row.get("usage") or {})
 
   def sync(self) -> None:
-    """Everything written so far reaches the disk."""
+    """Makes sure that everything written so far is on the disk."""
     for file in self._files.values():
       os.fsync(file.fileno())
     self._synced = time.monotonic()
 
   def close(self) -> None:
-    """Syncs and gives the files free."""
+    """Syncs, closes the files and unlocks them."""
     self.sync()
     self._opened.close()
 
@@ -153,10 +153,10 @@ class Journal:
 
 
 def read_settings(path: pathlib.Path) -> Row:
-  """What OUT.settings.json says.
+  """The contents of OUT.settings.json.
 
   Raises:
-    UserError: it is missing or no JSON object.
+    UserError: it is missing, or is not a JSON object.
   """
   if not path.exists():
     raise UserError(f"{path} is missing, so nothing tells what its rows were made with")
@@ -178,10 +178,10 @@ def mend(file: BinaryIO, block: int = 1 << 16) -> None:
 
 
 def read_rows(path: pathlib.Path) -> Iterator[Row]:
-  """Rows of a JSON-lines file, one at a time; a last line without an end is left out.
+  """Yields the rows of a JSON Lines file. A last line without a line end is left out.
 
   Raises:
-    UserError: a line that is no row of ours.
+    UserError: a line is not a row of this program.
   """
   if not path.exists():
     return

@@ -1,4 +1,4 @@
-"""Whether a concise trace is accepted: the answer of the original, and few enough tokens."""
+"""Accepts a concise trace if it has the answer of the original, and few enough tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Verdict(NamedTuple):
   """A decision.
 
   Attributes:
-    reason: why not; None if accepted.
-    complaint: the same for the model that wrote it.
-    tokens: of the text, the one that ends the turn included.
+    reason: why the text was refused; None if it was accepted.
+    complaint: the reason in words for the model that wrote the text.
+    tokens: number of tokens of the text, including the one that ends the turn.
   """
 
   reason: str | None
@@ -37,17 +37,17 @@ class Judge:
   """Decides by the grader and by the tokenizer of the model that is to be trained.
 
   Args:
-    scorer: with the verifier of the task; its rules say where an answer may stand.
-    tokenizer: counts.
-    max_tokens: the most tokens of an accepted trace, the one that ends the turn included:
-      what it takes on a canvas.
+    scorer: grades by the verifier of the task; its rules say where an answer may be.
+    tokenizer: counts tokens.
+    max_tokens: the largest number of tokens of an accepted trace, including the one that ends the
+      turn: the positions that it takes on a canvas.
   """
 
   def __init__(self, scorer: Scorer, tokenizer: Tokenizer, max_tokens: int):
     self.scorer, self.tokenizer, self.max_tokens = scorer, tokenizer, max_tokens
 
   def count(self, text: str) -> int:
-    """Positions that a trace takes on a canvas: its tokens and the end of the turn."""
+    """The number of positions that a trace takes on a canvas: its tokens and the end of turn."""
     return len(self.tokenizer.encode(text)) + 1
 
   async def gradable(self, record: Record) -> bool:

@@ -17,11 +17,11 @@ PERCENTILES = (5, 25, 50, 75, 95, 99)
 
 
 def describe(lengths: np.ndarray, windows: Sequence[int]) -> dict[str, Any]:
-  """Numbers of one distribution; {"n": 0} if it is empty.
+  """Statistics of a distribution of lengths; {"n": 0} if it is empty.
 
   Args:
-    lengths: i32[n], tokens of traces, the one that ends the turn included.
-    windows: lengths of canvases; `within` has the share of traces that fit each.
+    lengths: i32[n], tokens of each trace, including the one that ends the turn.
+    windows: lengths of canvases; `within` has the share of traces that fit into each.
   """
   if not len(lengths):
     return {"n": 0}
@@ -38,8 +38,8 @@ def describe(lengths: np.ndarray, windows: Sequence[int]) -> dict[str, Any]:
 def make_report(output: pathlib.Path, windows: Sequence[int]) -> dict[str, Any]:
   """Reads an output and writes OUT.report.json and OUT.report.png.
 
-  "before" are the traces of all records, "before, accepted ones" those whose alignment was
-  accepted, "after" their alignments.
+  "before" are the traces of all records, "before, accepted ones" those whose rewritten trace was
+  accepted, "after" the rewritten traces.
 
   Raises:
     UserError: there is no such output, or nothing in it.
@@ -102,7 +102,7 @@ def draw(
   mode: str | None,
   path: pathlib.Path,
 ) -> None:
-  """The histogram, on logarithmic lengths where they span more than a factor of twenty."""
+  """Draws the histogram. Its axis is logarithmic if lengths span more than a factor of twenty."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a language model is asked when it rewrites a trace, and what it is told when it failed."""
+"""The prompts with which a language model is asked to rewrite a trace, and to try again."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ AGAIN = "{complaint} Write the whole concise solution again, under the same rule
 
 
 class Attempt(NamedTuple):
-  """A text that was not accepted, and what is wrong with it, in words for the model."""
+  """A text that was refused, and what is wrong with it, in words for the model."""
 
   text: str
   complaint: str
 
 
 def fill(template: str, **values: str) -> str:
-  """The template with each {name} replaced; braces of TeX in it or in the values stay."""
+  """Replaces each {name} in a template. Braces of TeX, there or in the values, stay as they are."""
   for name in values:
     template = template.replace("{" + name + "}", f"\x00{name}\x00")
   for name, value in values.items():
@@ -56,9 +56,9 @@ def first_messages(record: Record, max_tokens: int) -> list[Message]:
   """The chat that asks for one trace to be rewritten.
 
   Args:
-    record: problem, trace and gold answer are sent.
-    max_tokens: the most tokens the result may have, by the tokenizer of the model that
-      is to be trained; the writer counts otherwise, hence the number of words.
+    record: its problem, trace and gold answer are sent.
+    max_tokens: the largest number of tokens of the result, by the tokenizer of the model to be
+      trained. The writer has another tokenizer, so it is told a number of words.
   """
   system = fill(SYSTEM, max_tokens=str(max_tokens), words=str(max(max_tokens // 2, 1)))
   user = fill(USER, question=record.question, trace=record.trace, answer=record.answer)
@@ -66,7 +66,7 @@ def first_messages(record: Record, max_tokens: int) -> list[Message]:
 
 
 def messages(record: Record, max_tokens: int, attempts: Sequence[Attempt] = ()) -> list[Message]:
-  """`first_messages`, then what was answered and why it was not accepted."""
+  """`first_messages`, followed by each refused answer and the reason why it was refused."""
   out = first_messages(record, max_tokens)
   for attempt in attempts:
     out.append({"role": "assistant", "content": attempt.text or "(nothing)"})
@@ -75,6 +75,6 @@ def messages(record: Record, max_tokens: int, attempts: Sequence[Attempt] = ()) 
 
 
 def digest() -> str:
-  """Names the wording: results of another wording do not belong into the same output."""
+  """A name for the wording of the prompts. One output has results of one wording only."""
   text = "\x00".join((SYSTEM, USER, AGAIN))
   return hashlib.blake2s(text.encode(), digest_size=8).hexdigest()

@@ -1,9 +1,9 @@
 """Rule-based trimming: a fallback that needs no language model, and is no substitute for one.
 
-It takes text away and writes none: reflections go, the last derivation and the answer stay,
-and what is still too long loses its first sentences. A trace that rambles in other words
-than `REFLECTIONS` knows stays as it is. Rules for other languages or notations are
-registered by name; those of a task belong to the task (`igpo_jax.tasks`).
+It only removes text. Reflections go, the last derivation and the answer stay, and a trace that is
+still too long loses its first sentences. A trace that rambles in words that `REFLECTIONS` does not
+know stays as it is. Rules for other languages or notations are registered by name; those of a task
+belong to the task (`igpo_jax.tasks`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _RULES: dict[str, TrimRules] = {}
 
 
 def register_rules(name: str) -> Callable[[TrimRules], TrimRules]:
-  """Makes `--rules=name` call the decorated `fn(trace, answer, count, max_tokens) -> str`.
+  """Decorator: `--rules=NAME` calls the function as `fn(trace, answer, count, max_tokens)`.
 
-  `count(text)` is the number of tokens; "" stands for a trace that cannot be trimmed.
+  `count(text)` is the number of tokens of a text. The function returns the trimmed trace, or "" for
+  one that it cannot trim.
   """
 
   def register(function: TrimRules) -> TrimRules:
@@ -33,12 +34,16 @@ def register_rules(name: str) -> Callable[[TrimRules], TrimRules]:
 
 
 def rule_names() -> list[str]:
-  """Every name that --rules may have: those registered here, and tasks that have rules."""
+  """All values of --rules: names registered here, and tasks that have rules."""
   return sorted([*_RULES, *(task.name for task in all_tasks() if task.trim)])
 
 
 def rules(name: str) -> TrimRules:
-  """The rules of that name, or of the task of that name; a `UserError` names those there are."""
+  """The rules with this name, or those of the task with this name.
+
+  Raises:
+    UserError: there are none; the message lists all names.
+  """
   task = find_task(name)
   found = _RULES.get(name) or (task.trim if task else None)
   if found is None:
@@ -114,7 +119,7 @@ def _inside_formula(piece: str) -> bool:
 
 
 def split_ending(trace: str, answer: str) -> tuple[str, str]:
-  """The derivation, and the statement of the answer from its sentence's beginning on."""
+  """Splits a trace into (derivation, ending). The ending is the sentence that states the answer."""
   start, at = spans.final_statement(trace, answer), 0
   pieces = sentences(trace)
   if start is None:
@@ -127,7 +132,7 @@ def split_ending(trace: str, answer: str) -> tuple[str, str]:
 
 
 def derives(sentence: str) -> bool:
-  """Whether a sentence has a step in it: no heading, no rule, no mere lead-in to what follows."""
+  """Whether a sentence has a step of a derivation: it is not a heading, a line or a lead-in."""
   line = sentence.strip()
   plain = line.strip("*_# ").removeprefix("$").strip()
   if HEADINGS.fullmatch(line) or (plain.endswith(":") and not re.search(r"[=<>\\]", plain)):
@@ -136,7 +141,7 @@ def derives(sentence: str) -> bool:
 
 
 def _without_thinking(trace: str, answer: str) -> str:
-  """What follows the last </think>, if there is a derivation in it; else all of it."""
+  """The text after the last </think>, if it has a derivation; else the whole trace."""
   after = trace.rpartition("</think>")[2].strip()
   if "</think>" in trace and any(map(derives, sentences(split_ending(after, answer)[0]))):
     return after
@@ -147,19 +152,19 @@ def _without_thinking(trace: str, answer: str) -> str:
 def trim(trace: str, answer: str, count: Count, max_tokens: int) -> str:
   """A shorter trace, made of sentences of the given one.
 
-  1. Of a reasoning model's output, what follows its thinking.
-  2. What follows the last new start, if a derivation is left then.
-  3. Without reflections, and without sentences that were there before.
-  4. Without as many of the first sentences as it takes to fit; one always stays.
+  1. Of a reasoning model's output, only the text after its thinking is kept.
+  2. Only the text after the last new start is kept, if it has a derivation.
+  3. Reflections are removed, and sentences that were there before.
+  4. First sentences are removed until the trace fits; one sentence always stays.
 
   Args:
-    trace: reasoning that ends in the answer.
-    answer: the gold answer; helps to find where the trace states it.
-    count: tokens of a text.
-    max_tokens: the most that are allowed.
+    trace: reasoning that ends with the answer.
+    answer: the gold answer; it helps to find where the trace states it.
+    count: `count(text)`, the number of tokens of a text.
+    max_tokens: the largest number of tokens that is allowed.
 
   Returns:
-    The trimmed trace; it is still too long where its last sentences are.
+    The trimmed trace. It is still too long if its last sentence and its ending are.
   """
   body, ending = split_ending(_without_thinking(trace, answer), answer)
   parts = sentences(body)

@@ -1,9 +1,9 @@
 """What the page of a run shows, as one JSON object of bounded size.
 
-A page must open at once, whatever the run's length. So curves have at most POINTS points (each the
-mean of a few steps), and of samples and evaluations as much as fits the budget is taken: samples of
-whole steps, evenly spaced; items of evaluations whose verdict changed first. What was left out is
-said on the page.
+A page must open at once, however long the run is. So curves have at most POINTS points, each the
+mean of a few steps. Of samples and evaluations only as much is taken as fits a budget: samples of
+whole steps, evenly spaced; and first those items of evaluations whose verdict changed. The page
+says what was left out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from igpo_jax.viewer import files
 from igpo_jax.viewer.summary import STAGE_LABELS, evaluations, offsets, summary_of
 from igpo_jax.viewer.text import LONGEST_PIECE, shortened
 
-POINTS = 1000  # of a curve
-CURVE_BYTES = 4 << 20  # of all curves of all runs
-SAMPLE_BYTES = 6 << 20  # of the samples of all runs
-ITEM_BYTES = 3 << 20  # of the items of all evaluations
-LONGEST_TEXT = 4000  # characters of a question or a completion
+POINTS = 1000  # the most points of a curve
+CURVE_BYTES = 4 << 20  # the budget for all curves of all runs
+SAMPLE_BYTES = 6 << 20  # the budget for the samples of all runs
+ITEM_BYTES = 3 << 20  # the budget for the items of all evaluations
+LONGEST_TEXT = 4000  # the most characters of a question or a completion
 BYTES_PER_POINT = 16
 _HEAD = re.compile(rb'\{"stage": "rl", "step": (\d+),')
 
@@ -35,10 +35,13 @@ Data = dict[str, Any]
 
 
 def collect(workdirs: Sequence[epath.Path]) -> Data:
-  """The data of a page about some runs.
+  """The data of a page about one or several runs, as a JSON object for `page.render`.
+
+  Args:
+    workdirs: the runs' workdirs, the main one first.
 
   Raises:
-    UserError: a file of a run makes no sense.
+    UserError: a file of a run is not what this program writes.
   """
   names = _names(workdirs)
   share = 1 / max(1, len(workdirs))

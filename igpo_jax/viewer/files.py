@@ -1,4 +1,4 @@
-"""The files of a run as the viewers read them: every version, half-written ones, parts on gs://."""
+"""Reads a run's files for viewers: all versions, files that are being written, parts on gs://."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ NEWEST = 2  # the newest version of a sample's row that is known here (docs/samp
 
 
 def open_run(workdir: str, flag: str = "--workdir=") -> epath.Path:
-  """The workdir of a run; `flag` stands before it in messages.
+  """The workdir of a run, after a check that it is one.
+
+  Args:
+    workdir: a path.
+    flag: the command-line flag that gave it, for messages.
 
   Raises:
     UserError: there is no such folder, or it holds no run.
@@ -31,16 +35,17 @@ def open_run(workdir: str, flag: str = "--workdir=") -> epath.Path:
 
 
 def config_of(workdir: epath.Path) -> dict[str, Any]:
-  """config.json as it is; {} where there is none."""
+  """The contents of config.json; {} if there is none."""
   return read_object(workdir / "config.json", missing={})
 
 
 def each_row(path: epath.Path) -> Iterator[Row]:
-  """The rows of X.jsonl one by one, so that a large file takes no memory. What is half-written is
-  left out: a run may be writing.
+  """Yields the rows of X.jsonl one by one, so that a large file does not fill the memory.
+
+  A last line that is half-written is left out, since a run may be writing it.
 
   Raises:
-    UserError: a line in the middle is not a JSON object.
+    UserError: another line is not a JSON object.
   """
   for part in row_parts(path):
     with part.open("rb") as file:
@@ -69,24 +74,24 @@ def metric_rows(workdir: epath.Path) -> list[Row]:
 
 
 def sample_rows(workdir: epath.Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-  """The rows of samples.jsonl for which `keep` is True, as version 2 has them.
+  """The rows of samples.jsonl for which `keep` is True, with all fields of version 2.
 
   A row of version 1 gets None for the fields that it lacks.
 
   Raises:
-    UserError: a row of a version that is newer than this program.
+    UserError: a row is of a newer version than this program knows.
   """
   path = workdir / "samples.jsonl"
   return [upgraded(row, path) for row in each_row(path) if keep(row)]
 
 
 def wanted(row: Row, id: str | None, number: int | None) -> bool:
-  """Whether --id and --number of a command ask for this row; None asks for any."""
+  """Whether the options --id and --number of a command select this row. None selects any."""
   return id in (None, str(row.get("id"))) and number in (None, row.get("number"))
 
 
 def place_of(row: Row) -> tuple[int, str, int]:
-  """Which completion of a step it is: group, try, number in its try."""
+  """What identifies a completion within a step: (group, try, number in its try)."""
   return row["group"], row["phase"], row["number"]
 
 
@@ -95,7 +100,11 @@ ADDED = ("tokens", "pieces", "commit_logp", "parts", "extracted", "reason", "adv
 
 
 def upgraded(row: Row, path: Any = "samples.jsonl") -> Row:
-  """A row with all fields of version 2."""
+  """The row with all fields of version 2; those that it lacks are None.
+
+  Raises:
+    UserError: it is of a newer version than this program knows; `path` is its file.
+  """
   version = row.get("version", 1)
   if not isinstance(version, int) or version > NEWEST:
     raise UserError(
@@ -105,7 +114,7 @@ def upgraded(row: Row, path: Any = "samples.jsonl") -> Row:
 
 
 class Follower:
-  """The rows that a run adds to a file while it is watched.
+  """Follows a file that a run is writing.
 
   Args:
     path: X.jsonl, which need not exist yet.
@@ -116,8 +125,11 @@ class Follower:
     self._at = 0  # bytes of the file, or rows of the parts on gs://, that were read
 
   def new_rows(self) -> list[Row]:
-    """The rows since the last call. If the file became shorter (a run that was continued from its
-    checkpoint), it is read anew from its new end."""
+    """The rows that were added since the last call.
+
+    If the file has become shorter, since the run was continued from a checkpoint, reading goes on
+    from its new end.
+    """
     if not can_append(self.path):
       rows = list(each_row(self.path))
       new, self._at = rows[min(self._at, len(rows)) :], len(rows)

@@ -18,7 +18,7 @@ from igpo_jax.viewer.text import LONGEST_PIECE, shortened, visible
 MASK = "░"
 HINT, NEW, FADED = "bold black on yellow", "bold black on bright_green", "dim"
 LONGEST_PAUSE, WHOLE_ANIMATION = 0.2, 8.0  # seconds of a step, of all of them
-OPEN, CLOSE = "⟦", "⟧"  # around hints, for eyes and terminals without colours
+OPEN, CLOSE = "⟦", "⟧"  # around hints, for eyes and terminals without colors
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -30,7 +30,7 @@ def make_console(file: IO[str] | None = None) -> Console:
 
 
 def hinted_positions(row: Row) -> set[int]:
-  """The positions that were given."""
+  """The positions of hints."""
   return {k for begin, end in row["hints"] for k in range(begin, end)}
 
 
@@ -40,25 +40,25 @@ def last_step(row: Row) -> int:
 
 
 def pieces_of(row: Row) -> list[str] | None:
-  """The text of each token; None of a row of version 1, which has no tokens."""
+  """The text of each token; None for a row of version 1, which has no tokens."""
   return row.get("pieces")
 
 
 def _shade(step: int, last: int) -> str:
-  """From blue, filled in early, to red, filled in late."""
+  """A color between blue (filled in early) and red (filled in late)."""
   share = step / last if last > 0 else 0.0
   red, blue = int(80 + 175 * share), int(255 - 175 * share)
   return f"rgb({red},120,{blue})"
 
 
 def canvas(row: Row, at: int | None = None, block_length: int = 0) -> Text:
-  """The tokens of a completion; hints stand in ⟦ ⟧, masks are ░.
+  """Draws the tokens of a completion. Hints are in ⟦ ⟧, masks are ░.
 
   Args:
-    row: of samples.jsonl.
-    at: draw the canvas after this denoising step, what it filled in highlighted; None: the finished
-      one, coloured from blue (filled in early) to red (late).
-    block_length: draw "|" between blocks of so many tokens; 0: none.
+    row: a row of samples.jsonl.
+    at: draw the canvas after this denoising step, and highlight what the step filled in. None: draw
+      the finished canvas, colored from blue (filled in early) to red (filled in late).
+    block_length: draw "|" between blocks of this many tokens; 0: do not.
   """
   pieces = pieces_of(row)
   if pieces is None:
@@ -88,7 +88,7 @@ def _is_end(piece: str) -> bool:
 
 
 def steps_of(row: Row) -> list[int]:
-  """The denoising steps that filled something in, in order."""
+  """The denoising steps that filled in at least one position, in order."""
   return sorted({step for step in row["commit_step"] if step >= 0})
 
 
@@ -123,7 +123,7 @@ def fate(row: Row) -> str:
 
 
 def step_line(row: Row, step: int) -> Text:
-  """One line: the canvas after a denoising step; before the first one for -1."""
+  """One line: the canvas after a denoising step. Step -1 is the canvas before the first step."""
   return Text(f"{'hints' if step < 0 else f'step {step}':>8}  ", FADED) + canvas(row, step)
 
 
@@ -144,9 +144,11 @@ def animate(row: Row, block_length: int = 0, console: Console | None = None) -> 
 
 
 def draw_row(row: Row, block_length: int = 0, order: bool = False) -> Panel:
-  """A completion in a frame: question, canvas, verdict.
+  """Draws a completion in a frame: question, canvas and verdict.
 
   Args:
+    row: a row of samples.jsonl.
+    block_length: see `canvas`.
     order: also draw the canvas after every denoising step.
   """
   lines = [Text(visible(shortened(row["prompt"])), "italic")] if row.get("prompt") else []
