@@ -29,6 +29,7 @@ COMMANDS = {
   "show": ("show", "the rollouts of a run in the terminal"),
   "replay": ("replay", "makes the rollout of a step again"),
   "rewrite": ("rewrite.__main__", "rewrites long traces into concise ones"),
+  "lm_eval": ("lm_eval.__main__", "the LM Evaluation Harness with a model of this package"),
   "rehearse": ("rehearse", "checks whether a run could start on given devices"),
   "aot": ("aot", "compiles a config's programs for a TPU that is not here"),
 }

@@ -20,7 +20,19 @@ MOST_LINES = 500
 # Imports run downwards only: a file may import from its own package and from the floors below.
 FLOORS = (
   ("__main__",),
-  ("api", "aot", "chat", "generate", "grade", "main", "rehearse", "replay", "report", "show"),
+  (
+    "api",
+    "aot",
+    "chat",
+    "generate",
+    "grade",
+    "lm_eval",
+    "main",
+    "rehearse",
+    "replay",
+    "report",
+    "show",
+  ),
   ("train", "inference"),
   ("viewer",),
   ("eval", "convert", "rewrite"),

@@ -119,6 +119,15 @@ class Session:
       self._mesh = fitting_mesh(self._source)
       self._pre = load_source(self._source, self._dtype, self._mesh)
 
+  @contextlib.contextmanager
+  def loaded(self) -> Iterator[Pretrained]:
+    """The model, with its mesh set while the body of the `with` runs. Loads it if need be."""
+    self.load()
+    with contextlib.ExitStack() as stack:
+      if self._mesh is not None:
+        stack.enter_context(jax.set_mesh(self._mesh))
+      yield self._pre
+
   def answers(
     self,
     requests: Sequence[Request],
@@ -127,8 +136,5 @@ class Session:
     batch_size: int = 8,
   ) -> Iterator[Answer]:
     """Yields the answers in the order of the requests; see `generate`."""
-    self.load()
-    with contextlib.ExitStack() as stack:
-      if self._mesh is not None:
-        stack.enter_context(jax.set_mesh(self._mesh))
-      yield from generate(self._pre, requests, sampler, jax.random.key(seed), batch_size)
+    with self.loaded() as pre:
+      yield from generate(pre, requests, sampler, jax.random.key(seed), batch_size)

@@ -1,0 +1,1 @@
+"""The models of this package in the LM Evaluation Harness (the package lm_eval)."""
