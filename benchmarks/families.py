@@ -4,7 +4,7 @@
         [--seed=0] [--grpo] [--sft_steps=800] [--rl_steps=16]
 
 The quickstart's IGPO with another network, 64 wide, 2 layers, and fewer steps: what shows that a
-family learns. With experts there are 8, of which 2 work on a token. Block-causal models have the
+family learns. With experts there are 4, of which 2 work on a token. Block-causal models have the
 quickstart's blocks of 7, and are sampled in these. Prints one line for each family and one JSON
 object: accuracy of the held-out problems, greedy, after SFT and after RL, with standard errors, and
 whether it rose by more than two of them. `--grpo` adds GRPO from the same SFT checkpoint. An
@@ -25,7 +25,7 @@ from igpo_jax.main import train
 from igpo_jax.models import FAMILIES
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-MOE = {"experts": 8, "experts_per_token": 2, "expert_hidden": 128}
+MOE = {"experts": 4, "experts_per_token": 2, "expert_hidden": 64}
 BLOCK = 7
 
 
