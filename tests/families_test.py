@@ -240,9 +240,10 @@ def test_two_copies_show_every_block_what_decoding_shows_it(name):
     np.testing.assert_allclose(noisy_h[inside], np.asarray(h)[inside], atol=5e-5)
 
 
-def test_an_estimate_of_a_block_causal_model_reads_what_decoding_shows_it():
+@pytest.mark.parametrize("name", BLOCK_CAUSAL)
+def test_an_estimate_of_a_block_causal_model_reads_what_decoding_shows_it(name):
   """mean_field too: each block all masks, after the completion's own clean blocks."""
-  _, lm, params = tiny("sdar")
+  _, lm, params = tiny(name)
   canvas = rows_with_hints(5)
   tokens = np.where(canvas.tokens == MASK, 9, canvas.tokens)
   prompt = np.repeat(tokens[::2, :PROMPT], 2, axis=0)  # two prompts, each with two completions
@@ -264,7 +265,7 @@ def test_an_estimate_of_a_block_causal_model_reads_what_decoding_shows_it():
     first = (begins + block * BLOCK)[:, None]
     inside = (position >= first) & (position < first + BLOCK) & (position >= PROMPT)
     shown = np.where((position < first) | (position < PROMPT), clean, MASK)
-    h = hidden_of("sdar")(jnp.asarray(shown), jnp.asarray(valid))
+    h = hidden_of(name)(jnp.asarray(shown), jnp.asarray(valid))
     each = jax.nn.log_softmax(lm.head(params, h))
     expected = np.take_along_axis(np.asarray(each), clean[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(logp[inside[:, PROMPT:]], expected[inside], atol=1e-4)
