@@ -160,6 +160,13 @@ def test_modules_that_cannot_be_meant_are_told(tmp_path, options, message):
     load_pretrained(BASE, adapter=directory)
 
 
+def test_a_regular_expression_that_never_ends_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(peft, "MATCH_SECONDS", 0.5)
+  directory = write_peft(tmp_path / "peft", target_modules=r"([a-z0-9_.]+)+X")
+  with pytest.raises(UserError, match=r"adapter_config.json: .* takes more than 0.5 s to match"):
+    load_pretrained(BASE, adapter=directory)
+
+
 @pytest.mark.parametrize("start", [
   "pissa", "pissa_niter_16", "PiSSA", "olora", "OLoRA", "corda", "loftq", "lora_ga", "unheard-of",
 ])  # fmt: skip
@@ -185,6 +192,7 @@ def test_adapters_that_left_the_base_alone_load_whatever_they_began_with(tmp_pat
   ("lora_dropout", "0.1"), ("lora_dropout", 1.5), ("lora_dropout", True),
   ("target_modules", 5), ("target_modules", None), ("target_modules", []),
   ("target_modules", ["q_proj", 3]), ("target_modules", {"q_proj": 1}), ("target_modules", "(q"),
+  ("target_modules", "(" * 3000 + ")" * 3000), ("target_modules", "q{99999999999999999999}"),
   ("exclude_modules", 5), ("exclude_modules", [None]), ("exclude_modules", "(q"),
   ("peft_type", None), ("peft_type", ["LORA"]), ("bias", True), ("use_dora", "yes"),
   ("rank_pattern", [1]), ("layers_to_transform", 0), ("use_something_new", True),

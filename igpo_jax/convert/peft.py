@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,19 +142,44 @@ def _wrong_kinds(theirs: Mapping[str, Any]) -> list[str]:
 def _compiles(pattern: str) -> bool:
   try:
     re.compile(pattern)
-  except re.error:
+  except (re.error, RecursionError, OverflowError):
     return False
   return True
 
 
-def _matches(modules: str | list[str] | None, module: str) -> bool:
-  """Whether PEFT's target_modules or exclude_modules matches a module.
+def _meant(modules: str | list[str] | None, names: list[str], where: epath.Path) -> set[str]:
+  """Those of the modules' names that PEFT's target_modules or exclude_modules matches.
 
   A string is a regular expression for the whole name. A list has names, or ends of names.
   """
-  if isinstance(modules, str):
-    return re.fullmatch(modules, module) is not None
-  return any(module == m or module.endswith(f".{m}") for m in modules or ())
+  if isinstance(modules, str) and modules:
+    return _matched(modules, names, where)
+  return {n for n in names if any(n == m or n.endswith(f".{m}") for m in modules or ())}
+
+
+def _matched(pattern: str, names: list[str], where: epath.Path) -> set[str]:
+  """The names that a regular expression of a file matches, if it does so within a time limit."""
+  # Repeats of repeats take exponential time, and Python's matching has no limit.
+  command = [sys.executable, "-I", "-S", "-c", _MATCHER]
+  try:
+    done = subprocess.run(
+      command, input=json.dumps([pattern, names]), capture_output=True, text=True, check=True,
+      timeout=MATCH_SECONDS,
+    )  # fmt: skip
+  except subprocess.TimeoutExpired as error:
+    raise UserError(
+      f"{where}: {pattern!r} takes more than {MATCH_SECONDS} s to match; write it without repeats "
+      "of repeats"
+    ) from error
+  return set(json.loads(done.stdout))
+
+
+MATCH_SECONDS = 5
+_MATCHER = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))
+"""
 
 
 def _our_targets(theirs: Mapping[str, Any], base: ModelConfig, where: epath.Path) -> str:
@@ -164,14 +191,16 @@ def _our_targets(theirs: Mapping[str, Any], base: ModelConfig, where: epath.Path
   everything = isinstance(targets, str) and targets.lower() == "all-linear"
   head = module_name(base.family, "head")
 
-  def adapted(module: str) -> bool:
-    wanted = module != head if everything else _matches(targets, module)
-    return wanted and not _matches(excluded, module)
-
+  layers = {
+    name: fill(module_name(base.family, name), base, name.partition("/")[0])
+    for name in linear_layers(base)
+  }
+  every = [module for modules in layers.values() for module in modules]
+  wanted = {m for m in every if m != head} if everything else _meant(targets, every, where)
+  adapted = wanted - _meant(excluded, every, where)
   found, partly = [], []
-  for name in linear_layers(base):
-    modules = fill(module_name(base.family, name), base, name.partition("/")[0])
-    count = sum(map(adapted, modules))
+  for name, modules in layers.items():
+    count = len(adapted.intersection(modules))
     if count == len(modules):
       found.append(name)
     elif count:
