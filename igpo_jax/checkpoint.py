@@ -48,12 +48,12 @@ class DamagedCheckpoint(UserError):
 
 
 def shapes_of(tree: Any) -> Any:
-  """Shapes, dtypes and shardings of a tree of arrays, which is all that `restore` needs of them."""
+  """The shapes, dtypes and shardings of a tree of arrays, as `restore` takes them."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-  """The steps, ascending, of which a stage's folder has a checkpoint; [] where there is none."""
+  """The steps of the checkpoints in a stage's folder, ascending; [] if there are none."""
   entries = folder.iterdir() if folder.is_dir() else ()
   return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
 
@@ -165,7 +165,7 @@ class Checkpoints:
       begun.rmtree(missing_ok=True)
 
   def _unwritten(self, step: int, state: Any, why: str) -> str:
-    """What to say of a disk that is full or fails; removes what was written of the checkpoint."""
+    """The message for a disk that is full or fails. It also removes the unfinished checkpoint."""
     with contextlib.suppress(OSError):
       self.remove_unfinished()
     size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -254,7 +254,7 @@ class Checkpoints:
   # --- finding damage -----------------------------------------------------------------------
 
   def _directory(self, step: int) -> epath.Path:
-    """Where the checkpoint of `step` is.
+    """The directory of the checkpoint of `step`.
 
     Raises:
       UserError: there is none.
@@ -345,7 +345,7 @@ def kept_sums(path: epath.Path) -> dict[str, str]:
 
 
 def _kept_in(path: epath.Path) -> dict[str, Any]:
-  """What `Checkpoints.save` added to Orbax's description of the step."""
+  """The metadata that `Checkpoints.save` added to Orbax's description of the step."""
   try:
     kept = read_object(path / STEP_METADATA).get("custom_metadata")
   except UserError as error:
@@ -434,7 +434,7 @@ def _named(tree: Any) -> dict[str, Any]:
 def digests(tree: Any) -> dict[str, str]:
   """A checksum of each top-level entry of a tree, as text. It does not depend on the mesh.
 
-  Two entries with different arrays have different checksums, but for an unlikely accident.
+  Entries with different arrays have different checksums, except by an unlikely accident.
   """
   return digests_of(jax.device_get(bit_sums(_named(tree))))
 
@@ -459,7 +459,7 @@ def mix(bits: Any) -> Any:
 
 @jax.jit
 def bit_sums(tree: Any) -> Any:
-  """Of every array two sums over its bits, one of them after mixing: (u32[], u32[])."""
+  """For every array two sums over its bits, the second one after mixing: (u32[], u32[])."""
 
   def sums(x):
     bits = jax.lax.bitcast_convert_type(x, BITS[np.dtype(x.dtype).itemsize]).astype(jnp.uint32)

@@ -101,7 +101,7 @@ def explain(error: BaseException) -> int:
 
 
 def _known(error: BaseException) -> tuple[str, int] | None:
-  """The line and the exit code of an error that is not a bug of ours."""
+  """The line and the exit code for an error that is not a bug; None for a bug."""
   wrong = mistake(error)
   if wrong is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
     where = f" for {error.filename}" if error.filename else ""
@@ -141,7 +141,7 @@ class ArgumentParser(argparse.ArgumentParser):
     super().__init__(**kwargs)
 
   def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None):
-    """As in argparse, but options may be written with hyphens or underscores."""
+    """As argparse does, but options may be written with hyphens or with underscores."""
     declared = {underscored([name])[0]: name for name in self._option_string_actions}
     words = []
     for word in underscored(sys.argv[1:] if args is None else args):
@@ -198,7 +198,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _drop_output() -> None:
-  """Nothing more can be written: without this, Python would try, and complain."""
+  """Discards output that cannot be written any more. Python would try it again, and complain."""
   with contextlib.suppress(OSError, ValueError):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,7 +1,7 @@
-"""Code that registers things by name: the package's own tasks, and files of a user's.
+"""Loads code that registers things by name: the package's own tasks, and a user's plug-in files.
 
-What is registered (tasks, verifiers, reward parts, sources, trim rules, protocols) lies in tables
-of the rooms that it is for. They know a plug-in by its name only and never import one.
+Tasks, verifiers, reward parts, sources, trim rules and protocols are registered in tables, each in
+the folder that uses it. These folders know a plug-in only by its name, and never import one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {}
 
 
 def known_values(option: str, names: Callable[[], Iterable[str]]) -> None:
-  """Says what an option of the config may name, such as "reward.verifier", for --help."""
+  """Declares, for --help, which names an option such as "reward.verifier" may have.
+
+  Args:
+    option: the option.
+    names: returns the names that are registered at the time.
+  """
   _VALUES[option] = names
 
 
 def values_of(option: str) -> list[str]:
-  """The names that an option of the config may have, plug-ins included; [] if it names nothing."""
+  """The names that an option may have, with those of plug-ins; [] for an option without names."""
   load_built_in()
   return list(_VALUES[option]()) if option in _VALUES else []
 

@@ -55,7 +55,7 @@ def machine_for(config: Config, devices: int = 0, processes: int = 0, chip: str 
   """The machine that a config would run on.
 
   Args:
-    config: of the run.
+    config: the run's config.
     devices, processes: how many; 0 takes the number that the config is sized for.
     chip: kind of device; "" takes the config's.
 
@@ -86,7 +86,7 @@ def rehearse(
   """Makes the checks of a start; returns the facts that `page` prints.
 
   Args:
-    config: of the run.
+    config: the run's config.
     machine: see `machine_for`. jax must have at least as many devices here, real or fake.
     share: share of the chips' peak, for the seconds.
     hinted: share of the groups that are sampled again.

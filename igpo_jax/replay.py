@@ -58,10 +58,10 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def parse_edits(edits: list[str]) -> tuple[dict[str, Any], list[tuple[str, int]] | None]:
-  """(options of the sampler, hints that are added; None: no hint at all) of --edit.
+  """Parses --edit: (options of the sampler, hints to add; None if all hints are to be removed).
 
   Raises:
-    UserError: an edit that is none.
+    UserError: an edit is not of this form.
   """
   options: dict[str, Any] = {}
   hints: list[tuple[str, int]] | None = []
@@ -94,7 +94,7 @@ def read_config(workdir: epath.Path) -> Config:
 
 
 def compare(logged: list[Row], again: list[Row], describe) -> list[str]:
-  """A line for every logged completion that is not the one made again."""
+  """A line for each logged completion that differs from the repeated one."""
   by_place = {files.place_of(row): row for row in again}
   lines = []
   for row in logged:
@@ -190,7 +190,7 @@ def _draw_steps(console, replay: Replay, row: Row, count: int) -> None:
 def _draw_edited(
   console, replay: Replay, row: Row, options: dict[str, Any], hints: list[tuple[str, int]] | None
 ) -> None:
-  """The same completion, sampled with other hints or options."""
+  """Draws the completion as it is sampled with other hints or options."""
   from igpo_jax.train import again
 
   sampler = override(replay.config.sampler, options)

@@ -69,7 +69,7 @@ def load_config_file(path: os.PathLike, *args: Any) -> config_dict.ConfigDict:
   The file can import modules that lie beside it, such as one with the user's own reward.
 
   Args:
-    path: of the file. It need not be on Python's path.
+    path: path of the file. Its folder need not be on Python's path.
     args: passed to get_config: nothing, or the ARGUMENT of --config=FILE:ARGUMENT.
 
   Raises:

@@ -220,8 +220,8 @@ def each_part(
   Args:
     stack: the sizes of the first axes, along which the parts lie: layers, and experts. Parts are
       numbered along them; of no axis there is one part.
-    indices: of the whole array.
-    outs: of the shapes of `indices`.
+    indices: parts of the whole array.
+    outs: arrays with the shapes of these parts.
   """
   parts: dict[int, list[tuple[Index, np.ndarray]]] = {}
   for index, out in zip(indices, outs, strict=True):

@@ -94,7 +94,7 @@ def make_stream(
 
   Args:
     problems: the rows.
-    tokenizer: of the model.
+    tokenizer: the model's tokenizer.
     batch_size: rows of a batch. It is lowered to the number of rows if there are fewer, then
       rounded up to a multiple of the devices (data x fsdp x expert) and of the processes.
     buckets: prompt lengths in tokens, ascending. A longer one is added if a prompt needs it.
@@ -292,10 +292,10 @@ class Evaluation:
   """Evaluates parameters on every benchmark of a config: `evaluation(params, label)`.
 
   Args:
-    config: of the run.
+    config: the run's config.
     tasks: the evaluations, from `protocols.plan(config)`.
-    lm, tokenizer, mesh: of the run.
-    scorer: of the run. It grades benchmarks whose protocol has no extraction rules.
+    lm, tokenizer, mesh: those of the run.
+    scorer: the run's scorer. It grades benchmarks whose protocol has no extraction rules.
     key: root of the noise at temperatures above 0.
     directory: rows are written to directory/LABEL/PROTOCOL/NAME-XXXXXXXX.jsonl (`Generations`).
     load: reads the records of a source, given its URI.

@@ -37,7 +37,7 @@ def add_arguments(parser: cli.ArgumentParser) -> None:
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-  """What argparse has to know of an option of this type."""
+  """The arguments of `add_argument` for an option of this type."""
   parts = typing.get_args(hint)
   if hint is bool:
     return {"action": argparse.BooleanOptionalAction, "default": None}

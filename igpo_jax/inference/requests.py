@@ -215,7 +215,7 @@ def make_request(
   Args:
     row: has "prompt" (text) or "messages" (a chat), and optionally "hints" (a list of
       TEXT@POSITION) and "template" (text).
-    tokenizer: of the model.
+    tokenizer: the model's tokenizer.
     prompting: makes messages of a "prompt"; None makes it the user's message.
     raw: give the prompt to the model without a chat format and without `prompting`.
 

@@ -83,7 +83,7 @@ class Session:
   Args:
     model: a model directory; see `load_pretrained`.
     adapter: a PEFT directory whose adapter is put on the model; None for none.
-    dtype: of the computation; "" for bfloat16, or float32 on CPU.
+    dtype: dtype of the computation; "" for bfloat16, or float32 on CPU.
 
   Attributes:
     tokenizer: the model's tokenizer.

@@ -2,7 +2,7 @@
 
 OUT.jsonl               accepted traces, ready to be a data source
 OUT.rejected.jsonl      the others with their reasons
-OUT.settings.json       what made them; other settings need another output
+OUT.settings.json       the settings; other settings need another output
 OUT.report.json, .png   lengths before and after (`lengths`)
 """
 

@@ -108,13 +108,12 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 class Copies(NamedTuple):
-  """Bytes on a chip of arrays in the compute dtype that a stage of RL has beside its parameters.
+  """Bytes per chip of the copies that RL keeps in the dtype of the computation.
 
   Attributes:
-    policy: what is cast for sampling and scores; parameters that have the dtype are read as they
-      are.
-    reference: what the KL reference does not share with the policy: the trained part, and of the
-      rest what is cast.
+    policy: copies for sampling and scores. Parameters that already have the dtype are not copied.
+    reference: arrays that the KL reference does not share with the policy: the trained part, and
+      those of the rest that are cast.
   """
 
   policy: int
@@ -122,7 +121,12 @@ class Copies(NamedTuple):
 
 
 def copies(params: Params, dtype: str) -> Copies:
-  """What `compute_copy` takes for the policy and for a reference, by abstract parameters."""
+  """The bytes that `compute_copy` needs for the policy and for a reference.
+
+  Args:
+    params: ShapeDtypeStructs with shardings.
+    dtype: `model.dtype`.
+  """
   trainable, frozen = lora.split(params)
   size = lambda tree: bytes_per_chip(_in_dtype(tree, dtype))
   cast = lambda tree: size(tree) - bytes_per_chip(_left_alone(tree, dtype))
@@ -135,7 +139,7 @@ def _in_dtype(tree: Any, dtype: str) -> Any:
 
 
 def _left_alone(tree: Any, dtype: str) -> list[Any]:
-  """The arrays that `compute_copy` gives back as they are."""
+  """The arrays that `compute_copy` does not copy."""
   return [x for x in jax.tree.leaves(tree) if x.dtype == jnp.dtype(dtype)]
 
 
@@ -158,7 +162,7 @@ def _shapes(model: ModelConfig) -> tuple[Params, Any]:
 
 
 def abstract_state(optimizer, params: Params, mesh) -> TrainState:
-  """`make_state` of abstract parameters."""
+  """A TrainState as `make_state` makes it, of ShapeDtypeStructs with shardings."""
   shapes = jax.eval_shape(lambda: new_state(optimizer, params))
   shardings = jax.tree.map(lambda x: x.sharding, params)
   return _abstract(shapes, state_shardings(optimizer, params, shardings, mesh))
@@ -223,7 +227,7 @@ def programs(config: Config, mesh) -> dict[str, Program]:
 
 
 def policy_options(config: Config) -> tuple[Any, ...]:
-  """The options that RL's programs depend on: equal ones, the same programs."""
+  """The options that RL's programs depend on. Configs that agree in them share programs."""
   rl = dataclasses.replace(
     config.rl, exploration="none", steps=0, eval_every=0, advantage="mean", accuracy_low=0.0,
     accuracy_high=1.0,

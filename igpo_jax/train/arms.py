@@ -1,9 +1,9 @@
-"""The arms of a run: RL stages with other options, from the parameters that its own RL began with.
+"""The arms of a run: RL stages with other options, which start where the run's own RL started.
 
     WORKDIR/arms/NAME/      as the workdir of a run: config.json, metrics.jsonl, checkpoints/rl, ...
 
-The metrics begin with the rows of the run's SFT stage. An arm is killed and continued as any run
-is, and a finished one is not begun again. So arms can be added to a finished run, too.
+The metrics begin with the rows of the run's SFT stage. An arm can be killed and continued like any
+run, and a finished arm is not run again. So arms can also be added to a finished run.
 """
 
 from __future__ import annotations
@@ -54,16 +54,19 @@ class Arm:
   config: Config
 
   def workdir(self, of_run: epath.Path) -> epath.Path:
-    """Its workdir, given the run's."""
+    """The arm's workdir, given that of its run."""
     return of_run / FOLDER / self.name
 
 
 def resolve_all(
   config: Config, machine: Machine, strict: bool = False
 ) -> tuple[Config, tuple[Arm, ...]]:
-  """(The config without arms, its arms), all with their sizes resolved.
+  """Resolves the sizes of a config and of its arms, which all get the same mesh.
 
-  All have the same mesh. Memory is counted with what is kept for the arms (train/sizes.py).
+  Memory is counted with what is kept for the arms (train/sizes.py).
+
+  Returns:
+    (the config without arms, its arms).
 
   Raises:
     UserError: as `resolve` does.
@@ -81,7 +84,7 @@ def resolve_all(
 
 
 class SharedPrograms:
-  """As `make_policy_programs`, for the RL stages of one run: equal programs are compiled once."""
+  """A `make_policy_programs` for all RL stages of a run, which compiles equal programs once."""
 
   def __init__(self):
     self._made: dict[Any, PolicyPrograms] = {}
@@ -109,17 +112,17 @@ def train_arm(
   A collective.
 
   Args:
-    run: the run that it is an arm of, finished.
+    run: the finished run that the arm belongs to.
     arm: the arm.
-    model: as the run's RL began with it.
-    scorer: of the run; an arm with another reward makes its own.
-    stream: its prompts.
+    model: the model that the run's RL started from.
+    scorer: the run's scorer; an arm with another reward makes its own.
+    stream: the arm's prompts.
     evaluate: as `Run.evaluate`, with rows in the arm's folder.
-    make_programs: of the run, so that what it compiled is used again.
-    spent: whether `model` has lost the parameters that RL began with (`sft.is_spent`).
+    make_programs: the run's, so that compiled programs are shared.
+    spent: whether the parameters that RL started from are gone (`sft.is_spent`).
 
   Raises:
-    UserError: the folder holds another arm, or the parameters to begin with are gone.
+    UserError: the folder holds another arm, or the parameters to start from are gone.
   """
   workdir, config = arm.workdir(run.workdir), arm.config
   told = {"devices": str(here()), "versions": versions(), **asked(config)}

@@ -51,7 +51,7 @@ def changes(
     old: contents of config.json in the workdir.
     new: the config with which the run is to be continued.
     reached: how far the run has come.
-    workdir: of the run, for messages.
+    workdir: the run's workdir, for messages.
 
   Raises:
     UserError: an option differs that changes what is learned.
@@ -88,13 +88,13 @@ def flat(options: Options, prefix: str = "") -> dict[str, Any]:
 
 
 def _differing(old: Options, new: Options) -> dict[str, tuple[Any, Any]]:
-  """Options of `new` that `old` has otherwise; what `old` has besides is of another version."""
+  """The options that differ: name -> (old, new). Options of `old` only are of another version."""
   before, now = flat(old), flat(new)
   return {n: (before.get(n), v) for n, v in now.items() if before.get(n) != v}
 
 
 def _filled(old: Any, defaults: Any) -> Any:
-  """Old options with the defaults of those that did not exist then."""
+  """The old options, with defaults for options that did not exist yet."""
   if not (isinstance(old, dict) and isinstance(defaults, dict)):
     return old
   return {**defaults, **{n: _filled(v, defaults.get(n)) for n, v in old.items()}}

@@ -4,9 +4,8 @@
 
 A kill leaves the file behind, so a run that finds a lock checks whether its holder is alive. If
 both are on one machine and in one container, the holder's process id and start time decide.
-Otherwise the
-file decides: a living holder rewrites it every BEAT_SECONDS, and a holder that has not done so for
-SILENT_SECONDS, by the clock of the process that waits, is dead.
+Otherwise the file decides: a living holder rewrites it every BEAT_SECONDS, and a holder that has
+not done so for SILENT_SECONDS, by the clock of the process that waits, is dead.
 """
 
 from __future__ import annotations

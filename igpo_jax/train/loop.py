@@ -36,7 +36,7 @@ class Collapsed(UserError):
 
 
 class NonFinite(UserError):
-  """Too many updates in a row had a loss or gradient that is not finite, or steps logits."""
+  """Too many updates in a row had a loss or gradient that is not finite, or steps such logits."""
 
 
 @dataclasses.dataclass
@@ -166,7 +166,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   config, best = run.config, run.config.checkpoint.best_metric
   checkpoints = run.checkpoints(stage.name)
   done, state, waiting = resume(run, stage, checkpoints, state)
-  # Steps that are made again for what the next stage starts from have their rows already.
+  # SFT steps that are repeated only for the parameters that RL starts from have their rows already.
   log = None if is_behind(run, stage.name) else run.log
   saved, saved_at = done, time.monotonic()
   profiler = Profiler(run.workdir / "profile" / stage.name, config.log.profile_steps)
@@ -181,7 +181,7 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     run.stop.next_start = f"the same command continues from step {saved}"
 
   def evaluate(row: dict[str, Any]) -> None:
-    """Makes up the evaluation that the row of this step waits for."""
+    """Makes the evaluation of this step, and writes its row."""
     row |= run.evaluate(stage.all_params(state.params), f"{stage.name} {done}")
     run.log.metrics(stage.name, done, row)
     run.log.flush()

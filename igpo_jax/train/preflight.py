@@ -41,9 +41,9 @@ class Inputs:
   """The records of a run, read and checked.
 
   Args:
-    config: of the run.
-    tokenizer: of the run.
-    scorer: of the run.
+    config: the run's config.
+    tokenizer: the run's tokenizer.
+    scorer: the run's scorer.
     tell: called with each line for the user.
     arms: config of each arm by name.
 

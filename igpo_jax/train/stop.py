@@ -114,7 +114,7 @@ class StopSignal:
       raise Stopped(number)
 
   def check_soon(self) -> None:
-    """As `check`, with what was known at the previous call: it does not wait for the devices."""
+    """As `check`, but by what was known at the previous call, so it does not wait for devices."""
     if jax.process_count() == 1:
       asked: Any = self.received
     else:

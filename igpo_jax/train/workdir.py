@@ -91,17 +91,16 @@ def open_workdir(
 ) -> None:
   """Makes the workdir, or checks that the run in it is this one; writes config.json.
 
-  A collective: process 0 looks and decides for all processes.
+  A collective: process 0 looks and decides for all processes. Options that do not decide what is
+  learned may differ from those of the run in the workdir (train/continued.py). The differences are
+  printed in one line and noted in changes.jsonl.
 
   Args:
-    workdir: of the run.
-    config: as it was given. A size of 0, which the devices decide, stays 0 in config.json, so that
-      the run can be continued on other devices.
+    workdir: the run's workdir.
+    config: the config as it was given. A size of 0, which the devices decide, stays 0 in
+      config.json, so that the run can be continued on other devices.
     resolved: the sizes that were chosen for these devices (train/sizes.py). They are written under
       "resolved" for people to read; nothing is compared with them.
-
-  Options that do not decide what is learned may differ from those of the run in it
-  (train/continued.py): what differs is printed in one line and noted in changes.jsonl.
 
   Raises:
     UserError: the workdir holds another run, cannot be used, or is not the same for all
@@ -129,7 +128,7 @@ def open_workdir(
 
 
 def versions() -> dict[str, str]:
-  """The versions of what decides a run's numbers, for config.json."""
+  """The versions of Python and of the packages that decide a run's numbers, for config.json."""
   names = ("igpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
   known = {name: importlib.metadata.version(name) for name in names[1:]}
   return {"igpo_jax": igpo_jax.__version__, "python": platform.python_version(), **known}
@@ -174,10 +173,10 @@ def _reached(workdir: epath.Path, rows: list[Row]) -> Reached:
 
 
 def _config_of(workdir: epath.Path) -> dict[str, Any]:
-  """config.json of a run that has begun, with the options under the names that they have now.
+  """The config.json of a run that has begun, with options under their present names.
 
   Raises:
-    UserError: there is none, or it makes no sense.
+    UserError: there is none, or it cannot be read.
   """
   path = workdir / "config.json"
   advice = "it tells which run this is: put it back, or choose another --workdir"

@@ -16,9 +16,9 @@ class Viewer:
   The page is in a frame of its own, whose content security policy lets only its own scripts run.
 
   Args:
-    workdirs: of the runs.
-    whole: the whole page, not only the rollouts.
-    height: of the frame, in pixels.
+    workdirs: the runs' workdirs.
+    whole: show the whole page, and not only the rollouts.
+    height: height of the frame, in pixels.
 
   Raises:
     UserError: a workdir holds no run.
