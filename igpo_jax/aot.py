@@ -112,7 +112,17 @@ def moves_logits(collective: Collective, config: Config, chips_tensor: int) -> b
 
 
 def inspect(program: Program, config: Config, mesh, chip: Chip) -> dict[str, Any]:
-  """Compiles a program; returns its entry of the JSON object."""
+  """Compiles a program and reports on it.
+
+  Args:
+    program: the program.
+    config: with `model.vocab_size`.
+    mesh: the mesh of the topology's devices.
+    chip: their facts.
+
+  Returns:
+    The program's entry of the JSON object.
+  """
   import jax
 
   chips, tensor = mesh.size, mesh.shape["tensor"]
@@ -191,7 +201,20 @@ def report_table(report: dict[str, Any]) -> str:
 
 
 def report_on(config: Config, topology: str, names: list[str], out=sys.stderr) -> dict[str, Any]:
-  """Compiles programs of a config for a topology; returns the JSON object."""
+  """Compiles programs of a config for a topology, and prints a line before each of them.
+
+  Args:
+    config: with `model.vocab_size`; sizes of 0 are chosen for the topology.
+    topology: such as "v5e:8x8".
+    names: the programs to compile; []: all.
+    out: the file that lines are printed to.
+
+  Returns:
+    The JSON object.
+
+  Raises:
+    UserError: an unknown topology or program, or a config that does not fit the topology.
+  """
   import jax
 
   from igpo_jax.parallel.machine import Machine

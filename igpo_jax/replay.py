@@ -41,6 +41,7 @@ Row = dict[str, Any]
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(prog="python -m igpo_jax.replay", description=__doc__)
   add = parser.add_argument
   add("--workdir", required=True, help="of the run; not changed")

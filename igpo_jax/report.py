@@ -22,6 +22,7 @@ from igpo_jax.viewer.report import PAGE
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(prog="python -m igpo_jax.report", description=__doc__)
   parser.add_argument("--workdir", action="append", required=True, metavar="DIR",
                       help="of a run; several are laid over each other")  # fmt: skip

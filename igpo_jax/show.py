@@ -29,6 +29,7 @@ HEADLINE = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/kl", "
 
 
 def make_parser() -> cli.ArgumentParser:
+  """The parser of this command's options."""
   parser = cli.ArgumentParser(prog="python -m igpo_jax.show", description=__doc__)
   add = parser.add_argument
   add("workdir", help="of a run", metavar="DIR")

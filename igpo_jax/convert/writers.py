@@ -150,7 +150,20 @@ def write_safetensors(
   progress: Progress,
   threads: int = THREADS,
 ) -> None:
-  """Writes the planned files, each by one thread from its first byte to its last."""
+  """Writes safetensors files, each by one thread from its first byte to its last.
+
+  With several files it also writes their index.
+
+  Args:
+    directory: where to write.
+    shards: file name -> its tensors, of `plan_shards`.
+    arrays: reads the arrays.
+    progress: called with the bytes of each block that has been written.
+    threads: number of threads.
+
+  Raises:
+    UserError: a dtype cannot hold a value, or a file of the source cannot be read.
+  """
 
   def write(name: str) -> None:
     with (directory / name).open("wb") as f:
@@ -257,6 +270,17 @@ def write_orbax(
   """Writes an Orbax PyTree checkpoint that any Orbax restores, chunk by chunk.
 
   Orbax's own `save` needs every array whole in memory, and writes the same files.
+
+  Args:
+    directory: the checkpoint to make.
+    entries: the arrays to write.
+    dtypes: name of an entry -> its dtype.
+    arrays: reads the arrays.
+    progress: called with the bytes of each block that has been written.
+    threads: number of threads.
+
+  Raises:
+    UserError: a dtype cannot hold a value, or a file of the source cannot be read.
   """
   began = time.time_ns()
   directory.mkdir(parents=True, exist_ok=True)

@@ -265,7 +265,7 @@ def grouped_linear(x: Array, tree: Params, sizes: Array, alpha: float) -> Array:
 
 
 def dense(h: Array, experts: Array, weights: Array, kernels: Params, alpha: float) -> Array:
-  """The plain twin of `ragged`, for tests: every expert works on every token."""
+  """The plain twin of `ragged`: every expert works on every token. Arguments as `ragged`."""
   count = kernels["ff_proj"]["kernel"].shape[0]
   given = jnp.sum(jax.nn.one_hot(experts, count) * weights[..., None], axis=-2)  # [B,t,X]
 

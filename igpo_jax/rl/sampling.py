@@ -74,7 +74,7 @@ class Samples:
     return Samples(**copies)
 
   def put(self, group: int, row: int, other: Samples, other_group: int, other_row: int) -> None:
-    """Replaces one completion by one of `other`'s."""
+    """Replaces completion `row` of group `group` by a completion of `other`."""
     for name in self.ARRAYS:
       getattr(self, name)[group, row] = getattr(other, name)[other_group, other_row]
     for name in self.LISTS:

@@ -45,7 +45,16 @@ def step_flops(config: Config, mesh, prompt: int, hinted: float = 0.0) -> dict[s
 
 
 def evaluation_flops(config: Config, task: Task, problems: int, prompt: int) -> int:
-  """FLOPs of one evaluation, of all devices together; includes rows that fill up the last batch."""
+  """FLOPs of one evaluation of a benchmark, of all devices together.
+
+  Rows that fill up the last batch are counted, too.
+
+  Args:
+    config: with all sizes resolved and with `model.vocab_size`.
+    task: the benchmark and its settings.
+    problems: number of problems.
+    prompt: length that every prompt is padded to, in tokens.
+  """
   sampler = task.setting.sampler
   rows = problems * task.setting.samples
   batch = min(config.eval.batch_size, rows)
