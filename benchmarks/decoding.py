@@ -8,7 +8,8 @@ Completes the test problems of a finished run greedily, with its newest checkpoi
 it says otherwise, so that thresholds and factors can save steps. The problems of each prompt length
 form one queue, and `--rows` of them are denoised at a time. "calls" is what a problem costs: the
 calls of the network, each counted for all rows that it is made for, divided by the problems.
-"alone" is the mean number of calls that a problem needs by itself. The cases run in turns,
+"alone" is the mean number of calls that a problem needs by itself. "full" is the share of the rows
+of a call that it worked at, over the calls while problems were waiting. The cases run in turns,
 `--repeats` times; seconds are medians, beside CPU seconds of the process for a machine that has
 other work, too. Prints a table, and one JSON object as the last line.
 """
@@ -145,7 +146,8 @@ def study(config: Config, workdir: epath.Path, args: argparse.Namespace) -> dict
 
 
 def costs(lm, cfg: SamplerConfig, outs: list[Denoised], slots: int) -> dict[str, float]:
-  """Calls for a row as they were made, those on the whole canvas among them, and those alone."""
+  """Calls for a row as they were made, those on the whole canvas among them, and those alone; and
+  how full the calls were while rows were waiting."""
   rows = sum(len(out.calls) for out in outs)
   made = {"calls": 0.0, "refreshes": 0.0}
   for out in outs:
@@ -153,7 +155,9 @@ def costs(lm, cfg: SamplerConfig, outs: list[Denoised], slots: int) -> dict[str,
     refreshes = int(out.refreshes) * kinds[0].rows
     made["refreshes"] += refreshes / rows
     made["calls"] += (refreshes + int(out.forwards - out.refreshes) * kinds[-1].rows) / rows
-  return made | {"alone": sum(int(out.calls.sum()) for out in outs) / rows}
+  worked, room = (sum(int(getattr(out, name)) for out in outs) for name in ("worked", "room"))
+  alone = sum(int(out.calls.sum()) for out in outs) / rows
+  return made | {"alone": alone, "full": worked / room if room else 1.0}
 
 
 def lm_config(model, config: Config):
@@ -164,16 +168,17 @@ def lm_config(model, config: Config):
 def table(results: dict) -> str:
   """The results as a Markdown table."""
   lines = [
-    "| case | accuracy | calls (refreshes) | alone | same tokens | GFLOP a row | seconds | CPU |",
-    "|---|---|---|---|---|---|---|---|",
+    "| case | accuracy | calls (refreshes) | alone | full | same tokens | GFLOP a row | seconds |"
+    " CPU |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for name, r in results.items():
     error = (r["high"] - r["low"]) / 2 / 1.96
     refreshes = f" ({r['refreshes']:.0f})" if r["refreshes"] < r["calls"] else ""
     lines.append(
       f"| {name} | {r['accuracy']:.3f} ± {error:.3f} | {r['calls']:.1f}{refreshes} |"
-      f" {r['alone']:.1f} | {r['same_tokens_as_first']:.3f} | {r['gflops_per_row']:.2f} |"
-      f" {r['seconds']:.1f} | {r['cpu_seconds']:.1f} |"
+      f" {r['alone']:.1f} | {r['full']:.3f} | {r['same_tokens_as_first']:.3f} |"
+      f" {r['gflops_per_row']:.2f} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} |"
     )
   return "\n".join(lines)
 

@@ -144,6 +144,9 @@ class Denoised:
     forwards: i32[], number of network calls of the whole batch.
     refreshes: i32[], how many of these calls computed the whole canvas. Without a cache all do.
     calls: i32[B], how many of these calls worked at the row. It does not depend on other rows.
+    worked: i32[], rows that calls worked at while other rows were waiting for a slot: the sum over
+      these calls.
+    room: i32[], rows that these calls were made for. `worked / room` is how full they were.
     finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
       answer of the model.
     commit_logp: f32[B,T], log-probability of each token when it was committed, under the softmax at
@@ -155,6 +158,8 @@ class Denoised:
   commit_step: Int32[Array, "B T"]
   forwards: Int32[Array, ""]
   refreshes: Int32[Array, ""]
+  worked: Int32[Array, ""]
+  room: Int32[Array, ""]
   finite: Bool[Array, " B"]
   commit_logp: Float32[Array, "B T"]
   calls: Int32[Array, " B"]

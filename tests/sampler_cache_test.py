@@ -19,8 +19,8 @@ from igpo_jax.diffusion import network
 from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
 from igpo_jax.types import Canvas
-from tests.sampler_test import MASK, PROMPT, ROWS, options, random_canvas, run
-from tests.tiny_lm import GOLDENS, golden_model
+from tests.sampler_test import MASK, PROMPT, ROWS, VOCAB, options, random_canvas, run
+from tests.tiny_lm import GOLDENS, golden_model, tiny_model
 
 CASES = sorted((GOLDENS / "generate_cache").glob("*.npz"))
 
@@ -225,6 +225,19 @@ def test_a_free_slot_takes_the_next_row_at_once():
   out = deep_run(canvas, slots=3)
   np.testing.assert_array_equal(out.calls, [24] + 8 * [4])
   assert out.forwards == 24 < -(-9 // 3) * 24
+  assert out.worked == out.room == 12 * 3  # the last two are taken after twelve calls
+
+
+def test_a_call_is_made_where_it_is_needed_only():
+  """XLA moves out of a loop what the loop does not change: the call would be made at every step."""
+  canvas = random_canvas(np.random.default_rng(0))
+  lm, params = tiny_model(VOCAB)
+  keys = jax.random.split(jax.random.key(0), ROWS)
+  program = jax.jit(lambda params, canvas: denoise(lm, params, canvas, keys, options(cache="dual")))
+  text = program.lower(params, jax.tree.map(jnp.asarray, canvas)).compile().as_text()
+  parts = [part for part in text.split("\n}") if "k_proj/dot_general" in part]
+  calls = [part for part in parts if "fused" not in part.strip().split("\n")[0]]
+  assert len(calls) == 2  # on the whole canvas, and on a block: each in a loop of its own
 
 
 # --- options -------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def narrow_heads(monkeypatch):
   "name", ["row_stop", "random_temperature", "threshold", "allow_mask_temperature", "all"]
 )
 def test_results_do_not_depend_on_how_many_positions_the_head_sees(name, narrow_heads):
-  assert network.head_widths(ROWS, 4, VOCAB) == [4, 3, 2, 1]
+  assert network.head_sizes(ROWS * 4, VOCAB) == [4 * ROWS, 3 * ROWS, 2 * ROWS, ROWS]
   test_the_loop_equals_its_python_twin(name)
 
 

@@ -9,49 +9,35 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.ops.masked import topk_mask
 from igpo_jax.types import LM, Array
 
+SURENESS = ("maskgit_plus", "topk_margin", "entropy")  # rules of `cfg.remasking` that rank by it
 ARGMAX_RUN = 512  # the longest run of elements that `argmax_last` searches in its second pass
 
 
-def choose(
+def choose_tokens(
   lm: LM,
   cfg: SamplerConfig,
   logits: Array,
-  candidates: Array,
-  count: Array,
   keys: Array,
   places: Array,
   gumbel: Array | None = None,
-  chance: Array | None = None,
-  uniform: Array | None = None,
-  editable: Array | None = None,
-  old: Array | None = None,
-) -> tuple[Array, Array, Array]:
-  """Chooses tokens for w positions of each row, and which of them to commit now.
+) -> tuple[Array, Array, Array | None]:
+  """Chooses a token for each of some positions, whichever rows they are of.
 
   (docs/method.md#sampling)
 
   Args:
     lm: the model, for its special tokens.
     cfg: see `SamplerConfig`.
-    logits: f32[B,w,V].
-    candidates: bool[B,w], the positions that may be committed.
-    count: i32[B], how many candidates each row commits at least (all, if it has fewer). Not used
-      with "origin".
-    keys: key[B], each row's key for this step.
-    places: i32[B,w], the position of each column in the completion, ascending among candidates.
-      Noise is keyed by it, so a position draws the same noise whichever others are decided with it.
-    gumbel: f32[B,w,V], standard Gumbel noise instead of what `keys` would give; for tests.
-    chance: f32[B], the probability with which "origin" commits each candidate of a row. Needed
-      with "origin", not used otherwise.
-    uniform: f32[B,w], uniform numbers in [0, 1) instead of what `keys` would give "origin"; for
-      tests.
-    editable: bool[B,w], positions that are filled but may get another token
-      (`cfg.edit_threshold`); None: there are none.
-    old: i32[B,w], the present tokens, where `editable` is given.
+    logits: f32[...,V].
+    keys: key[...], the key of each position's row for this step.
+    places: i32[...], the position in the completion. Noise is keyed by it, so a position draws the
+      same noise whichever others are decided with it.
+    gumbel: f32[...,V], standard Gumbel noise instead of what `keys` would give; for tests.
 
   Returns:
-    (commit bool[B,w]; chosen tokens i32[B,w]; their log-probabilities f32[B,w] under
-    softmax(logits), at temperature 1. They are not finite where a logit is NaN or +infinity).
+    (chosen tokens i32[...]; their log-probabilities f32[...] under softmax(logits), at temperature
+    1, which are not finite where a logit is NaN or +infinity; `sureness` f32[...], None where
+    `cfg.remasking` does not rank positions by it).
   """
   kept = logits
   if cfg.top_p < 1:
@@ -61,7 +47,7 @@ def choose(
   scores = kept
   if cfg.temperature > 0:
     if gumbel is None:
-      draw = lambda k: jax.random.gumbel(k, logits.shape[2:], jnp.float32, mode="high")
+      draw = lambda k: jax.random.gumbel(k, logits.shape[-1:], jnp.float32, mode="high")
       gumbel = at_places(draw, keys, places, 0)
     scores = kept + cfg.temperature * gumbel
   chosen = argmax_last(scores, None if cfg.allow_mask else lm.mask_id)
@@ -69,22 +55,70 @@ def choose(
   # The confidence goes by the plain softmax: without noise, and over all tokens.
   picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
   log_confidence = picked - jax.nn.logsumexp(logits, axis=-1)
+  sure = None
+  if cfg.remasking in SURENESS:
+    sure = sureness(cfg.remasking, kept / (cfg.temperature or 1.0), chosen)
+  return chosen, log_confidence, sure
+
+
+def choose_positions(
+  lm: LM,
+  cfg: SamplerConfig,
+  chosen: Array,
+  log_confidence: Array,
+  sure: Array | None,
+  candidates: Array,
+  count: Array,
+  keys: Array,
+  places: Array,
+  chance: Array | None = None,
+  uniform: Array | None = None,
+  editable: Array | None = None,
+  old: Array | None = None,
+) -> Array:
+  """Chooses which of w positions of each row to commit now.
+
+  Args:
+    lm: the model, for its special tokens.
+    cfg: see `SamplerConfig`.
+    chosen, log_confidence, sure: i32[B,w], f32[B,w] and f32[B,w] or None, see `choose_tokens`. What
+      they are at positions that are neither candidates nor editable does not matter.
+    candidates: bool[B,w], the positions that may be committed.
+    count: i32[B], how many candidates each row commits at least (all, if it has fewer). Not used
+      with "origin".
+    keys: key[B], each row's key for this step.
+    places: i32[B,w], the position of each column in the completion, ascending.
+    chance: f32[B], the probability with which "origin" commits each candidate of a row. Needed
+      with "origin", not used otherwise.
+    uniform: f32[B,w], uniform numbers in [0, 1) instead of what `keys` would give "origin"; for
+      tests.
+    editable: bool[B,w], positions that are filled but may get another token
+      (`cfg.edit_threshold`); None: there are none.
+    old: i32[B,w], the present tokens, where `editable` is given.
+
+  Returns:
+    bool[B,w].
+  """
+  of_places = lambda draw, stream: at_places(
+    draw, jnp.broadcast_to(keys[:, None], places.shape), places, stream
+  )
   if cfg.remasking == "origin":
     if uniform is None:
-      uniform = at_places(jax.random.uniform, keys, places, 1)
+      uniform = of_places(jax.random.uniform, 1)
     assert chance is not None
-    return candidates & (uniform < chance[:, None]), chosen, log_confidence
+    return candidates & (uniform < chance[:, None])
   if cfg.remasking == "low_confidence":
     rank_by = log_confidence if not cfg.alg_temp else jnp.exp(log_confidence)
   elif cfg.remasking == "random":
-    rank_by = at_places(jax.random.uniform, keys, places, 1)
+    rank_by = of_places(jax.random.uniform, 1)
   elif cfg.remasking == "sequential":
-    rank_by = jnp.broadcast_to(-places.astype(jnp.float32), candidates.shape)
+    rank_by = -places.astype(jnp.float32)
   else:
-    rank_by = sureness(cfg.remasking, kept / (cfg.temperature or 1.0), chosen)
+    assert sure is not None
+    rank_by = sure
   if cfg.alg_temp:  # the largest values with Gumbel noise added are a draw without replacement
     draw = lambda k: jax.random.gumbel(k, (), jnp.float32, mode="high")
-    rank_by = rank_by / cfg.alg_temp + at_places(draw, keys, places, 2)
+    rank_by = rank_by / cfg.alg_temp + of_places(draw, 2)
   if cfg.suppress_eos:
     stops = jnp.isin(chosen, jnp.asarray(lm.stop_ids))
     rank_by = jnp.where(stops, rank_by - 1e4, rank_by)  # last, but still in order
@@ -94,11 +128,11 @@ def choose(
   if cfg.threshold is not None:
     commit |= candidates & (jnp.exp(log_confidence) > cfg.threshold)
   if cfg.factor is not None:
-    sure = factor_count(log_confidence, candidates, cfg.factor)
-    commit |= topk_mask(log_confidence, candidates, sure)
+    sure_ones = factor_count(log_confidence, candidates, cfg.factor)
+    commit |= topk_mask(log_confidence, candidates, sure_ones)
   if editable is not None and cfg.edit_threshold is not None:
     commit |= editable & (chosen != old) & (jnp.exp(log_confidence) > cfg.edit_threshold)
-  return commit, chosen, log_confidence
+  return commit
 
 
 def keep_likeliest(logits: Array, share: float, temperature: float) -> Array:
@@ -147,20 +181,18 @@ def at_places(draw, keys: Array, places: Array, stream: int) -> Array:
   """Draws noise for each position, with a key made from (row key, stream, position).
 
   Args:
-    draw: `draw(key) -> [...]`, the noise of one position.
-    keys: key[B].
-    places: i32[B,w], positions.
+    draw: `draw(key) -> [*]`, the noise of one position.
+    keys: key[...], the key of each position's row.
+    places: i32[...], positions.
     stream: a number for each use of noise within a step, so that the uses are independent.
 
   Returns:
-    [B,w,...].
+    [...,*].
   """
-
-  def of_row(key, places):
-    key = jax.random.fold_in(key, stream)
-    return jax.vmap(lambda place: draw(jax.random.fold_in(key, place)))(places)
-
-  return jax.vmap(of_row)(keys, places)
+  one = lambda key, place: draw(jax.random.fold_in(jax.random.fold_in(key, stream), place))
+  for _ in places.shape:
+    one = jax.vmap(one)
+  return one(keys, places)
 
 
 def factor_count(log_confidence: Array, candidates: Array, factor: float) -> Array:

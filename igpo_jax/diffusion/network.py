@@ -312,18 +312,17 @@ def head_logits(lm: LM, params: Params, cfg: SamplerConfig, h: Array) -> Array:
   return logits
 
 
-def head_widths(rows: int, width: int, vocab_size: int) -> list[int]:
-  """The numbers of positions of a row that the head is compiled for, largest first.
+def head_sizes(positions: int, vocab_size: int) -> list[int]:
+  """The numbers of positions that the head is compiled for, largest first.
 
-  They are the quarters of `width`; or `width` alone, where a call on all of it has few logits.
+  They are the quarters of `positions`; or `positions` alone, where all of them have few logits.
 
   Args:
-    rows: B.
-    width: positions of the window.
+    positions: of all windows on a shard.
     vocab_size: V.
 
-  Example: for a width of 32 and many rows: 32, 24, 16 and 8.
+  Example: for 64 rows with windows of 32 and a large vocabulary: 2048, 1536, 1024 and 512.
   """
-  if rows * width * vocab_size < FEW_LOGITS:
-    return [width]
-  return sorted({-(-width * n // HEAD_PROGRAMS) for n in range(1, HEAD_PROGRAMS + 1)})[::-1]
+  if positions * vocab_size < FEW_LOGITS:
+    return [positions]
+  return sorted({-(-positions * n // HEAD_PROGRAMS) for n in range(1, HEAD_PROGRAMS + 1)})[::-1]

@@ -24,24 +24,19 @@ import numpy as np
 from jaxtyping import Key, PRNGKeyArray, UInt32
 
 from igpo_jax.config import SamplerConfig
-from igpo_jax.diffusion.choose import choose
+from igpo_jax.diffusion.calls import call_network, waits_for
+from igpo_jax.diffusion.choose import choose_positions, choose_tokens
 from igpo_jax.diffusion.network import (
-  Program,
-  block_hidden,
-  cache_rows,
-  cached_widths,
+  block_numbers,
   find_window,
   head_logits,
-  head_widths,
+  head_sizes,
   init_cache,
   num_blocks,
   overhang,
   programs,
-  put_into_cache,
-  take_from_cache,
   windows,
 )
-from igpo_jax.diffusion.network import block_numbers as numbers_of
 from igpo_jax.diffusion.schedule import commits_at, commits_until, unmasking_chances
 from igpo_jax.diffusion.slots import (
   Queue,
@@ -55,8 +50,6 @@ from igpo_jax.diffusion.slots import (
   make_queue,
   masks,
   next_block,
-  put,
-  take,
   unfinished,
 )
 from igpo_jax.errors import UserError
@@ -68,6 +61,8 @@ NOT_A_NUMBER = (
   "the model's logits are not finite (NaN or infinity), so there is no answer: its weights are "
   "damaged, or too large for the dtype of the computation"
 )
+
+COUNTS = ("forwards", "refreshes", "worked", "room")  # see `Denoised`
 
 NoiseFn = Callable[[int, tuple[int, ...]], Array]
 
@@ -171,6 +166,8 @@ class State(flax.struct.PyTreeNode):
   cache: Any  # of `network.init_cache`: the keys and values of the rows in the slots
   forwards: Array  # i32[], network calls so far
   refreshes: Array  # i32[], how many of them saw the whole canvas
+  worked: Array  # i32[], rows that calls worked at while others were waiting; see `Denoised`
+  room: Array  # i32[], rows that these calls were made for
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
@@ -194,7 +191,7 @@ def begin(lm: LM, params: Params, canvas: Canvas, keys: Array, cfg, slots: int =
   queue = make_queue(lm, cfg, canvas, keys, shards)
   cache = init_cache(lm, params, cfg, shards * rows, t)
   zero = jnp.int32(0)
-  return _placed(State(queue, empty_slots(queue, rows, cfg, lm), cache, zero, zero))
+  return _placed(State(queue, empty_slots(queue, rows, cfg, lm), cache, zero, zero, zero, zero))
 
 
 def fill(
@@ -227,28 +224,34 @@ def fill(
     held = holds_row(queue, state.slots)
     return jnp.any(held) & ~jnp.any(held & (state.slots.block >= num_blocks(cfg, lm)))
 
-  def next_kind(state):
-    """The index of the first kind of call that enough rows wait for, else that most wait for."""
-    waits = _waits_for(lm, cfg, state, together)
-    counts = jnp.stack([jnp.sum(waits == _width(kind)) for kind in kinds])
-    of_all = jnp.asarray([kind.of_all for kind in kinds])
-    counts = jnp.where(of_all & (counts < jnp.sum(waits >= 0)), -1, counts)
-    enough = counts >= jnp.asarray([0 if k.of_all else k.rows * shards for k in kinds])
-    return jnp.where(jnp.any(enough), jnp.argmax(enough), jnp.argmax(counts))
-
-  def calls(state):
-    # One loop for each kind of call. A conditional inside one loop would copy the whole cache at
-    # every step.
-    for i, kind in enumerate(kinds):
-      call = functools.partial(_call, lm, params, cfg, noise_table, together, shards, kind)
-      now = lambda state, i=i: going(state) & (next_kind(state) == i)
-      state = jax.lax.while_loop(going if len(kinds) == 1 else now, call, state)
-    return state
+  def step(state):
+    """One network call, and the commits of the rows that it was made for."""
+    slots = state.slots
+    block = jnp.minimum(slots.block, num_blocks(cfg, lm) - 1)
+    window = find_window(cfg, lm, block_numbers(cfg, lm, slots.valid), block)
+    waits = waits_for(lm, cfg, slots, holds_row(queue, slots), together)
+    asked, kind = call_network(lm, params, cfg, kinds, slots, waits, window, state.cache, shards)
+    noise = None
+    if noise_table is not None:
+      place = slots.number + jnp.repeat(jnp.arange(shards), rows) * rows
+      noise = jnp.take(noise_table[state.forwards], place, axis=0, mode="clip")
+    slots = _commit(lm, params, cfg, asked.h, slots, asked.works, window, noise, shards)
+    if cfg.early_stop == "batch":
+      slots = _stop_all(lm, cfg, state, slots)
+    of_kind = lambda values: jnp.asarray(values, jnp.int32)[kind]
+    waiting = jnp.any(state.queue.taken < queue.length)
+    return state.replace(
+      slots=slots,
+      cache=asked.cache,
+      forwards=state.forwards + 1,
+      refreshes=state.refreshes + of_kind([kind.seen is None for kind in kinds]),
+      worked=state.worked + waiting * jnp.sum(asked.works),
+      room=state.room + waiting * of_kind([kind.rows * shards for kind in kinds]),
+    )
 
   def turn(state):
     queue, slots = exchange(lm, cfg, state.queue, state.slots)
-    state = state.replace(queue=queue, slots=slots)
-    return calls(state) if len(kinds) == 1 else jax.lax.while_loop(going, calls, state)
+    return jax.lax.while_loop(going, step, state.replace(queue=queue, slots=slots))
 
   def left(state):
     """Whether a slot holds a row (even if done: it is not written out yet) or can get one."""
@@ -268,8 +271,7 @@ def _placed(state: State) -> State:
   return state.replace(
     queue=jax.tree.map(on_rows, state.queue),
     slots=jax.tree.map(on_rows, state.slots),
-    forwards=constrain(state.forwards),
-    refreshes=constrain(state.refreshes),
+    **{name: constrain(getattr(state, name)) for name in COUNTS},
   )
 
 
@@ -278,127 +280,62 @@ def results(state: State) -> Denoised:
   queue = state.queue
   names = ("tokens", "commit_step", "commit_logp", "finite", "calls")
   of_rows = {name: flat(getattr(queue, name)) for name in names}
-  return Denoised(forwards=state.forwards, refreshes=state.refreshes, **of_rows)
+  return Denoised(**{name: getattr(state, name) for name in COUNTS}, **of_rows)
 
 
-def _width(kind: Program) -> int:
-  """How many positions a kind of call sees; 0 stands for the whole canvas."""
-  return kind.seen or 0
+def _predict(lm, params, cfg, h, asked, keys, places, gumbel, shards: int):
+  """Applies the head, and chooses tokens, at as few positions as a step needs.
 
-
-def _waits_for(lm, cfg, state: State, together: bool) -> Array:
-  """i32[B], the kind of call that each row needs next, as its `_width`; -1 where it needs none."""
-  slots, blocks = state.slots, num_blocks(cfg, lm)
-  due = holds_row(state.queue, slots) & (slots.block < blocks)
-  if together:
-    due &= slots.block == jnp.min(jnp.where(due, slots.block, blocks))
-  if cfg.cache == "none":
-    return jnp.where(due, 0, -1)
-  of_block = jnp.asarray(cached_widths(cfg, lm))[jnp.minimum(slots.block, blocks - 1)]
-  fresh = slots.step % (cfg.refresh_every or cfg.steps_per_block) == 0
-  return jnp.where(due, jnp.where(fresh, 0, of_block), -1)
-
-
-def _call(
-  lm, params, cfg, noise_table, together: bool, shards: int, kind: Program, state: State
-) -> State:
-  """One network call for the rows that wait for this kind of call, and the step that follows."""
-  queue, slots, cache = state.queue, state.slots, state.cache
-  rows = len(slots.number) // shards
-  works = _waits_for(lm, cfg, state, together) == _width(kind)
-  at = None
-  if kind.picked:  # only some rows take part; those that wait for such a call come first
-    of_shard = works.reshape(shards, rows)
-    at = jnp.argsort(~of_shard, axis=1, stable=True)[:, : kind.rows].astype(jnp.int32)
-    works = take(works, at)
-    in_cache = cache_rows(cfg, at, rows)
-    slots = take(slots, at)
-    if kind.seen is None:
-      some = init_cache(lm, params, cfg, shards * kind.rows, slots.tokens.shape[1])
-    else:
-      some = take_from_cache(cache, in_cache)
-  else:
-    some = cache
-  numbers = numbers_of(cfg, lm, slots.valid)
-  window = find_window(cfg, lm, numbers, jnp.minimum(slots.block, num_blocks(cfg, lm) - 1))
-  h, some = block_hidden(
-    lm, params, cfg, slots.tokens, slots.fixed, slots.valid, some, window, kind.seen, shards
-  )
-  noise = None
-  if noise_table is not None:
-    place = slots.number + jnp.repeat(jnp.arange(shards), rows) * rows
-    noise = jnp.take(noise_table[state.forwards], place, axis=0, mode="clip")
-  slots = _commit(lm, params, cfg, h, slots, works, window, noise)
-  if at is None:
-    cache = some
-  else:
-    past_end = lambda x, works: jnp.where(works, x, 2 * rows)
-    works = works.reshape(at.shape)
-    slots = put(state.slots, past_end(at, works), slots)
-    in_cache = past_end(in_cache, jnp.tile(works, (1, in_cache.shape[1] // works.shape[1])))
-    cache = put_into_cache(cache, in_cache, some)
-  if cfg.early_stop == "batch":
-    slots = _stop_all(lm, cfg, state, slots)
-  return State(queue, slots, cache, state.forwards + 1, state.refreshes + (kind.seen is None))
-
-
-def _decide(lm, params, cfg, h, candidates, share, keys, first, noise, chance, edits=None):
-  """Applies the head and `choose`, to as few positions as a step needs.
-
-  Committed positions, on average half of a block, need no logits. So each row's candidates are
-  moved to the front, and only the first columns are computed: as many as the row with the most
-  candidates has, rounded up to one of a few widths (`head_widths`).
+  Committed positions, on average half of a block, need no logits, and neither do rows that the call
+  was not made for. So the positions that are asked for are moved to the front, on each shard, and
+  only as many are computed as the shard with the most of them has, rounded up to one of a few sizes
+  (`head_sizes`).
 
   Args:
-    h: [C,B,width,D] from `block_hidden`.
-    candidates, share, keys: bool[B,width], i32[B] and key[B], see `choose` (`share` is `count`).
-    first: i32[B], position in the completion of each row's first column.
-    noise: f32[B,width,V] or, for "origin", f32[B,width]; None: noise is drawn from `keys`.
-    chance: f32[B], see `choose`.
-    edits: (editable bool[B,width], old i32[B,width]) of `choose`; None where nothing is edited.
+    h: [B,C,width,D], see `Asked`.
+    asked: bool[B,width], the positions that matter.
+    keys: key[B], each row's key for this step.
+    places: i32[B,width], the position of each column in the completion.
+    gumbel: f32[B,width,V]; None: noise is drawn from `keys`.
+    shards: parts that the rows are split into.
 
   Returns:
-    (commit bool[B,width]; chosen i32[B,width]; log-probability f32[B,width] of each chosen token;
-    finite bool[B], whether all these log-probabilities were numbers).
+    i32[B,width], f32[B,width] and f32[B,width] or None, see `choose_tokens`. What is not asked for
+    has values of other positions.
   """
-  b, width = candidates.shape
-  order = jnp.argsort(~candidates, axis=1, stable=True)  # i32[B,width]
-  sizes = [width] if edits else head_widths(b, width, lm.vocab_size)
+  b, width = asked.shape
+  positions = b // shards * width
+  of_shard = lambda x: x.reshape(shards, positions, *x.shape[2:])
+  asked, places = of_shard(asked), of_shard(places)
+  keys = of_shard(jnp.broadcast_to(keys[:, None], (b, width)))
+  gumbel = None if gumbel is None else of_shard(gumbel)
+  h = jnp.moveaxis(h, 1, 0)
+  h = h.reshape(len(h), shards, positions, h.shape[-1])  # [C,W,positions,D]
+  sizes = head_sizes(positions, lm.vocab_size)
+  order = jnp.argsort(~asked, axis=1, stable=True)
+  rank = jnp.cumsum(asked, axis=1) - 1  # of what is asked for: its place in `order`
 
-  def with_width(size, h):
-    at = order[:, :size]
-    pick = lambda x: jnp.take_along_axis(x, at, axis=1)
-    some = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
-    given = noise
-    if size < width:
-      h = jax.vmap(some)(h)
-      given = None if noise is None else some(noise) if noise.ndim == 3 else pick(noise)
-    else:
-      at, pick = jnp.broadcast_to(jnp.arange(width), (b, width)), lambda x: x
-    logits = head_logits(lm, params, cfg, h)
-    asked = pick(candidates)
-    if edits:
-      asked = asked | edits[0]
-    drawn = {"uniform" if cfg.remasking == "origin" else "gumbel": given}
-    commit, chosen, logp = choose(
-      lm, cfg, logits, pick(candidates), share, keys, first[:, None] + at, chance=chance,
-      **drawn, **dict(zip(("editable", "old"), edits or (), strict=False)),
-    )  # fmt: skip
-    finite = jnp.all(jnp.isfinite(logp) | ~asked, axis=1)
-    if size == width:
-      return commit, chosen, logp, finite
-    put = lambda x: jax.vmap(lambda at, x: jnp.zeros(width, x.dtype).at[at].set(x))(at, x)
-    return put(commit), put(chosen), put(logp), finite
+  def with_size(size, h):
+    pick = lambda x: jax.vmap(lambda x, at: x[at])(x, order[:, :size])
+    if size == positions:
+      pick = lambda x: x
+    logits = head_logits(lm, params, cfg, jnp.stack([pick(x) for x in h]))
+    found = choose_tokens(
+      lm, cfg, logits, pick(keys), pick(places), None if gumbel is None else pick(gumbel)
+    )
+    if size < positions:
+      back = jax.vmap(lambda x, rank: x[jnp.clip(rank, 0, size - 1)])
+      found = jax.tree.map(lambda x: back(x, rank), found)
+    return jax.tree.map(lambda x: x.reshape(b, width), found)
 
   if len(sizes) == 1:
-    return with_width(width, h)
+    return with_size(positions, h)
   # The conditional gets h only: if it carried the cache, it would copy it.
-  most = jnp.max(jnp.sum(candidates, axis=1))
-  which = jnp.sum(jnp.asarray(sizes) >= most) - 1
-  return jax.lax.switch(which, [functools.partial(with_width, size) for size in sizes], h)
+  which = jnp.sum(jnp.asarray(sizes) >= jnp.max(jnp.sum(asked, axis=1))) - 1
+  return jax.lax.switch(which, [functools.partial(with_size, size) for size in sizes], h)
 
 
-def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Slots:
+def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise, shards: int) -> Slots:
   """One denoising step after the network's call, for the rows `works` bool[B] only."""
   t = slots.tokens.shape[1]
   start, width = window
@@ -417,15 +354,21 @@ def _commit(lm, params, cfg, h, slots: Slots, works: Array, window, noise) -> Sl
     share = jnp.maximum(commits_until(slots.had, per_block, i, *shares) - committed, 1)
   chance = jnp.asarray(unmasking_chances(per_block))[i] if cfg.remasking == "origin" else None
   first = start - (t - cfg.gen_length)  # noise is keyed by the position in the completion
-  old, edits = part(slots.tokens), None
+  places = first[:, None] + jnp.arange(width)
+  old, asked, edits = part(slots.tokens), candidates, (None, None)
   if editing:
     active, full = unfinished(lm, cfg, slots, here), ~jnp.any(left & here, axis=1)
     filled = here & ~slots.fixed & (slots.tokens != lm.mask_id)
-    edits = part(filled & (works & active)[:, None]), old
-  commit, chosen, logp, finite = _decide(
-    lm, params, cfg, h, candidates, share, keys, first, None if noise is None else part(noise),
-    chance, edits,
-  )  # fmt: skip
+    editable = part(filled & (works & active)[:, None])
+    asked, edits = candidates | editable, (editable, old)
+  gumbel = uniform = None
+  if noise is not None:
+    gumbel, uniform = (None, part(noise)) if cfg.remasking == "origin" else (part(noise), None)
+  chosen, logp, sure = _predict(lm, params, cfg, h, asked, keys, places, gumbel, shards)
+  commit = choose_positions(
+    lm, cfg, chosen, logp, sure, candidates, share, keys, places, chance, uniform, *edits
+  )
+  finite = jnp.all(jnp.isfinite(logp) | ~asked, axis=1)
   if editing:
     edited = full & works & active
     slots = slots.replace(

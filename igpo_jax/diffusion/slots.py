@@ -90,28 +90,20 @@ def take(tree, at: Array):
   return jax.tree.map(lambda x: flat(jax.vmap(pick)(in_shards(x, len(at)), at)), tree)
 
 
-def put(tree, at: Array, some):
-  """Replaces some rows of each shard, and leaves PRNG keys as they are: the inverse of `take`.
+def put(x: Array, at: Array, some: Array) -> Array:
+  """Replaces some rows of each shard: the inverse of `take`.
 
   Args:
-    tree: arrays [W*b,...].
+    x: [W*b,...].
     at: i32[W,s], for each shard the indices of the rows to replace. Nothing is written for an
       index of b or more.
-    some: the tree with the new rows [W*s,...].
+    some: [W*s,...], the new rows.
 
   Returns:
-    `tree` with these rows replaced.
+    `x` with these rows replaced.
   """
-
-  def write(x, new):
-    if x is new:
-      return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return x  # a row's key never changes
-    to = lambda x, at, new: x.at[at].set(new, mode="drop")
-    return flat(jax.vmap(to)(in_shards(x, len(at)), at, in_shards(new, len(at))))
-
-  return jax.tree.map(write, tree, some)
+  to = lambda x, at, new: x.at[at].set(new, mode="drop")
+  return flat(jax.vmap(to)(in_shards(x, len(at)), at, in_shards(some, len(at))))
 
 
 def make_queue(lm: LM, cfg: SamplerConfig, canvas: Canvas, keys: Array, shards: int) -> Queue:
