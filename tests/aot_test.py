@@ -46,6 +46,7 @@ def report():
   return inspected(tiny())
 
 
+@pytest.mark.slow
 def test_the_programs_of_both_stages_compile_and_are_counted(report):
   assert list(report) == ["sft", "rollout", "likelihood", "update"]
   for facts in report.values():

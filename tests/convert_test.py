@@ -295,6 +295,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 4), (1, 2, 4), (8, 1, 1)):
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_is_filled_by_reading_each_byte_once(hf, tmp_path):
   orbax = convert(hf, tmp_path / "orbax")
   run_on_devices(8, "-c", MESH_SCRIPT, str(hf), str(orbax))

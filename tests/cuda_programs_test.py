@@ -40,6 +40,7 @@ def fused_calls(config, name):
   return found[FORWARD], found[BACKWARD]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 128])
 @pytest.mark.parametrize("attend", ["auto", "dot_product"])
 @pytest.mark.parametrize(

@@ -737,6 +737,7 @@ def test_real_benchmarks_through_tfds_equal_their_files(tmp_path, name, file_for
   assert through == direct
 
 
+@pytest.mark.slow
 def test_gsm8k_through_the_librarys_own_builder_equals_the_files(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 

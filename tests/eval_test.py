@@ -201,6 +201,7 @@ def run_evaluation(directory, setting=None, n=13, batch_size=4, label="init", st
 WARM = {"temperature": 1.0, "samples": 3}
 
 
+@pytest.mark.slow
 def test_every_problem_is_made_once_in_order_whatever_the_tail(tmp_path):
   wanted = [record.id for record in load_records(TASK, n=13).records]
   for batch_size in (4, 13):
@@ -226,6 +227,7 @@ def test_the_settings_of_an_evaluation_are_equal_where_its_completions_are(tmp_p
   assert "temperature=1.0" in result["settings"] and result["cache"] == "none"
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch_or_on_other_samples(tmp_path):
   _, path = run_evaluation(tmp_path / "a", WARM, batch_size=4)
   _, other = run_evaluation(tmp_path / "b", WARM, batch_size=7)
@@ -322,6 +324,7 @@ def test_a_long_prompt_gets_a_bucket_and_nothing_is_left_out():
   assert asked == [p.asked.id for p in longest_first] and asked[:2] == ["long", "long#sample1"]
 
 
+@pytest.mark.slow
 def test_batches_of_like_length_give_the_rows_and_the_file_of_one_batch(tmp_path):
   """13 problems of two lengths, 3 samples each: shuffled by length, and put in order at the end."""
   expected, whole = run_evaluation(tmp_path / "whole", WARM, batch_size=64)

@@ -119,6 +119,7 @@ def run(name, canvas, keys=None, **options):
 # --- the sampler ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_family
 def test_hints_stay_and_rows_are_their_own(name):
   canvas = rows_with_hints()
@@ -285,6 +286,7 @@ def test_options_that_a_family_has_not_are_refused():
 # --- experts ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", [*((n, "float32") for n in ROUTED),
                                          ("llada_moe", "bfloat16")])  # fmt: skip
 def test_grouped_products_equal_every_expert_on_every_token(name, dtype):
@@ -453,6 +455,7 @@ def test_round_trips_keep_every_bit(name, tmp_path):
   assert pre.config.head_size == config.head_size and pre.lm.shift == lm.shift
 
 
+@pytest.mark.slow
 @every_family
 def test_adapters_go_to_peft_and_back(name, tmp_path):
   cfg = LoRAConfig(rank=2, alpha=4.0, targets="blocks/.*")
@@ -503,6 +506,7 @@ def test_every_published_model_has_a_config_that_can_be_written_and_read(name):
 # --- meshes and machines ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_mesh():
   done = run_on_devices(8, "-m", "tests.families_mesh_program")
   for name, meshes in json.loads(done.stdout.splitlines()[-1]).items():
@@ -533,6 +537,7 @@ def test_every_parameter_of_every_family_is_compared_on_a_mesh():
     assert axes_of(tiny_of(name)) <= compared, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, platform", [("dream", "cuda"), ("llada_moe", "cuda"),
                                             ("llada2", "tpu")])  # fmt: skip
 def test_programs_can_be_lowered_for_accelerators(name, platform):

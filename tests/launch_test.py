@@ -190,6 +190,7 @@ def test_a_slice_is_an_accelerator_and_its_runtime(world, slice_, accelerator, r
   assert f"--version={runtime}" in direct and "--spot" in direct and "--spot" not in queued
 
 
+@pytest.mark.slow
 def test_what_is_done_is_what_the_dry_run_showed(world):
   """The life of a TPU, command by command; only looking at states comes on top."""
   steps = [("create", "--wait"), ("install", "--data=gs://bucket/data"), ("run",), ("logs",),
@@ -226,6 +227,7 @@ def test_the_programs_arguments_arrive_as_given(world):
     assert world.starts(k) == [["--distributed", "--workdir=gs://bucket/run", *odd]]
 
 
+@pytest.mark.slow
 def test_a_program_that_runs_is_not_started_twice_and_saves_when_stopped(world):
   call("create", world, "--wait", **ALL)
   call("install", world, **ALL)
@@ -263,6 +265,7 @@ def test_uncommitted_changes_are_told_and_stay_here(world):
 UP = ["queued-resources create", "tpu-vm scp", "ssh install", "ssh start"]
 
 
+@pytest.mark.slow
 def test_resume_goes_on_after_a_preemption(make_world):
   """The same command with the same workdir, on a TPU made anew; then it is deleted."""
   world = make_world(plan=["wait", 0])
@@ -279,6 +282,7 @@ def test_resume_goes_on_after_a_preemption(make_world):
   assert creates[0] == creates[1] and "--spot" in creates[0]
 
 
+@pytest.mark.slow
 def test_resume_installs_the_same_commit_after_a_preemption(make_world):
   world = make_world(plan=["wait", 0])
   world.tell("preempt_at_look", "4")
@@ -296,6 +300,7 @@ def test_resume_starts_again_what_was_interrupted_on_a_living_tpu(make_world):
   assert (world.folder / "queue").exists()  # not asked to delete it
 
 
+@pytest.mark.slow
 def test_resume_gives_up_on_a_program_that_crashes(make_world):
   world = make_world(plan=[1])
   done = call("resume", world, "--max-crashes=3", **ALL)
@@ -317,6 +322,7 @@ def test_resume_ends_at_once_at_a_mistake_in_the_arguments(make_world):
   assert len(world.starts(0)) == 1
 
 
+@pytest.mark.slow
 def test_resume_ends_when_the_run_was_stopped(world):
   call("create", world, "--wait", **ALL)
   call("install", world, **ALL)

@@ -52,6 +52,7 @@ RUNS = {
   "lora one": (LORA, (1, 1, 1)),
   "lora 2x2x2": (FUSED, (2, 2, 2)),
 }
+GREEDY = ("one", "2x2x2")  # where a temperature of zero is sampled at as well
 # Each slice's length is a program to compile, so only where rows lie on 8 and on 4 devices.
 SLICED = ((1, 8, 1), (2, 2, 2))
 
@@ -89,7 +90,7 @@ def flat(tree) -> list[float]:
   return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)]).tolist()
 
 
-def run(config: ModelConfig, shape, data) -> dict:
+def run(name: str, config: ModelConfig, shape, data) -> dict:
   """SFT updates, sampled rollouts and policy updates on one mesh."""
   tokens, valid, response, advantages = data
   mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
@@ -107,13 +108,13 @@ def run(config: ModelConfig, shape, data) -> dict:
     # SFT: three steps of SGD and of AdamW
     sft = SFTConfig(batch_size=16, micro_batches=2)
     optimizers = {"sgd": sgd_with_gradient(0.1), "adamw": optax.adamw(1e-3)}
-    for name, optimizer in optimizers.items() if config is MODEL else [*optimizers.items()][:1]:
+    for rule, optimizer in optimizers.items() if config is MODEL else [*optimizers.items()][:1]:
       state, update = state_of(optimizer), make_sft_update(lm, optimizer, sft)
       for i in range(3):
         state, metrics = update(state, frozen, *rows, jax.random.key(i))
-        if name == "sgd" and i == 0:
+        if rule == "sgd" and i == 0:
           out["sft_gradient"], out["sft_loss"] = flat(state.opt_state), float(metrics["loss"])
-      out[f"sft_{name}"] = flat(state.params)
+      out[f"sft_{rule}"] = flat(state.params)
 
     # rollouts: 8 prompts x 4, all at once; on some meshes also in slices of like length
     prompts = PromptBatch(
@@ -122,7 +123,7 @@ def run(config: ModelConfig, shape, data) -> dict:
     )  # fmt: skip
     canvas = np.full((8, 4, 16), lm.mask_id, np.int32)
     nothing = np.zeros_like(canvas, bool)
-    for temperature in (0.0, 1.0) if config is MODEL else (1.0,):
+    for temperature in (0.0, 1.0) if name in GREEDY else (1.0,):
       sampler = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=temperature)
       sliced = shape in SLICED and temperature > 0
       sample = GroupSampler(lm, Silent(), Silent(), sampling_config(config, sampler, sliced), mesh)
@@ -178,7 +179,7 @@ def main() -> None:
   response = np.broadcast_to(np.arange(24) >= 8, (16, 24)).copy()
   advantages = rng.standard_normal((8, 4)).astype(np.float32)
   data = (tokens, valid, response, advantages)
-  print(json.dumps({name: run(*setting, data) for name, setting in RUNS.items()}))
+  print(json.dumps({name: run(name, *setting, data) for name, setting in RUNS.items()}))
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def test_rows_and_forwards_are_counted_from_the_declaration():
   assert Forwards(1, 2).per_completion(4) == 2.25 and Forwards(1, 2).views == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_views_that_are_read_a_few_at_a_time_give_the_same_numbers_and_gradient(count, rollout):
   """6 views: 2 at a time and 4 at a time (which 6 is no multiple of) against all at once."""
@@ -263,6 +264,7 @@ def second_update(rollout, micro_batches):
   return float(loss), jax.device_get(sums), gradient
 
 
+@pytest.mark.slow
 def test_a_denominator_that_is_known_only_afterwards_is_that_of_the_whole_batch(rollout):
   loss, sums, gradient = second_update(rollout, 1)
   parts, others, gradients = second_update(rollout, 2)

@@ -57,6 +57,7 @@ def stored_cases():
   return {name: (errors, fine) for name, errors, fine in golden_estimators.check(STORED, False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(golden_estimators.METHODS))
 def test_losses_and_gradients_are_those_of_the_authors_code(method):
   cases = {name: case for name, case in stored_cases().items() if name.startswith(f"{method}/")}
@@ -956,6 +957,7 @@ def programs_of(estimator, micro_batches):
   return make_policy_programs(lm, optimizer, freeze(config)), optimizer, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", PAIRS)
 def test_updates_do_not_depend_on_micro_batches_and_begin_with_ratios_of_one(estimator):
   rollout = update_test.make_rollout()

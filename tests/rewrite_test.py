@@ -123,6 +123,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_every_record_is_decided_once_whatever_the_endpoint_does(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):
@@ -237,6 +238,7 @@ def wait_for_rows(tmp_path, count, process):
   raise AssertionError(process.communicate()[1])
 
 
+@pytest.mark.slow
 def test_kills_lose_and_repeat_nothing_that_was_accepted(server, tokenizer, tmp_path):
   address, state = server
   state.delay = 0.05

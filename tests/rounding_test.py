@@ -141,6 +141,7 @@ def bf16_programs(micro_batches):
   return make_policy_programs(lm, optimizer, config), optimizer, lm.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_ratio_is_exactly_one_at_first_and_follows_the_moved_master_by_the_same_thresholds(
   micro_batches,
@@ -194,6 +195,7 @@ RUN = Config(
 )
 
 
+@pytest.mark.slow
 def test_a_run_samples_scores_and_learns_from_one_copy_a_step_and_resumes_exactly(monkeypatch):
   mesh, keys = make_mesh(), []
 

@@ -47,6 +47,7 @@ def test_all_golden_cases_are_here():
   assert sum("fastdllm_dual_final_x" in np.load(path) for path in CASES) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_every_token_of_a_prefix_cached_run_is_the_official_codes(path):
   case = np.load(path)
@@ -79,6 +80,7 @@ EXACT_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT_CASES)
 def test_with_one_layer_nothing_goes_stale(name):
   """Its keys depend on the tokens alone, and outside the active block these stay."""
@@ -144,6 +146,7 @@ def test_few_widths_are_the_same_as_one_for_each_block(monkeypatch):
   np.testing.assert_array_equal(few.tokens, each.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_cached_rows_keep_the_promises_of_exact_ones(cache):
   """Fixed tokens, noise of one's own, neighbours, padding."""
@@ -200,6 +203,7 @@ QUEUED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUEUED)
 def test_rows_through_few_slots_are_those_of_the_whole_batch(name):
   """Whatever the number of slots, and beside whom: token for token, step for step."""

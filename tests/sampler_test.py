@@ -178,6 +178,7 @@ def narrow_heads(monkeypatch):
   sampler._denoise.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["row_stop", "random_temperature", "threshold", "allow_mask_temperature", "all"]
 )
@@ -232,6 +233,7 @@ def test_fixed_tokens_never_change_and_masks_are_committed_once(seed, name):
         assert counts == [had // 2 + (had % 2 > 0), had // 2]
 
 
+@pytest.mark.slow
 @examples(max_examples=60)
 @hypothesis.given(
   st.sampled_from(["linear", "rounded", "full_block"]), st.integers(1, 40), st.integers(1, 40)

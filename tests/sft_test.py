@@ -58,6 +58,7 @@ def stream(n=103, batch=8, lengths=LENGTHS, seed=1, **options):
 # --- the loss --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_nelbo_written_out_by_hand():
   """Per row: sum over masked response positions of -log p(token) / p, by the response's length."""
   lm, params = tiny_model(TOKENIZER.vocab_size)
@@ -93,6 +94,7 @@ def updated(lm, params, batch, response, frozen=None, **options):
   return update(state, frozen or {}, batch.tokens, batch.valid, response, jax.random.key(3))
 
 
+@pytest.mark.slow
 def test_the_head_sees_response_positions_only():
   """Which decides no number: `response` may be of the whole row, or of its last columns."""
   lm, params = tiny_model(TOKENIZER.vocab_size)

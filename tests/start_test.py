@@ -315,6 +315,7 @@ assert fitting_mesh(open.open_source(sys.argv[1])) is None
 """
 
 
+@pytest.mark.slow
 def test_devices_that_do_not_divide_the_model_are_told(base):
   done = run_on_devices(8, "-c", SCRIPT, str(base))
   assert "4 of 7 devices: the others stay idle" in done.stderr

@@ -51,6 +51,7 @@ def test_a_lora_run_trains_and_saves_adapters_only(tmp_path):
   assert np.abs(np.asarray(saved.params["blocks"]["q_proj"]["lora_b"])).max() > 0
 
 
+@pytest.mark.slow
 def test_fresh_adapters_on_loaded_weights_change_nothing(tmp_path):
   weights = str(REPO / "tests" / "goldens" / "llada_tiny")
   config = dataclasses.replace(lora_config(), init_from=weights)

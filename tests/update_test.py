@@ -214,6 +214,7 @@ def relative_error(left, right, start):
   return np.linalg.norm(left - right) / np.linalg.norm(right - start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("estimator", "objective"),
   [
