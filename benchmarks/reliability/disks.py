@@ -26,7 +26,7 @@ from unittest import mock
 from etils import epath
 
 from benchmarks.reliability import stage
-from benchmarks.reliability.table import Campaign
+from benchmarks.reliability.table import Campaign, mixed
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import Row
 
@@ -208,6 +208,6 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
 CAMPAIGN = Campaign(
   "disks",
   "damaged checkpoints; disks that are full, read-only, gone or do not rename",
-  lambda seed: (f"{kind}/{k}" for kind, count in COUNTS.items() for k in range(count)),
+  functools.partial(mixed, COUNTS),
   attempt,
 )

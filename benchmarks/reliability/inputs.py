@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from benchmarks.reliability.table import Campaign
+from benchmarks.reliability.table import Campaign, mixed
 from igpo_jax import main as training
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.cli import mistake
@@ -333,6 +333,6 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
 CAMPAIGN = Campaign(
   "inputs",
   "malformed models, adapters, checkpoints, data and options",
-  lambda seed: (f"{kind}/{k}" for kind, count in COUNTS.items() for k in range(count)),
+  functools.partial(mixed, COUNTS),
   attempt,
 )

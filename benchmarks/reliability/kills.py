@@ -14,6 +14,7 @@ cache that kills hit as well.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ import time
 
 from etils import epath
 
-from benchmarks.reliability.table import Campaign
+from benchmarks.reliability.table import Campaign, mixed
 from igpo_jax.io.jsonl import Row
 
 COUNTS = {"SIGKILL": 20, "SIGTERM": 6}
@@ -154,7 +155,7 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
 CAMPAIGN = Campaign(
   "kills",
   "a whole tiny run, killed and started again",
-  lambda seed: (f"{kind}/{k}" for kind, count in COUNTS.items() for k in range(count)),
+  functools.partial(mixed, COUNTS),
   attempt,
 )
 

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks.reliability.kills import CONFIG
-from benchmarks.reliability.table import Campaign
+from benchmarks.reliability.table import Campaign, mixed
 from benchmarks.reliability.tiny_run import SPOILT
 from igpo_jax.config import OptimizerConfig
 from igpo_jax.io.jsonl import Row
@@ -111,6 +111,6 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
 CAMPAIGN = Campaign(
   "nonfinite",
   "numbers that are none in gradients, losses and rewards",
-  lambda seed: (f"{kind}/{k}" for kind, count in COUNTS.items() for k in range(count)),
+  functools.partial(mixed, COUNTS),
   attempt,
 )

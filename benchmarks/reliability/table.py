@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from etils import epath
@@ -28,6 +29,13 @@ class Campaign(NamedTuple):
   what: str
   cases: Callable[[int], Iterable[str]]
   attempt: Callable[[str, int, epath.Path], Row]
+
+
+def mixed(counts: Mapping[str, int], seed: int) -> list[str]:
+  """The cases of all kinds, in an order that has some of each wherever it is cut off."""
+  cases = [f"{kind}/{k}" for kind, count in counts.items() for k in range(count)]
+  random.Random(seed).shuffle(cases)
+  return cases
 
 
 def carry_out(campaign: Campaign, seed: int, out: epath.Path, until: float) -> list[Row]:
