@@ -59,7 +59,8 @@ from igpo_jax.types import LM, Array, Canvas, Denoised, Params
 
 NOT_A_NUMBER = (
   "the model's logits are not finite (NaN or infinity), so there is no answer: its weights are "
-  "damaged, or too large for the dtype of the computation"
+  "damaged (convert or copy them again), or too large for the dtype of the computation "
+  "(try float32: --dtype=float32 of a command, --config.model.dtype=float32 of a run)"
 )
 
 COUNTS = ("forwards", "refreshes", "worked", "room")  # see `Denoised`
