@@ -135,12 +135,13 @@ def _ask(
   of_shard = in_shards(works, shards)
   at = jnp.argsort(~of_shard, axis=1, stable=True)[:, : kind.rows].astype(jnp.int32)
   in_cache = cache_rows(cfg, at, rows)
-  *inputs, start, takes_part = take((*inputs, start, works), at)
+  tokens, fixed, valid, start, takes_part = take((*inputs, start, works), at)
   if kind.seen is None:
     some = init_cache(lm, params, cfg, shards * kind.rows, tokens.shape[1])
   else:
     some = take_from_cache(asked.cache, in_cache)
-  h, some = block_hidden(lm, params, cfg, *inputs, some, (start, width), kind.seen, shards)
+  window = (start, width)
+  h, some = block_hidden(lm, params, cfg, tokens, fixed, valid, some, window, kind.seen, shards)
   takes_part = in_shards(takes_part, shards)
   past_end = lambda x, keep: jnp.where(keep, x, 2 * rows)
   in_cache = past_end(in_cache, jnp.tile(takes_part, (1, in_cache.shape[1] // at.shape[1])))

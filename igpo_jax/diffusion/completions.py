@@ -57,7 +57,7 @@ def sample_rows(
   hinted: Array,
   keys: Array,
   cfg: SamplerConfig,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
   """Denoises one batch of completions.
 
   Rows do not depend on each other (except with `early_stop="batch"`), so the completions of a
@@ -79,7 +79,8 @@ def sample_rows(
   out = denoise(lm, params, _canvas(prompt, prompt_valid, canvas, hinted), keys, cfg)
   first = prompt.shape[1]
   of_canvas = (out.tokens, out.commit_step, out.commit_logp)
-  return *(x[:, first:] for x in of_canvas), out.finite
+  tokens, step, logp = (x[:, first:] for x in of_canvas)
+  return tokens, step, logp, out.finite
 
 
 class Rows(NamedTuple):

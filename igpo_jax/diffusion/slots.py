@@ -118,7 +118,8 @@ def make_queue(lm: LM, cfg: SamplerConfig, canvas: Canvas, keys: Array, shards: 
     keys: key[N], one for each row.
     shards: W; divides N.
   """
-  todo = in_shards(jnp.any(masks(lm, cfg, canvas.tokens, canvas.fixed), axis=1), shards)
+  to_fill = masks(lm, cfg, jnp.asarray(canvas.tokens), jnp.asarray(canvas.fixed))
+  todo = in_shards(jnp.any(to_fill, axis=1), shards)
   if cfg.early_stop == "batch":  # its rule looks at all rows, so slots have to hold all of them
     todo = jnp.ones_like(todo)
   queued = jax.tree.map(

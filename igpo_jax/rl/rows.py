@@ -132,9 +132,10 @@ def sample_rows(
   out = []
   for place in _places(tries)[: limit or None]:
     own = place.phase == OWN
-    samples = tries.own if own else tries.extra
+    samples = tries.own if own or tries.extra is None else tries.extra
     at = (place.group if own else rows_of[place.group], place.number)
-    row = {"version": VERSION, "group": tries.number_of(place.group), "rank": place.rank}
+    row: dict[str, Any] = {"version": VERSION, "group": tries.number_of(place.group)}
+    row["rank"] = place.rank
     row |= completion_fields(tries.batch.records[place.group], samples, at, tokenizer)
     row |= {"phase": place.phase, "used": place.used, "number": place.number}
     row |= {"partner": place.partner, "advantage": None}
@@ -188,4 +189,4 @@ def _short(values: Any) -> Any:
   if values.dtype.kind in "bi":
     return values.tolist()
   rounded = np.round(values.astype(np.float64), 4)
-  return np.where(np.isfinite(values), rounded, None).tolist()
+  return np.asarray(np.where(np.isfinite(values), rounded, None)).tolist()

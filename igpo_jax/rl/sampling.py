@@ -362,5 +362,8 @@ class GroupSampler:
       texts=in_groups(texts),
       reward=reward.reshape(shape),
       correct=correct.reshape(shape),
-      **{name: in_groups(values) for name, values in of_rows.items()},
+      status=in_groups(of_rows["status"]),
+      extracted=in_groups(of_rows["extracted"]),
+      reason=in_groups(of_rows["reason"]),
+      parts=in_groups(of_rows["parts"]),
     )

@@ -62,11 +62,6 @@ class TraceSampled(Estimator):
     return with_hints(self.hints, self.draws)
 
   def views(self, group: Group, key: Array, sizes: Sizes) -> Views:
-    if self.steps != "even" and group.commit_logp is None:
-      raise ValueError(
-        f"estimator.trace_sampled.steps={self.steps!r} goes by the sampler's log-probabilities "
-        "(Rollout.commit_logp), and these completions have none"
-      )
     length = group.completion.shape[1]
     counted = jnp.arange(length) < group.length[:, None]
     present = distinct_steps(group.commit_step, sizes.steps, counted)  # [G,T]
@@ -76,7 +71,7 @@ class TraceSampled(Estimator):
     share = present / jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
     drawn = share
     if self.steps == "surprisal":
-      drawn = step_shares(-group.commit_logp, group.commit_step, present, counted)
+      drawn = step_shares(-self._logp(group), group.commit_step, present, counted)
     # Points are spread evenly over all draws of the group, and assigned to them at random.
     points = spread(key, self.draws * present.shape[0])
     points = jax.random.permutation(jax.random.fold_in(key, 1), points).reshape(self.draws, -1)
@@ -96,10 +91,19 @@ class TraceSampled(Estimator):
     views = Views(masked=masked, scored=scored, weights=weights, aux=aux)
     return add_hints(views, self.hints, group)
 
+  def _logp(self, group: Group) -> Array:
+    """f32[G,L]: what the sampler said of its own tokens."""
+    if group.commit_logp is None:
+      raise ValueError(
+        f"estimator.trace_sampled.steps={self.steps!r} goes by the sampler's log-probabilities "
+        "(Rollout.commit_logp), and these completions have none"
+      )
+    return group.commit_logp
+
   def _unsure(self, group, key, sizes, present, counted) -> Array:
     """i32[R,G]: steps drawn without replacement, as the largest of score plus Gumbel noise."""
     commits = (group.commit_step[:, None] == jnp.arange(sizes.steps)[:, None]) & counted[:, None]
-    total = jnp.sum(jnp.where(commits, group.commit_logp[:, None], 0.0), axis=-1)
+    total = jnp.sum(jnp.where(commits, self._logp(group)[:, None], 0.0), axis=-1)
     mean = total / jnp.maximum(jnp.sum(commits, axis=-1), 1)
     score = -mean / self.step_temperature + jax.random.gumbel(key, mean.shape)
     order = jnp.argsort(jnp.where(present, -score, jnp.inf), axis=1)  # [G,T]
