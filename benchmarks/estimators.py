@@ -52,10 +52,10 @@ from igpo_jax.rl.methods import estimator_of, forwards_of, objective_of, views_k
 from igpo_jax.train.continued import as_json
 from igpo_jax.train.workdir import hold
 
-RATES = (1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 PILOT_SEEDS = (100,)
 EXPLORATIONS = {"none": "GRPO", "inpaint": "IGPO"}
-# Of the RL stage, smaller than the claims': there are 252 runs.
+# Of the RL stage, smaller than the claims': there are 288 runs.
 STEPS, PROMPTS, EVAL_EVERY, PROBLEMS = 24, 8, 6, 256
 
 
