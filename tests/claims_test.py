@@ -324,14 +324,14 @@ def test_the_study_of_estimators_runs_end_to_end_and_goes_on_where_it_was(
   assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
 
   # Started again, only what is not there is run.
-  cut = tmp_path / "seed0" / "none.rldf.0.001.json"
+  cut = tmp_path / "seed0" / "none.rldf.0.0003.json"
   kept = json.loads(cut.read_text())
   cut.unlink()
   again = []
   monkeypatch.setattr(study, "shared_runs", lambda *_: None)
   monkeypatch.setattr(study, "perform", lambda task, _: again.append(task.name) or kept)
   run("rldf")
-  assert again == ["none.rldf.0.001"] and (tmp_path / "table.md").read_text() == table
+  assert again == ["none.rldf.0.0003"] and (tmp_path / "table.md").read_text() == table
 
 
 @pytest.mark.slow
