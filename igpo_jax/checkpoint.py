@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from igpo_jax.errors import UserError
+from igpo_jax.io import disk
 from igpo_jax.io.amounts import in_bytes
 from igpo_jax.io.jsonl import can_append, write_whole
 from igpo_jax.io.text import read_object
@@ -36,8 +37,7 @@ SMALL_BYTES = 1 << 20  # larger files hold arrays, which have checksums of their
 STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 ARRAYS = "default"  # Orbax's folder of a step's arrays
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's end of the name of what it is still writing
-# What a disk says when it is full, read-only, broken or away.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT)
+DISK = (*disk.FAILURES, errno.ENOENT)  # of a folder that vanished, too
 _FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
 # Words of errors that say nothing about the files: another look may succeed.
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED")

@@ -39,9 +39,7 @@ def example(name):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  directory = copy_tiny(tmp_path_factory.mktemp("model") / "hf")
-  make_directory(directory)
-  return directory
+  return make_directory(copy_tiny(tmp_path_factory.mktemp("model") / "hf"))
 
 
 def test_sample_answers_and_tells_the_order(model):

@@ -38,9 +38,7 @@ SMALL = ["--gen_length=16", "--block_length=8", "--steps=8"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   """llada_tiny with a tokenizer; its special ids come from the tokenizer's files."""
-  directory = copy_tiny(tmp_path_factory.mktemp("model") / "hf")
-  make_directory(directory)
-  return directory
+  return make_directory(copy_tiny(tmp_path_factory.mktemp("model") / "hf"))
 
 
 @pytest.fixture(scope="module")

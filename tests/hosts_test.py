@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.reliability.table import untimed
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.parallel.mesh import make_mesh
 from tests import hosts_program
@@ -172,8 +173,7 @@ def runs(tmp_path_factory):
 
 
 def read(workdir, name):
-  rows = [json.loads(line) for line in (workdir / f"{name}.jsonl").open()]
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+  return untimed(workdir / f"{name}.jsonl")
 
 
 @pytest.mark.slow

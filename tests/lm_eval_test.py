@@ -29,9 +29,7 @@ ONES = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  directory = copy_tiny(tmp_path_factory.mktemp("model") / "hf")
-  make_directory(directory)
-  return directory
+  return make_directory(copy_tiny(tmp_path_factory.mktemp("model") / "hf"))
 
 
 @pytest.fixture(scope="module")

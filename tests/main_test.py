@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from benchmarks.reliability.table import untimed
 from igpo_jax import main as program
 from igpo_jax import replay
 from igpo_jax.config import default_config, freeze, registry
@@ -41,12 +42,6 @@ def command(*options, cache=None, tripwire=""):
   )  # fmt: skip
 
 
-def rows_of(path):
-  """The rows of a JSON-lines file, without timings."""
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
 def at(rows):
   return [(row["stage"], row["step"]) for row in rows]
 
@@ -71,7 +66,7 @@ def runs(tmp_path_factory):
     asked = options(war)[:2] if name.startswith("killed in sft") else options(war)
     done = command(*asked, cache=cache, tripwire=wire)
     files = {n: folder / f"{n}.jsonl" for n in ("metrics", "samples")}
-    steps[name] = done, {n: rows_of(file) if file.exists() else [] for n, file in files.items()}
+    steps[name] = done, {n: untimed(file) if file.exists() else [] for n, file in files.items()}
     if number == signal.SIGKILL:
       with files["metrics"].open("a") as file:
         file.write('{"stage": "rl", "st')  # a line that the kill cut
@@ -85,7 +80,7 @@ def test_a_run_in_peace_writes_what_it_says(runs):
   assert steps["peace"].returncode == 0, steps["peace"].stderr
   for name in ("config.json", "summary.json", "table.md", "curves.png", "checkpoints"):
     assert (peace / name).exists(), name
-  rows = rows_of(peace / "metrics.jsonl")
+  rows = untimed(peace / "metrics.jsonl")
   expected = [("init", 0), *(("sft", k) for k in range(1, 5)), *(("rl", k) for k in range(1, 7))]
   assert at(rows) == expected
   rl = rows[5:]
@@ -93,7 +88,7 @@ def test_a_run_in_peace_writes_what_it_says(runs):
   assert 0 < share("reward") < 1 and 0 < share("all_wrong_after") < share("all_wrong_before")
   assert all(row["rl/grad_norm"] > 0 for row in rl)
   assert [k for k, row in enumerate(rows) if "eval/test/accuracy" in row] == [0, 4, 7, 10]
-  samples = rows_of(peace / "samples.jsonl")
+  samples = untimed(peace / "samples.jsonl")
   assert list(dict.fromkeys(at(samples))) == [("rl", 1 + k) for k in range(6)]
   own = [(row["step"], row["group"], row["number"]) for row in samples if row["phase"] == "own"]
   assert sorted(own) == [(1 + k // 4, k // 2 % 2, k % 2) for k in range(24)]
@@ -154,7 +149,7 @@ def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
   plugins = f"--plugins={REPO / CONFIG}"
   with only_built_in():  # the plug-in registers its verifier, as it does in a user's process
     assert replay.main([f"--workdir={peace}", "--step=2", plugins, "--alternatives=0"]) == 0
-  logged = [row for row in rows_of(peace / "samples.jsonl") if row["step"] == 2]
+  logged = [row for row in untimed(peace / "samples.jsonl") if row["step"] == 2]
   told = capsys.readouterr().err
   assert f"all {len(logged)} logged completions were made again, token for token" in told
   edits = ("--edit=temperature=0", "--edit=hint=9@3")
@@ -176,7 +171,7 @@ def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
 
 @pytest.mark.slow
 def test_a_replay_says_what_differs(runs, tmp_path):
-  (row, *others) = [row for row in rows_of(runs[1] / "samples.jsonl") if row["step"] == 2]
+  (row, *others) = [row for row in untimed(runs[1] / "samples.jsonl") if row["step"] == 2]
   assert replay.compare([row, *others], [*others, row], again.where_differs) == []
   changed = row | {"tokens": [*row["tokens"][:3], 99, *row["tokens"][4:]]}
   (line,) = replay.compare([row], [changed], again.where_differs)
@@ -215,7 +210,7 @@ def test_the_kills_hit_where_they_were_meant_to(runs):
 def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
   steps, peace, war, _ = runs
   assert steps["continued"].returncode == 0, steps["continued"].stderr
-  assert rows_of(war / f"{name}.jsonl") == rows_of(peace / f"{name}.jsonl")
+  assert untimed(war / f"{name}.jsonl") == untimed(peace / f"{name}.jsonl")
   assert json.loads((war / "summary.json").read_text()) == json.loads(
     (peace / "summary.json").read_text()
   )
@@ -229,7 +224,7 @@ def test_an_arm_is_what_a_run_of_its_own_with_its_options_is(runs, tmp_path):
   alone = command(*options, cache=cache)
   assert alone.returncode == 0, alone.stderr
   for name in ("metrics", "samples"):
-    assert rows_of(peace / ARM / f"{name}.jsonl") == rows_of(tmp_path / f"{name}.jsonl")
+    assert untimed(peace / ARM / f"{name}.jsonl") == untimed(tmp_path / f"{name}.jsonl")
   summaries = [json.loads((at / "summary.json").read_text()) for at in (peace / ARM, tmp_path)]
   assert summaries[0] == summaries[1]
   arm = json.loads((peace / "summary.json").read_text())["arms"]["GRPO"]

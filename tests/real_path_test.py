@@ -21,6 +21,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from benchmarks.reliability.table import untimed
 from igpo_jax import main
 from igpo_jax.config import freeze, load_config_file
 from igpo_jax.convert.__main__ import main as convert
@@ -84,8 +85,7 @@ def write_data(folder):
 
 
 def rows_of(workdir, name):
-  rows = [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+  return untimed(workdir / f"{name}.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import optax
 import pytest
 from etils import epath
 
+from benchmarks.reliability.table import untimed
 from igpo_jax.config import (
   CheckpointConfig,
   LoRAConfig,
@@ -210,8 +211,7 @@ class Killed(BaseException):
 
 
 def written(workdir):
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+  return untimed(workdir / "metrics.jsonl")
 
 
 @pytest.mark.slow

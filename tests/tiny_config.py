@@ -14,7 +14,7 @@ import os
 import pathlib
 import signal
 
-from igpo_jax.config import default_config
+from benchmarks.reliability import tiny_run
 from igpo_jax.rewards.score import Verdict, register_reward, register_verifier
 
 TRIPWIRE = "IGPO_TEST_TRIPWIRE"
@@ -46,36 +46,12 @@ def _tripwire(completion, record, verdict):
 
 
 def get_config():
-  config = default_config()
-  task = "synthetic:chains?min_steps=2&max_steps=2"
-  config.data.sft = f"{task}&split=train&n=64&seed=1"
-  config.data.rl = f"{task}&split=train&n=32&seed=2"
-  config.data.eval = (f"test={task}&split=test&n=8&seed=3",)
-  config.data.prompt_buckets = (12,)
+  config = tiny_run.get_config()
   config.reward.verifier = "lenient"
   config.reward.weights = (("correct", 1.0), ("tripwire", 1.0))
-
-  config.model.d_model = 16
-  config.model.n_layers = 1
-  config.model.n_heads = 2
-  config.model.mlp_hidden = 32
-
-  config.sampler.gen_length = 16
-  config.sampler.block_length = 8
-  config.sampler.steps = 4
-  config.sampler.temperature = 1.0
-
   config.sft.steps = 4
-  config.sft.batch_size = 8
   config.rl.steps = 6
-  config.rl.prompts_per_step = 2
-  config.rl.group_size = 2
-  config.rl.inner_updates = 2
-  config.rl_optimizer.learning_rate = 1e-2
-  config.sft_optimizer.learning_rate = 1e-2
   config.hints.hide_answer_value = True
-  config.hints.chunk_min = 1
-  config.hints.chunk_max = 2
   config.eval.batch_size = 8
   config.rl.eval_every = 3
 
@@ -83,9 +59,5 @@ def get_config():
   config.rl.sample_slices = config.rl.micro_batches = config.sft.micro_batches = 0
   config.mesh.data = config.mesh.fsdp = 0
 
-  config.checkpoint.every = 2
-  config.log.samples_every = 1
-  config.log.samples_per_step = 0
   config.log.token_stats = True
-  config.log.tensorboard = False
   return config

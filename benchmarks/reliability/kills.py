@@ -27,7 +27,8 @@ import time
 
 from etils import epath
 
-from benchmarks.reliability.table import Campaign, mixed
+from benchmarks.reliability.table import Campaign, mixed, untimed
+from igpo_jax.checkpoint import STEP_METADATA, kept_sums
 from igpo_jax.io.jsonl import Row
 
 COUNTS = {"SIGKILL": 20, "SIGTERM": 6}
@@ -78,13 +79,12 @@ def left_by(workdir: pathlib.Path) -> dict[str, object]:
     name = str(path.relative_to(workdir))
     if "/checkpoints/" in f"/{name}":  # Orbax names the files of arrays at random
       stage, step = path.relative_to(workdir / "checkpoints").parts[:2]
-      if path.name == "_CHECKPOINT_METADATA" and path.parent.name == step:
-        out[f"{stage} {step}"] = json.loads(path.read_text())["custom_metadata"]["sums"]
+      if path.name == STEP_METADATA and path.parent.name == step:
+        out[f"{stage} {step}"] = kept_sums(epath.Path(path.parent))
       else:
         out.setdefault(f"{stage} {step}", None)
     elif name.endswith(".jsonl"):
-      rows = [json.loads(line) for line in path.read_text().splitlines()]
-      out[name] = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+      out[name] = untimed(path)
     elif name == "config.json":
       out[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "resolved"}
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from benchmarks.reliability.table import untimed
 from igpo_jax.config import CheckpointConfig, Config, LogConfig
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.train.loop import Run, Stage, run_stage
@@ -114,6 +114,5 @@ def numbers(state: TrainState) -> np.ndarray:
 
 def ended(workdir: epath.Path) -> Ended:
   """What the finished run in a workdir left."""
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-  return Ended(np.load(workdir / "last.npy"), rows, (workdir / "samples.jsonl").read_text())
+  rows, samples = untimed(workdir / "metrics.jsonl"), (workdir / "samples.jsonl").read_text()
+  return Ended(np.load(workdir / "last.npy"), rows, samples)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import json
+import pathlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +13,12 @@ from typing import NamedTuple
 from etils import epath
 
 from igpo_jax.io.jsonl import Row, row_file
+
+
+def untimed(path: pathlib.Path | epath.Path) -> list[Row]:
+  """The rows of a JSON-lines file without what no two runs have the same: times."""
+  rows = map(json.loads, path.read_text().splitlines())
+  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 class Campaign(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from igpo_jax.checkpoint import absolute
+from igpo_jax.checkpoint import ARRAYS, absolute
 from igpo_jax.config import LoRAConfig, ModelConfig, MoEConfig
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.convert import families, peft
@@ -34,7 +34,6 @@ from igpo_jax.models.families import find
 
 CONFIG_FILE = "config.json"
 PARAMS_DIR = "params"  # the folder of arrays in a directory that igpo_jax.convert wrote
-STATE_DIR = "default"  # the folder of arrays in a step of a training run
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt",
                    ".pth", ".gguf", ".msgpack", ".h5")  # fmt: skip
 MAX_EXTRA_BYTES = 256 * 2**20
@@ -123,7 +122,7 @@ def open_source(
     raise UserError(f"no such directory: {path}")
   if not path.is_dir():
     raise UserError(f"{path} is a file; give the directory of the model")
-  if (path / STATE_DIR / TREE_METADATA).exists():
+  if (path / ARRAYS / TREE_METADATA).exists():
     source = _open_training(path, base)
   elif (path / PARAMS_DIR / TREE_METADATA).exists():
     source = _open_orbax(path)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from igpo_jax.checkpoint import ARRAYS
 from igpo_jax.convert import THREADS, peft, writers
 from igpo_jax.convert.entries import Entry, split_entries
-from igpo_jax.convert.open import CONFIG_FILE, PARAMS_DIR, STATE_DIR, Source
+from igpo_jax.convert.open import CONFIG_FILE, PARAMS_DIR, Source
 from igpo_jax.errors import UserError
 from igpo_jax.models.families import FAMILIES, find
 
@@ -71,7 +72,7 @@ class Plan:
     """Remarks for the user about what the result does not show by itself."""
     out = [f"{name} is left out: {why}" for name, why in self.source.left_out if self.to != "peft"]
     base = epath.Path(self.source.base)
-    if self.to == "peft" and any((base / n).exists() for n in (PARAMS_DIR, STATE_DIR)):
+    if self.to == "peft" and any((base / n).exists() for n in (PARAMS_DIR, ARRAYS)):
       out.append(
         f"{peft.CONFIG_FILE} names {base} as the base, which PEFT cannot load: convert that with "
         "--to=hf and write its path there"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import platform
@@ -20,6 +19,7 @@ from igpo_jax.cli import before_leaving
 from igpo_jax.config import Config
 from igpo_jax.config.renamed import upgraded
 from igpo_jax.errors import UserError
+from igpo_jax.io import disk
 from igpo_jax.io.jsonl import Row, write_whole
 from igpo_jax.io.text import read_object
 from igpo_jax.parallel.distributed import agree, from_first, share
@@ -56,10 +56,6 @@ def hold(workdir: epath.Path) -> Iterator[WorkdirLock]:
     lock.release()
 
 
-# What a disk says when it is full, away, broken or read-only.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-
-
 @contextlib.contextmanager
 def disk_told(workdir: epath.Path) -> Iterator[None]:
   """Turns errors of the workdir's disk into a `UserError` that says how to go on."""
@@ -67,7 +63,7 @@ def disk_told(workdir: epath.Path) -> Iterator[None]:
     yield
   except OSError as error:
     inside = str(error.filename or "").startswith(f"{workdir}/")
-    if not inside and error.errno not in _DISK:
+    if not inside and error.errno not in disk.FAILURES:
       raise
     raise UserError(
       f"workdir {workdir}: {error}: see to the disk, then start the same command again, which "

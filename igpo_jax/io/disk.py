@@ -1,0 +1,10 @@
+"""What a disk says when it fails."""
+
+from __future__ import annotations
+
+import errno
+
+# When it is full, read-only, broken or away.
+FAILURES = (
+  errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE,
+)  # fmt: skip
