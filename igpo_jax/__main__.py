@@ -23,6 +23,7 @@ COMMANDS = {
   "train": ("main", "runs a config's stages: SFT, RL, evaluation"),
   "generate": ("generate", "answers prompts; hints show inpainting"),
   "chat": ("chat", "answers many prompts in one session"),
+  "serve": ("serve.__main__", "an endpoint for OpenAI's clients, and a page to fill in answers"),
   "convert": ("convert.__main__", "Hugging Face weights to Orbax and back"),
   "grade": ("grade", "grades existing generations"),
   "report": ("report", "one HTML file of one or several runs"),

@@ -31,6 +31,7 @@ FLOORS = (
     "rehearse",
     "replay",
     "report",
+    "serve",
     "show",
   ),
   ("train", "inference"),
@@ -217,6 +218,7 @@ def test_no_path_is_one_machines():
     "igpo_jax.rehearse",
     "igpo_jax.replay",
     "igpo_jax.report",
+    "igpo_jax.serve.__main__",
     "igpo_jax.show",
   ],
 )

@@ -18,6 +18,7 @@ from igpo_jax.config import default_config
 from igpo_jax.convert import __main__ as convert
 from igpo_jax.errors import UserError
 from igpo_jax.rewrite import __main__ as rewrite
+from igpo_jax.serve import __main__ as serve
 from tests.paths import REPO
 
 
@@ -125,7 +126,8 @@ def test_options_are_understood_with_hyphens_and_with_underscores():
 
 
 COMMANDS = {"generate": generate, "chat": chat, "grade": grade, "rewrite": rewrite,
-            "convert": convert, "replay": replay, "report": report, "show": show}  # fmt: skip
+            "convert": convert, "replay": replay, "report": report, "serve": serve,
+            "show": show}  # fmt: skip
 NUMBERS = [
   (name, action)
   for name, command in COMMANDS.items()

@@ -17,6 +17,7 @@ from igpo_jax import aot, chat, cli, generate, grade, replay, report, show
 from igpo_jax import main as train
 from igpo_jax.convert import __main__ as convert
 from igpo_jax.rewrite import __main__ as rewrite
+from igpo_jax.serve import __main__ as serve
 from tests.convert_helpers import copy_tiny
 from tests.paths import REPO
 from tests.registered import only_built_in
@@ -25,7 +26,7 @@ from tests.tiny_tokenizer import make_directory
 PAGE = REPO / "docs" / "mistakes.md"
 COMMANDS = {"main": train, "generate": generate, "chat": chat, "grade": grade, "report": report,
             "show": show, "replay": replay, "rewrite": rewrite, "convert": convert,
-            "aot": aot}  # fmt: skip
+            "aot": aot, "serve": serve}  # fmt: skip
 HEAD = """# Mistakes, and what is said about them
 
 A mistake of the user gives one line on standard error and exit code 2. The line says what is
@@ -182,6 +183,14 @@ MISTAKES = {
     "--source=model --target=out --dtype=int8",
   ),
   "aot": ("Q", "Q --topology=big --layout"),
+  "serve": (
+    "--model=nowhere",
+    "--model=notes.txt",
+    "--model=model --port=many",
+    "--model=model --slots=0",
+    "--model=model --early_stop=batch",
+    "--model=model --raw",
+  ),
 }
 CASES = [(name, words) for name, all_words in MISTAKES.items() for words in all_words]
 

@@ -86,7 +86,7 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_package_its_page_and_every_config(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   package = {str(p.relative_to(REPO)) for p in (REPO / "igpo_jax").rglob("*.py")}
-  page = {str(p.relative_to(REPO)) for p in (REPO / "igpo_jax" / "viewer" / "page").iterdir()}
+  page = {str(p.relative_to(REPO)) for p in (REPO / "igpo_jax").glob("*/page/*")}
   configs = {f"igpo_jax/presets/{p.name}" for p in (REPO / "configs").glob("*.py")}
   assert package | page | configs | {"igpo_jax/py.typed"} == {
     n for n in names if ".dist-info/" not in n

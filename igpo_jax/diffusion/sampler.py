@@ -202,6 +202,7 @@ def fill(
   cfg: SamplerConfig,
   until: Array | int | None = None,
   noise_table: Array | None = None,
+  calls: Array | None = None,
 ) -> State:
   """Continues denoising until `until` rows are done, counted from `begin` on.
 
@@ -210,6 +211,7 @@ def fill(
     state: of `begin` or of an earlier `fill`.
     until: i32[], number of rows; those without masks do not count. None: all rows.
     noise_table: `denoise`'s noise as one array, f32[calls,N,T,V], or f32[calls,N,T] for "origin".
+    calls: i32[], stops once `state.forwards` is as large. None: no limit.
 
   Returns:
     The state, of which `results` reads what has been filled so far.
@@ -220,10 +222,13 @@ def fill(
   together = cfg.early_stop == "batch" or noise_table is not None
   kinds = programs(cfg, lm, rows, together)
 
+  in_time = lambda state: True if calls is None else state.forwards < calls
+
   def going(state):
     """Whether rows are at work and none of them is done. A row that is done frees its slot."""
     held = holds_row(queue, state.slots)
-    return jnp.any(held) & ~jnp.any(held & (state.slots.block >= num_blocks(cfg, lm)))
+    ended = jnp.any(held & (state.slots.block >= num_blocks(cfg, lm)))
+    return jnp.any(held) & ~ended & in_time(state)
 
   def step(state):
     """One network call, and the commits of the rows that it was made for."""
@@ -257,7 +262,7 @@ def fill(
   def left(state):
     """Whether a slot holds a row (even if done: it is not written out yet) or can get one."""
     taken, length = state.queue.taken, state.queue.length
-    some = jnp.any(holds_row(queue, state.slots)) | jnp.any(taken < length)
+    some = (jnp.any(holds_row(queue, state.slots)) | jnp.any(taken < length)) & in_time(state)
     if until is None:
       return some
     never = queue.done.size - jnp.sum(length)

@@ -15,8 +15,13 @@ from igpo_jax.errors import UserError
 from igpo_jax.inference.settings import Settings, find_model, override, settings_of
 
 
-def add_arguments(parser: cli.ArgumentParser) -> None:
-  """Adds the options for the model, the text around a prompt, and the sampler."""
+def add_arguments(parser: cli.ArgumentParser, seed: int | None = 0) -> None:
+  """Adds the options for the model, the text around a prompt, and the sampler.
+
+  Args:
+    parser: the command's parser.
+    seed: the default of --seed; None: the command draws one for each request.
+  """
   add = parser.add_argument
   add("--model", required=True, help="Hugging Face directory, one written by igpo_jax.convert, "
       "WORKDIR/checkpoints/STAGE/STEP of a run, or WORKDIR for its newest")  # fmt: skip
@@ -26,7 +31,8 @@ def add_arguments(parser: cli.ArgumentParser) -> None:
   add("--prompt_template", help='what stands around a prompt, with "{question}" in it; '
       "default: the run's")  # fmt: skip
   add("--dtype", help=f"{', '.join(typing.get_args(Dtype))}; default: bfloat16, on a CPU float32")
-  add("--seed", type=number(Seed), default=0, help="of the noise (%(default)s)")
+  default = "drawn for each request" if seed is None else seed
+  add("--seed", type=number(Seed), default=seed, help=f"of the noise ({default})")
   group = parser.add_argument_group(
     "sampler", "As the run of a checkpoint evaluates, or else: 256 tokens in blocks of 32, half as "
     "many steps, temperature 0. Lengths that are not given fit those that are.",
