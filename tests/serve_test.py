@@ -302,6 +302,51 @@ def test_a_device_that_fails_fails_its_rows_and_answers_the_next(monkeypatch, ca
   assert "out of memory" in capsys.readouterr().err
 
 
+# --- the program, with rows that come and go ------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dual"])
+def test_rows_that_come_late_or_beside_others_are_filled_in_as_alone(model, cache):
+  """With a cache, slots wait for calls of several kinds, so rows meet in other calls than alone."""
+  from igpo_jax.diffusion.arrivals import Arrivals, advance, empty_places
+  from igpo_jax.inference.requests import batch_arrays
+
+  pre, places = load_pretrained(model, dtype="float32"), 3
+  cfg = dataclasses.replace(CFG, cache=cache)
+  asked = [
+    make_request({"prompt": f"How many, {k}?", "hints": ["16@3"] * (k % 2)}, pre.tokenizer)
+    for k in range(7)
+  ]
+  wanted = list(session.generate(pre, asked, cfg, jax.random.key(4), 1))
+  rows = batch_arrays(asked, 16, pre.tokenizer)
+  length = rows[0].shape[1]
+  state = empty_places(pre.lm, pre.params, cfg, places, length)
+  held, todo, found = [-1] * places, list(range(7)), {}
+  while todo or max(held) >= 0:
+    given = Arrivals(*(np.zeros((places, *x.shape[1:]), x.dtype) for x in rows),
+                     np.full(places, 4, np.uint32), np.zeros(places, np.int32),
+                     np.zeros(places, bool), np.zeros(places, bool))  # fmt: skip
+    for place, row in enumerate(held):
+      if row == 1 and 0 in found:  # its client has left
+        given.gone[place], held[place], found[1] = True, -1, None
+      if held[place] < 0 and todo:
+        row = held[place] = todo.pop(0)
+        for to, x in zip(given[:3], rows, strict=True):
+          to[place] = x[row]
+        given.numbers[place], given.new[place] = row, True
+    state, progress = advance(pre.lm, pre.params, state, cfg, given, 3)
+    tokens, steps, done, finite = jax.device_get(progress)
+    for place, row in enumerate(held):
+      if row >= 0 and done[place]:
+        found[row], held[place] = (tokens[place], steps[place], finite[place]), -1
+  assert len(found) == 7 and found[1] is None or found[1][2]
+  for row, answer in enumerate(wanted):
+    if found[row] is not None:
+      np.testing.assert_array_equal(found[row][0], answer.tokens)
+      np.testing.assert_array_equal(found[row][1], answer.commit_step)
+
+
 # --- the application, called without a network ----------------------------------------------
 
 
