@@ -48,7 +48,8 @@ def test_metric_keys_and_summary_keep_the_contract(trained):
   rows = read(trained / "metrics.jsonl")
   final = next(row for row in rows if row["stage"] == "sft" and row["step"] == 2)
   numbers = "accuracy stderr low high n samples unparseable timeout"
-  for name in (*numbers.split(), "cache"):
+  texts = "cache devices dtype batch_size versions prompts"
+  for name in (*numbers.split(), *texts.split()):
     assert f"eval/test/{name}" in final
   summary = json.loads((trained / "summary.json").read_text())
   assert set(summary["eval"]) == {"init/test", "sft/test"}

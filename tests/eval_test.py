@@ -24,6 +24,7 @@ from igpo_jax.eval.evaluate import (
 )
 from igpo_jax.eval.generations import params_digest
 from igpo_jax.eval.protocols import PROTOCOLS, Setting, plan, register_protocol
+from igpo_jax.io.versions import versions
 from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.rewards.score import Scorer
 from igpo_jax.tasks.chains import ALPHABET
@@ -269,6 +270,36 @@ def test_a_killed_evaluation_continued_equals_an_uninterrupted_one(tmp_path, cut
   path.write_text(kept)
   result, path = run_evaluation(tmp_path / "cut", WARM)
   assert path.read_bytes() == whole.read_bytes() and result == expected
+
+
+def test_a_result_says_on_what_it_was_made_however_often_it_was_continued(tmp_path, monkeypatch):
+  with pytest.raises(Interrupted):
+    run_evaluation(tmp_path, stop_after=2)
+  other = {"igpo_jax": "9.9", "jax": "8.8"}
+  monkeypatch.setattr(evaluate, "versions", lambda: other)
+  result, path = run_evaluation(tmp_path, batch_size=7)
+  again, _ = run_evaluation(tmp_path, batch_size=13)  # which makes no row
+  assert result == again
+  told = {name: result[name] for name in ("devices", "dtype", "batch_size", "cache", "versions")}
+  assert told == {
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "dtype": "float32",
+    "batch_size": "4; 7", "cache": "none",
+    "versions": f"{', '.join(f'{k} {v}' for k, v in versions().items())}; igpo_jax 9.9, jax 8.8",
+  }  # fmt: skip
+  path.with_suffix("").with_suffix(".made.json").unlink()  # as earlier versions left it
+  assert run_evaluation(tmp_path)[0]["versions"] == "not recorded"
+
+
+def test_a_hash_of_the_prompts_changes_with_what_the_model_reads_and_with_nothing_else():
+  def digest(template="{question}", batch_size=4, n=5, alphabet=ALPHABET):
+    records = load_records(f"{TASK}&n={n}").records
+    problems = problems_of(Setting(SamplerConfig(), samples=1, template=template), records)
+    stream = make_stream(problems, CharTokenizer(alphabet), batch_size, (12,), make_mesh())
+    return stream.prompts_digest()
+
+  assert digest() == digest(batch_size=2)
+  others = (digest("{question}="), digest(n=4), digest(alphabet=ALPHABET[::-1]))
+  assert len({digest(), *others}) == 4
 
 
 def test_a_finished_evaluation_is_not_made_again(tmp_path):

@@ -320,6 +320,13 @@ class PromptStream(_Stream):
     """This process's rows of the batch of `step`."""
     return self._build(self._global_rows(step), self.batch_size)
 
+  def prompts_digest(self) -> str:
+    """A hexadecimal digest of all prompts as the model reads them: their token ids, in order."""
+    digest = hashlib.blake2s(digest_size=8)
+    for item in self._items:
+      digest.update(np.int64(len(item.prompt)).tobytes() + item.prompt.astype(np.int64).tobytes())
+    return digest.hexdigest()
+
   def num_ordered_batches(self) -> int:
     """The number of batches that `ordered_batches` yields."""
     return -(-len(self) // self.batch_size)

@@ -29,6 +29,7 @@ from igpo_jax.eval.generations import Generations, params_digest, records_digest
 from igpo_jax.eval.metrics import benchmark_metrics
 from igpo_jax.eval.protocols import PLAIN, Setting, Task
 from igpo_jax.io.jsonl import Row
+from igpo_jax.io.versions import versions
 from igpo_jax.parallel.distributed import share
 from igpo_jax.parallel.mesh import over_processes
 from igpo_jax.parallel.sharding import num_shards
@@ -343,7 +344,9 @@ class Evaluation:
 
     Returns:
       Name of the benchmark -> its metrics (`evaluate`), "cache", "settings" (the sampler's options
-      as text) and, with a protocol, "protocol" and the "published" number with its source.
+      as text), "prompts" (a digest of their token ids), what the rows were made on (`made_on`; of
+      several such evaluations of the same rows all, with "; " between them) and, with a protocol,
+      "protocol" and the "published" number with its source.
     """
     weights = params_digest(params)
     return {task.name: self._run(task, params, weights, label) for task in self.tasks}
@@ -368,6 +371,7 @@ class Evaluation:
         **self._tasks(setting, problems),
         "seed": self.config.seed,
       },
+      made_on(self.config, self.mesh, self._streams[task.name].batch_size),
     )
     with self._scorer(setting) as scorer:
       result: dict[str, Any] = evaluate(
@@ -376,6 +380,10 @@ class Evaluation:
       )  # fmt: skip
     result["cache"] = setting.sampler.cache
     result["settings"] = in_words(setting)
+    result["prompts"] = self._streams[task.name].prompts_digest()
+    for name in MADE_ON:
+      texts = dict.fromkeys(made.get(name, NOT_RECORDED) for made in generations.made)
+      result[name] = "; ".join(texts) or NOT_RECORDED
     if task.protocol != PLAIN:
       result["protocol"] = task.protocol
       if setting.published is not None:
@@ -400,6 +408,23 @@ class Evaluation:
       return contextlib.nullcontext(self.scorer)
     reward = self.config.reward
     return Scorer("math", None, reward.workers, reward.timeout, setting.rules)
+
+
+MADE_ON = ("devices", "dtype", "batch_size", "versions")
+NOT_RECORDED = "not recorded"  # of rows that an earlier version made
+
+
+def made_on(config: Config, mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, str]:
+  """What rows are made on, each as text: the names in `MADE_ON`."""
+  devices, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
+  processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  texts = (
+    f"{devices} x {kind}{processes}",
+    config.model.dtype,
+    str(batch_size),
+    ", ".join(f"{name} {version}" for name, version in versions().items()),
+  )
+  return dict(zip(MADE_ON, texts, strict=True))
 
 
 # Options that were added to the sampler after the first runs.

@@ -2,6 +2,7 @@
 
     DIR/NAME-XXXXXXXX.jsonl           one row per problem and sample, as igpo_jax.grade reads them
     DIR/NAME-XXXXXXXX.settings.json   what the rows depend on: weights, problems, protocol, seed
+    DIR/NAME-XXXXXXXX.made.json       on what they were made: devices, versions, ...; a list
 
 XXXXXXXX is a digest of the settings. An evaluation with other settings has another file, so no file
 mixes two evaluations and none is overwritten. Rows are written in the order of the batches. A
@@ -36,25 +37,37 @@ class Generations:
     directory: of the files. It is made if it does not exist.
     name: of the benchmark.
     settings: a JSON object with everything that the rows depend on.
+    made_on: name -> text of what rows are made on now. They should not depend on it.
 
   Attributes:
     path: the file with the rows.
+    made: the different `made_on` of all rows, in the order in which they came.
     rows: (id of the problem, number of the sample) -> row, in the order of the file.
   """
 
-  def __init__(self, directory: epath.Path, name: str, settings: dict[str, Any]):
+  def __init__(
+    self,
+    directory: epath.Path,
+    name: str,
+    settings: dict[str, Any],
+    made_on: dict[str, str] | None = None,
+  ):
     text = json.dumps(settings, indent=2, sort_keys=True)
     stem = f"{name}-{hashlib.blake2s(text.encode(), digest_size=4).hexdigest()}"
     self.path = directory / f"{stem}.jsonl"
-    self._file = None
-    rows = []
+    self._file, self._made_on = None, made_on or {}
+    self._made_file = directory / f"{stem}.made.json"
+    rows: list[Row] = []
+    made: list[dict[str, str]] = []
     if jax.process_index() == 0:
       directory.mkdir(parents=True, exist_ok=True)
       write_whole(directory / f"{stem}.settings.json", text + "\n")
       self._file = row_file(self.path)
       self._file.cut()  # drops half a row at the end, onto which the next would be written
       rows = self._file.read()
+      made = _read_made(self._made_file)
     self.rows: dict[Key, Row] = {(row["id"], row["sample"]): row for row in share(rows)}
+    self.made: list[dict[str, str]] = share(made)
 
   def add(self, rows: Sequence[Row]) -> None:
     """Adds the rows of all processes, in the order of the processes. A collective.
@@ -64,6 +77,10 @@ class Generations:
     """
     new = [row for row in share(rows) if (row["id"], row["sample"]) not in self.rows]
     self.rows |= {(row["id"], row["sample"]): row for row in new}
+    if new and self._made_on and self._made_on not in self.made:
+      self.made.append(self._made_on)
+      if self._file:
+        write_whole(self._made_file, json.dumps(self.made, indent=2) + "\n")
     if self._file and new:
       self._file.add(new)
 
@@ -82,6 +99,16 @@ class Generations:
       self._file.close()
       if not in_order:
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in ordered.values()))
+
+
+def _read_made(file: epath.Path) -> list[dict[str, str]]:
+  """The list in a file; an empty one if there is no file, or it has something else."""
+  try:
+    made = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return []
+  good = isinstance(made, list) and all(isinstance(one, dict) for one in made)
+  return made if good else []
 
 
 def records_digest(records: Iterable[Record]) -> str:

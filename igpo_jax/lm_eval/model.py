@@ -22,8 +22,8 @@ from igpo_jax.inference.likelihood import Continuation, are_greedy, log_likeliho
 from igpo_jax.inference.requests import Request
 from igpo_jax.inference.session import Session
 from igpo_jax.inference.settings import find_model, override, settings_of
+from igpo_jax.io.versions import versions
 from igpo_jax.token_ids import check_ids
-from igpo_jax.train.workdir import versions
 
 CHAT = "igpo_jax chat: "  # begins a context that is a chat, as JSON: special tokens are not text
 HARNESS_DEVICE = "cuda:0"  # what the harness says if nobody says anything

@@ -20,6 +20,7 @@ from igpo_jax.config import Config, arms_of
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.tokenizer import has_tokenizer
 from igpo_jax.errors import UserError
+from igpo_jax.io.versions import versions
 from igpo_jax.parallel.distributed import from_first
 from igpo_jax.parallel.machine import Machine, here
 from igpo_jax.rewards.score import Scorer, make_scorer
@@ -30,7 +31,7 @@ from igpo_jax.train.rl import train_rl
 from igpo_jax.train.runlog import Row, RunLog, print_once
 from igpo_jax.train.setup import Model
 from igpo_jax.train.sizes import asked, resolve
-from igpo_jax.train.workdir import open_workdir, versions
+from igpo_jax.train.workdir import open_workdir
 from igpo_jax.types import LM, Params, TrainState
 from igpo_jax.viewer.report import write_page, write_report
 

@@ -16,6 +16,7 @@ from igpo_jax.data.records import Record
 from igpo_jax.errors import UserError
 from igpo_jax.eval.evaluate import Evaluation
 from igpo_jax.eval.protocols import plan
+from igpo_jax.io.versions import versions
 from igpo_jax.models import lora
 from igpo_jax.parallel import distributed
 from igpo_jax.parallel.machine import check_machine, here
@@ -41,7 +42,7 @@ from igpo_jax.train.setup import (
 from igpo_jax.train.sft import handed_on, is_spent, train_sft
 from igpo_jax.train.sizes import asked, said
 from igpo_jax.train.stop import StopSignal
-from igpo_jax.train.workdir import disk_told, hold, open_workdir, versions
+from igpo_jax.train.workdir import disk_told, hold, open_workdir
 from igpo_jax.viewer.comparison import method_of, write_comparison
 from igpo_jax.viewer.report import PAGE, write_page, write_report
 from igpo_jax.viewer.summary import summary_table

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import secrets
 import time
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from typing import Any
 import jax
 from etils import epath
 
-import igpo_jax
 from igpo_jax.cli import before_leaving
 from igpo_jax.config import Config
 from igpo_jax.config.renamed import upgraded
@@ -121,13 +118,6 @@ def open_workdir(
     print_once(f"the run is continued with {', '.join(words)}; noted in {CHANGES}")
   if jax.process_count() > 1:
     _check_shared(workdir)
-
-
-def versions() -> dict[str, str]:
-  """The versions of Python and of the packages that decide a run's numbers, for config.json."""
-  names = ("igpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-  known = {name: importlib.metadata.version(name) for name in names[1:]}
-  return {"igpo_jax": igpo_jax.__version__, "python": platform.python_version(), **known}
 
 
 def _open(
