@@ -115,6 +115,11 @@ def test_the_files_of_the_repository_can_be_read():
   assert len(read) >= 6 and all(read.values())
   jobs = read["ci.yml"]["jobs"]
   assert jobs["tests"]["steps"][-1]["run"] == "bash .ci/run"
+  # Older ones run on Node 20, which GitHub's machines no longer have (since September 2026).
+  fewest = {"actions/checkout": 5, "actions/setup-python": 6}
+  used = [step["uses"].split("@v") for job in jobs.values() for step in job["steps"]
+          if "uses" in step]  # fmt: skip
+  assert len(used) == 4 and all(int(version) >= fewest[name] for name, version in used)
   stacks = jobs["tests"]["strategy"]["matrix"]["include"]
   assert {stack["python"] for stack in stacks} == {"3.11", "3.12", "3.13"}
   pinned = {stack["constraints"] for stack in stacks if "constraints" in stack}
