@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -281,6 +282,59 @@ def test_options_that_a_family_has_not_are_refused():
   ):
     with pytest.raises(UserError, match=message):
       make_lm(ModelConfig(vocab_size=8, **options))
+
+
+@every_family
+def test_every_option_that_changes_the_numbers_is_refused_in_one_message(name):
+  """What is not implemented, at once: each option of `required`, lists of layers, unknown ones."""
+  family = FAMILIES[name]
+  written = hf_config(families.model_config(name, family.tiny, vocab_size=24, mask_id=1, eos_id=0))
+  assert read_config(written, "config.json").family == name
+  wrong = {
+    "layer_types": ["full_attention", "sliding_attention"], "moe_layer_freq": [1, 0],
+    "use_mrope": True, "use_sliding_window": True, "is_causal": True, "logit_scale": 2.0,
+    "final_logit_softcapping": 30.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    "quantization_config": {"bits": 4}, "pruned_heads": {"0": [1]}, "add_cross_attention": True,
+    "mlp_only_layers": [1], "decoder_sparse_step": 2, "no_rope_layers": [1], "qk_norm": "layer",
+    **{f"brand_new_{n}": n for n in range(9)},
+  }  # fmt: skip
+  wrong = {option: "something else" for option in family.required} | wrong
+  with pytest.raises(UserError) as error:
+    read_config(written | wrong, "config.json")
+  told = str(error.value)
+  assert not [option for option in wrong if option not in told] and "\n" not in told, told
+
+
+@every_family
+@pytest.mark.parametrize("option, right, wrong", [
+  ("layer_types", ["full_attention"] * 2, (["sliding_attention"] * 2, "full_attention", [1, None])),
+  ("moe_layer_freq", [1, 1], ([1, 0], [1], 2, "1")),
+])  # fmt: skip
+def test_what_each_layer_is_has_to_be_what_is_implemented(name, option, right, wrong):
+  family = FAMILIES[name]
+  written = hf_config(families.model_config(name, family.tiny, vocab_size=24, mask_id=1, eos_id=0))
+  if option in family.inert:
+    same = read_config(written | {option: right}, "config.json")
+    assert same == read_config(written, "config.json") == read_config(written | {option: None}, "")
+  for value in wrong:
+    with pytest.raises(UserError, match=option):
+      read_config(written | {option: value}, "config.json")
+
+
+def test_only_a_familys_own_folder_knows_its_name():
+  """Everything else reads facts from `LM` and `Family`. The table alone imports the folders."""
+  folders = {family.design.__module__ for family in FAMILIES.values()}
+  names = {*FAMILIES, *(kind for family in FAMILIES.values() for kind in family.model_types)}
+  for path in sorted((REPO / "igpo_jax").rglob("*.py")):
+    module = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+    if module in folders:
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Compare | ast.match_case | ast.Dict | ast.Subscript):
+        told = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & names
+        assert not told, f"{path}:{getattr(node, 'lineno', '')}: {told}"
+      if isinstance(node, ast.ImportFrom) and module != families.__name__:
+        assert not folders & {node.module, *(f"{node.module}.{n.name}" for n in node.names)}, path
 
 
 # --- experts ------------------------------------------------------------------------------

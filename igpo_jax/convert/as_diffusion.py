@@ -20,7 +20,6 @@ from igpo_jax.convert.open import CONFIG_FILE, Source, open_hf, read_json
 from igpo_jax.data import tokenizer as tokenizer_lib
 from igpo_jax.errors import UserError
 from igpo_jax.io.text import read_object
-from igpo_jax.models.a2d import SHIFT_OPTION
 from igpo_jax.models.families import FAMILIES
 
 MASK_TOKEN = "<|mask|>"
@@ -64,7 +63,7 @@ def open_as_diffusion(path: epath.PathLike, mask_token: str = "", shift: bool = 
     "model_type": family.model_types[0],
     "architectures": list(family.written["architectures"]),
     "mask_token_id": mask_id,
-    SHIFT_OPTION: shift,
+    family.fields["shift_logits"]: shift,
   }
   source = open_hf(path, hf_config | {"vocab_size": max(rows, mask_id + 1)}, rows)
   rewritten = {}

@@ -157,7 +157,7 @@ def read_config(
   values |= family.derive(hf_config, problems)
   if not problems:
     problems += _contradictions(family, hf_config, values)
-  raise_problems(where, problems)
+  raise_problems(where, problems, most=100)
   eos = values.pop("eos_id")
   stop_ids = tuple(eos) if isinstance(eos, list) else (eos,)
   return make_config(family.name, values, eos_id=stop_ids[0], stop_ids=stop_ids)

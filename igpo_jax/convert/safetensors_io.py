@@ -59,14 +59,14 @@ class Header:
   problems: tuple[str, ...]
 
 
-def raise_problems(where: Any, problems: Sequence[str]) -> None:
-  """Raises one UserError that lists the problems, the first `MOST_PROBLEMS` of them in words.
+def raise_problems(where: Any, problems: Sequence[str], most: int = MOST_PROBLEMS) -> None:
+  """Raises one UserError that lists the problems, the first `most` of them in words.
 
   Does nothing if there is none.
   """
   if problems:
-    more = len(problems) - MOST_PROBLEMS
-    listed = [*problems[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+    more = len(problems) - most
+    listed = [*problems[:most], *([f"and {more} more"] if more > 0 else [])]
     raise UserError(f"{where}: {'; '.join(listed)}")
 
 

@@ -23,11 +23,12 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
   "hidden_act": ("silu",),
   "mlp_bias": (False, None),
   "rope_scaling": (None,),
+  "use_mrope": (False, None),
   "use_sliding_window": (False, None),
 }
 INERT = frozenset({
   "attention_dropout", "initializer_range", "max_position_embeddings", "pad_token_id",
-  "pretraining_tp", "use_cache", "max_window_layers", "sliding_window", "use_mrope",
+  "pretraining_tp", "use_cache", "max_window_layers", "sliding_window",
 })  # fmt: skip
 TOP = {
   "wte/embedding": "model.embed_tokens.weight",
@@ -48,6 +49,16 @@ QKV_BIASES = {
 QK_NORMS = {
   f"{name}_norm/scale": f"model.layers.{{}}.self_attn.{name}_norm.weight" for name in "qk"
 }
+
+
+def only_full_attention(hf_config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+  """A `Family.derive` for configurations that may list the attention of each layer."""
+  kinds = hf_config.get("layer_types")
+  if kinds is not None and not isinstance(kinds, list):
+    problems.append(f"layer_types={kinds!r} should be a list")
+  elif other := [kind for kind in kinds or () if kind != "full_attention"]:
+    problems.append(f"layer_types has {other[0]!r} (only 'full_attention' is supported)")
+  return {}
 
 
 def mlp(where: str, prefix: str = "") -> dict[str, str]:

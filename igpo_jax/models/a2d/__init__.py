@@ -12,8 +12,7 @@ from igpo_jax.config import ModelConfig
 from igpo_jax.models import hf_layout
 from igpo_jax.models.family import Design, Family
 
-SHIFT_OPTION = "right_shift_logits"
-_FIELDS = {**hf_layout.FIELDS, "head_dim": "head_dim", "shift_logits": SHIFT_OPTION}
+_FIELDS = {**hf_layout.FIELDS, "head_dim": "head_dim", "shift_logits": "right_shift_logits"}
 _DEFAULTS = {"tie_embeddings": False, "head_dim": 0, "shift_logits": False}
 _TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden": 48}
 _BLOCK = {**hf_layout.ATTENTION, **hf_layout.MLP}
@@ -37,6 +36,7 @@ QWEN2 = Family(
   defaults=_DEFAULTS,
   required={k: v for k, v in hf_layout.REQUIRED.items() if k != "attention_bias"},
   inert=hf_layout.INERT | {"layer_types"},
+  derive=hf_layout.only_full_attention,
   written={"architectures": ["A2DQwen2LMHeadModel"], "hidden_act": "silu"},
   top=hf_layout.TOP,
   block={**_BLOCK, **hf_layout.QKV_BIASES},
@@ -60,6 +60,7 @@ QWEN3 = Family(
   defaults=_DEFAULTS | {"head_dim": 128},
   required=hf_layout.REQUIRED,
   inert=hf_layout.INERT | {"layer_types"},
+  derive=hf_layout.only_full_attention,
   written={"architectures": ["A2DQwen3LMHeadModel"], "hidden_act": "silu"},
   top=hf_layout.TOP,
   block={**_BLOCK, **hf_layout.QK_NORMS},

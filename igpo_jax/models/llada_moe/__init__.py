@@ -67,7 +67,8 @@ FAMILY = Family(
 
 def _only_experts(hf, problems: list[str]):
   """Every layer has experts."""
-  kinds = hf.get("moe_layer_freq")
-  if isinstance(kinds, list) and any(kind != 1 for kind in kinds):
+  kinds, layers = hf.get("moe_layer_freq"), hf.get("num_hidden_layers")
+  of_each = isinstance(kinds, list) and len(kinds) == layers and all(kind == 1 for kind in kinds)
+  if kinds not in (None, 1) and not of_each:
     problems.append(f"moe_layer_freq={kinds!r} is not supported (only 1 for every layer)")
   return {}

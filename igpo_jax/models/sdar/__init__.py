@@ -23,6 +23,7 @@ FAMILY = Family(
     "debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "use_deepep",
     "layer_types",
   },
+  derive=hf_layout.only_full_attention,
   written={"architectures": ["SDARForCausalLM"], "hidden_act": "silu"},
   top=hf_layout.TOP,
   block={**hf_layout.ATTENTION, **hf_layout.QK_NORMS, **hf_layout.MLP},
