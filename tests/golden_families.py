@@ -1,7 +1,10 @@
 """Every model family against outputs of its reference code: python -m tests.golden_families DIR
 
-DIR holds a folder for each family: config.json, model.safetensors, golden*.npz and generate/*.npz
-(the layout of shared/golden/dream; its NOTES.md says what the fields are). The weights go through
+DIR holds a folder for each family: config.json, model.safetensors, and what the reference gives.
+golden.npz has input_ids[B,T] and logits[B,T,V], or logits_shifted, moved to the tokens that they
+predict; if known also the residual stream [B,T,D], hidden_embed, hidden_after_block0, ... and
+hidden_after_norm, and what routers chose. golden_padded.npz is the same with attention_mask[B,T].
+generate/*.npz are traces of the decoders in `KINDS`. The weights go through
 `igpo_jax.convert` to an Orbax checkpoint and back, which has to give every bit again, and what
 is compared is computed from that checkpoint. A line per case: its error, and what it may be.
 Exit code 1 if one is out of its tolerance.
