@@ -30,9 +30,9 @@ def load(options=""):
   return load_records(f"synthetic:maps?n=400&seed=1&{options}").records
 
 
-def hand(record, table=0, wrong=None):
+def hand(record, table=0, wrong=None, maps=MAPS, letters=COUNT):
   """The letters that a problem passes through; `wrong` transitions go where it says."""
-  right, path = letter_maps.tables(table, MAPS), []
+  right, path = letter_maps.tables(table, maps, letters), []
   at = letter_maps.LETTERS.index(record.question[0])
   for m in map(int, record.question[1:]):
     at = (wrong or {}).get((m, at), right[m, at])
@@ -77,11 +77,11 @@ def test_train_and_test_are_disjoint_whatever_the_seed(records):
 
 
 @examples(max_examples=30)
-@hypothesis.given(st.integers(0, 2**31), st.integers(1, 10))
-def test_every_map_is_a_permutation(table, number):
-  tables = letter_maps.tables(table, number)
-  assert tables.shape == (number, COUNT)
-  assert (np.sort(tables, axis=1) == np.arange(COUNT)).all()
+@hypothesis.given(st.integers(0, 2**31), st.integers(1, 10), st.integers(4, COUNT))
+def test_every_map_is_a_permutation(table, number, letters):
+  tables = letter_maps.tables(table, number, letters)
+  assert tables.shape == (number, letters)
+  assert (np.sort(tables, axis=1) == np.arange(letters)).all()
 
 
 def test_another_table_has_other_permutations():
@@ -170,6 +170,18 @@ def test_with_certain_slips_exactly_the_doubtful_transitions_go_wrong(records):
   with Scorer("exact") as scorer:
     correct = scorer([r.trace for r in slipped], slipped).correct
   assert correct.tolist() == [r.trace[-1] == r.answer for r in slipped]
+
+
+def test_maps_of_fewer_letters_have_no_others():
+  few = {"maps": 3, "letters": 8}
+  wrong = letter_maps.wrong_targets(0, 3, 0.25, 8)
+  assert len(wrong) == 6 and all(0 <= to < 8 for to in wrong.values())
+  for record in load("letters=8&maps=3&steps=6&doubtful=0.25&slips=1"):
+    assert written(record) == hand(record, wrong=wrong, **few)
+    assert record.answer == hand(record, **few)[-1]
+    assert set(written(record) + record.answer + record.question[0]) <= set("abcdefgh")
+  for record in load("letters=4&maps=8&steps=4&noise=1"):
+    assert set(written(record)) <= set("abcd")
 
 
 def test_a_slip_is_taken_with_its_probability_and_only_where_it_is_doubtful():
@@ -262,6 +274,7 @@ def test_every_text_is_in_the_tokenizers_alphabet(options, tokenizer):
     ("steps=", "synthetic: steps"),
     ("maps=0", "maps=0"),
     ("maps=11", r"maps=11 is not in \[1, 10\]"),
+    ("letters=3", r"letters=3 is not in \[4, 52\]"),
     ("table=-1", "table=-1"),
     ("doubtful=1.1", "doubtful=1.1"),
     ("slips=-0.1", "slips=-0.1"),

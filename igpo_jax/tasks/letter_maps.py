@@ -41,27 +41,30 @@ ALPHABET = LETTERS + string.digits + "=>-"
 
 
 @functools.lru_cache(maxsize=64)
-def tables(table: int, maps: int) -> np.ndarray:
-  """The maps i64[maps,52]: map m takes letter number i to letter number [m, i].
+def tables(table: int, maps: int, letters: int = len(LETTERS)) -> np.ndarray:
+  """The maps i64[maps,letters]: map m takes letter number i to letter number [m, i].
 
   Args:
     table: the seed that the maps are drawn from.
     maps: number of maps.
+    letters: number of letters.
   """
   rng = np.random.default_rng([table, maps])
-  return common.permutations(rng, maps, len(LETTERS))
+  return common.permutations(rng, maps, letters)
 
 
 @functools.lru_cache(maxsize=64)
-def wrong_targets(table: int, maps: int, doubtful: float) -> dict[tuple[int, int], int]:
+def wrong_targets(
+  table: int, maps: int, doubtful: float, letters: int = len(LETTERS)
+) -> dict[tuple[int, int], int]:
   """The doubtful transitions of `tables`, as {(map, letter): wrong letter}, all by number.
 
   Args:
-    table, maps: as for `tables`.
+    table, maps, letters: as for `tables`.
     doubtful: the share of transitions that are doubtful.
   """
   rng = np.random.default_rng([table, maps, round(doubtful * 1000)])
-  return common.wrong_targets(tables(table, maps), doubtful, rng)
+  return common.wrong_targets(tables(table, maps, letters), doubtful, rng)
 
 
 def with_detours(problem: str, path: str, mean: float, rng: np.random.Generator) -> str:
@@ -102,6 +105,7 @@ def make_records(
   seed: int = 0,
   steps: int | str = 12,
   maps: int | str = 4,
+  letters: int | str = len(LETTERS),
   table: int | str = 0,
   doubtful: float | str = 0.0,
   slips: float | str = 0.0,
@@ -116,6 +120,8 @@ def make_records(
     seed: seed of the generator.
     steps: how many maps a problem applies, 1 to 64.
     maps: how many maps there are, 1 to 10.
+    letters: how many letters the maps are of, 4 to 52. With few a problem of many steps, whose
+      answer is nowhere before, is seldom found.
     table: seed of the permutations, and of which transitions are doubtful.
     doubtful: the share of transitions that traces may take to a wrong letter.
     slips: the probability that a trace does so, each time it takes such a transition. The trace
@@ -130,19 +136,20 @@ def make_records(
   common.check_split(split)
   steps = option_number("steps", steps, int, 1, 64)
   maps = option_number("maps", maps, int, 1, 10)
+  letters = option_number("letters", letters, int, 4, len(LETTERS))
   table = option_number("table", table, int, 0, 2**31)
   shares = {"doubtful": doubtful, "slips": slips, "noise": noise}
   doubtful, slips, noise = (option_number(k, v, float, 0, 1) for k, v in shares.items())
   detours = option_number("detours", detours, float, 0, 10)
 
-  right, wrong = tables(table, maps), wrong_targets(table, maps, doubtful)
+  right, wrong = tables(table, maps, letters), wrong_targets(table, maps, doubtful, letters)
   rng = np.random.default_rng([seed, table, steps, maps])
   writing = np.random.default_rng([seed, table, 1])  # for traces only: it changes no problem
   records: dict[str, Record] = {}
   for _ in range(100 * n + 1000):
     if len(records) == n:
       break
-    start = int(rng.integers(len(LETTERS)))
+    start = int(rng.integers(letters))
     applied = rng.integers(maps, size=steps)
     problem = LETTERS[start] + "".join(map(str, applied))
     *before, answer = common.walk(right, start, applied)
@@ -151,7 +158,7 @@ def make_records(
     written = common.walk(right, start, applied, wrong, slips, writing)
     for step in range(steps - 1):
       if noise and writing.random() < noise:
-        others = [i for i in range(len(LETTERS)) if i not in (written[step], answer)]
+        others = [i for i in range(letters) if i not in (written[step], answer)]
         written[step] = others[writing.integers(len(others))]
     path = "".join(LETTERS[i] for i in written)
     trace = f"{path[:-1]}=>{path[-1]}"
