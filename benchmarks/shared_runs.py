@@ -37,11 +37,12 @@ from igpo_jax.train.stop import StopSignal
 from igpo_jax.types import Array, Params
 
 ACCURACY = "eval/test/accuracy"
+PROGRAMS_KEPT = 3  # of different configs; a process may have so many compiled programs only
 # Metrics of each RL step that are kept.
 CURVES = (
   "reward", "all_wrong_before", "all_wrong_after", "extra_correct", "grad_norm", "entropy",
   "entropy_floor", "repeated", "skipped", "largest_ratio", "effective_share", "hint_ratio",
-  "own_ratio", "hint_logp", "own_logp", "hints_kept",
+  "own_ratio", "hint_logp", "own_logp", "hints_kept", "ratio", "kl", "clip_fraction",
 )  # fmt: skip
 
 
@@ -67,11 +68,20 @@ def at_rate(config: Config) -> optax.GradientTransformation:
 
 
 def compiled_from(config: Config) -> Config:
-  """A config without what no program is compiled from: seed, data, exploration, and the rate."""
+  """A config without what likelihood and update are not compiled from.
+
+  That is seed, data, exploration, the rate, evaluation, and the sampler's cache and parallel
+  commits. (jax compiles a sampling program for each sampler, once for all runs.)
+  """
+  sampler = dataclasses.replace(
+    config.sampler, cache="none", refresh_every=0, threshold=None, factor=None, adaptive=False
+  )
   return dataclasses.replace(
     config,
     seed=0,
     data=Config().data,
+    sampler=sampler,
+    eval=Config().eval,
     rl=dataclasses.replace(config.rl, exploration="none"),
     rl_optimizer=dataclasses.replace(config.rl_optimizer, learning_rate=1.0),
   )
@@ -93,18 +103,19 @@ class SharedRuns:
     tokenizer = open_tokenizer(config.data.tokenizer)
     with jax.set_mesh(self.mesh):
       self.model = make_model(config, tokenizer, self.mesh)
-    self._programs: tuple[Config | None, PolicyPrograms | None] = (None, None)
+    self._programs: dict[Config, PolicyPrograms] = {}
     self._load = functools.lru_cache(maxsize=64)(load_source)
     self._stream = functools.lru_cache(maxsize=16)(self._new_stream)
     self._params = functools.lru_cache(maxsize=16)(self._trained)
 
   def make_programs(self, lm, optimizer, config: Config, shardings) -> PolicyPrograms:
-    """As `make_policy_programs`; those that were made last are used again where they fit."""
+    """As `make_policy_programs`; the `PROGRAMS_KEPT` made last are used again where they fit."""
     key = compiled_from(config)
-    if self._programs[0] != key:
-      self._programs = key, make_policy_programs(lm, optimizer, config, shardings)
-    assert self._programs[1] is not None
-    return self._programs[1]
+    if key not in self._programs:
+      self._programs[key] = make_policy_programs(lm, optimizer, config, shardings)
+    if len(self._programs) > PROGRAMS_KEPT:
+      del self._programs[next(iter(self._programs))]
+    return self._programs[key]
 
   def _new_stream(self, uri: str, seed: int, prompts: int) -> PromptStream:
     config = dataclasses.replace(
@@ -161,7 +172,8 @@ class SharedRuns:
     start = [[0, row[ACCURACY]] for row in log.rows if row["stage"] == "sft"]
     return {
       "accuracy": start + [[row["step"], row[ACCURACY]] for row in rows if ACCURACY in row],
-      "curves": {name: [row.get(f"rl/{name}") for row in rows] for name in CURVES},
+      "curves": {name: [row.get(f"rl/{name}") for row in rows] for name in CURVES}
+      | {"positions": [row.get("time/positions") for row in rows]},
       "step_cpu_seconds": statistics.median(seconds) if seconds else None,
       "cpu_seconds": time.process_time() - began,
       "failed": failed,

@@ -63,7 +63,8 @@ def make_parser() -> cli.ArgumentParser:
                       help="also tell which tokens were committed at which step")  # fmt: skip
   parser.add_argument("--animate", action="store_true",
                       help="draw the canvas after every denoising step")  # fmt: skip
-  parser.add_argument("--batch_size", type=number(Count), default=8, help="(%(default)s)")
+  parser.add_argument("--batch_size", type=number(Count), default=8,
+                      help="prompts that are answered at a time (%(default)s)")  # fmt: skip
   add_arguments(parser)
   return parser
 

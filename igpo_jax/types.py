@@ -147,6 +147,8 @@ class Denoised:
     worked: i32[], rows that calls worked at while other rows were waiting for a slot: the sum over
       these calls.
     room: i32[], rows that these calls were made for. `worked / room` is how full they were.
+    positions: f32[], how many positions all calls computed, those of all rows together (with
+      guidance each twice): what denoising cost, whatever the machine.
     finite: bool[B], False for a row with a logit that was NaN or infinite: its tokens are not an
       answer of the model.
     commit_logp: f32[B,T], log-probability of each token when it was committed, under the softmax at
@@ -160,6 +162,7 @@ class Denoised:
   refreshes: Int32[Array, ""]
   worked: Int32[Array, ""]
   room: Int32[Array, ""]
+  positions: Float32[Array, ""]
   finite: Bool[Array, " B"]
   commit_logp: Float32[Array, "B T"]
   calls: Int32[Array, " B"]

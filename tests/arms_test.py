@@ -45,9 +45,11 @@ def test_an_arm_is_the_run_with_what_it_says_changed_and_nothing_else():
     "GRPO: rl.exploration=none",
     "other: data.rl=synthetic:chains?n=9,  estimator.coupled_grpo.ratio_low=0.1, objective.beta=0,"
     "reward.weights=(('correct', 2.0),), hints.ratio_high=0.8, sampler.temperature=0.5",
+    "cheap: sampler.adaptive=True, sampler.cache=dual, sampler.refresh_every=1, sampler.steps=2, "
+    "sampler.threshold=0.9",  # adaptive alone is refused, whatever comes first
     stages=("sft", "rl", "eval"),
   )
-  grpo, other = arms_of(config).values()
+  grpo, other, cheap = arms_of(config).values()
   replace = dataclasses.replace
   plain = replace(config, arms=(), stages=("sft", "rl"))
   assert grpo == replace(plain, rl=replace(plain.rl, exploration="none"))
@@ -62,6 +64,10 @@ def test_an_arm_is_the_run_with_what_it_says_changed_and_nothing_else():
     hints=replace(plain.hints, ratio_high=0.8),
     sampler=replace(plain.sampler, temperature=0.5),
   )
+  assert cheap.sampler == replace(
+    plain.sampler, adaptive=True, cache="dual", refresh_every=1, steps=2, threshold=0.9
+  )
+  assert replace(cheap, sampler=plain.sampler) == plain
   assert arms_of(replace(config, stages=("sft",))) == {}
   # A user who asks for GRPO where that is an arm gets it once.
   itself = with_arms("GRPO: rl.exploration=none", "two: rl.steps=2", **{"rl.exploration": "none"})
@@ -81,6 +87,10 @@ def test_an_arm_is_the_run_with_what_it_says_changed_and_nothing_else():
     (("a: rl.steps.more=1",), "a: there is no option rl.steps.more"),
     (("a: model.d_model=32",), "a: model.d_model is not RL's alone; an arm may change rl, "),
     (("a: sampler.gen_length=8",), "a: sampler.gen_length is not RL's alone"),
+    (("a: sampler.early_stop=none",), "a: sampler.early_stop is not RL's alone"),
+    (("a: sampler.steps=3",), "a: sampler.steps=3 is not a multiple of the 2 blocks"),
+    (("a: sampler.refresh_every=1",), "a: sampler.refresh_every=1 needs a cache"),
+    (("a: sampler.threshold=0.5, sampler.factor=1",), "a: .* are two rules for one thing"),
     (("a: rl.steps=many",), "a: rl.steps='many' should be a whole number"),
     (("a: rl.exploration=nothing",), "a: rl.exploration='nothing' is not one of inpaint"),
     (("a: rl.estimator=mean_fields",), r"a: .*mean_fields"),
@@ -103,6 +113,16 @@ def test_every_arm_is_sized_on_the_runs_mesh_and_one_that_does_not_share_out_is_
   with pytest.raises(UserError, match=r"config: arms: odd: rl\.prompts_per_step=2 does not share"):
     resolve_all(dataclasses.replace(config, arms=("odd: rl.prompts_per_step=2",)),
                 modelled("cpu", 4))  # fmt: skip
+
+
+def test_an_arm_whose_rollouts_the_model_cannot_make_is_told_at_the_start():
+  config = with_arms("GRPO: rl.exploration=none", "fast: sampler.cache=prefix",
+                     **{"model.family": "sdar", "model.attention_block": 8})  # fmt: skip
+  with pytest.raises(UserError, match=r"^config: arms: fast: sampler\.cache='prefix' and .* block"):
+    resolve_all(config, modelled("cpu", 1))
+  other = dataclasses.replace(config.sampler, block_length=4)
+  with pytest.raises(UserError, match=r"^config: sampler\.block_length=4: .* blocks of 8"):
+    resolve_all(dataclasses.replace(config, sampler=other), modelled("cpu", 1))
 
 
 def test_programs_of_an_arm_are_there_where_they_are_others_and_the_start_is_counted():

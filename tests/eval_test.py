@@ -104,6 +104,17 @@ def test_evaluations_are_exact_unless_a_cache_is_asked_for():
   config.eval.protocol = ""
   assert task.setting.sampler.refresh_every == 0  # the protocol's
   assert plan(freeze(config))[0].setting.sampler.refresh_every == 4
+  # Parallel commits are the rollouts', unless they are switched off.
+  config.eval.cache, config.sampler.adaptive, config.sampler.factor = "none", True, 1.0
+  assert plan(freeze(config))[0].setting.sampler.factor == 1.0
+  config.eval.parallel = False
+  (task,) = plan(freeze(config))
+  exact = dataclasses.replace(freeze(config).sampler, cache="none", refresh_every=0, factor=None,
+                              adaptive=False, temperature=0.0)  # fmt: skip
+  assert task.setting.sampler == exact
+  with pytest.raises(UserError, match=r"eval\.temperature and eval\.parallel"):
+    config.eval.protocol = "igpo"
+    freeze(config)
 
 
 def test_a_plan_names_every_length_once():
@@ -239,17 +250,18 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_samples(tmp_path):
 
 
 def test_the_progress_of_a_round_begins_before_it_is_made(tmp_path, monkeypatch):
-  """Else the time that is shown is not the time that it took."""
-  events = []
+  """Else the time that is shown is not the time that it took. No slot is empty while rows wait."""
+  events, counts = [], []
 
   def watched(*args):
-    for rows in generate_rows(*args):
+    for rows in generate_rows(*args[:-1], counts.append):
       events.append("made")
       yield rows
 
   monkeypatch.setattr(evaluate, "generate_rows", watched)
   run_evaluation(tmp_path, batch_size=4, begun=events.append)
   assert events == [0, "made", 1, "made", 2, "made", 3, "made"]
+  assert 0 < counts[0].worked == counts[0].room and counts[0].positions >= 13 * 16
 
 
 @pytest.mark.parametrize("cut", ["between", "in a batch", "in a row", "in the first row"])

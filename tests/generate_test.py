@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,18 +16,21 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.common import CompileCounter
 from igpo_jax import chat, generate
 from igpo_jax.checkpoint import Checkpoints
 from igpo_jax.config import Config, ModelConfig, SamplerConfig
 from igpo_jax.convert.open import open_source
 from igpo_jax.convert.pretrained import load_pretrained
 from igpo_jax.data.tokenizer import CharTokenizer
+from igpo_jax.diffusion.sampler import denoise
 from igpo_jax.errors import UserError
 from igpo_jax.inference import draw, requests, session
 from igpo_jax.inference.settings import find_model, override, settings_of
 from igpo_jax.models import make_lm
 from igpo_jax.outputs import output_file
 from igpo_jax.train.workdir import as_json
+from igpo_jax.types import Canvas
 from tests.convert_helpers import copy_tiny
 from tests.paths import REPO
 from tests.tiny_tokenizer import make_directory
@@ -66,16 +70,27 @@ def test_hints_are_where_they_were_put_and_never_change(pre):
   assert not (answer.tokens == pre.tokenizer.mask_id).any()
 
 
-def test_an_answer_does_not_depend_on_its_batch(pre):
-  # One padded length for all: padding is part of the positions the model sees.
-  asked = [make(pre, f"How many eggs, {n}?", *(["16@3"] if n % 2 else [])) for n in range(5)]
+def test_answers_come_in_order_from_a_program_for_each_length_and_are_those_of_each_alone(pre):
+  """Two queues, of six prompts and of one; a request's noise is keyed by its number."""
+  asked = [make(pre, f"How many eggs, {n}?", *(["16@3"] if n % 2 else [])) for n in range(7)]
+  asked[2] = make(pre, "How many eggs? " * 20)
+  assert [requests.padded_length(request) for request in asked] == [64, 64, 128, 64, 64, 64, 64]
   key = jax.random.key(3)
-  one = list(session.generate(pre, asked, CFG, key, batch_size=1))
-  three = list(session.generate(pre, asked, CFG, key, batch_size=3))
-  assert len(three) == 5
-  for a, b in zip(one, three, strict=True):
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-    np.testing.assert_array_equal(a.commit_step, b.commit_step)
+  counter = CompileCounter()
+  made = list(session.generate(pre, asked, CFG, key, batch_size=3))
+  assert counter.names["jit(sample_more)"] == 2
+  few = dataclasses.replace(CFG, early_stop="batch")  # in batches; no answer here ends early
+  batches = list(session.generate(pre, asked, few, key, batch_size=3))
+  for n, (answer, other) in enumerate(zip(made, batches, strict=True)):
+    np.testing.assert_array_equal(answer.tokens, other.tokens)
+    canvas, hinted = requests.canvas_with_hints(asked[n], 16, pre.tokenizer)
+    np.testing.assert_array_equal(answer.tokens[hinted], canvas[hinted])
+  prompt, valid, canvas, hinted = requests.batch_arrays(asked[3:4], 16, pre.tokenizer)
+  arrays = ((prompt, canvas), (np.ones_like(valid), hinted), (valid, np.ones_like(hinted)))
+  whole = Canvas(*(np.concatenate(pair, axis=1) for pair in arrays))
+  alone = denoise(pre.lm, pre.params, whole, jax.random.fold_in(key, 3)[None], CFG)
+  np.testing.assert_array_equal(made[3].tokens, alone.tokens[0, 64:])
+  np.testing.assert_array_equal(made[3].commit_step, alone.commit_step[0, 64:])
 
 
 def test_the_order_names_every_committed_position_once(pre):

@@ -219,6 +219,9 @@ def test_rows_through_few_slots_are_those_of_the_whole_batch(name):
     assert out.forwards >= -(-whole.calls.sum() // slots)
     if slots == 1:
       assert out.forwards == whole.calls.sum()
+    if name == "dual":  # two rows at a time on the whole canvas, three on a block
+      length, others = canvas.tokens.shape[1], out.forwards - out.refreshes
+      assert out.positions == out.refreshes * 2 * length + others * 3 * 4
 
 
 def test_a_free_slot_takes_the_next_row_at_once():
@@ -230,6 +233,7 @@ def test_a_free_slot_takes_the_next_row_at_once():
   np.testing.assert_array_equal(out.calls, [24] + 8 * [4])
   assert out.forwards == 24 < -(-9 // 3) * 24
   assert out.worked == out.room == 12 * 3  # the last two are taken after twelve calls
+  assert out.positions == 24 * 3 * canvas.tokens.shape[1]
 
 
 def test_a_call_is_made_where_it_is_needed_only():

@@ -319,7 +319,10 @@ def test_rows_that_come_late_or_beside_others_are_filled_in_as_alone(model, cach
     for k in range(7)
   ]
   wanted = list(session.generate(pre, asked, cfg, jax.random.key(4), 1))
-  rows = batch_arrays(asked, 16, pre.tokenizer)
+  prompt, valid, canvas, hinted = batch_arrays(asked, 16, pre.tokenizer)
+  given, free = np.ones_like(valid), np.ones_like(hinted)
+  parts = ((prompt, canvas), (given, hinted), (valid, free))
+  rows = [np.concatenate(pair, axis=1) for pair in parts]
   length = rows[0].shape[1]
   state = empty_places(pre.lm, pre.params, cfg, places, length)
   held, todo, found = [-1] * places, list(range(7)), {}

@@ -4,7 +4,8 @@
 
 The run itself is what the arms are compared with. So the example is three times RL after one SFT
 stage (train/arms.py). An arm may change what only RL reads: another SFT stage or another model is a
-run of its own.
+run of its own. What it changes of the sampler is how its rollouts are made; all arms are evaluated
+as the run is.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from igpo_jax.config.run import Config
 from igpo_jax.errors import UserError
 
 # Sections and single options that an arm may change.
-CHANGEABLE = ("rl", "rl_optimizer", "hints", "estimator", "objective", "sampler.temperature",
-              "reward.weights", "data.rl")  # fmt: skip
+CHANGEABLE = (
+  "rl", "rl_optimizer", "hints", "estimator", "objective", "reward.weights", "data.rl",
+  *(f"sampler.{name}" for name in ("temperature", "steps", "cache", "refresh_every", "threshold",
+                                   "factor", "adaptive")),
+)  # fmt: skip
 _SEPARATOR = re.compile(r",\s*(?=\w+(?:\.\w+)+=)")  # a comma before the next OPTION=
 
 
@@ -43,13 +47,10 @@ def arms_of(config: Config) -> dict[str, Config]:
   for text in config.arms:
     name, changes = _parsed(text)
     require(name not in out, f"arms: {name!r} is there twice")
-    arm = plain
-    for option, value in changes.items():
-      try:
-        arm = _changed(arm, option, option.split("."), value)
-      except UserError as error:
-        raise UserError(f"config: arms: {name}: {str(error).removeprefix('config: ')}") from None
-    out[name] = arm
+    try:
+      out[name] = _changed(plain, "", changes)
+    except UserError as error:
+      raise UserError(f"config: arms: {name}: {str(error).removeprefix('config: ')}") from None
   return {name: arm for name, arm in out.items() if arm != plain}
 
 
@@ -67,21 +68,34 @@ def _parsed(text: str) -> tuple[str, dict[str, str]]:
   return name, {option.strip(): value.strip() for option, _, value in pairs}
 
 
-def _changed(section: Any, option: str, path: list[str], text: str) -> Any:
-  """The section with one option, `path` from here, set to the value that a text says."""
-  (name, *rest), known = path, [field.name for field in dataclasses.fields(section)]
-  if name not in known or bool(rest) != dataclasses.is_dataclass(getattr(section, name)):
-    now = new_name(option)
-    raise UserError(
-      f"{option} is {now} now" if now else f"there is no option {option}{meant(name, known)}"
+def _changed(section: Any, place: str, changes: dict[str, str]) -> Any:
+  """A section with some options set, all at once: they may be allowed together only.
+
+  Args:
+    section: a section of a config.
+    place: its dotted name with a dot at the end; "" for the whole config.
+    changes: dotted name of an option of this section -> its value as text.
+  """
+  known, inner, values = [field.name for field in dataclasses.fields(section)], {}, {}
+  for path, text in changes.items():
+    name, dot, rest = path.partition(".")
+    option = place + path
+    if name not in known or bool(dot) != dataclasses.is_dataclass(getattr(section, name)):
+      now = new_name(option)
+      raise UserError(
+        f"{option} is {now} now" if now else f"there is no option {option}{meant(name, known)}"
+      )
+    if dot:
+      inner.setdefault(name, {})[rest] = text
+      continue
+    require(
+      any(f"{option}.".startswith(f"{other}.") for other in CHANGEABLE),
+      f"{option} is not RL's alone; an arm may change {', '.join(CHANGEABLE)}",
     )
-  require(
-    any(f"{option}.".startswith(f"{other}.") for other in CHANGEABLE),
-    f"{option} is not RL's alone; an arm may change {', '.join(CHANGEABLE)}",
-  )
-  value = getattr(section, name)
-  value = _changed(value, option, rest, text) if rest else _value(text, value)
-  return dataclasses.replace(section, **{name: value})
+    values[name] = _value(text, getattr(section, name))
+  for name, of_section in inner.items():
+    values[name] = _changed(getattr(section, name), f"{place}{name}.", of_section)
+  return dataclasses.replace(section, **values)
 
 
 def _value(text: str, old: Any) -> Any:

@@ -259,6 +259,8 @@ class EvalConfig:
       differ only at a temperature above 0.
     steps: number of denoising steps; 0: `sampler.steps`.
     temperature: temperature in evaluations, usually 0. Rollouts have `sampler.temperature`.
+    parallel: also commit by `sampler.threshold` or `sampler.factor`, where rollouts do. False: by
+      the schedule alone, so that cheaper rollouts are judged by an exact evaluation.
     cache: cache of keys and values, with a protocol and without one. "none" is exact, and is what
       all published numbers except Fast-dLLM's were made with. Results name the cache.
     initial: also evaluate before the first training stage.
@@ -272,15 +274,17 @@ class EvalConfig:
   samples: Count = 1
   steps: Natural = 0
   temperature: NonNegative = 0.0
+  parallel: bool = True
   cache: Literal["none", "prefix", "dual"] = "none"
   initial: bool = True
 
   def __post_init__(self):
     check_section(self, "eval")
     require(
-      not self.protocol or (self.samples, self.steps, self.temperature) == (1, 0, 0.0),
-      f"eval.protocol={self.protocol!r} decides eval.samples, eval.steps and eval.temperature: "
-      "leave them at their defaults, or set eval.protocol=''",
+      not self.protocol
+      or (self.samples, self.steps, self.temperature, self.parallel) == (1, 0, 0.0, True),
+      f"eval.protocol={self.protocol!r} decides eval.samples, eval.steps, eval.temperature and "
+      "eval.parallel: leave them at their defaults, or set eval.protocol=''",
     )
     require(
       self.protocol or not self.lengths,

@@ -72,7 +72,7 @@ def empty_places(lm: LM, params: Params, cfg: SamplerConfig, places: int, length
   Raises:
     UserError: the options do not fit the model, or make a row depend on the rows beside it.
   """
-  check_sampler(lm, cfg)
+  check_sampler(lm.block_length, cfg)
   if cfg.early_stop == "batch":
     raise UserError("early_stop='batch': answers would depend on each other; choose 'row'")
   some = jnp.ones((places, length), bool)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +121,18 @@ class Made(NamedTuple):
   finite: np.ndarray
 
 
+class Counts(NamedTuple):
+  """What a `RowQueue` has done so far, over all processes. `Denoised` describes each number."""
+
+  worked: int = 0
+  room: int = 0
+  positions: float = 0.0
+
+  def plus(self, other: Counts) -> Counts:
+    """The sums of both."""
+    return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class RowQueue:
   """Completes any number of rows on the devices, `slots` of them at a time.
 
@@ -138,20 +150,30 @@ class RowQueue:
     key: see `row_keys`.
     slots: how many rows are worked at, at a time, over all processes: a multiple of the number of
       devices that rows are split over. It is lowered where there are fewer rows.
+    keys_of: called as `row_keys` in its place, for callers that key their rows in another way.
 
   Attributes:
     rounds: number of rounds until all rows have come back, the same on every process. After the
       k-th of them at least k * `slots` rows are done, or all.
     shape: (rows, slots, positions of a prompt). A new shape compiles a new program.
+    counts: the `Counts` at the end of the round that was waited for last.
 
   Raises:
     UserError: the sampler's options do not fit the model (`check_sampler`).
   """
 
   def __init__(
-    self, lm: LM, params: Params, mesh, cfg: SamplerConfig, rows: Rows, key: Array, slots: int
+    self,
+    lm: LM,
+    params: Params,
+    mesh,
+    cfg: SamplerConfig,
+    rows: Rows,
+    key: Array,
+    slots: int,
+    keys_of: Callable[[Array, Array, Array], Array] | None = None,
   ):
-    check_sampler(lm, cfg)
+    check_sampler(lm.block_length, cfg)
     self._lm, self._params, self._cfg = lm, params, cfg
     shards, processes = num_shards("act_batch", mesh=mesh), jax.process_count()
     count = len(rows.canvas)
@@ -167,10 +189,10 @@ class RowQueue:
     arrays = [x[fill_up] for x in rows]
     arrays[3] = np.where((self._order < count)[:, None], arrays[3], True)
     *arrays, ids, numbers = shard_rows(mesh, tuple(arrays))
-    keys = row_keys(key, ids, numbers)
+    keys = (keys_of or row_keys)(key, ids, numbers)
     self._state = begin_rows(lm, params, *arrays, keys, cfg, self._slots)
     self.shape = (size * processes, self._slots, rows.prompt.shape[1])
-    self._began, self._seen = 0, self._order >= count
+    self._began, self._seen, self.counts = 0, self._order >= count, Counts()
 
   def __iter__(self) -> Iterator[Made]:
     """Yields the rows of each round, while the devices already work on the next one."""
@@ -190,7 +212,9 @@ class RowQueue:
 
   def made(self, round_: Any) -> Made:
     """Waits for a round that `go_on` started; returns the rows that no earlier call returned."""
-    *arrays, done = local_rows(round_)
+    of_rows, counts = round_
+    *arrays, done = local_rows(of_rows)
+    self.counts = Counts(*(x.item() for x in map(np.asarray, counts)))
     new = np.flatnonzero(done & ~self._seen)
     self._seen[new] = True
     rows = self._order[new]
@@ -227,14 +251,15 @@ def sample_more(lm: LM, params: Params, state, cfg: SamplerConfig, until: Array 
   """Denoises rows until `until` of them are done, see `sampler.fill`. `state` is donated.
 
   Returns:
-    (state, (completion, commit_step, commit_logp, finite, done)): arrays of all N rows of the
-    queue. They are final where done bool[N] is True.
+    (state, ((completion, commit_step, commit_logp, finite, done), counts)). The former are arrays
+    of all N rows of the queue, which are final where done bool[N] is True; counts are `Counts`.
   """
   state = fill(lm, params, state, cfg, until)
   out = results(state)
   of_canvas = (out.tokens, out.commit_step, out.commit_logp)
   completions = (x[:, -cfg.gen_length :] for x in of_canvas)
-  return state, (*completions, out.finite, flat(state.queue.done))
+  counts = tuple(getattr(out, name) for name in Counts._fields)
+  return state, ((*completions, out.finite, flat(state.queue.done)), counts)
 
 
 @jax.jit

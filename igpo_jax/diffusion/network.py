@@ -128,6 +128,12 @@ def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Prog
   return [whole, *of_all, *(Program(seen, some(4), apart) for seen in windows)]
 
 
+def computed_positions(cfg: SamplerConfig, lm: LM, kind: Program, length: int) -> int:
+  """How many positions of a row a call computes, on a canvas of `length` (with guidance twice)."""
+  seen = length if kind.seen is None else min(kind.seen + lm.left_context, length)
+  return seen * (2 if cfg.cfg_scale else 1)
+
+
 def block_numbers(cfg: SamplerConfig, lm: LM, valid: Array) -> Array:
   """For each position the number of its block, where the completion begins in block 0.
 

@@ -28,6 +28,7 @@ from igpo_jax.diffusion.calls import call_network, waits_for
 from igpo_jax.diffusion.choose import choose_positions, choose_tokens
 from igpo_jax.diffusion.network import (
   block_numbers,
+  computed_positions,
   find_window,
   head_logits,
   head_sizes,
@@ -63,7 +64,7 @@ NOT_A_NUMBER = (
   "(try float32: --dtype=float32 of a command, --config.model.dtype=float32 of a run)"
 )
 
-COUNTS = ("forwards", "refreshes", "worked", "room")  # see `Denoised`
+COUNTS = ("forwards", "refreshes", "worked", "room", "positions")  # see `Denoised`
 
 NoiseFn = Callable[[int, tuple[int, ...]], Array]
 
@@ -103,7 +104,7 @@ def denoise(
       embedding for a token id (not checked inside `jax.jit`); or the options do not fit a
       block-causal model (`check_sampler`).
   """
-  check_sampler(lm, cfg)
+  check_sampler(lm.block_length, cfg)
   b, t = canvas.tokens.shape
   if canvas.fixed.shape != (b, t) or canvas.valid.shape != (b, t):
     raise UserError(
@@ -127,19 +128,23 @@ def denoise(
   return _denoise(lm, params, canvas, keys, cfg, noise_table, slots)
 
 
-def check_sampler(lm: LM, cfg: SamplerConfig) -> None:
+def check_sampler(block_length: int, cfg: SamplerConfig) -> None:
   """Checks that the sampler's options fit the model. Only block-causal models restrict them.
+
+  Args:
+    block_length: `LM.block_length` of the model; 0 where every position sees all others.
+    cfg: see `SamplerConfig`.
 
   Raises:
     UserError: the model is block-causal, and `block_length` is not its own, the cache is "prefix",
       or `allow_mask` is set.
   """
-  if not lm.block_length:
+  if not block_length:
     return
-  if cfg.block_length != lm.block_length:
+  if cfg.block_length != block_length:
     raise UserError(
       f"sampler.block_length={cfg.block_length}: this model is block-causal and has blocks of "
-      f"{lm.block_length} positions; set it to that"
+      f"{block_length} positions; set it to that"
     )
   if cfg.cache == "prefix" or cfg.allow_mask:
     raise UserError(
@@ -169,6 +174,7 @@ class State(flax.struct.PyTreeNode):
   refreshes: Array  # i32[], how many of them saw the whole canvas
   worked: Array  # i32[], rows that calls worked at while others were waiting; see `Denoised`
   room: Array  # i32[], rows that these calls were made for
+  positions: Array  # f32[], positions that all calls computed
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "cfg", "slots"))
@@ -191,8 +197,8 @@ def begin(lm: LM, params: Params, canvas: Canvas, keys: Array, cfg, slots: int =
   rows = -(-at_once // shards)  # on each shard
   queue = make_queue(lm, cfg, canvas, keys, shards)
   cache = init_cache(lm, params, cfg, shards * rows, t)
-  zero = jnp.int32(0)
-  return _placed(State(queue, empty_slots(queue, rows, cfg, lm), cache, zero, zero, zero, zero))
+  zeros = [jnp.zeros((), jnp.float32 if name == "positions" else jnp.int32) for name in COUNTS]
+  return _placed(State(queue, empty_slots(queue, rows, cfg, lm), cache, *zeros))
 
 
 def fill(
@@ -221,6 +227,9 @@ def fill(
   shards, rows = len(queue.tokens), len(state.slots.number) // len(queue.tokens)
   together = cfg.early_stop == "batch" or noise_table is not None
   kinds = programs(cfg, lm, rows, together)
+  computed = [
+    kind.rows * shards * computed_positions(cfg, lm, kind, queue.tokens.shape[2]) for kind in kinds
+  ]
 
   in_time = lambda state: True if calls is None else state.forwards < calls
 
@@ -253,6 +262,7 @@ def fill(
       refreshes=state.refreshes + of_kind([kind.seen is None for kind in kinds]),
       worked=state.worked + waiting * jnp.sum(asked.works),
       room=state.room + waiting * of_kind([kind.rows * shards for kind in kinds]),
+      positions=state.positions + jnp.asarray(computed, jnp.float32)[kind],
     )
 
   def turn(state):

@@ -22,7 +22,7 @@ from igpo_jax.config import Config, SamplerConfig
 from igpo_jax.data.pipeline import PromptBatch, PromptStream
 from igpo_jax.data.records import Record
 from igpo_jax.data.tokenizer import Tokenizer
-from igpo_jax.diffusion.completions import RowQueue, Rows
+from igpo_jax.diffusion.completions import Counts, RowQueue, Rows
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
 from igpo_jax.eval.generations import Generations, params_digest, records_digest
@@ -153,6 +153,7 @@ def generate_rows(
   mesh: jax.sharding.Mesh,
   key: jax.Array,
   slots: int,
+  counted: Callable[[Counts], None] = lambda counts: None,
 ) -> Iterator[list[Row]]:
   """Completes and grades rows; yields this process's as they are done. A collective.
 
@@ -167,6 +168,7 @@ def generate_rows(
     mesh: the device mesh.
     key: root of the noise at temperatures above 0. The id of each row is folded in.
     slots: number of rows that are denoised at a time, over all processes.
+    counted: called at the end with what the devices have done.
 
   Yields:
     Lists with one row for each problem that is done and not padding: "id", "sample", "question",
@@ -190,6 +192,7 @@ def generate_rows(
       raise UserError(NOT_A_NUMBER)
     texts = [tokenizer.decode(completion) for completion in made.completion[real]]
     yield _graded(scorer, texts, [problems[batch.records[i].id] for i in made.rows[real]])
+  counted(queue.counts)
 
 
 def _graded(scorer: Scorer, texts: Sequence[str], made: Sequence[Problem]) -> list[Row]:
@@ -223,6 +226,7 @@ def evaluate(
   key: jax.Array,
   generations: Generations,
   progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+  counted: Callable[[Counts], None] = lambda counts: None,
 ) -> dict[str, float]:
   """Evaluates one benchmark. Rows that are on disk are not sampled again. A collective.
 
@@ -239,6 +243,7 @@ def evaluate(
     generations: the rows on disk. New rows are added to it.
     progress: called with the numbers of the rounds that are left, in each of which as many rows
       come out as are denoised at a time; yields them and shows progress.
+    counted: called for each queue of rows with what the devices have done.
 
   Returns:
     The metrics of `benchmark_metrics`. If the problems belong to several tasks, also
@@ -257,7 +262,7 @@ def evaluate(
   for part in parts:
     batch = stream.batch_of(part, -(-len(part) // stream.process_count) * stream.process_count)
     for rows in generate_rows(
-      lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key, stream.batch_size
+      lm, params, tokenizer, scorer, setting, batch, by_id, mesh, key, stream.batch_size, counted
     ):
       generations.add(rows)
       next(rounds, None)
@@ -303,6 +308,9 @@ class Evaluation:
     progress: called with the numbers of batches and the benchmark's name; yields the numbers and
       shows progress.
 
+  Attributes:
+    counts: what the devices have done in the last call, for all benchmarks.
+
   Raises:
     UserError: the problems of a benchmark cannot be read.
   """
@@ -322,7 +330,7 @@ class Evaluation:
   ):
     self.config, self.lm, self.tokenizer, self.scorer = config, lm, tokenizer, scorer
     self.mesh, self.key, self.directory, self.progress = mesh, key, directory, progress
-    self.tasks = list(tasks)
+    self.tasks, self.counts = list(tasks), Counts()
     self._problems: dict[str, list[Problem]] = {}
     self._streams: dict[str, PromptStream] = {}
     for task in self.tasks:
@@ -348,7 +356,7 @@ class Evaluation:
       several such evaluations of the same rows all, with "; " between them) and, with a protocol,
       "protocol" and the "published" number with its source.
     """
-    weights = params_digest(params)
+    weights, self.counts = params_digest(params), Counts()
     return {task.name: self._run(task, params, weights, label) for task in self.tasks}
 
   def _run(self, task: Task, params: Params, weights: str, label: str) -> dict[str, Any]:
@@ -376,7 +384,7 @@ class Evaluation:
     with self._scorer(setting) as scorer:
       result: dict[str, Any] = evaluate(
         self.lm, params, self.tokenizer, scorer, setting, problems, self._streams[task.name],
-        self.mesh, self.key, generations, lambda left: self.progress(left, task.name),
+        self.mesh, self.key, generations, lambda left: self.progress(left, task.name), self._count,
       )  # fmt: skip
     result["cache"] = setting.sampler.cache
     result["settings"] = in_words(setting)
@@ -390,6 +398,9 @@ class Evaluation:
         shots = f", {setting.shots}-shot" if setting.shots and not task.examples else ""
         result |= {"published": setting.published, "published_source": setting.source + shots}
     return result
+
+  def _count(self, counts: Counts) -> None:
+    self.counts = self.counts.plus(counts)
 
   def _extraction(self, setting: Setting) -> dict[str, str]:
     """The extraction rules of the run, if they are used and are not the default."""

@@ -224,13 +224,16 @@ class Task(NamedTuple):
 def plain_setting(config: Config) -> Setting:
   """The setting without a protocol: the rollouts' sampler with options of `config.eval`.
 
-  These are temperature, steps (0: those of the rollouts), cache and number of samples.
+  These are temperature, steps (0: those of the rollouts), cache, whether several positions may be
+  committed at a step, and number of samples.
   """
   sampler = dataclasses.replace(
     config.sampler,
     temperature=config.eval.temperature,
     steps=config.eval.steps or config.sampler.steps,
   )
+  if not config.eval.parallel:
+    sampler = dataclasses.replace(sampler, threshold=None, factor=None, adaptive=False)
   return Setting(_with_cache(sampler, config.eval.cache), config.eval.samples)
 
 

@@ -144,26 +144,28 @@ def canvas_with_hints(
   return tokens, hinted
 
 
+def padded_length(request: Request) -> int:
+  """The number of positions that the prompt of a request is padded to."""
+  return -(-len(request.prompt) // LENGTH_STEP) * LENGTH_STEP
+
+
 def batch_arrays(
   requests: Sequence[Request], length: int, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """A batch for `denoise`: left-padded prompts, each followed by a completion of `length` tokens.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Prompts, left-padded to the longest `padded_length`, and canvases of `length` positions.
 
   Returns:
-    (tokens i32[B,T], fixed bool[B,T], valid bool[B,T]), as in `igpo_jax.Canvas`.
+    (prompt i32[B,Tp], prompt_valid bool[B,Tp], canvas i32[B,L], hinted bool[B,L]), the first fields
+    of `diffusion.completions.Rows`.
   """
-  longest = max(len(r.prompt) for r in requests)
-  prompt_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-  shape = (len(requests), prompt_length + length)
-  tokens = np.full(shape, tokenizer.pad_id, np.int32)
-  fixed, valid = np.ones(shape, bool), np.ones(shape, bool)
+  shape = (len(requests), max(map(padded_length, requests)))
+  prompt, valid = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, bool)
   for row, request in enumerate(requests):
-    start = prompt_length - len(request.prompt)
-    tokens[row, start:prompt_length] = request.prompt
-    valid[row, :start] = False
-    canvas, hinted = canvas_with_hints(request, length, tokenizer)
-    tokens[row, prompt_length:], fixed[row, prompt_length:] = canvas, hinted
-  return tokens, fixed, valid
+    start = shape[1] - len(request.prompt)
+    prompt[row, start:], valid[row, start:] = request.prompt, True
+  canvases = [canvas_with_hints(request, length, tokenizer) for request in requests]
+  canvas, hinted = (np.stack(arrays) for arrays in zip(*canvases, strict=True))
+  return prompt, valid, canvas, hinted
 
 
 def read_requests(file: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:

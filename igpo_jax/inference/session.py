@@ -14,13 +14,15 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.convert.open import open_source
 from igpo_jax.convert.pretrained import Pretrained, fitting_mesh, load_source
 from igpo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from igpo_jax.diffusion.sampler import NOT_A_NUMBER, denoise
+from igpo_jax.diffusion.completions import RowQueue, Rows, prompt_keys
+from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
-from igpo_jax.inference.requests import Request, batch_arrays
+from igpo_jax.inference.requests import Request, batch_arrays, padded_length
 from igpo_jax.parallel.compile_cache import use_cache
-from igpo_jax.parallel.mesh import check_devices
+from igpo_jax.parallel.mesh import check_devices, make_mesh
+from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.token_ids import check_ids
-from igpo_jax.types import Canvas
+from igpo_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,33 +47,67 @@ def generate(
   key: jax.Array,
   batch_size: int = 8,
 ) -> Iterator[Answer]:
-  """Yields the answers in the order of the requests; they are made a batch at a time.
+  """Yields the answers in the order of the requests.
 
-  The noise of a request depends on its number only, so its answer does not depend on the batch.
+  Requests whose prompts are padded to one length wait in one queue, so that one program answers all
+  of them: a request that is done is replaced by the next. The queue of the first request comes
+  first; an answer that is made before its turn is kept until then. The noise of a request depends
+  on its number only, so its answer does not depend on the others (except with
+  `early_stop="batch"`, where requests are answered in batches).
 
   Args:
     pre: the model.
     requests: see `requests.make_request`.
     sampler: the sampler.
     key: one PRNG key.
-    batch_size: requests per batch.
+    batch_size: how many requests are answered at a time, rounded up to a multiple of the devices.
 
   Raises:
     UserError: a request's logits are NaN or infinite, so that it has no answer.
   """
-  batch_size = min(batch_size, len(requests))
-  for start in range(0, len(requests), batch_size):
-    batch = list(requests[start : start + batch_size])
-    missing = batch_size - len(batch)
-    arrays = batch_arrays(batch + batch[-1:] * missing, sampler.gen_length, pre.tokenizer)
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(np.arange(batch_size) + start)
-    out = denoise(pre.lm, pre.params, Canvas(*arrays), keys, sampler)
-    if not np.asarray(out.finite)[: len(batch)].all():
-      raise UserError(NOT_A_NUMBER)
-    tokens = np.asarray(out.tokens)[:, -sampler.gen_length :]
-    steps = np.asarray(out.commit_step)[:, -sampler.gen_length :]
-    for row in range(len(batch)):
-      yield Answer(pre.tokenizer.decode(tokens[row]), tokens[row], steps[row])
+  mesh = _mesh_of(pre.params)
+  ways = num_shards("act_batch", mesh=mesh)
+  slots = -(-min(batch_size, len(requests)) // ways) * ways
+  answers: dict[int, Answer] = {}  # those whose turn has not come
+  told = 0
+  for part in _queues(requests, sampler, slots):
+    arrays = batch_arrays([requests[n] for n in part], sampler.gen_length, pre.tokenizer)
+    numbers = np.array(part)
+    rows = Rows(*arrays, numbers.astype(np.uint32), np.zeros_like(numbers, np.int32))
+    by_number = lambda key, ids, _: prompt_keys(key, ids)
+    queue = RowQueue(pre.lm, pre.params, mesh, sampler, rows, key, slots, by_number)
+    for made in queue:
+      if not made.finite.all():
+        raise UserError(NOT_A_NUMBER)
+      for n, tokens, steps in zip(
+        numbers[made.rows].tolist(), made.completion, made.commit_step, strict=True
+      ):
+        answers[n] = Answer(pre.tokenizer.decode(tokens), tokens, steps)
+      while told in answers:
+        yield answers.pop(told)
+        told += 1
+
+
+def _queues(
+  requests: Sequence[Request], sampler: SamplerConfig, slots: int
+) -> Iterator[Sequence[int]]:
+  """The numbers of the requests in each queue."""
+  if sampler.early_stop == "batch":  # each answer depends on its batch: the last one is filled up
+    for first in range(0, len(requests), slots):
+      yield [min(n, len(requests) - 1) for n in range(first, first + slots)]
+    return
+  parts: dict[int, list[int]] = {}
+  for n, request in enumerate(requests):
+    parts.setdefault(padded_length(request), []).append(n)
+  yield from parts.values()
+
+
+def _mesh_of(params: Params) -> jax.sharding.Mesh:
+  """The mesh that parameters lie on."""
+  sharding = jax.tree.leaves(params)[0].sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding.mesh
+  return make_mesh(1, 1, 1, devices=list(sharding.device_set))
 
 
 class Session:

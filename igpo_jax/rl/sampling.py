@@ -106,10 +106,12 @@ class DeviceClock:
 
   Attributes:
     idle_seconds: seconds in which no program was queued.
+    positions: positions that the network computed for all rows that were sampled, over all
+      processes.
   """
 
   def __init__(self):
-    self.idle_seconds = 0.0
+    self.idle_seconds = self.positions = 0.0
     self._idle_since: float | None = time.perf_counter()
 
   def dispatched(self) -> None:
@@ -310,7 +312,8 @@ class GroupSampler:
     begun = collections.deque(itertools.islice(left, ROUNDS_QUEUED))
     while begun:
       part, positions, queue, round_ = begun.popleft()
-      made = queue.made(round_)
+      before, made = queue.counts.positions, queue.made(round_)
+      clock.positions += queue.counts.positions - before
       clock.sampled(made.commit_step, positions)
       begun.extend(itertools.islice(left, 1))
       if not begun:

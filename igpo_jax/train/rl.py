@@ -144,8 +144,12 @@ def make_stage(
     rows = []
     if wanted:
       rows = sample_rows(explored.tries, model.tokenizer, config.log.samples_per_step, stats)
-    idle = {"time/device_idle_seconds": clock.idle_seconds}
-    return state, {**metrics, **explored.metrics, **idle}, rows
+    completions = explored.tries.own.reward.size * jax.process_count()
+    cost = {
+      "time/device_idle_seconds": clock.idle_seconds,
+      "time/positions": clock.positions / completions,
+    }
+    return state, {**metrics, **explored.metrics, **cost}, rows
 
   shown = ("reward", "all_wrong_before", "all_wrong_after", "kl")
   stage = Stage(

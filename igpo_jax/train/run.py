@@ -193,6 +193,9 @@ def make_evaluation(
         f"{name} ({label}): accuracy {result['accuracy']:.3f}"
         f" (95%: {result['low']:.3f} to {result['high']:.3f}), n={result['n']}"
       )
+    worked, room, _ = evaluation.counts
+    if room:  # else no row had to wait for a slot
+      row["time/eval_slots_full"] = worked / room
     return {**row, "time/eval_seconds": time.perf_counter() - began}
 
   return evaluate_all

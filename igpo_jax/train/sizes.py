@@ -21,8 +21,10 @@ from etils import epath
 
 from igpo_jax.config import RUN_CHOOSES, Config, ModelConfig
 from igpo_jax.convert.open import open_source
+from igpo_jax.diffusion.sampler import check_sampler
 from igpo_jax.errors import UserError
 from igpo_jax.eval.protocols import plan
+from igpo_jax.models.families import check
 from igpo_jax.parallel.machine import Machine, check_machine
 from igpo_jax.parallel.mesh import (
   abstract_mesh,
@@ -57,8 +59,8 @@ def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
     strict: also refuse what is only estimated not to fit; else only what cannot fit.
 
   Raises:
-    UserError: the config is for other devices, its sizes do not share out over them, or their
-      memory is too small. The message says which number to change.
+    UserError: the config is for other devices, its sizes do not share out over them, their memory
+      is too small, or the model cannot be sampled from as it says. The message says what to change.
   """
   check_machine(config.mesh, machine)
   counted = dataclasses.replace(config, model=model_of(config))
@@ -67,6 +69,7 @@ def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
       f"config: mesh.expert={config.mesh.expert}, and the model has no experts: use mesh.fsdp or "
       "mesh.data for these devices"
     )
+  _check_samplers(counted)
   failures, uneven = [], None
   for mesh in _meshes(config, machine):
     whole = dataclasses.replace(counted, mesh=dataclasses.replace(config.mesh, **mesh))
@@ -95,6 +98,17 @@ def resolve(config: Config, machine: Machine, strict: bool = False) -> Config:
       f"{_advice(sized, machine)}"
     )
   return dataclasses.replace(sized, model=config.model)
+
+
+def _check_samplers(config: Config) -> None:
+  """Refuses at the start what the first rollout or evaluation would refuse."""
+  block_length = check(config.model).design(config.model).block_length
+  samplers = [task.setting.sampler for task in plan(config)]
+  for sampler in [config.sampler] * ("rl" in config.stages) + samplers:
+    try:
+      check_sampler(block_length, sampler)
+    except UserError as error:
+      raise UserError(f"config: {error}") from None
 
 
 def _advice(config: Config, machine: Machine) -> str:
