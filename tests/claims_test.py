@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from benchmarks import cheap_rollouts as cheap
 from benchmarks import estimators as study
 from benchmarks import shared_runs
 from benchmarks.claims import __main__ as program
@@ -26,6 +27,7 @@ from igpo_jax.config import registry
 from igpo_jax.data.sources import load_records
 from igpo_jax.data.tokenizer import open_tokenizer
 from igpo_jax.errors import UserError
+from igpo_jax.eval.protocols import plan
 from igpo_jax.train.continued import as_json
 from igpo_jax.train.setup import make_optimizer
 
@@ -346,3 +348,69 @@ def test_a_run_of_the_study_goes_on_from_its_checkpoint_and_says_why_it_ended(tm
   rest, whole = (shared.perform(config, root / name) for name in ("run", "other"))
   assert not rest["failed"] and [step for step, _ in rest["accuracy"]] == [0, 1, 2]
   assert rest["accuracy"] == whole["accuracy"] and rest["curves"] == whole["curves"]
+
+
+# --- the study of cheap rollouts -----------------------------------------------------------
+
+
+def test_only_the_rollouts_of_the_study_are_cheap_and_all_runs_are_judged_alike():
+  plain = cheap.config_of("inpaint", "exact", 1)
+  (task,) = plan(plain)
+  assert task.setting.sampler == dataclasses.replace(plain.sampler, temperature=0.0)
+  for name, (_, changes) in cheap.ROLLOUTS.items():
+    config = cheap.config_of("inpaint", name, 1)
+    different = {k for k, value in flat(config).items() if value != flat(plain)[k]}
+    assert different == {f"sampler.{option}" for option in changes}
+    assert plan(config)[0].setting == task.setting
+
+
+def cheap_run(positions, accuracies, steps=24):
+  """A result in which each RL step computed so many positions for a completion."""
+  curves = {name: [0.5] * steps for name in shared_runs.CURVES} | {"positions": [positions] * steps}
+  at = range(0, 25, 24 // (len(accuracies) - 1))
+  return {"accuracy": list(map(list, zip(at, accuracies, strict=True))), "curves": curves,
+          "failed": "", "cpu_seconds": 60.0}  # fmt: skip
+
+
+def test_cheap_rollouts_are_compared_where_they_have_cost_as_much():
+  """By hand: a canvas has 26 positions; likelihoods and updates cost 20 forward passes a step."""
+  exact, half = cheap_run(26 * 14, (0.0, 0.4, 0.6)), cheap_run(26 * 7, (0.0, 0.2, 0.5))
+  config = cheap.config_of("none", "exact", 0)
+  assert cheap.sampling_cost(exact, config)[[1, 24]].tolist() == [14, 14 * 24]
+  assert cheap.whole_cost(exact, config)[24] == 34 * 24
+  results = {("none.exact", 0): exact, ("none.half", 0): half, ("none.exact", 1): exact}
+  rows = cheap.measure(results, ("exact", "half"), smoke=False)
+  assert [(row["rollouts"], row["seeds"]) for row in rows] == [("exact", [0]), ("half", [0])]
+  for column, values in {
+    "steps": (0.6, 0.5),
+    "sampling": (0.4, 0.5),  # after half of its steps, exact has cost as much
+    "whole": (0.4 + 0.2 * (27 * 24 / 34 - 12) / 12, 0.5),
+    "sampling a step": (14, 7),
+  }.items():
+    assert [row["values"][column][0] for row in rows] == pytest.approx(list(values))
+  lines = cheap.table(rows).splitlines()
+  assert len(lines) == 4 + 1 + 3 and lines[-1].startswith("| GRPO | 8 of 14 steps | -0.100 |")
+
+
+def test_the_study_of_cheap_rollouts_makes_what_is_not_there(tmp_path, monkeypatch, capsys):
+  made = []
+
+  def perform(task, _):
+    made.append(f"{task.name} {task.seed}")
+    result = cheap_run(26 * 4, (0.0, 0.5), task.config.rl.steps)
+    task.root.mkdir(parents=True, exist_ok=True)
+    task.result.write_text(json.dumps(result | {"config": as_json(task.config)}))
+    return result
+
+  monkeypatch.setattr(study, "perform", perform)
+  monkeypatch.setattr(study, "shared_runs", lambda *_: None)
+  options = ["--smoke", "--rollouts=exact,dual", f"--workdir={tmp_path}", "--seeds=2"]
+  monkeypatch.setattr(sys, "argv", ["cheap_rollouts", *options])
+  monkeypatch.setattr(cheap, "area", lambda result: 0.5)
+  monkeypatch.setattr(cheap, "accuracy_at", lambda *_: 0.5)
+  cheap.main()
+  assert made[:4] == ["inpaint.exact 0", "inpaint.dual 0", "inpaint.exact 1", "inpaint.dual 1"]
+  assert len(made) == 8 and (tmp_path / "table.md").read_text() in capsys.readouterr().out
+  (tmp_path / "seed1" / "none.dual.json").unlink()
+  cheap.main()
+  assert made[8:] == ["none.dual 1"]
