@@ -33,8 +33,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +47,6 @@ from igpo_jax.config import Config
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import write_whole
 from igpo_jax.rl.methods import estimator_of, forwards_of, objective_of, views_kept
-from igpo_jax.train.continued import as_json
 from igpo_jax.train.workdir import hold
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -353,8 +350,8 @@ def shared_runs(workdir: epath.Path, smoke: bool) -> Any:
   """What runs of the study share (`benchmarks.shared_runs`)."""
   from benchmarks.shared_runs import SharedRuns
 
-  def sft(seed: int) -> tuple[Config, epath.Path]:
-    task = Run("sft:aligned", seed, workdir, smoke)
+  def sft(config: Config) -> tuple[Config, epath.Path]:
+    task = Run("sft:aligned", config.seed, workdir, smoke)
     return task.config, task.root / "sft_aligned"
 
   return SharedRuns(config_of("inpaint", "mean_field", RATES[0], 0, smoke), sft)
@@ -362,15 +359,9 @@ def shared_runs(workdir: epath.Path, smoke: bool) -> Any:
 
 def perform(task: Run, shared: Any) -> dict:
   """Makes a run, or continues it, and keeps its result in place of its folder."""
-  began = time.perf_counter()
-  folder = task.root / task.name
-  result = shared.perform(task.config, folder)
-  result |= {"config": as_json(task.config), "seconds": time.perf_counter() - began}
-  write_whole(task.result, json.dumps(result) + "\n")
-  shutil.rmtree(folder)
-  print(f"{task.name}, seed {task.seed}: {result['cpu_seconds']:.0f} CPU s, "
-        f"{result['accuracy'][-1][1]:.3f} {result['failed']}", flush=True)  # fmt: skip
-  return result
+  from benchmarks.shared_runs import perform as perform_shared
+
+  return perform_shared(task, shared)
 
 
 def write(workdir: epath.Path, results: dict, chosen: dict, seeds, smoke: bool) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -20,12 +22,15 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
+from benchmarks.study import Task
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.tokenizer import open_tokenizer
+from igpo_jax.io.jsonl import write_whole
 from igpo_jax.main import train
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import make_scorer
+from igpo_jax.train.continued import as_json
 from igpo_jax.train.loop import Collapsed, NonFinite, Run, run_stage
 from igpo_jax.train.policy_update import PolicyPrograms, make_policy_programs
 from igpo_jax.train.preflight import rl_stream
@@ -43,6 +48,7 @@ CURVES = (
   "reward", "all_wrong_before", "all_wrong_after", "extra_correct", "grad_norm", "entropy",
   "entropy_floor", "repeated", "skipped", "largest_ratio", "effective_share", "hint_ratio",
   "own_ratio", "hint_logp", "own_logp", "hints_kept", "ratio", "kl", "clip_fraction",
+  "answer_shown",
 )  # fmt: skip
 
 
@@ -70,7 +76,7 @@ def at_rate(config: Config) -> optax.GradientTransformation:
 def compiled_from(config: Config) -> Config:
   """A config without what likelihood and update are not compiled from.
 
-  That is seed, data, exploration, the rate, evaluation, and the sampler's cache and parallel
+  That is seed, data, hints, exploration, the rate, evaluation, and the sampler's cache and parallel
   commits. (jax compiles a sampling program for each sampler, once for all runs.)
   """
   sampler = dataclasses.replace(
@@ -82,6 +88,7 @@ def compiled_from(config: Config) -> Config:
     data=Config().data,
     sampler=sampler,
     eval=Config().eval,
+    hints=Config().hints,
     rl=dataclasses.replace(config.rl, exploration="none"),
     rl_optimizer=dataclasses.replace(config.rl_optimizer, learning_rate=1.0),
   )
@@ -92,11 +99,11 @@ class SharedRuns:
 
   Args:
     config: of any of the runs; all have its model, mesh, tokenizer, reward and benchmark.
-    sft: seed -> (config, workdir) of the SFT run. It is made where there is none yet, and
-      continued where it was cut.
+    sft: config of a run -> (config, workdir) of the SFT run that it starts from. This is made where
+      there is none yet, and continued where it was cut.
   """
 
-  def __init__(self, config: Config, sft: Callable[[int], tuple[Config, epath.Path]]):
+  def __init__(self, config: Config, sft: Callable[[Config], tuple[Config, epath.Path]]):
     self.config, self._sft = config, sft
     self.mesh = configured_mesh(config.mesh)
     self.scorer = make_scorer(config.reward)
@@ -125,9 +132,8 @@ class SharedRuns:
     )
     return rl_stream(config, self.model.tokenizer, self._load(uri))
 
-  def _trained(self, seed: int) -> Params:
-    """The parameters that SFT ended with."""
-    config, workdir = self._sft(seed)
+  def _trained(self, config: Config, workdir: epath.Path) -> Params:
+    """The parameters that an SFT run ended with."""
     if not (workdir / "summary.json").exists():
       train(config, workdir)
     with jax.set_mesh(self.mesh):
@@ -144,7 +150,7 @@ class SharedRuns:
       run, what it compiled included. "failed": "", or what ended it before its last step.
     """
     began, seconds, failed = time.process_time(), [], ""
-    model = dataclasses.replace(self.model, params=self._params(config.seed))
+    model = dataclasses.replace(self.model, params=self._params(*self._sft(config)))
     log, stop = RunLog(workdir, config.log), StopSignal()
     with jax.set_mesh(self.mesh):
       evaluate = make_evaluation(config, model, self.scorer, self.mesh, workdir, self._load, stop)
@@ -178,3 +184,16 @@ class SharedRuns:
       "cpu_seconds": time.process_time() - began,
       "failed": failed,
     }
+
+
+def perform(task: Task, shared: SharedRuns) -> dict[str, Any]:
+  """Makes a run of a study, or continues it, and keeps its result in place of its folder."""
+  began = time.perf_counter()
+  folder = task.root / task.name
+  result = shared.perform(task.config, folder)
+  result |= {"config": as_json(task.config), "seconds": time.perf_counter() - began}
+  write_whole(task.result, json.dumps(result) + "\n")
+  shutil.rmtree(folder)
+  print(f"{task.name}, seed {task.seed}: {result['cpu_seconds']:.0f} CPU s, "
+        f"{result['accuracy'][-1][1]:.3f} {result['failed']}", flush=True)  # fmt: skip
+  return result

@@ -19,7 +19,7 @@ from benchmarks import cheap_rollouts as cheap
 from benchmarks import estimators as study
 from benchmarks import shared_runs
 from benchmarks.claims import __main__ as program
-from benchmarks.claims import arms, claims, plots, runs
+from benchmarks.claims import arms, claims, long_traces, plots, runs
 from benchmarks.claims.theorem import _shared_size
 from benchmarks.study import finished, interval, largest_fall, run_all
 from igpo_jax import cli
@@ -49,14 +49,15 @@ def flat(config) -> dict:
   return out
 
 
-@pytest.mark.parametrize("arm", arms.ARMS)
-def test_an_arm_differs_from_igpo_in_what_it_says_and_nothing_else(arm):
-  spec = arms.ARMS[arm]
-  base, config = flat(arms.make_config("igpo", 1)), flat(arms.make_config(arm, 1))
-  changed = {name for name in base if base[name] != config[name]}
-  sources = {"data.rl"} if spec.rl else set()
-  sources |= {"data.sft", "sft.response_lengths"} if spec.sft != "aligned" else set()
-  assert changed == set(spec.changes) | sources
+@pytest.mark.parametrize("task", (arms, long_traces))
+def test_an_arm_differs_from_igpo_in_what_it_says_and_nothing_else(task):
+  for arm, spec in task.ARMS.items():
+    base, config = flat(task.make_config("igpo", 1)), flat(task.make_config(arm, 1))
+    changed = {name for name in base if base[name] != config[name]}
+    sources = {"data.rl"} if spec.rl else set()
+    if spec.sft != "aligned":
+      sources |= {"data.sft"} | ({"sft.response_lengths"} if task is arms else set())
+    assert changed == set(spec.changes) | sources, arm
 
 
 def test_all_arms_of_a_seed_start_from_one_sft_run():
@@ -68,8 +69,9 @@ def test_all_arms_of_a_seed_start_from_one_sft_run():
     assert sft.data.sft == arm.data.sft
 
 
-def test_seeds_have_tables_problems_and_weights_of_their_own():
-  first, second = (arms.make_config("igpo", seed) for seed in (0, 1))
+@pytest.mark.parametrize("task", (arms, long_traces))
+def test_seeds_have_tables_problems_and_weights_of_their_own(task):
+  first, second = (task.make_config("igpo", seed) for seed in (0, 1))
   assert first.seed != second.seed
   for field in ("sft", "rl", "eval"):
     assert getattr(first.data, field) != getattr(second.data, field)
@@ -97,9 +99,8 @@ def test_the_numbers_of_an_interval_by_hand():
 
 
 def result(before: float, after: float) -> dict:
-  metrics = ("rl/all_wrong_after", "rl/all_wrong_before", "rl/extra_correct", "rl/reward")
+  metrics = ("all_wrong_after", "all_wrong_before", "extra_correct", "reward", "kl")
   return {
-    "eval": {"sft/test": {"accuracy": before}, "rl/test": {"accuracy": after}},
     "curves": {metric: [0.5, after] for metric in metrics},
     "accuracy": [[0, before], [10, 0.8], [20, after]],
   }
@@ -108,7 +109,7 @@ def result(before: float, after: float) -> dict:
 def test_differences_are_paired_by_seed_and_the_policy_before_rl_is_an_arm_of_its_own():
   results = {("igpo", 0): result(0.1, 0.7), ("igpo", 1): result(0.3, 0.9),
              ("grpo", 0): result(0.1, 0.2), ("grpo", 1): result(0.3, 0.5)}  # fmt: skip
-  table, rows = claims.compare(results, 2, range(2))
+  table, rows = claims.compare(claims.LETTER_MAPS, results, 2, range(2))
   assert rows[0]["by_seed"] == pytest.approx([0.5, 0.4]) and rows[0]["mean"] == pytest.approx(0.45)
   assert rows[1]["by_seed"] == pytest.approx([0.1, 0.2])
   assert rows[0]["low"] == pytest.approx(0.45 - 12.706 * 0.05, rel=1e-3)  # t(0.975, 1)
@@ -124,18 +125,22 @@ def test_what_two_halves_share_is_the_size_without_their_noise():
 
 def test_every_claim_is_there_and_every_arm_is_in_one():
   assert sorted(claims.CLAIMS) == list(range(1, 12))
-  assert {arm for claim in claims.CLAIMS.values() for arm in claim.arms} == set(arms.ARMS)
+  assert sorted(long_traces.CLAIMS) == [4, 5, 6, 7, 10]
   assert all(claim.seeds >= (3 if n in (9, 10) else 5) for n, claim in claims.CLAIMS.items())
-  for claim in claims.CLAIMS.values():
-    assert all({arm, other} <= {*claim.arms, ""} for arm, other, _ in claim.pairs)
+  for of_task in program.STUDIES.values():
+    assert {arm for claim in of_task.claims.values() for arm in claim.arms} == set(of_task.arms)
+    for claim in of_task.claims.values():
+      assert all({arm, other} <= {*claim.arms, ""} for arm, other, _ in claim.pairs)
 
 
 def test_a_picture_asks_and_does_not_answer(tmp_path):
-  for claim in claims.CLAIMS.values():
+  for claim in (*claims.CLAIMS.values(), *long_traces.CLAIMS.values()):
     assert claim.question.endswith("?") and not set(claim.question) & set("<>")
   results = {(arm, 0): result(0.1, value) for arm, value in
              (("igpo", 0.5), ("full_hints", 0.9), ("grpo", 0.2))}  # fmt: skip
-  plots.draw(results, 4, range(1), [], epath.Path(tmp_path / "claim4.png"))  # refuted
+  plots.draw(
+    claims.LETTER_MAPS, results, 4, range(1), [], epath.Path(tmp_path / "claim4.png")
+  )  # refuted
   assert picture_title(tmp_path / "claim4.png") == claims.CLAIMS[4].question
 
 
@@ -170,7 +175,15 @@ def command(*options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-  "options", [(), ("--claim=1", "--all"), ("--all", "--jobs=0"), ("--claim=1,12",), ("--claim=",)]
+  "options",
+  [
+    (),
+    ("--claim=1", "--all"),
+    ("--all", "--jobs=0"),
+    ("--claim=1,12",),
+    ("--claim=",),
+    ("--task=stories", "--claim=1"),
+  ],
 )
 def test_options_that_make_no_sense_are_told(tmp_path, options, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["claims", *options, f"--workdir={tmp_path}"])
@@ -182,26 +195,56 @@ def test_options_that_make_no_sense_are_told(tmp_path, options, monkeypatch, cap
 
 @pytest.mark.slow
 def test_claims_run_end_to_end_and_again_give_the_same_tables(tmp_path):
-  """One on SFT, one on RL and the theorem. The arms of the others differ in their config alone."""
-  options = ("--claim=6,7,11", "--smoke", f"--workdir={tmp_path}")
+  """One on SFT and RL, and the theorem. The arms of the others differ in their config alone."""
+  options = ("--claim=6,11", "--smoke", f"--workdir={tmp_path}")
   out = command(*options)
   assert out.returncode == 0, out.stderr[-2000:]
   report = json.loads((tmp_path / "results.json").read_text())
   tables = {}
-  for number in (6, 7, 11):
+  for number in (6, 11):
     claim = claims.CLAIMS[number]
     tables[number] = (tmp_path / f"claim{number}.md").read_text()
     assert claim.title in tables[number] and "nan" not in tables[number]
     assert (tmp_path / f"claim{number}.png").read_bytes()[:4] == b"\x89PNG"
     assert len(report[str(number)]["rows"]) == (len(claim.pairs) if claim.arms else 3)
-  leak = json.loads((tmp_path / "seed0" / "leak.json").read_text())
-  assert max(leak["curves"]["rl/answer_shown"]) == 1.0
   igpo = json.loads((tmp_path / "seed0" / "igpo.json").read_text())
-  assert max(igpo["curves"]["rl/answer_shown"]) == 0.0
+  assert max(igpo["curves"]["answer_shown"]) == 0.0
   # A run whose result was not written yet goes on from its checkpoints.
   (tmp_path / "seed0" / "igpo.json").unlink()
   assert command(*options).returncode == 0
   assert {n: (tmp_path / f"claim{n}.md").read_text() for n in tables} == tables
+
+
+@pytest.mark.slow
+def test_claims_about_long_traces_run_in_one_process_and_go_on_where_they_were(
+  tmp_path, monkeypatch, capsys
+):
+  """The leak and the concise traces: two arms that change the hints, and two SFT runs."""
+  options = ["--task=stories", "--claim=6,7", "--smoke", f"--workdir={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", ["claims", *options])
+  made = []
+  make = shared_runs.make_policy_programs
+  monkeypatch.setattr(shared_runs, "make_policy_programs", lambda *a: made.append(1) or make(*a))
+  program.main()
+  printed = capsys.readouterr().out
+  assert len(made) == 1  # for all arms
+  tables = [(tmp_path / f"claim{number}.md").read_text() for number in (6, 7)]
+  assert all(table in printed and "nan" not in table for table in tables)
+  kept = {arm: json.loads((tmp_path / "seed0" / f"{arm}.json").read_text())
+          for arm in ("igpo", "leak", "grpo", "concise")}  # fmt: skip
+  assert max(kept["leak"]["curves"]["answer_shown"]) == 1.0
+  assert max(kept["igpo"]["curves"]["answer_shown"]) == 0.0
+  assert sorted(path.name for path in (tmp_path / "seed0").glob("sft_*")) == [
+    "sft_aligned", "sft_concise",
+  ]  # fmt: skip
+  # Started again, only what is not there is run.
+  (tmp_path / "seed0" / "grpo.json").unlink()
+  again = []
+  monkeypatch.setattr(shared_runs, "perform",
+                      lambda task, _: again.append(task.name) or kept[task.name])  # fmt: skip
+  program.main()
+  assert again == ["grpo"]
+  assert [(tmp_path / f"claim{number}.md").read_text() for number in (6, 7)] == tables
 
 
 # --- the study of estimators ----------------------------------------------------------

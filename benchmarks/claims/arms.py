@@ -130,7 +130,12 @@ def sft_config(sft: str, seed: int, smoke: bool = False) -> Config:
   So the SFT checkpoints stay valid when a setting of RL changes.
   """
   arm = next(name for name, spec in ARMS.items() if spec.sft == sft)
-  config, default = make_config(arm, seed, smoke), Config()
+  return only_sft(make_config(arm, seed, smoke))
+
+
+def only_sft(config: Config) -> Config:
+  """The SFT stage of a config, with default options for RL."""
+  default = Config()
   of_rl = {name: getattr(default, name) for name in ("rl", "rl_optimizer", "objective", "hints")}
   data = dataclasses.replace(config.data, rl="")
   return dataclasses.replace(config, stages=("sft",), data=data, **of_rl)

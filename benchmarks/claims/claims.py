@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from benchmarks.claims.arms import ARMS
+from benchmarks.claims.arms import ARMS, Arm
 from benchmarks.claims.runs import THEOREM
 from benchmarks.study import bounds, in_words, largest_fall, markdown
 
@@ -31,15 +31,15 @@ def _mean(curve: str) -> Callable[[dict], float]:
   return lambda result: float(np.mean(result["curves"][curve]))
 
 
-AFTER = Measure("held-out accuracy after RL", lambda r: r["eval"]["rl/test"]["accuracy"])
-BEFORE = Measure("after SFT", lambda r: r["eval"]["sft/test"]["accuracy"])
+AFTER = Measure("held-out accuracy after RL", lambda r: r["accuracy"][-1][1])
+BEFORE = Measure("after SFT", lambda r: r["accuracy"][0][1])
 REWARD = Measure("reward, last quarter", lambda r: float(np.mean(
-  r["curves"]["rl/reward"][-max(len(r["curves"]["rl/reward"]) // 4, 1):])))  # fmt: skip
-LEFT = Measure("groups all wrong in the update", _mean("rl/all_wrong_after"))
-WRONG = Measure("groups all wrong as sampled", _mean("rl/all_wrong_before"))
-EXTRA = Measure("extra samples correct", _mean("rl/extra_correct"))
-SHOWN = Measure("canvases that show the answer", _mean("rl/answer_shown"))
-NORM = Measure("gradient norm", _mean("rl/grad_norm"))
+  r["curves"]["reward"][-max(len(r["curves"]["reward"]) // 4, 1):])))  # fmt: skip
+LEFT = Measure("groups all wrong in the update", _mean("all_wrong_after"))
+WRONG = Measure("groups all wrong as sampled", _mean("all_wrong_before"))
+EXTRA = Measure("extra samples correct", _mean("extra_correct"))
+NORM = Measure("gradient norm", _mean("grad_norm"))
+KL = Measure("KL, last step", lambda r: float(r["curves"]["kl"][-1]))
 FALL = Measure("largest fall of accuracy", largest_fall)
 
 
@@ -72,7 +72,7 @@ CLAIMS = {
     "IGPO has fewer all-wrong groups than GRPO (paper: about 60% fewer)",
     "Has IGPO fewer all-wrong groups than GRPO?",
     ("igpo", "grpo"), (LEFT, WRONG, EXTRA),
-    (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), seeds=10, curve="rl/all_wrong_after",
+    (("igpo", "grpo", LEFT), ("igpo", "grpo", WRONG)), seeds=10, curve="all_wrong_after",
   ),
   2: Claim(
     "Held-out accuracy: IGPO > GRPO > no RL",
@@ -136,11 +136,31 @@ CLAIMS = {
 }  # fmt: skip
 
 
-def runs_of(number: int) -> list[str]:
-  """The names of the runs that a claim needs, SFT runs first."""
-  arms = CLAIMS[number].arms
-  sfts = sorted({ARMS[arm].sft for arm in arms} or {"aligned"})
-  return [*(f"sft:{sft}" for sft in sfts), *(arms or (THEOREM,))]
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Claims about the arms of one task.
+
+  Attributes:
+    claims: the claims by number.
+    arms: the arms by name.
+    one_process: whether all runs are made in one process (`benchmarks.shared_runs`), which makes
+      the SFT stages besides; else SFT stages are runs of their own.
+  """
+
+  claims: dict[int, Claim]
+  arms: dict[str, Arm]
+  one_process: bool = False
+
+  def runs_of(self, number: int) -> list[str]:
+    """The names of the runs that a claim needs, SFT runs first."""
+    arms = self.claims[number].arms
+    if self.one_process:
+      return list(arms)
+    sfts = sorted({self.arms[arm].sft for arm in arms} or {"aligned"})
+    return [*(f"sft:{sft}" for sft in sfts), *(arms or (THEOREM,))]
+
+
+LETTER_MAPS = Study(CLAIMS, ARMS)
 
 
 def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]) -> list[float]:
@@ -148,25 +168,28 @@ def values_of(results: Results, arm: str, measure: Measure, seeds: Sequence[int]
   return [measure.of(results[arm, seed]) for seed in seeds]
 
 
-def compare(results: Results, number: int, seeds: Sequence[int]) -> tuple[str, list[dict]]:
+def compare(
+  study: Study, results: Results, number: int, seeds: Sequence[int]
+) -> tuple[str, list[dict]]:
   """(Markdown tables, list of differences) of a claim that compares arms."""
-  claim = CLAIMS[number]
+  claim = study.claims[number]
+  label = lambda arm: study.arms[arm].label
   cells = lambda arm: [in_words(values_of(results, arm, m, seeds)) for m in claim.measures]
   arms = markdown(
     ["arm", *(m.label for m in claim.measures)],
-    ([ARMS[arm].label, *cells(arm)] for arm in claim.arms),
+    ([label(arm), *cells(arm)] for arm in claim.arms),
   )
   rows, differences = [], []
   for arm, other, measure in claim.pairs:
     first = values_of(results, arm, measure, seeds)
     second = values_of(results, other or arm, measure if other else BEFORE, seeds)
     by_seed = [a - b for a, b in zip(first, second, strict=True)]
-    against = ARMS[other].label if other else "the same before RL"
+    against = label(other) if other else "the same before RL"
     differences.append({
       "arm": arm, "other": other or "before RL", "measure": measure.label, **bounds(by_seed),
       "relative": float(np.mean(by_seed)) / max(float(np.mean(second)), 1e-9), "by_seed": by_seed,
     })  # fmt: skip
-    rows.append([f"{ARMS[arm].label} - {against}", measure.label, in_words(by_seed, signed=True),
+    rows.append([f"{label(arm)} - {against}", measure.label, in_words(by_seed, signed=True),
                  ", ".join(f"{value:+.3f}" for value in by_seed)])  # fmt: skip
   head = ("difference, paired by seed", "of", "mean, 95% interval", "by seed")
   return f"{arms}\n\n{markdown(head, rows)}", differences

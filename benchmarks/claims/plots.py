@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from benchmarks.claims.arms import ARMS
-from benchmarks.claims.claims import CLAIMS, Results
+from benchmarks.claims.claims import Results, Study
 from benchmarks.study import interval
 
 LABELS = {
-  "accuracy": "held-out accuracy, greedy (share of 512)",
-  "rl/all_wrong_after": "groups all wrong in the update (share)",
+  "accuracy": "held-out accuracy, greedy",
+  "all_wrong_after": "groups all wrong in the update (share)",
 }
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # color-blind readers can tell them apart
+# Color-blind readers can tell them apart.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00", "#999999")
 DASHES = ("-", "--", "-.", ":")
 SMOOTH = 5  # number of RL steps over which a metric is averaged
 
@@ -33,16 +33,17 @@ def _curve(result: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _band(axes, steps, rows, label: str, style: int) -> None:
   means, widths = np.array([interval(column) for column in np.transpose(rows)]).T
-  axes.plot(steps, means, DASHES[style], color=COLORS[style], label=label, linewidth=2)
-  axes.fill_between(steps, means - widths, means + widths, color=COLORS[style], alpha=0.18,
-                    linewidth=0)  # fmt: skip
+  dash, color = DASHES[style % len(DASHES)], COLORS[style]
+  axes.plot(steps, means, dash, color=color, label=label, linewidth=2)
+  axes.fill_between(steps, means - widths, means + widths, color=color, alpha=0.18, linewidth=0)
 
 
-def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict],
+def draw(study: Study, results: Results, number: int, seeds: Sequence[int], tables: list[dict],
          path: epath.Path) -> None:  # fmt: skip
   """Writes the plot of a claim as PNG. Its title is the claim's question.
 
   Args:
+    study: the claims and their arms.
     results: of all runs.
     number: of the claim.
     seeds: of the claim.
@@ -54,12 +55,13 @@ def draw(results: Results, number: int, seeds: Sequence[int], tables: list[dict]
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  claim = CLAIMS[number]
+  claim = study.claims[number]
   figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
   if claim.arms:
     for style, arm in enumerate(claim.arms):
       curves = [_curve(results[arm, seed], claim.curve) for seed in seeds]
-      _band(axes, curves[0][0], [values for _, values in curves], ARMS[arm].label, style)
+      _band(axes, curves[0][0], [values for _, values in curves],
+            study.arms[arm].label, style)  # fmt: skip
     axes.set_xlabel("RL steps")
     axes.set_ylabel(LABELS[claim.curve])
     axes.set_ylim(0, 1)

@@ -16,8 +16,9 @@ from igpo_jax.main import train
 from igpo_jax.train.continued import as_json
 
 THEOREM = "theorem"  # the run of claim 11
-CURVES = ("rl/reward", "rl/all_wrong_before", "rl/all_wrong_after", "rl/extra_correct",
-          "rl/answer_shown", "rl/grad_norm", "rl/entropy", "rl/hints_kept")  # fmt: skip
+# Metrics of each RL step that are kept.
+CURVES = ("reward", "all_wrong_before", "all_wrong_after", "extra_correct", "answer_shown",
+          "grad_norm", "entropy", "hints_kept", "kl")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def curves(workdir: epath.Path) -> dict:
   start = [[0, row[name]] for row in rows if row["stage"] == "sft" and name in row]
   accuracy = start[-1:] + [[row["step"], row[name]] for row in rl if name in row]
   return {
-    "curves": {metric: [row.get(metric) for row in rl] for metric in CURVES},
+    "curves": {metric: [row.get(f"rl/{metric}") for row in rl] for metric in CURVES},
     "accuracy": accuracy,
     "step_seconds": sum(row["time/step_seconds"] for row in rl),
   }

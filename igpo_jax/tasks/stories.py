@@ -1,19 +1,19 @@
-"""Letter maps told in sentences: traces of 60 to 120 words, few of which carry the reasoning.
+"""Letter maps told in sentences: traces of 60 to 110 words, few of which carry the reasoning.
 
-    prompt   mia starts at harbor . first red second blue ... sixth red .
-    trace    first from harbor she takes the red bus and rides to mill . second at mill she boards
-             the blue bus and leaves for castle . ... sixth near tower she finds the red bus and
-             ends => garden
+    prompt   mia starts at harbor . first red second blue ... seventh red .
+    trace    first from harbor she takes red to mill . second at mill she boards blue for
+             castle . ... seventh near tower she finds red => garden
 
 The network of bus lines is drawn once for each `table`: a line is a permutation of the stops. There
 is nothing to compute. As in `letter_maps` (its docstring says why), a model has to know where each
-line goes from each stop. What this task adds is text. Of the thirteen words of a step, eleven
+line goes from each stop. What this task adds is text. Of the nine words of a step, seven
 follow from the prompt and from earlier words, and the model is soon sure of them. One word says
-where the bus goes, and has to be known. One word, at which the phrasings part, is free. So:
+where the bus goes, and has to be known. One choice, of a phrasing, is free. So:
 
   * hints have five to ten words, as in the paper, and show parts of steps;
   * the entropy filter has something to choose from, since most words of a hint teach nothing;
-  * a step may be told in several ways, so traces with the same reasoning differ.
+  * a step may be told in several ways, so traces with the same reasoning differ. Traces may have
+    a habitual phrasing, and the traces of hints another one than the policy has learnt.
 
 The last stop is the answer. By construction it is nowhere in the trace before the answer, nor in
 the prompt, so no hint can show it. All phrasings have the same number of words, with stops and line
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,12 +49,12 @@ ORDINALS = (
 ).split()
 QUESTION = "{name} starts at {at} . {rides} ."
 PHRASINGS = (
-  "{nth} from {at} {she} takes the {line} bus and rides to {to} .",
-  "{nth} at {at} {she} boards the {line} bus and leaves for {to} .",
-  "{nth} near {at} {she} finds the {line} bus and gets to {to} .",
-  "{nth} in {at} {she} enters the {line} bus , which reaches {to} .",
+  "{nth} from {at} {she} takes {line} to {to} .",
+  "{nth} at {at} {she} boards {line} for {to} .",
+  "{nth} near {at} {she} finds {line} towards {to} .",
+  "{nth} in {at} {she} enters {line} until {to} .",
 )
-ENDING = "and ends => {to}"  # replaces the last five words of the last step
+ENDING = "=> {to}"  # replaces the last three words of the last step
 FACTS = (
   "{name} waits at {at} .",
   "{name} lives near {at} .",
@@ -92,19 +93,38 @@ def wrong_targets(
 def without_filler(trace: str) -> str:
   """Shortens a trace to one clause for each step: its number and its stop.
 
-  Example: "first from mill she takes the red bus and rides to lake . second at lake she boards the
-  red bus and ends => zoo" gives "first lake . second => zoo".
+  Example: "first from mill she takes red to lake . second at lake she boards red => zoo" gives
+  "first lake . second => zoo".
   """
   nth = "|".join(ORDINALS)
   return re.sub(rf"({nth}) (?:(?!{nth}\b)\S+ )*?(=> \S+|\S+ \.)", r"\1 \2", trace)
+
+
+class Style(NamedTuple):
+  """How the steps of a trace are told.
+
+  Attributes:
+    phrasings: how many of `PHRASINGS` are used.
+    habitual: the number of the habitual one, from 0 on.
+    habit: the probability of it; else one of the `phrasings` is drawn.
+  """
+
+  phrasings: int
+  habitual: int
+  habit: float
+
+  def draw(self, rng: np.random.Generator) -> int:
+    """The number of the phrasing for the next step."""
+    drawn = int(rng.integers(self.phrasings))  # always drawn: the habit moves no other draw
+    return self.habitual if rng.random() < self.habit else drawn
 
 
 def make_records(
   split: str,
   n: int,
   seed: int = 0,
-  steps: int | str = 6,
-  lines: int | str = 3,
+  steps: int | str = 8,
+  lines: int | str = 2,
   stops: int | str = 24,
   table: int | str = 0,
   phrasings: int | str = len(PHRASINGS),
@@ -112,6 +132,10 @@ def make_records(
   doubtful: float | str = 0.0,
   slips: float | str = 0.0,
   noise: float | str = 0.0,
+  habitual: int | str = 1,
+  habit: float | str = 0.0,
+  apart: int | str = 0,
+  filler: int | str = 1,
 ) -> list[Record]:
   """Distinct problems of one split, the same on every machine.
 
@@ -119,13 +143,14 @@ def make_records(
     split: "train" or "test".
     n: number of problems.
     seed: seed of the generator.
-    steps: how many rides a problem has, 1 to 12. It decides the difficulty. A trace has 13 words
-      for each step, less one in all: 64 for 5 steps, 77 for 6, 116 for 9.
+    steps: how many rides a problem has, 1 to 12. It decides the difficulty. A trace has 9 words
+      for each step, less one in all: 62 for 7 steps, 71 for 8, 107 for 12.
     lines: how many bus lines there are, 1 to 10. There are `stops` * `lines` ** `steps` problems,
       less those that pass their last stop earlier.
     stops: how many stops there are, 12 to 48. A guess is right once in this many tries.
     table: seed of the network, and of which transitions are doubtful.
-    phrasings: how many ways of telling a step there are, 1 to 4. Each step draws one.
+    phrasings: how many ways of telling a step there are, 1 to 4. Each step draws one of them,
+      unless it follows the habit.
     distractors: how many facts that have nothing to do with the question are in the prompt, 0 to 8,
       of 5 words each.
     doubtful: the share of transitions that traces may take to a wrong stop.
@@ -133,6 +158,11 @@ def make_records(
       goes on from there to a wrong answer. The record's `answer` is right all the same.
     noise: each stop before the answer is replaced by a random other one with this probability. The
       rest of the trace does not change.
+    habitual: the phrasing that traces fall into, 1 to `phrasings`.
+    habit: the probability that a step is told in it, and not in one that is drawn.
+    apart: how many rides at the end belong to the answer's span, 0 to `steps`. No hint shows a word
+      of that span. With 0 it is the answer alone, from "=>" on.
+    filler: 0 shortens traces to the number and the stop of each step (`without_filler`). 1: not.
 
   Raises:
     UserError: an unknown split, options out of range, or too few such problems.
@@ -144,8 +174,14 @@ def make_records(
   table = common.option_number("table", table, int, 0, 2**31)
   phrasings = common.option_number("phrasings", phrasings, int, 1, len(PHRASINGS))
   distractors = common.option_number("distractors", distractors, int, 0, 8)
-  shares = {"doubtful": doubtful, "slips": slips, "noise": noise}
-  doubtful, slips, noise = (common.option_number(k, v, float, 0, 1) for k, v in shares.items())
+  habitual = common.option_number("habitual", habitual, int, 1, phrasings)
+  apart = common.option_number("apart", apart, int, 0, steps)
+  filler = common.option_number("filler", filler, int, 0, 1)
+  shares = {"doubtful": doubtful, "slips": slips, "noise": noise, "habit": habit}
+  doubtful, slips, noise, habit = (
+    common.option_number(k, v, float, 0, 1) for k, v in shares.items()
+  )
+  style = Style(phrasings, habitual - 1, habit)
 
   right, wrong = network(table, lines, count), wrong_targets(table, lines, count, doubtful)
   rng = np.random.default_rng([seed, table, steps, lines, count])
@@ -167,7 +203,10 @@ def make_records(
     if answer in written[:-1]:  # the slips would lead past the answer, and so show it
       written = path
     others = [i for i in range(count) if i != answer]
-    trace = _told(name, written, taken, others, phrasings, noise, writing)
+    sentences = _told(name, written, taken, others, style, noise, writing)
+    trace, last = " ".join(sentences), " ".join(sentences[steps - apart :])
+    if not filler:
+      trace, last = without_filler(trace), without_filler(last)
     rides = " ".join(f"{nth} {LINES[k]}" for nth, k in zip(ORDINALS, taken, strict=False))
     question = QUESTION.format(name=name, at=STOPS[start], rides=rides)
     if distractors:
@@ -177,7 +216,7 @@ def make_records(
       prompt=({"role": "user", "content": question},),
       trace=trace,
       answer=STOPS[answer],
-      answer_span=(trace.index("=>"), len(trace)),
+      answer_span=(len(trace) - len(last) if apart else trace.index("=>"), len(trace)),
       task=NAME,
     )
   if len(records) < n:
@@ -190,18 +229,19 @@ def _told(
   written: list[int],
   taken: list[int],
   others: list[int],
-  phrasings: int,
+  style: Style,
   noise: float,
   rng: np.random.Generator,
-) -> str:
-  """Writes a trace, with a sentence for each ride.
+) -> list[str]:
+  """Writes the sentences of a trace, one for each ride.
 
   Args:
     name: the person of the story.
     written: numbers of the stops, the first one included.
     taken: numbers of the lines.
     others: the stops out of which `noise` draws.
-    phrasings, noise: see `make_records`.
+    style: how steps are told.
+    noise: see `make_records`.
     rng: draws phrasings and noise.
   """
 
@@ -213,14 +253,14 @@ def _told(
 
   sentences = []
   for step, (k, at, to) in enumerate(zip(taken, written[:-1], written[1:], strict=True)):
-    phrase = PHRASINGS[rng.integers(phrasings)]
+    phrase = PHRASINGS[style.draw(rng)]
     last = step == len(taken) - 1
     if last:
       phrase = " ".join([*phrase.split()[: -len(ENDING.split()) - 1], ENDING])
     words = {"nth": ORDINALS[step], "she": PEOPLE[name], "line": LINES[k]}
     stops = {"at": stop(at), "to": STOPS[to] if last else stop(to)}
     sentences.append(phrase.format(**words, **stops))
-  return " ".join(sentences)
+  return sentences
 
 
 def _distracted(
