@@ -1,7 +1,7 @@
 """The claims that need long traces: on `synthetic:stories`, with hints of 5 to 10 words.
 
-A trace has 71 words, nine a step. So a chunk shows a step or parts of two, and the entropy filter
-has tens of hint words to choose from, most of which the policy is sure of. The SFT traces are told
+A trace has 47 words, six a step. So a chunk shows a step or parts of two, and the entropy filter
+has up to 45 hint words to choose from, most of which the policy is sure of. The SFT traces are told
 in a habitual phrasing. The traces that hints are cut from are told in the other one, in which the
 policy seldom tells a step: as in the paper, hints are another writer's words. docs/results.md has
 what came out.
@@ -33,11 +33,11 @@ from benchmarks.claims.claims import (
 from benchmarks.shared_runs import SharedRuns
 from igpo_jax.config import Config, default_config, freeze
 
-RIDES, LINES, STOPS, SENTENCE = 8, 2, 24, 9  # SENTENCE: words of a step
-TASK = "synthetic:stories?steps={rides}&lines={lines}&stops={stops}&table={table}"
+RIDES, SENTENCE = 8, 6  # rides of a problem, words of a step
+SHORT, COPIES = 3, 40  # rides of short problems, and how often the SFT data have each of them
+TASK = "synthetic:stories?lines=2&stops=16&table={table}&steps={rides}"
 POLICY = "&phrasings=2&habit=0.9&habitual=1"  # how the traces of SFT are told
 WRITER = "&phrasings=2&habit=1&habitual=2"  # how those of RL are told
-CARELESS = "&doubtful=0.35&slips=0.7"
 RATE, HIGH_RATE = 1e-3, 3e-3
 
 
@@ -127,20 +127,23 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   spec = ARMS[arm]
   config = default_config()
   config.seed = seed
-  rides = 4 if smoke else RIDES
-  task = TASK.format(rides=rides, lines=LINES, stops=STOPS, table=seed)
-  train = f"{task}&split=train&n={60 if smoke else 2500}"
+  rides = 5 if smoke else RIDES
+  task, short = (TASK.format(rides=k, table=seed) for k in (rides, SHORT))
+  train = f"{task}&split=train&n={60 if smoke else 2000}"
   config.data.tokenizer = "words:stories"
-  config.data.sft = f"{train}&seed={10 * seed + 1}{POLICY}{CARELESS}{SFT[spec.sft]}"
+  # Where a stop is the one of a few before it, the model finds sooner where to look.
+  sources = [f"{train}&seed={10 * seed + 1}"]
+  sources += [f"{short}&split=train&n=70&seed={k}" for k in range(1 if smoke else COPIES)]
+  config.data.sft = "mix:" + " | ".join(f"{uri}{POLICY}{SFT[spec.sft]}" for uri in sources)
   config.data.rl = f"{train}&seed={10 * seed + 2}{WRITER}{spec.rl}"
-  config.data.eval = (f"test={task}&split=test&n={8 if smoke else 256}&seed={10 * seed + 3}",)
-  config.data.prompt_buckets = (2 * rides + 8,)
+  config.data.eval = (f"test={task}&split=test&n={8 if smoke else 200}&seed={10 * seed + 3}",)
+  config.data.prompt_buckets = (2 * SHORT + 6, 2 * rides + 6)
   config.reward.verifier = "exact"
 
   config.model.d_model = 16 if smoke else 64
   config.model.n_layers = 1 if smoke else 2
   config.model.mlp_hidden = 32 if smoke else 256
-  config.model.rope_theta = 300.0  # sequences of 96 words
+  config.model.rope_theta = 30.0  # what matters is six words away
   config.model.tie_embeddings = True
 
   config.sampler.gen_length = SENTENCE * rides
@@ -149,20 +152,21 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   config.sampler.temperature = 1.0
   config.sampler.cache = "dual"
 
-  config.sft.steps = 2 if smoke else 1200
+  config.sft.steps = 2 if smoke else 1800
+  config.sft.response_lengths = (SENTENCE * SHORT, SENTENCE * rides)
   config.sft.batch_size = 8 if smoke else 32
   config.sft_optimizer.learning_rate = 5e-3
   config.sft_optimizer.warmup_steps = 1 if smoke else 50
   config.sft_optimizer.schedule = "cosine"
   config.sft_optimizer.weight_decay = 0.01
 
-  config.objective.beta = 0.05  # as in the claims on letter maps
+  config.objective.beta = 0.05  # as on letter maps
   config.rl.estimator = "coupled"
-  config.rl.steps = 2 if smoke else 20
+  config.rl.steps = 2 if smoke else 16
   config.rl.prompts_per_step = 2 if smoke else 8
   config.rl.group_size = 4 if smoke else 8
   config.rl.inner_updates = 2
-  config.rl.eval_every = 1 if smoke else 5
+  config.rl.eval_every = 1 if smoke else 4
   config.rl_optimizer.learning_rate = RATE
   config.rl_optimizer.warmup_steps = 1 if smoke else 3
   config.rl_optimizer.schedule = "constant"
@@ -191,7 +195,7 @@ def share(workdir: epath.Path, smoke: bool) -> SharedRuns:
   """What the runs of a study share."""
 
   def sft(config: Config) -> tuple[Config, epath.Path]:
-    name = next(n for n, options in SFT.items() if config.data.sft.endswith(CARELESS + options))
+    name = next(n for n, options in SFT.items() if config.data.sft.endswith(POLICY + options))
     return only_sft(config), workdir / f"seed{config.seed}" / f"sft_{name}"
 
   return SharedRuns(make_config("igpo", 0, smoke), sft)

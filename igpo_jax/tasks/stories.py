@@ -1,14 +1,14 @@
-"""Letter maps told in sentences: traces of 60 to 110 words, few of which carry the reasoning.
+"""Letter maps told in sentences: traces of 40 to 70 words, few of which carry the reasoning.
 
-    prompt   mia starts at harbor . first red second blue ... seventh red .
-    trace    first from harbor she takes red to mill . second at mill she boards blue for
-             castle . ... seventh near tower she finds red => garden
+    prompt   first red second blue ... eighth red , mia starts at harbor
+    trace    first takes red to mill . second boards blue for castle . ...
+             eighth takes red => garden
 
-The network of bus lines is drawn once for each `table`: a line is a permutation of the stops. There
-is nothing to compute. As in `letter_maps` (its docstring says why), a model has to know where each
-line goes from each stop. What this task adds is text. Of the nine words of a step, seven
-follow from the prompt and from earlier words, and the model is soon sure of them. One word says
-where the bus goes, and has to be known. One choice, of a phrasing, is free. So:
+The network of bus lines is drawn once for each `table`: a line goes round through all stops, in an
+order of its own. There is nothing to compute. As in `letter_maps` (its docstring says why), a model
+has to know where each line goes from each stop. What this task adds is text. Of the six words of a
+step, four follow from the prompt and from earlier words, and the model is soon sure of them. One
+word says where the bus goes, and has to be known. One choice, of a phrasing, is free. So:
 
   * hints have five to ten words, as in the paper, and show parts of steps;
   * the entropy filter has something to choose from, since most words of a hint teach nothing;
@@ -17,7 +17,9 @@ where the bus goes, and has to be known. One choice, of a phrasing, is free. So:
 
 The last stop is the answer. By construction it is nowhere in the trace before the answer, nor in
 the prompt, so no hint can show it. All phrasings have the same number of words, with stops and line
-at the same places. So what a hint fixes does not depend on how the steps before it were told.
+at the same places. So what a hint fixes does not depend on how the steps before it were told. The
+prompt ends with the first stop, so that every stop is six tokens behind the one before it, the
+first and the last included: a small model finds it much sooner so (docs/LOG.md).
 
 Tokens are whole words (`words:stories`), with a space between any two.
 """
@@ -42,17 +44,16 @@ STOPS = (
   " station temple tower tunnel valley zoo"
 ).split()
 LINES = "red blue green yellow white black orange purple brown silver".split()
-PEOPLE = {"mia": "she", "tom": "he", "ada": "she", "ben": "he",
-          "eva": "she", "leo": "he", "ida": "she", "max": "he"}  # fmt: skip
+PEOPLE = "mia tom ada ben eva leo ida max".split()
 ORDINALS = (
   "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
 ).split()
-QUESTION = "{name} starts at {at} . {rides} ."
+QUESTION = "{rides} , {name} starts at {at}"
 PHRASINGS = (
-  "{nth} from {at} {she} takes {line} to {to} .",
-  "{nth} at {at} {she} boards {line} for {to} .",
-  "{nth} near {at} {she} finds {line} towards {to} .",
-  "{nth} in {at} {she} enters {line} until {to} .",
+  "{nth} takes {line} to {to} .",
+  "{nth} boards {line} for {to} .",
+  "{nth} finds {line} towards {to} .",
+  "{nth} rides {line} until {to} .",
 )
 ENDING = "=> {to}"  # replaces the last three words of the last step
 FACTS = (
@@ -61,7 +62,7 @@ FACTS = (
   "the {line} bus waits .",
 )
 _FIXED = re.sub(r"\{\w+\}", " ", " ".join((*PHRASINGS, ENDING, *FACTS, QUESTION))).split()
-WORDS = tuple(dict.fromkeys((*STOPS, *LINES, *PEOPLE, *PEOPLE.values(), *ORDINALS, *_FIXED)))
+WORDS = tuple(dict.fromkeys((*STOPS, *LINES, *PEOPLE, *ORDINALS, *_FIXED)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,10 +71,13 @@ def network(table: int, lines: int, stops: int) -> np.ndarray:
 
   Args:
     table: the seed that the lines are drawn from.
-    lines, stops: how many there are. Each line is a permutation of the stops.
+    lines, stops: how many there are. Each line goes through all stops before it returns to one.
   """
   rng = np.random.default_rng([table, lines, stops])
-  return common.permutations(rng, lines, stops)
+  orders = common.permutations(rng, lines, stops)
+  goes_to = np.empty_like(orders)
+  np.put_along_axis(goes_to, orders, np.roll(orders, -1, axis=1), axis=1)
+  return goes_to
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,8 +97,7 @@ def wrong_targets(
 def without_filler(trace: str) -> str:
   """Shortens a trace to one clause for each step: its number and its stop.
 
-  Example: "first from mill she takes red to lake . second at lake she boards red => zoo" gives
-  "first lake . second => zoo".
+  Example: "first takes red to lake . second boards red => zoo" gives "first lake . second => zoo".
   """
   nth = "|".join(ORDINALS)
   return re.sub(rf"({nth}) (?:(?!{nth}\b)\S+ )*?(=> \S+|\S+ \.)", r"\1 \2", trace)
@@ -125,7 +128,7 @@ def make_records(
   seed: int = 0,
   steps: int | str = 8,
   lines: int | str = 2,
-  stops: int | str = 24,
+  stops: int | str = 16,
   table: int | str = 0,
   phrasings: int | str = len(PHRASINGS),
   distractors: int | str = 0,
@@ -143,8 +146,8 @@ def make_records(
     split: "train" or "test".
     n: number of problems.
     seed: seed of the generator.
-    steps: how many rides a problem has, 1 to 12. It decides the difficulty. A trace has 9 words
-      for each step, less one in all: 62 for 7 steps, 71 for 8, 107 for 12.
+    steps: how many rides a problem has, 1 to 12. It decides the difficulty. A trace has 6 words
+      for each step, less one in all: 47 for 8 steps, 71 for 12.
     lines: how many bus lines there are, 1 to 10. There are `stops` * `lines` ** `steps` problems,
       less those that pass their last stop earlier.
     stops: how many stops there are, 12 to 48. A guess is right once in this many tries.
@@ -192,18 +195,18 @@ def make_records(
       break
     start = int(rng.integers(count))
     taken = [int(k) for k in rng.integers(lines, size=steps)]
-    name = list(PEOPLE)[rng.integers(len(PEOPLE))]
+    name = PEOPLE[rng.integers(len(PEOPLE))]
     facts = int(rng.integers(2**31))
-    path = [start, *common.walk(right, start, taken)]
+    path = common.walk(right, start, taken)
     answer = path[-1]
     key = " ".join([STOPS[start], *(LINES[k] for k in taken)])
-    if key in records or answer in path[:-1] or common.split_of(key) != split:
+    if key in records or answer in (start, *path[:-1]) or common.split_of(key) != split:
       continue
-    written = [start, *common.walk(right, start, taken, wrong, slips, writing)]
+    written = common.walk(right, start, taken, wrong, slips, writing)
     if answer in written[:-1]:  # the slips would lead past the answer, and so show it
       written = path
     others = [i for i in range(count) if i != answer]
-    sentences = _told(name, written, taken, others, style, noise, writing)
+    sentences = _told(written, taken, others, style, noise, writing)
     trace, last = " ".join(sentences), " ".join(sentences[steps - apart :])
     if not filler:
       trace, last = without_filler(trace), without_filler(last)
@@ -225,7 +228,6 @@ def make_records(
 
 
 def _told(
-  name: str,
   written: list[int],
   taken: list[int],
   others: list[int],
@@ -236,8 +238,7 @@ def _told(
   """Writes the sentences of a trace, one for each ride.
 
   Args:
-    name: the person of the story.
-    written: numbers of the stops, the first one included.
+    written: numbers of the stops that the rides lead to.
     taken: numbers of the lines.
     others: the stops out of which `noise` draws.
     style: how steps are told.
@@ -252,21 +253,20 @@ def _told(
     return STOPS[at]
 
   sentences = []
-  for step, (k, at, to) in enumerate(zip(taken, written[:-1], written[1:], strict=True)):
+  for step, (k, to) in enumerate(zip(taken, written, strict=True)):
     phrase = PHRASINGS[style.draw(rng)]
     last = step == len(taken) - 1
     if last:
       phrase = " ".join([*phrase.split()[: -len(ENDING.split()) - 1], ENDING])
-    words = {"nth": ORDINALS[step], "she": PEOPLE[name], "line": LINES[k]}
-    stops = {"at": stop(at), "to": STOPS[to] if last else stop(to)}
-    sentences.append(phrase.format(**words, **stops))
+    words = {"nth": ORDINALS[step], "line": LINES[k], "to": STOPS[to] if last else stop(to)}
+    sentences.append(phrase.format(**words))
   return sentences
 
 
 def _distracted(
   question: str, name: str, places: list[int], distractors: int, rng: np.random.Generator
 ) -> str:
-  """The question, at a random place among facts about other people, buses and stops of `places`."""
+  """The question after facts about other people, buses and stops of `places`."""
   others = [person for person in PEOPLE if person != name]
   sentences = [
     FACTS[rng.integers(len(FACTS))].format(
@@ -276,8 +276,7 @@ def _distracted(
     )
     for _ in range(distractors)
   ]
-  sentences.insert(rng.integers(distractors + 1), question)
-  return " ".join(sentences)
+  return " ".join([*sentences, question])
 
 
 register_task(
