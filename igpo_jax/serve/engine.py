@@ -22,7 +22,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.arrivals import Arrivals, advance, empty_places
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
-from igpo_jax.inference.requests import LENGTH_STEP
+from igpo_jax.inference.requests import Request, padded_length
 from igpo_jax.inference.session import Session
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.serve.refusal import Refusal
@@ -67,7 +67,7 @@ class Row:
   @property
   def shape(self) -> tuple[SamplerConfig, int]:
     """What rows of one program have in common: the options, and the padded length of the prompt."""
-    return self.sampler, -(-len(self.prompt) // LENGTH_STEP) * LENGTH_STEP
+    return self.sampler, padded_length(Request(self.prompt))
 
 
 class Engine:
@@ -245,7 +245,7 @@ def _no_arrivals(pre: Any, places: int, length: int) -> Arrivals:
 
 
 def _put(arrivals: Arrivals, place: int, row: Row, width: int, pad_id: int) -> None:
-  """Writes a row: the left-padded prompt, then the canvas, as `inference.requests.batch_arrays`."""
+  """Writes a row: the left-padded prompt, then the canvas, as `diffusion.completions` does."""
   start = width - len(row.prompt)
   arrivals.tokens[place, :start] = pad_id
   arrivals.tokens[place, start:width] = row.prompt
