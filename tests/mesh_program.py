@@ -24,7 +24,7 @@ from igpo_jax.config import (
 )
 from igpo_jax.data.pipeline import PromptBatch
 from igpo_jax.diffusion import network
-from igpo_jax.diffusion.completions import prompt_keys
+from igpo_jax.diffusion.completions import RowQueue, Rows, prompt_keys
 from igpo_jax.models import lora, make_lm
 from igpo_jax.parallel.hlo import collectives
 from igpo_jax.parallel.mesh import make_mesh, shard_rows
@@ -52,7 +52,7 @@ RUNS = {
   "lora one": (LORA, (1, 1, 1)),
   "lora 2x2x2": (FUSED, (2, 2, 2)),
 }
-GREEDY = ("one", "2x2x2")  # where a temperature of zero is sampled at as well
+QUEUED = ("one", "8x1x1", "2x2x2")  # where a queue with an uneven tail is sampled as well
 # Each slice's length is a program to compile, so only where rows lie on 8 and on 4 devices.
 SLICED = ((1, 8, 1), (2, 2, 2))
 
@@ -123,14 +123,15 @@ def run(name: str, config: ModelConfig, shape, data) -> dict:
     )  # fmt: skip
     canvas = np.full((8, 4, 16), lm.mask_id, np.int32)
     nothing = np.zeros_like(canvas, bool)
-    for temperature in (0.0, 1.0) if name in GREEDY else (1.0,):
-      sampler = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=temperature)
-      sliced = shape in SLICED and temperature > 0
-      sample = GroupSampler(lm, Silent(), Silent(), sampling_config(config, sampler, sliced), mesh)
-      samples = sample(
-        params, prompts, np.arange(8), canvas, nothing, jax.random.key(5), DeviceClock()
-      )
-      out[f"completion_{temperature}"] = samples.completion.ravel().tolist()
+    sampler = SamplerConfig(gen_length=16, block_length=8, steps=8, temperature=1.0)
+    setting = sampling_config(config, sampler, shape in SLICED)
+    sample = GroupSampler(lm, Silent(), Silent(), setting, mesh)
+    samples = sample(
+      params, prompts, np.arange(8), canvas, nothing, jax.random.key(5), DeviceClock()
+    )
+    out["completion"] = samples.completion.ravel().tolist()
+    if name in QUEUED:
+      out["completion_queue"] = uneven_queue(lm, params, mesh, tokens, valid)
     copy = compute_copy(params, "bfloat16", jax.random.key(7))
     bits = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(copy))
     out["rounded by chance"] = hashlib.sha256(bits).hexdigest()
@@ -168,6 +169,19 @@ def run(name: str, config: ModelConfig, shape, data) -> dict:
     "rows_per_device": rollout.prompt.sharding.shard_shape(rollout.prompt.shape)[0],
     "collectives": [[c.kind, c.shape] for c in collectives(update.as_text(), loops=(1,) * 8)],
   }
+
+
+def uneven_queue(lm, params, mesh, tokens, valid) -> list[int]:
+  """The completions of 13 rows with 4 to 16 masks through 8 slots, greedy, with the dual cache."""
+  at, masks = np.arange(13) % 8, 4 + np.arange(13) * 5 % 13
+  hinted = np.arange(16) >= masks[:, None]
+  canvas = np.where(hinted, 5, lm.mask_id).astype(np.int32)
+  rows = Rows(tokens[at, :8], valid[at, :8], canvas, hinted, at.astype(np.uint32), at)
+  cfg = SamplerConfig(gen_length=16, block_length=8, steps=16, cache="dual")
+  made = list(RowQueue(lm, params, mesh, cfg, rows, jax.random.key(8), 8))
+  assert sum(len(some.rows) for some in made) == 13 and len(made) == 2
+  order = np.argsort(np.concatenate([some.rows for some in made]))
+  return np.concatenate([some.completion for some in made])[order].ravel().tolist()
 
 
 def main() -> None:

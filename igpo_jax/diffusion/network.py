@@ -100,7 +100,9 @@ class Program(NamedTuple):
   of_all: bool = False
 
 
-def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Program]:
+def programs(
+  cfg: SamplerConfig, lm: LM, rows: int, together: bool, shards: int = 1
+) -> list[Program]:
   """The kinds of network calls of a run, in the order in which the loop prefers them.
 
   A call on the whole canvas costs as much as many calls on a block. Where rows go at their own
@@ -113,10 +115,12 @@ def programs(cfg: SamplerConfig, lm: LM, rows: int, together: bool) -> list[Prog
     lm: the model.
     rows: number of slots on each shard.
     together: whether all rows go through the blocks together, so that all need the same call.
+    shards: number of shards. All make the same call at a time, so rows on different shards wait for
+      each other as rows of one shard do.
   """
   if cfg.cache == "none":
     return [Program(None, rows)]
-  apart = not together and rows > 1
+  apart = not together and rows * shards > 1
   some = lambda parts: min(rows, max(2, -(-rows // parts))) if apart else rows
   windows = sorted(set(cached_widths(cfg, lm)), reverse=True)
   whole = Program(None, some(8), apart)

@@ -226,7 +226,7 @@ def fill(
   params = lm.unstack(params, queue.tokens.shape[2] + overhang(cfg, lm))
   shards, rows = len(queue.tokens), len(state.slots.number) // len(queue.tokens)
   together = cfg.early_stop == "batch" or noise_table is not None
-  kinds = programs(cfg, lm, rows, together)
+  kinds = programs(cfg, lm, rows, together, shards)
   computed = [
     kind.rows * shards * computed_positions(cfg, lm, kind, queue.tokens.shape[2]) for kind in kinds
   ]
