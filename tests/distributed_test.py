@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -32,6 +33,8 @@ class Team:
     self.left, self.said, self._values = queue.Queue(), queue.Queue(), [[], []]
     self._calls, self._barrier = threading.local(), threading.Barrier(count)
     monkeypatch.setattr(liveness, "PARTING_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(liveness, "_print", self.said.put)
     self.ends: list[Watch | None] = [None] * count
     threads = [threading.Thread(target=self._make, args=(i, count)) for i in range(count)]
@@ -47,7 +50,8 @@ class Team:
     def leave(code):
       self.left.put((index, code))
       for line in list(self.ends[index]._lines.values()):
-        line.shutdown(socket.SHUT_RDWR)  # as the kernel does
+        with contextlib.suppress(OSError):  # the other end may have gone before
+          line.shutdown(socket.SHUT_RDWR)  # as the kernel does
       raise Left
 
     self.ends[index] = Watch(index, count, self._share, "127.0.0.1", leave)
@@ -63,6 +67,11 @@ class Team:
     self.ends[index]._ending = True  # the dead say nothing
     for line in self.ends[index]._lines.values():
       line.shutdown(socket.SHUT_RDWR)
+
+  def stop(self, index):
+    """As SIGSTOP does: it says nothing more, and its connections stay."""
+    self.ends[index]._ending = True
+    self.ends[index]._tell = lambda *args, **kw: None
 
   def codes(self, count):
     return dict(self.left.get(timeout=10) for _ in range(count))
@@ -84,6 +93,18 @@ def test_when_one_is_killed_all_others_leave_and_say_who_it_was(victim, team):
   assert team.codes(2) == dict.fromkeys(others, 1)
   for line in team.lines(2):
     assert line.startswith(f"error: process {victim} on ") and "was killed" in line
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_stopped_and_keeps_its_connection_is_given_up_by_all(victim, team):
+  if victim == 0:
+    time.sleep(2.5)  # longer than silence may last: who speaks is not given up
+    assert team.left.empty()
+  team.stop(victim)
+  others = {0, 1, 2} - {victim}
+  assert team.codes(2) == dict.fromkeys(others, 1)
+  for line in team.lines(2):
+    assert line.startswith(f"error: process {victim} on ") and "has said nothing for 2 s" in line
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -4,7 +4,8 @@ When one process fails, each of the others prints the reason and exits at once. 
 collective with a dead process hangs (TPU, GPU) or fails with words about sockets (CPU), until jax's
 heartbeats stop everything with a stack trace. A process that fails sends the reason first. When a
 process is killed, the kernel closes its connection; when a machine is lost, the connection's
-keep-alive probes go unanswered.
+keep-alive probes go unanswered. A process that is stopped (SIGSTOP, a debugger) or hangs keeps its
+connection, and its kernel answers the probes: so every process also says at times that it is alive.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ CONNECT_SECONDS = 10.0
 # A lost machine is noticed after IDLE + INTERVAL * COUNT seconds without an answer.
 KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 PARTING_SECONDS = 5.0
+# A process says that it is alive every PING seconds. One that says nothing for SILENT seconds is
+# taken for stopped: before jax's own heartbeats (`distributed.HEARTBEAT_SECONDS`) would notice.
+PING_SECONDS, SILENT_SECONDS = 5.0, 35.0
 LOST = 1  # the exit code of a process that another one's death ends
 
 
@@ -37,19 +41,24 @@ class Ending:
     host: name of its machine.
     code: exit code with which all processes end.
     text: the error that it printed; "" if it was killed.
+    silent: after how many seconds of silence it was given up; 0 if its connection was closed.
   """
 
   index: int
   host: str
   code: int = LOST
   text: str = ""
+  silent: float = 0.0
 
   def __str__(self) -> str:
     who = f"process {self.index} on {self.host}"
     if self.text:
       return f"error: {who} failed, and with it this one: {self.text}"
+    what = "was killed or its machine is lost"
+    if self.silent:
+      what = f"has said nothing for {self.silent:g} s (stopped, or it hangs: end it)"
     return (
-      f"error: {who} was killed or its machine is lost, and with it this one ends; "
+      f"error: {who} {what}, and with it this one ends; "
       "start all processes again to continue from the last checkpoint"
     )
 
@@ -79,6 +88,7 @@ class Watch:
     self._closed: set[int] = set()
     self._lock = threading.Lock()
     self._ending = False
+    _thread(self._ping)  # first: while others are waited for below, this one is not silent
     if index == 0:
       server = socket.create_server(("", 0), backlog=count)
       token = secrets.token_hex(16)
@@ -138,9 +148,14 @@ class Watch:
       f"{', '.join(where['names'])}; if a process is lost, it takes longer to notice"
     )
 
+  def _ping(self) -> None:
+    while True:
+      time.sleep(PING_SECONDS)
+      self._tell({"alive": True})
+
   def _follow(self, line: socket.socket, messages, index: int, host: str) -> None:
-    """Reads the messages of process `index` until its connection is closed."""
-    line.settimeout(None)
+    """Reads the messages of process `index` until its connection is closed, or says nothing."""
+    line.settimeout(SILENT_SECONDS)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE:
       if hasattr(socket, name):
@@ -152,9 +167,11 @@ class Watch:
         message = json.loads(text)
         if "done" in message:
           self._done.add(index)
-        else:
+        elif "alive" not in message:
           ending = Ending(**message)
           break
+    except TimeoutError:
+      ending = Ending(index, host, silent=SILENT_SECONDS)
     except (OSError, ValueError):
       pass  # cut off: the same as closed
     if index not in self._done or ending.text:
