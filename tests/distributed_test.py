@@ -107,6 +107,11 @@ def test_one_that_is_stopped_and_keeps_its_connection_is_given_up_by_all(victim,
     assert line.startswith(f"error: process {victim} on ") and "has said nothing for 2 s" in line
 
 
+def test_the_watch_gives_up_a_silent_process_before_jax_aborts_all():
+  """jax sends a heartbeat every half of its time, so that much may be over already."""
+  assert liveness.PING_SECONDS < liveness.SILENT_SECONDS < distributed.HEARTBEAT_SECONDS / 2 - 5
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_when_one_fails_all_others_take_over_its_code_and_its_reason(index, team):
   with pytest.raises(Left):

@@ -25,7 +25,9 @@ from igpo_jax.parallel.mesh import check_devices, over_processes
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 JOIN_SECONDS = 300  # machines of a pod start one after the other
-HEARTBEAT_SECONDS = 45  # a process that says nothing for so long is dead: the second net
+# The second net: a process that says nothing for so long is dead. Half of it can be over when a
+# process is stopped, as jax sends a heartbeat twice in this time: the watch has to be faster.
+HEARTBEAT_SECONDS = 90
 SHUTDOWN_SECONDS = 120  # the first process still writes the report
 # A collective fails at once when a process dies: the watch, which knows why, speaks first.
 GRACE_SECONDS = 3.0
