@@ -5,6 +5,10 @@ uninterrupted run, starts it again, and so on, `KILLS` times; then it lets it fi
 finishes before its kill is compared and another is begun. Lost are differences from the
 uninterrupted run, files left over, and exit codes that are neither the signal's nor 0.
 
+The run is one process, or two of which a random one is killed, or stopped (SIGSTOP). Then the other
+one has to end by itself within a minute, with one line and exit code 1; one that was stopped has to
+end, too, when it goes on.
+
 Every start is a fork of a process that has imported the package and has not used jax yet: a kill
 during an import would be a kill of nothing. Compiled programs are kept from start to start, in a
 cache that kills hit as well.
@@ -14,6 +18,7 @@ cache that kills hit as well.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -21,9 +26,11 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 from etils import epath
 
@@ -31,25 +38,52 @@ from benchmarks.reliability.table import Campaign, mixed, untimed
 from igpo_jax.checkpoint import STEP_METADATA, kept_sums
 from igpo_jax.io.jsonl import Row
 
-COUNTS = {"SIGKILL": 20, "SIGTERM": 6}
+# Cases of each kind: a signal, and of how many processes it is sent to one.
+COUNTS = {
+  "SIGKILL": 20,
+  "SIGTERM": 6,
+  "SIGKILL 1 of 2": 8,
+  "SIGTERM 1 of 2": 2,
+  "SIGSTOP 1 of 2": 1,
+}
 KILLS = 5
+LEAVE = 60.0  # seconds for the other process to notice, and to end
 CONFIG = pathlib.Path(__file__).with_name("tiny_run.py")
 PATIENCE = 900.0  # seconds for a start to finish, on a busy machine
 # Times of steps and compilations, of which no two runs have the same.
 TIMES = ("compile_seconds.json", "report.html", "curves.png", "table.md", "summary.json")
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path) -> int:
-  """Begins or continues the run in a process of its own; returns the process id."""
-  pid = os.fork()
-  if pid:
-    return pid
+def start(workdir: pathlib.Path, cache: pathlib.Path, processes: int = 1) -> list[int]:
+  """Begins or continues the run in processes of their own; returns the process ids."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  pids = []
+  for index in range(processes):
+    pid = os.fork()
+    if pid == 0:
+      if processes > 1:
+        os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+        os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PROCESS_ID"] = f"{processes}", f"{index}"
+      _run(workdir, cache, log_of(workdir, index))
+    pids.append(pid)
+  return pids
+
+
+def log_of(workdir: pathlib.Path, index: int) -> pathlib.Path:
+  """Where process `index` of a run writes what a user would see."""
+  return workdir.with_name(f"{workdir.name}.{index}.log")
+
+
+def _run(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path) -> NoReturn:
+  """The run, in a process that was just forked."""
   code = 1
   try:
     os.setsid()
-    log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     from igpo_jax import cli
     from igpo_jax import main as training
 
@@ -61,15 +95,20 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> int:
     os._exit(code)
 
 
-def wait(pid: int, seconds: float) -> int | None:
-  """The exit code of a process, negative for a signal; None if it runs on after so long."""
+def wait(pids: list[int], seconds: float) -> list[int] | None:
+  """The exit codes of processes, negative for a signal; None if one runs on after so long."""
   until = time.monotonic() + seconds
   while time.monotonic() < until:
-    done, status = os.waitpid(pid, os.WNOHANG)
-    if done:
-      return os.waitstatus_to_exitcode(status)
+    if all(map(_ended, pids)):
+      return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     time.sleep(0.005)
   return None
+
+
+def _ended(pid: int) -> bool:
+  """Whether a child has ended; its exit code stays for `waitpid`."""
+  found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+  return found is not None
 
 
 def left_by(workdir: pathlib.Path) -> dict[str, object]:
@@ -92,56 +131,124 @@ def left_by(workdir: pathlib.Path) -> dict[str, object]:
   return out
 
 
-def peace(folder: pathlib.Path, cache: pathlib.Path) -> tuple[pathlib.Path, float]:
+def peace(folder: pathlib.Path, cache: pathlib.Path, processes: int) -> tuple[pathlib.Path, float]:
   """The uninterrupted run, made once, and the seconds that it takes with compiled programs."""
-  workdir, seconds = folder / "peace", folder / "peace.seconds"
+  workdir, seconds = folder / f"peace{processes}", folder / f"peace{processes}.seconds"
   if not seconds.exists():
     for _ in range(2):  # the first one compiles
       shutil.rmtree(workdir, ignore_errors=True)
       began = time.monotonic()
-      if code := wait(start(workdir, cache), PATIENCE):
-        raise RuntimeError(f"the uninterrupted run ended with {code}: see {workdir}.log")
+      codes = wait(start(workdir, cache, processes), PATIENCE)
+      if codes != [0] * processes:
+        raise RuntimeError(f"the uninterrupted run ended with {codes}: see {log_of(workdir, 0)}")
     seconds.write_text(str(time.monotonic() - began))
   return workdir, float(seconds.read_text())
 
 
+class Victim:
+  """One start of a run, of which one process gets a signal."""
+
+  def __init__(self, pids: list[int], workdir: pathlib.Path, number: int, chosen: int):
+    self.pids, self.workdir, self.number, self.chosen = pids, workdir, number, chosen
+    self._before = [self._log(index) for index in range(len(pids))]
+
+  def _log(self, index: int) -> str:
+    path = log_of(self.workdir, index)
+    return path.read_text(errors="replace") if path.exists() else ""
+
+  def strike(self) -> tuple[list[int], list[str]]:
+    """Sends the signal and waits for the end of all: (exit codes, what should not have been)."""
+    pid = self.pids[self.chosen]
+    others = [other for other in self.pids if other != pid]
+    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+      os.kill(pid, self.number)
+    if self.number == signal.SIGSTOP:
+      first = wait(others, LEAVE)
+      os.kill(pid, signal.SIGCONT)
+      if first is None:
+        return self.end(), ["the other process did not notice that one was stopped"]
+      (last,) = wait([pid], LEAVE) or [None]
+      if last is None:
+        return self.end(), ["a process that was stopped does not end when it goes on"]
+      codes = first
+      codes.insert(self.chosen, last)
+    else:
+      codes = wait(self.pids, LEAVE if others else PATIENCE)
+      if codes is None:
+        return self.end(), [f"{self.workdir.name} does not end"]
+    return codes, self._complaints(codes)
+
+  def end(self) -> list[int]:
+    """Ends what still runs."""
+    for pid in self.pids:
+      with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    for pid in self.pids:
+      with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    return [1] * len(self.pids)
+
+  def _complaints(self, codes: list[int]) -> list[str]:
+    """What is wrong with how all processes ended."""
+    good = {0, -self.number}
+    if self.number == signal.SIGTERM:
+      good.add(128 + self.number)
+    lost = []
+    for index, code in enumerate(codes):
+      # One that goes on after process 0, and jax's service in it, have gone: either its own watch
+      # sees that first or jax does, which aborts with lines of its own.
+      if self.number == signal.SIGSTOP and index == self.chosen and code == -signal.SIGABRT:
+        continue
+      new = self._log(index)[len(self._before[index]) :]
+      errors = [line for line in new.splitlines() if line.startswith("error: ")]
+      by_another = len(codes) > 1 and code == 1 and len(errors) == 1
+      if not (code in good or by_another) or "Traceback" in new:
+        lost.append(f"process {index} of {len(codes)}: exit code {code}: {new[-600:]}")
+    return lost
+
+
 def one_case(case: str, seed: int, folder: pathlib.Path) -> Row:
-  number = getattr(signal, case.partition("/")[0])
+  kind = case.partition("/")[0].split()
+  number, processes = getattr(signal, kind[0]), int(kind[-1]) if len(kind) > 1 else 1
   draw = random.Random(f"{case} {seed}")
   shared = folder.parent / f"kills-{seed}"
   shared.mkdir(exist_ok=True)
   cache = shared / "cache"
-  before, length = peace(shared, cache)
-  expected, lost, killed, runs = left_by(before), [], 0, 0
-  good = {0, -number} | ({128 + number} if number == signal.SIGTERM else set())
-  while killed < KILLS:
+  before, length = peace(shared, cache, processes)
+  expected, lost, struck, runs = left_by(before), [], 0, 0
+  while struck < KILLS and not lost:
     workdir = folder / f"run{runs}"
     runs += 1
-    code = None
-    while code != 0:
-      pid = start(workdir, cache)
-      if killed < KILLS:
-        code = wait(pid, draw.uniform(0, length))
-        if code is None:
-          os.killpg(pid, number) if number == signal.SIGKILL else os.kill(pid, number)
-          code, killed = wait(pid, PATIENCE), killed + 1
+    codes: list[int] = []
+    while codes != [0] * processes and not lost:
+      pids = start(workdir, cache, processes)
+      victim = Victim(pids, workdir, number, draw.randrange(processes))
+      if struck < KILLS:
+        found = wait(pids, draw.uniform(0, length))
+        if found is None:
+          struck += 1
+          codes, lost = victim.strike()
+          continue
       else:
-        code = wait(pid, PATIENCE)
-      if code is None:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        return {"tried": killed, "lost": [*lost, f"{workdir.name} does not end"]}
-      if code not in good:
-        tail = pathlib.Path(f"{workdir}.log").read_text()[-600:]
-        return {"tried": killed, "lost": [*lost, f"exit code {code}: {tail}"]}
-    found = left_by(workdir)
-    lost += [f"only in {where}: {name}" for where, names in (
-      ("the uninterrupted run", expected.keys() - found.keys()),
-      ("the killed run", found.keys() - expected.keys())) for name in sorted(names)]  # fmt: skip
-    lost += [
-      f"another {name}" for name in expected.keys() & found.keys() if expected[name] != found[name]
-    ]
-  return {"tried": killed, "runs": runs, "length": round(length, 1), "lost": lost}
+        found = wait(pids, PATIENCE)
+      if found is None:
+        codes, lost = victim.end(), [f"{workdir.name} does not end"]
+      elif found != [0] * processes:
+        codes, lost = found, [f"ended with {found}: {log_of(workdir, 0).read_text()[-600:]}"]
+      else:
+        codes = found
+    if not lost:
+      lost = differences(expected, left_by(workdir))
+  return {"tried": struck, "runs": runs, "length": round(length, 1), "lost": lost}
+
+
+def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
+  """What two runs left in different ways, one line for each."""
+  lost = [f"only in {where}: {name}" for where, names in (
+    ("the uninterrupted run", expected.keys() - found.keys()),
+    ("the killed run", found.keys() - expected.keys())) for name in sorted(names)]  # fmt: skip
+  both = expected.keys() & found.keys()
+  return lost + [f"another {name}" for name in sorted(both) if expected[name] != found[name]]
 
 
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
