@@ -262,9 +262,12 @@ def test_rows_of_a_gguf_file_are_put_in_the_order_of_hugging_face():
 
 
 def test_the_families_benchmark_has_a_config_for_every_family():
-  args = families.make_parser().parse_args(["--workdir=w", "--grpo"])
+  args, short = (
+    families.make_parser().parse_args(["--workdir=w", option]) for option in ("--grpo", "--short")
+  )
   for name in families.FAMILIES:
-    model = families.config_of(name, args).model
-    assert model.family == name and families.FAMILIES[name].design(model) is not None
+    for model in (families.config_of(name, options).model for options in (args, short)):
+      assert model.family == name and families.FAMILIES[name].design(model) is not None
+      assert model.n_layers > model.moe.dense_layers
   config = families.config_of("sdar", args)
   assert config.model.attention_block == families.BLOCK and config.arms

@@ -646,11 +646,11 @@ def test_the_presets_are_the_published_models(name, published):
 
 @pytest.mark.slow
 def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
-  """IGPO raises what fine-tuning reached, of a model with a shift and of one with experts."""
+  """IGPO raises what fine-tuning reached, of two families (docs/results.md has the others)."""
   # These programs run hundreds of times: a little optimized, and not on more threads than one.
   flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
   flags += " --xla_cpu_multi_thread_eigen=false"
-  command = "-m benchmarks.families --short --families=dream,llada_moe".split()
+  command = "-m benchmarks.families --short --families=dream,a2d_qwen3".split()
   done = subprocess.run(
     [sys.executable, *command, f"--workdir={tmp_path}"], cwd=REPO, capture_output=True, text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, check=False,
@@ -661,8 +661,8 @@ def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
     errors = math.hypot(*(row[stage]["standard_error"] for stage in ("sft", "rl")))
     rise = row["rl"]["accuracy"] - row["sft"]["accuracy"]
     assert rise > 2 * errors > 0 and row["rose"], (name, row)
-    # Doubtful transitions are corrected: with none of them right, 0.75 ** 6 of the problems are.
-    assert row["rl"]["accuracy"] > 0.35, (name, row)
+    # Doubtful transitions are corrected: a quarter of the problems has none of them.
+    assert row["rl"]["accuracy"] > 0.5, (name, row)
     assert row["all_wrong_after"] < row["all_wrong_before"], (name, row)
 
 
