@@ -70,6 +70,7 @@ LONG_FILES = (
   "hosts_test",
   "claims_test",
   "sharding_test",
+  "families_test",
   "notebook_test",
   "rehearse_test",
   "real_path_test",
