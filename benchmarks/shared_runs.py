@@ -104,7 +104,7 @@ class SharedRuns:
   """
 
   def __init__(self, config: Config, sft: Callable[[Config], tuple[Config, epath.Path]]):
-    self.config, self._sft = config, sft
+    self.config, self.sft_of = config, sft
     self.mesh = configured_mesh(config.mesh)
     self.scorer = make_scorer(config.reward)
     tokenizer = open_tokenizer(config.data.tokenizer)
@@ -150,7 +150,7 @@ class SharedRuns:
       run, what it compiled included. "failed": "", or what ended it before its last step.
     """
     began, seconds, failed = time.process_time(), [], ""
-    model = dataclasses.replace(self.model, params=self._params(*self._sft(config)))
+    model = dataclasses.replace(self.model, params=self._params(*self.sft_of(config)))
     log, stop = RunLog(workdir, config.log), StopSignal()
     with jax.set_mesh(self.mesh):
       evaluate = make_evaluation(config, model, self.scorer, self.mesh, workdir, self._load, stop)

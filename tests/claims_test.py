@@ -69,13 +69,25 @@ def test_all_arms_of_a_seed_start_from_one_sft_run():
     assert sft.data.sft == arm.data.sft
 
 
-@pytest.mark.parametrize("task", (arms, long_traces))
-def test_seeds_have_tables_problems_and_weights_of_their_own(task):
-  first, second = (task.make_config("igpo", seed) for seed in (0, 1))
+def test_seeds_have_tables_problems_and_weights_of_their_own():
+  first, second = (arms.make_config("igpo", seed) for seed in (0, 1))
   assert first.seed != second.seed
   for field in ("sft", "rl", "eval"):
     assert getattr(first.data, field) != getattr(second.data, field)
   assert "table=1&" in second.data.rl and "table=1&" in second.data.sft
+
+
+def test_seeds_on_long_traces_share_an_sft_run_by_fours(tmp_path):
+  root = epath.Path(tmp_path)
+  shared = long_traces.share(root, True)
+  first, third, fourth = (
+    shared.sft_of(long_traces.make_config("igpo", seed, True)) for seed in (0, 3, 4)
+  )
+  assert first == third and first[1] == root / "sft0_aligned"
+  assert fourth[1] == root / "sft1_aligned" and "table=1&" in fourth[0].data.sft
+  assert fourth[0].seed == 1 != first[0].seed and fourth[0].data.sft != first[0].data.sft
+  seeds = [long_traces.make_config("igpo", seed) for seed in (0, 3)]
+  assert seeds[0].seed != seeds[1].seed and seeds[0].data == seeds[1].data
 
 
 def test_traces_fit_their_canvas_and_most_verbose_ones_do_not_fit_the_window():
@@ -234,9 +246,7 @@ def test_claims_about_long_traces_run_in_one_process_and_go_on_where_they_were(
           for arm in ("igpo", "leak", "grpo", "concise")}  # fmt: skip
   assert max(kept["leak"]["curves"]["answer_shown"]) == 1.0
   assert max(kept["igpo"]["curves"]["answer_shown"]) == 0.0
-  assert sorted(path.name for path in (tmp_path / "seed0").glob("sft_*")) == [
-    "sft_aligned", "sft_concise",
-  ]  # fmt: skip
+  assert sorted(path.name for path in tmp_path.glob("sft*")) == ["sft0_aligned", "sft0_concise"]
   # Started again, only what is not there is run.
   (tmp_path / "seed0" / "grpo.json").unlink()
   again = []

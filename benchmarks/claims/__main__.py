@@ -14,9 +14,8 @@ and differences paired by seed. `--smoke` runs everything with one seed and tiny
 test; its numbers mean nothing.
 
 Runs on letter maps are processes of their own, `--jobs` at a time. Those on stories are made in one
-process, an arm after another, so that programs are compiled once. A claim is written as soon as its
-arms are done. If the machine has other work, set NPROC=1 for this process, so that its threads do
-not wait for each other.
+process, a seed after another, so that programs are compiled once. If the machine has other work,
+set NPROC=1 for this process, so that its threads do not wait for each other.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class Question:
 
 
 def run_in_one_process(question: Question) -> Results:
-  """Makes the runs of a study on stories that are not there yet, an arm after another."""
+  """Makes the runs of a study on stories that are not there yet, a seed after another."""
   from benchmarks.claims.long_traces import Task as Run
   from benchmarks.claims.long_traces import share
   from benchmarks.shared_runs import perform
@@ -118,10 +117,8 @@ def run_in_one_process(question: Question) -> Results:
     tasks = {run: Run(*run, question.workdir, question.smoke) for run in question.runs()}
     kept = {run: finished(task) for run, task in tasks.items()}
     shared = share(question.workdir, question.smoke)
-    for (name, seed), task in tasks.items():
+    for (name, seed), task in sorted(tasks.items(), key=lambda item: item[0][1]):
       results[name, seed] = kept[name, seed] or perform(task, shared)
-      if seed == question.seeds_of(question.numbers[0])[-1]:
-        question.write(results)
   return results
 
 
