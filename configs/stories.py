@@ -1,8 +1,8 @@
-"""SFT on `synthetic:stories`: traces of 47 words, most of which are filler.
+"""SFT on `synthetic:stories`: traces of 65 words, most of which are filler.
 
     python -m igpo_jax.main --config=configs/stories.py[:smoke] --workdir=DIR
 
-Eight rides over 16 stops on two lines (igpo_jax/tasks/stories.py): 32 transitions to know, which
+Eleven rides over 16 stops on two lines (igpo_jax/tasks/stories.py): 32 transitions to know, which
 are a sixth of the words. Problems of three rides are among the training data, because the model
 finds sooner where to look if a stop is the one of a few before it. docs/LOG.md has what was tried.
 The preset `smoke` goes the same way in seconds, and its accuracy says nothing.
@@ -13,7 +13,7 @@ import re
 from igpo_jax.config import default_config
 from igpo_jax.errors import UserError
 
-RIDES, SHORT, SENTENCE = 8, 3, 6  # of all problems, of the short ones; words of a ride
+RIDES, SHORT, SENTENCE = 11, 3, 6  # of all problems, of the short ones; words of a ride
 TASK = "synthetic:stories?lines=2&stops=16&phrasings=2&habit=0.9"
 
 
@@ -22,10 +22,10 @@ def get_config(preset=""):
     raise UserError(f"configs/stories.py: no preset {preset!r}; known: smoke")
   config = default_config()
   config.stages = ("sft",)
-  sources = [f"{TASK}&steps={RIDES}&split=train&n=2000&seed=1"]
+  sources = [f"{TASK}&steps={RIDES}&split=train&n=4000&seed=1"]
   sources += [f"{TASK}&steps={SHORT}&split=train&n=70&seed={k}" for k in range(40)]
   config.data.sft = "mix:" + " | ".join(sources)
-  config.data.eval = (f"test={TASK}&steps={RIDES}&split=test&n=200&seed=3",)
+  config.data.eval = (f"test={TASK}&steps={RIDES}&split=test&n=256&seed=3",)
   config.data.tokenizer = "words:stories"
   # An ordinal and a line for each ride, five words, the end.
   config.data.prompt_buckets = (2 * SHORT + 6, 2 * RIDES + 6)

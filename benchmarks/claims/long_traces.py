@@ -34,7 +34,7 @@ from benchmarks.shared_runs import SharedRuns
 from igpo_jax.config import Config, default_config, freeze
 
 RIDES, SENTENCE = 8, 6  # rides of a problem, words of a step
-SEEDS_A_NETWORK = 4  # SFT costs as much as five RL runs: so many seeds start from one SFT run
+SEEDS_A_NETWORK = 4  # SFT costs more than an RL run: so many seeds start from one SFT run
 SHORT, COPIES = 3, 40  # rides of short problems, and how often the SFT data have each of them
 TASK = "synthetic:stories?lines=2&stops=16&table={table}&steps={rides}"
 POLICY = "&phrasings=2&habit=0.9&habitual=1"  # how the traces of SFT are told
@@ -166,11 +166,11 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
 
   config.objective.beta = 0.05  # as on letter maps
   config.rl.estimator = "coupled"
-  config.rl.steps = 2 if smoke else 12
+  config.rl.steps = 2 if smoke else 40
   config.rl.prompts_per_step = 2 if smoke else 8
   config.rl.group_size = 4 if smoke else 8
   config.rl.inner_updates = 2
-  config.rl.eval_every = 1 if smoke else 4
+  config.rl.eval_every = 1 if smoke else 8
   config.rl_optimizer.learning_rate = RATE
   config.rl_optimizer.warmup_steps = 1 if smoke else 3
   config.rl_optimizer.schedule = "constant"
