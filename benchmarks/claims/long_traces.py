@@ -166,7 +166,7 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
 
   config.objective.beta = 0.05  # as on letter maps
   config.rl.estimator = "coupled"
-  config.rl.steps = 2 if smoke else 40
+  config.rl.steps = 2 if smoke else 32
   config.rl.prompts_per_step = 2 if smoke else 8
   config.rl.group_size = 4 if smoke else 8
   config.rl.inner_updates = 2
