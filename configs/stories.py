@@ -4,8 +4,9 @@
 
 Eleven rides over 16 stops on two lines (igpo_jax/tasks/stories.py): 32 transitions to know, which
 are a sixth of the words. Problems of three rides are among the training data, because the model
-finds sooner where to look if a stop is the one of a few before it. docs/LOG.md has what was tried.
-The preset `smoke` goes the same way in seconds, and its accuracy says nothing.
+finds sooner where to look if a stop is the one of a few before it. docs/LOG.md has what was tried,
+docs/results.md what is learnt. The preset `smoke` goes the same way in seconds, and its accuracy
+says nothing.
 """
 
 import re
