@@ -130,7 +130,8 @@ class Counts(NamedTuple):
 
   def plus(self, other: Counts) -> Counts:
     """The sums of both."""
-    return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+    worked, room = self.worked + other.worked, self.room + other.room
+    return Counts(worked, room, self.positions + other.positions)
 
 
 class RowQueue:

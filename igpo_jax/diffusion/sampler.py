@@ -208,7 +208,7 @@ def fill(
   cfg: SamplerConfig,
   until: Array | int | None = None,
   noise_table: Array | None = None,
-  calls: Array | None = None,
+  calls: Array | int | None = None,
 ) -> State:
   """Continues denoising until `until` rows are done, counted from `begin` on.
 
