@@ -16,6 +16,7 @@ from etils import epath
 
 from igpo_jax import main
 from igpo_jax.config import freeze, load_config_file
+from igpo_jax.diffusion.completions import Counts
 from igpo_jax.errors import UserError
 from igpo_jax.train import run
 from igpo_jax.train.setup import Model
@@ -179,6 +180,8 @@ def test_evaluations_read_the_parameters_in_the_compute_dtype(monkeypatch, tmp_p
   seen = []
 
   class Recorded:
+    counts = Counts()
+
     def __init__(self, *args):
       pass
 

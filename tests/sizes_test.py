@@ -244,7 +244,8 @@ def test_a_model_on_disk_is_counted_by_its_own_sizes():
 def test_a_block_causal_model_is_counted_with_both_copies_that_it_reads():
   def facts(family):
     machine = Machine("cpu", "cpu", 1)
-    options = {"model.family": family, "model.head_dim": 8, "model.vocab_size": 32}
+    options = {"model.family": family, "model.head_dim": 8, "model.vocab_size": 32,
+               "sampler.block_length": 4}  # fmt: skip
     config = resolve(tiny(**options), machine)
     mesh = abstract_mesh(config.mesh, 1)
     flops = {k: program.flops for k, program in programs(config, mesh).items()}
