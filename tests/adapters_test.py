@@ -266,6 +266,7 @@ def test_the_formats_have_their_places_for_adapters(tmp_path):
 # Training checkpoints
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
   tokenizer = CharTokenizer("0123456789+= ")
   model = ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, mlp_hidden=48)
@@ -338,6 +339,7 @@ def base_named_by(step, target, *options):
   return json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+@pytest.mark.slow
 def test_a_peft_export_names_what_the_adapters_belong_to(tmp_path, monkeypatch, capsys):
   base = str(shutil.copytree(BASE, tmp_path / "base"))
   step = save_adapters(tmp_path / "run", base)

@@ -81,6 +81,7 @@ def test_memory_includes_what_lies_beside_a_programs_arguments():
   assert same["update"].other_resident_bytes == 4 * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
@@ -121,6 +122,7 @@ def test_slices_of_prompts_make_the_rollout_smaller():
   assert programs(sliced, mesh)["rollout"].flops * 2 == programs(whole, mesh)["rollout"].flops
 
 
+@pytest.mark.slow
 def test_a_program_that_is_too_large_is_reported_and_no_error():
   small = dataclasses.replace(CHIP, hbm_bytes=1000)
   assert not any(facts["fits"] for facts in inspected(tiny(), small).values())

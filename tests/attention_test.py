@@ -66,6 +66,7 @@ def test_attention_is_its_definition(name, kv_heads):
   np.testing.assert_allclose(out, plain(q, k, v, everything), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dot_product", "splash"])
 def test_gradients_equal_the_plain_path(name):
   q, k, v, valid = arrays()
@@ -82,6 +83,7 @@ def test_gradients_equal_the_plain_path(name):
   )
 
 
+@pytest.mark.slow
 def test_keys_that_are_not_valid_may_be_anything():
   """In any place, not only to the left; nothing they hold reaches the result or a gradient."""
   q, k, v, _ = arrays(keys=12)
@@ -107,6 +109,7 @@ def test_a_row_without_valid_keys_gets_a_mean(name):
   np.testing.assert_allclose(out[:, 0, 0], np.mean(v[:, :, 0], axis=1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_are_summed_in_float32_in_bfloat16():
   """Hidden keys weigh nothing, and 300 equal keys give their common value exactly."""
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(keys=300))
@@ -117,6 +120,7 @@ def test_scores_are_summed_in_float32_in_bfloat16():
   np.testing.assert_array_equal(np.asarray(out, np.float32), 1.5)
 
 
+@pytest.mark.slow
 def test_splash_pads_lengths_to_whole_blocks():
   q, k, v, valid = arrays(queries=130, keys=260)
   out = interpreted(q, k, v, valid)
@@ -139,6 +143,7 @@ def test_splash_under_a_mesh_keeps_rows_and_heads_where_they_are():
   assert local(three)[0] == (3, 7, 2, 8)  # three do not divide: all on each
 
 
+@pytest.mark.slow
 def test_a_kernel_for_another_platform_is_refused():
   cfg = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden=32, vocab_size=8)
   with pytest.raises(UserError, match=r"config: model.attention='flash' is not one of einsum"):

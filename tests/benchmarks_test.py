@@ -85,6 +85,7 @@ def test_a_peers_sampler_is_timed_in_turns_with_ours(monkeypatch, capsys, tmp_pa
     assert ratio == pytest.approx(peer / ours)
 
 
+@pytest.mark.slow
 def test_rounding_at_a_small_size(monkeypatch, capsys):
   sizes = "--width=512 --outputs=256 --rows=64 --seeds=2 --updates=4,800".split()
   out = run(rounding, monkeypatch, capsys, *sizes)["mean_least_largest"]

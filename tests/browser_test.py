@@ -76,6 +76,7 @@ def canvas(page):
   return "".join(page.locator("#canvas .token").all_text_contents())
 
 
+@pytest.mark.slow
 def test_the_slider_and_the_play_button_move_tokens(browser, folder):
   tab = Tab(browser, folder / "two.html")
   page = tab.ready()
@@ -205,6 +206,7 @@ def test_a_phone_shows_everything_in_its_width(browser, folder, scheme):
   tab.close(f"phone_{scheme}")
 
 
+@pytest.mark.slow
 def test_no_text_of_a_model_can_act_in_the_page(browser, folder):
   tab = Tab(browser, folder / "hostile.html")
   page = tab.ready()

@@ -39,6 +39,7 @@ def test_only_candidates_count():
   assert factor_count(log_confidence, candidates, 99.0).tolist() == [3]
 
 
+@pytest.mark.slow
 def test_a_factor_commits_at_least_the_schedule_and_more_when_sure():
   canvas = random_canvas(np.random.default_rng(5), hint_share=0.0)
   plain = run(options(steps=12), canvas)
@@ -50,6 +51,7 @@ def test_a_factor_commits_at_least_the_schedule_and_more_when_sure():
   assert always.forwards == 3 < some.forwards < plain.forwards  # 3: one for each block
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=50)
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from([1, 2, 7, 12, 128, 1024, 2048, 1031]))
 def test_the_largest_of_a_row_is_found_and_the_first_of_equals(seed, size):

@@ -77,6 +77,7 @@ def test_seeds_have_tables_problems_and_weights_of_their_own():
   assert "table=1&" in second.data.rl and "table=1&" in second.data.sft
 
 
+@pytest.mark.slow
 def test_seeds_on_long_traces_share_an_sft_run_by_fours(tmp_path):
   root = epath.Path(tmp_path)
   shared = long_traces.share(root, True)
@@ -338,6 +339,7 @@ def test_a_run_that_failed_is_in_the_table_with_its_last_accuracy():
   assert "nan" not in "".join(lines)
 
 
+@pytest.mark.slow
 def test_a_rate_in_the_state_gives_the_update_of_a_rate_in_the_program():
   config = study.config_of("none", "mean_field", 3e-3, 0)
   decay = dataclasses.replace(config.rl_optimizer, weight_decay=0.1)
@@ -445,6 +447,7 @@ def test_cheap_rollouts_are_compared_where_they_have_cost_as_much():
   assert len(lines) == 4 + 1 + 3 and lines[-1].startswith("| GRPO | 8 of 14 steps | -0.100 |")
 
 
+@pytest.mark.slow
 def test_the_study_of_cheap_rollouts_makes_what_is_not_there(tmp_path, monkeypatch, capsys):
   made = []
 

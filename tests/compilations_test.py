@@ -131,6 +131,7 @@ def test_sampling_compiles_no_more_than_a_program_for_each_size_and_length_of_a_
   assert 4 <= compiled <= len(buckets) * (len(sample.buckets) + 1)
 
 
+@pytest.mark.slow
 def test_queues_of_like_size_share_a_program_and_give_every_row_once():
   """13, 11 and 16 rows through 4 slots: one program; what each row becomes is `sample_rows`'."""
   lm, params = tiny_model()

@@ -47,6 +47,7 @@ def test_a_second_process_reads_the_programs_of_the_first(tmp_path):
   assert run_program(XDG_CACHE_HOME=str(tmp_path))[1] > 0
 
 
+@pytest.mark.slow
 def test_jaxs_own_variable_wins_and_off_is_off(tmp_path):
   own = str(tmp_path / "own")
   assert run_program(JAX_COMPILATION_CACHE_DIR=own, XDG_CACHE_HOME=str(tmp_path))[0] == own

@@ -81,6 +81,7 @@ def test_round_trip_keeps_every_bit(name, dtype, tmp_path):
   assert not (again / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.slow
 def test_small_blocks_change_nothing(hf, tmp_path, monkeypatch):
   monkeypatch.setattr(writers, "BLOCK_BYTES", 3000)
   orbax = convert(hf, tmp_path / "orbax")
@@ -90,6 +91,7 @@ def test_small_blocks_change_nothing(hf, tmp_path, monkeypatch):
   assert chunk == inner == [1, 64]
 
 
+@pytest.mark.slow
 def test_no_part_larger_than_a_block_is_read(hf, tmp_path, monkeypatch):
   monkeypatch.setattr(writers, "BLOCK_BYTES", 3000)
   sizes = []

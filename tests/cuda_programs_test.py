@@ -55,6 +55,7 @@ def test_every_call_of_a_rollout_has_fused_attention(cache, calls, attend, rank)
   assert fused_calls(llada(**options), "rollout") == (calls * 2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 128])
 @pytest.mark.parametrize(
   ("name", "calls"),
@@ -65,6 +66,7 @@ def test_likelihoods_and_updates_have_fused_attention(name, calls, rank):
   assert fused_calls(llada(**{"model.lora.rank": rank}), name) == calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
@@ -77,6 +79,7 @@ def test_without_a_kernel_it_is_plain_attention(options):
   assert fused_calls(llada(**options), "rollout") == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_program_for_this_machine_is_not_taken_for_the_other():
   """Nothing that was traced for one platform is used again for another."""
   config = llada(**{"model.lora.rank": 0})

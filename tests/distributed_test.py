@@ -95,6 +95,7 @@ def test_when_one_is_killed_all_others_leave_and_say_who_it_was(victim, team):
     assert line.startswith(f"error: process {victim} on ") and "was killed" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_stopped_and_keeps_its_connection_is_given_up_by_all(victim, team):
   if victim == 0:

@@ -93,6 +93,7 @@ def test_one_shared_forward_equals_a_forward_for_each_completion(groups):
   assert (estimate_groups(groups, "mean_field", update=3).logp == shared.logp).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["random_ratio", "coupled"])
 def test_each_position_is_read_where_it_is_masked(groups, estimator):
   out = estimate_groups(groups, estimator, update=1)

@@ -45,6 +45,7 @@ def trained(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_metric_keys_and_summary_keep_the_contract(trained):
   rows = read(trained / "metrics.jsonl")
   final = next(row for row in rows if row["stage"] == "sft" and row["step"] == 2)
@@ -57,6 +58,7 @@ def test_metric_keys_and_summary_keep_the_contract(trained):
   assert summary["eval"]["sft/test"]["n"] == 13
 
 
+@pytest.mark.slow
 def test_a_workdir_is_evaluated_by_other_settings_and_can_still_be_continued(trained):
   before = (trained / "config.json").read_bytes()
   options = (

@@ -337,6 +337,7 @@ def test_rows_of_another_evaluation_are_neither_continued_nor_lost(tmp_path, cha
   assert first.read_bytes() == kept and path != first
 
 
+@pytest.mark.slow
 def test_weights_have_a_name_of_their_own():
   _, params = tiny_model(9)
   names = {params_digest(params)}

@@ -144,6 +144,7 @@ def test_hints_stay_and_rows_are_their_own(name):
   np.testing.assert_array_equal(unseen.tokens[canvas.valid], out.tokens[canvas.valid])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada", "dream", "llada2"])
 def test_results_do_not_depend_on_padding(name):
   out, padded = (run(name, rows_with_hints(left=n), temperature=0.7) for n in (0, 3))
@@ -151,6 +152,7 @@ def test_results_do_not_depend_on_padding(name):
   np.testing.assert_array_equal(padded.commit_step[:, 3:], out.commit_step)
 
 
+@pytest.mark.slow
 @every_family
 def test_a_window_reads_what_the_whole_canvas_gives(name):
   """With a cache of this very text; a window begins `left_context` earlier than what is read."""
@@ -180,6 +182,7 @@ def test_a_window_reads_what_the_whole_canvas_gives(name):
     np.testing.assert_allclose(np.asarray(again)[here], expected[here], atol=5e-5)
 
 
+@pytest.mark.slow
 @every_family
 def test_a_renewed_cache_is_exact(name):
   """Renewed at every step, or of a block-causal model at all times."""
@@ -344,6 +347,7 @@ def test_only_a_familys_own_folder_knows_its_name():
 # --- experts ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", [*((n, "float32") for n in ROUTED),
                                          ("llada_moe", "bfloat16")])  # fmt: skip
 def test_grouped_products_equal_every_expert_on_every_token(name, dtype):
@@ -396,6 +400,7 @@ def test_a_router_by_hand():
   ]
 
 
+@pytest.mark.slow
 def test_the_load_balancing_loss_by_hand():
   even = Routing(jnp.full((1, 1, 4, 2), 0.5), jnp.asarray([0, 1, 0, 1]).reshape(1, 1, 4, 1))
   assert float(balance(even, None)[0]) == pytest.approx(1.0)
@@ -431,6 +436,7 @@ def test_fine_tuning_logs_how_evenly_experts_work():
     assert told & metrics.keys() == (told if lm.routed else set())
 
 
+@pytest.mark.slow
 def test_rl_logs_how_evenly_experts_work_and_has_the_routers_loss():
   """The mean over micro-batches and views, whichever way the loss is divided."""
   routers = ["router_busiest", "router_idle", "router_loss"]
@@ -507,6 +513,7 @@ def write_directory(directory, config, params):
   return directory
 
 
+@pytest.mark.slow
 @every_family
 def test_round_trips_keep_every_bit(name, tmp_path):
   config, lm, params = tiny(name)
@@ -596,6 +603,7 @@ def test_results_do_not_depend_on_the_mesh():
         assert found["share"] == 1 / (fsdp * expert * tensor)
 
 
+@pytest.mark.slow
 def test_every_parameter_of_every_family_is_compared_on_a_mesh():
   """A family with one that none of these has needs a place in families_mesh_program.RUNS."""
 

@@ -70,6 +70,7 @@ def test_hints_are_where_they_were_put_and_never_change(pre):
   assert not (answer.tokens == pre.tokenizer.mask_id).any()
 
 
+@pytest.mark.slow
 def test_answers_come_in_order_from_a_program_for_each_length_and_are_those_of_each_alone(pre):
   """Two queues, of six prompts and of one; a request's noise is keyed by its number."""
   asked = [make(pre, f"How many eggs, {n}?", *(["16@3"] if n % 2 else [])) for n in range(7)]
@@ -128,6 +129,7 @@ def test_an_animation_is_the_canvas_after_every_step(model, capsys):
     generate.main([f"--model={model}", "--input=x.jsonl", "--animate"])
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_comes_back_line_by_line(model, tmp_path, capsys):
   rows = [
     {"id": 1, "prompt": "How many eggs?"},
@@ -411,6 +413,7 @@ def as_json_section(section):
   return json.loads(json.dumps(section.__dict__, default=lambda x: x.__dict__))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["", "checkpoints/rl/10", "checkpoints/sft/9"])
 def test_a_run_is_asked_as_it_evaluates(run_folder, where, capsys):
   model = find_model(str(run_folder / where))
@@ -596,6 +599,7 @@ def test_a_mistake_in_a_session_is_told(model, line, message, monkeypatch, capsy
 # --- processes ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
 def test_a_platform_that_is_not_here_is_one_line(platform, model):
   done = subprocess.run(

@@ -70,6 +70,7 @@ def one_line_error(done, *words):
   assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.slow
 def test_shellcheck_finds_nothing():
   shellcheck = shutil.which("shellcheck") or shutil.which(
     "shellcheck", path=str(pathlib.Path(sys.executable).parent)
@@ -293,6 +294,7 @@ def test_resume_installs_the_same_commit_after_a_preemption(make_world):
   assert len(lines) == 2 and len(set(lines)) == 1
 
 
+@pytest.mark.slow
 def test_resume_starts_again_what_was_interrupted_on_a_living_tpu(make_world):
   world = make_world(plan=[143, 0])
   assert call("resume", world, **ALL).returncode == 0
@@ -341,6 +343,7 @@ def test_resume_ends_when_the_request_failed(world):
   assert world.actions() == []
 
 
+@pytest.mark.slow
 def test_gcloud_out_of_reach_is_not_taken_for_no_tpu(world):
   """Creating beside, or believing deleted, what still costs would be the worst answers."""
   world.tell("unreachable")

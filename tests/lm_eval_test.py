@@ -91,6 +91,7 @@ def greedy(pre, log_p, context, length):
   return tuple(answer)
 
 
+@pytest.mark.slow
 def test_what_decoding_gives_is_greedy_and_nothing_else_is(pre, log_p):
   context = (5, 9, 200, 31)
   given = greedy(pre, log_p, context, 5)

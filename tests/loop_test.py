@@ -431,6 +431,7 @@ def ending_run(path, end, at, **options):
   return dataclasses.replace(run, evaluate=ending)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", ["", "eval/t/accuracy"])
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("end", ENDS)
@@ -608,6 +609,7 @@ with StopSignal() as stop:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_compilation_is_answered_at_once_and_ends_it_at_the_second_press():
   process = subprocess.Popen(
     [sys.executable, "-c", COMPILING], cwd=REPO, text=True, stdout=subprocess.PIPE,

@@ -150,6 +150,7 @@ def rollout():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_makes_the_views_that_it_declares(name, rollout):
   lm, _ = tiny_model(VOCAB)

@@ -484,6 +484,7 @@ def test_weights_undo_that_surprising_steps_are_drawn_more_often():
       np.testing.assert_allclose(weights, total / x / len(of), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_trace_reads_is_what_the_sampler_saw():
   """Step by step, the estimate is the log-probability that each token was chosen with."""
   lm, params = tiny_model(VOCAB)

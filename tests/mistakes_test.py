@@ -251,6 +251,7 @@ def test_there_are_at_least_60_of_them():
   assert len(CASES) >= 60 and len(set(CASES)) == len(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), CASES, ids=[f"{n} {w}" for n, w in CASES])
 def test_a_mistake_is_one_line_and_code_2(name, words, said, folder):
   code, out, err = said[name, words]

@@ -152,6 +152,7 @@ def test_grouped_heads_in_the_wrong_order_would_be_noticed(monkeypatch):
   assert error(pre.lm, pre.params, np.load(GOLDENS / "llada_tiny_gqa" / "golden.npz")) > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["stacked", "unstacked"])
 def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden, form):
   tokens = jnp.asarray(golden["padded_input_ids"])
@@ -183,6 +184,7 @@ def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden, form):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), after, cache)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_again_stays_in_the_cache(pre, golden):
   """Other tokens at 20..31 change nothing at the positions outside, stale as those become."""
   tokens = jnp.asarray(golden["input_ids"])

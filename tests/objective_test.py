@@ -57,6 +57,7 @@ def mean_term(case, level, eps_low, eps_high, mask):
   return np.abs(terms * np.ones(kept.shape))[kept].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_losses_and_gradients_are_the_official_codes(path):
   case = np.load(path)

@@ -216,6 +216,7 @@ def test_a_source_of_an_unknown_kind_is_a_mistake_and_a_missing_file_is_not():
     missing_files(freeze(wrong))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_page_or_one_line_and_exit_2(tmp_path):
   def command(line):
     return subprocess.run(

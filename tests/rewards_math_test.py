@@ -36,6 +36,7 @@ def kinds() -> dict[str, list[tuple[str, bool, str]]]:
 KINDS = kinds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_each_kind_are_equal_exactly_when_they_mean_the_same(kind):
   wrong = []
@@ -349,6 +350,7 @@ def patterns():
         yield pytest.param(value, id=f"{module.name}.{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", list(patterns()))
 def test_every_pattern_takes_linear_time_on_hostile_text(pattern):
   def seconds(text):

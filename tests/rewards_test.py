@@ -385,6 +385,7 @@ def test_a_killed_worker_is_replaced_and_its_item_is_a_timeout(hasty):
   assert list(scores.correct) == [False, True, False, True, True]
 
 
+@pytest.mark.slow
 @hypothesis.given(
   st.text(max_size=60)
   | st.lists(

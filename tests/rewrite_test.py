@@ -207,6 +207,7 @@ def test_sixty_four_requests_are_in_flight_with_the_fields_that_were_asked_for(
   assert body["top_p"] == 0.5 and body["temperature"] == 0
 
 
+@pytest.mark.slow
 def test_a_rate_limit_is_everyones_and_is_honoured(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):
@@ -274,6 +275,7 @@ def rows_but_last(tmp_path):
   return [json.loads(line) for line in lines[:-1]]
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_finishes_what_is_under_way_and_says_how_to_go_on(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):
@@ -296,6 +298,7 @@ def test_asked_to_stop_it_finishes_what_is_under_way_and_says_how_to_go_on(
 # --- what only the user can mend --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_key_is_one_line_and_nothing_is_lost(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):

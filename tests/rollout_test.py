@@ -94,6 +94,7 @@ def explore(batch=None, step=0, config=CONFIG, **rl):
   return explorer(config)(params, batch or batch_of(RECORDS), step, keys)
 
 
+@pytest.mark.slow
 def test_completions_from_logits_that_are_no_numbers_are_counted(none):
   assert none.metrics["not_finite"] == 0
   _, params = tiny_model(TOKENIZER.vocab_size, 1.0, seed=SEED)
@@ -323,6 +324,7 @@ def test_results_follow_the_prompt_not_its_place_in_the_batch(inpaint):
     np.testing.assert_array_equal(getattr(moved, name), getattr(rollout, name)[order])
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_prompts_bucket(inpaint):
   wider = host(explore(batch_of(RECORDS, bucket=13)).rollout)
   assert wider.prompt.shape[1] == 13
@@ -451,6 +453,7 @@ def assert_same_rollout(left, right):
   jax.tree.map(np.testing.assert_array_equal, bare(left), bare(right))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("exploration", "slices"), [("inpaint", 2), ("inpaint", 3), ("inpaint", 6), ("resample", 3)]
 )
@@ -639,6 +642,7 @@ def gradient_norm(explored, beta=0.0):
   return float(metrics["grad_norm"])
 
 
+@pytest.mark.slow
 def test_all_wrong_groups_give_no_gradient_at_all_unless_they_are_inpainted(none, inpaint):
   wrong = np.flatnonzero(all_wrong(none) & inserted(inpaint).any(axis=1))
   assert len(wrong)

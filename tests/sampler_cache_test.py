@@ -224,6 +224,7 @@ def test_rows_through_few_slots_are_those_of_the_whole_batch(name):
       assert out.positions == out.refreshes * 2 * length + others * 3 * 4
 
 
+@pytest.mark.slow
 def test_a_free_slot_takes_the_next_row_at_once():
   """Eight rows of one block and one of six through three slots: nobody waits for the long one."""
   canvas = deep_canvas(6, rows=9)

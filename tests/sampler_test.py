@@ -187,11 +187,13 @@ def test_results_do_not_depend_on_how_many_positions_the_head_sees(name, narrow_
   test_the_loop_equals_its_python_twin(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES[::3], ids=lambda p: p.stem)
 def test_the_official_tokens_with_a_narrow_head(path, narrow_heads):
   test_every_token_is_the_official_codes(path)
 
 
+@pytest.mark.slow
 def test_the_twin_cases_reach_what_they_are_named_after():
   canvas = random_canvas(np.random.default_rng([0, 7]))
   plain = run(TWINS["plain"], canvas).tokens

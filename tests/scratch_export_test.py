@@ -31,6 +31,7 @@ def run(tmp_path_factory):
   return save_run(workdir, Config(model=MODEL), params, TOKENIZER), params
 
 
+@pytest.mark.slow
 def test_code_is_named_only_where_it_is(run, tmp_path):
   step, _ = run
   alone = convert(step, tmp_path / "alone")

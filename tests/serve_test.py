@@ -554,6 +554,7 @@ def test_choices_are_generate_s_rows_and_prompts_have_no_chat_format(server, exp
   assert one["choices"] == two["choices"], "a seed that was drawn is told"
 
 
+@pytest.mark.slow
 def test_other_options_are_other_programs(server, expected):
   cold = SamplerConfig(gen_length=8, block_length=8, steps=4)
   _, made = server.chat("How many?", temperature=0, max_tokens=5, order=True)
@@ -706,6 +707,7 @@ def test_the_official_client_works(server, expected):
     client.completions.create(model="gpt", prompt="a")
 
 
+@pytest.mark.slow
 def test_the_page_chats_and_pins_tokens(server, browser, expected):  # noqa: F811
   context, said = browser.new_context(), []
   page = context.new_page()

@@ -239,6 +239,7 @@ def test_a_stage_with_lengths_and_epochs_that_was_killed_ends_as_if_it_had_not_b
   assert written(tmp_path / "war") == rows
 
 
+@pytest.mark.slow
 def test_the_next_stage_gets_the_best_parameters_where_it_should(tmp_path):
   """Accuracy is highest at step 2 here."""
   best = "eval/test/accuracy"

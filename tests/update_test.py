@@ -110,6 +110,7 @@ def test_log_probabilities_and_entropies_are_the_official_codes(golden):
 SECOND_NORM = {"seq": 5.04861857, "token": 19.90563307}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["seq", "token"])
 def test_two_updates_are_the_official_codes(golden, ratio):
   batch, params = golden_batch(golden), golden_model("llada_tiny").params
@@ -261,6 +262,7 @@ def test_the_update_minimises_the_policy_loss_of_its_estimate(estimator):
   assert abs(second["ratio"] - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_which_hints_are_kept_may_follow_the_old_or_the_current_policy():
   # A huge first step, so that entropies are in another order at the second.
   _, current = learn(2, objective=ObjectiveConfig(entropy_keep=0.5))
@@ -318,6 +320,7 @@ def test_groups_without_advantage_may_leave_the_batch(normalize, estimator, micr
   assert flops < (len(groups) / P + 0.05) * all_flops
 
 
+@pytest.mark.slow
 def test_an_update_without_any_advantage_is_the_whole_batchs():
   """The optimizer goes on: its moments and the decay of the weights."""
   config = dataclasses.replace(BASE, objective=ObjectiveConfig(beta=0.0))
@@ -366,6 +369,7 @@ def test_an_infinite_gradient_leaves_the_optimizers_moments_alone():
 # --- supervised updates ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sft_micro_batches_give_the_same_update_as_one_batch():
   lm, params = tiny_model(VOCAB)
   rng = np.random.default_rng(0)
