@@ -75,6 +75,7 @@ def test_adapters_survive_orbax(tmp_path):
   assert_same_bits(load(back), load(source))
 
 
+@pytest.mark.slow
 def test_merged_and_adapted_models_agree(tmp_path):
   source = write_peft(tmp_path / "peft")
   merged = convert(BASE, tmp_path / "merged", "--to=hf", f"--adapter={source}", "--merge_lora")
@@ -284,6 +285,7 @@ def test_a_run_from_scratch_becomes_a_hugging_face_model(tmp_path):
     open.open_source(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_link_to_a_step_is_the_step(tmp_path):
   """Links such as "best" or "latest", to a step, a stage or a run, and links to links."""
   tokenizer = CharTokenizer("0123456789+= ")
@@ -310,6 +312,7 @@ def test_a_link_to_a_step_is_the_step(tmp_path):
 LORA = LoRAConfig(rank=2, alpha=4.0, targets="blocks/(q|k)_proj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters_only", [True, False])
 def test_a_run_with_adapters_can_be_merged_or_exported(tmp_path, adapters_only):
   base = load_pretrained(BASE, dtype="float32")
@@ -389,6 +392,7 @@ def test_a_full_checkpoint_of_a_pretrained_model_keeps_its_config(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, pre.params, params)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_converted(tmp_path):
   """Changed bytes of arrays are read without an error."""
   step = save_run(tmp_path / "run", Config(init_from=str(BASE)), load_pretrained(BASE).params)

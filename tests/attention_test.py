@@ -55,6 +55,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_attention_is_its_definition(name, kv_heads):
@@ -127,6 +128,7 @@ def test_splash_pads_lengths_to_whole_blocks():
   np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_splash_under_a_mesh_keeps_rows_and_heads_where_they_are():
   q, k, v, valid = arrays()
   with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):

@@ -204,6 +204,7 @@ def test_the_accelerators_table_measures_what_it_has_time_for(monkeypatch, capsy
     assert set(errors) == {"einsum", "dot_product"} and "ok" in text and "WRONG" not in text
 
 
+@pytest.mark.slow
 def test_an_attention_that_loses_its_mask_is_found(monkeypatch):
   right = attention.dot_product
   model = accelerator.dataclasses.replace(TINY_MODEL, dtype="bfloat16")

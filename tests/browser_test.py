@@ -98,6 +98,7 @@ def test_the_slider_and_the_play_button_move_tokens(browser, folder):
   tab.close("rollouts")
 
 
+@pytest.mark.slow
 def test_colours_show_what_they_say(browser, folder):
   tab = Tab(browser, folder / "two.html")
   page = tab.ready()
@@ -113,6 +114,7 @@ def test_colours_show_what_they_say(browser, folder):
   tab.close()
 
 
+@pytest.mark.slow
 def test_filters_let_through_what_they_name(browser, folder):
   tab = Tab(browser, folder / "two.html")
   page = tab.ready()
@@ -160,6 +162,7 @@ def test_the_keyboard_goes_everywhere(browser, folder):
   tab.close()
 
 
+@pytest.mark.slow
 def test_two_runs_lie_over_each_other_and_seeds_make_a_band(browser, folder):
   tab = Tab(browser, folder / "two.html")
   page = tab.ready()
@@ -235,6 +238,7 @@ def test_the_viewer_works_in_a_notebooks_frame(browser, folder):
   tab.close()
 
 
+@pytest.mark.slow
 def test_a_page_as_large_as_they_get_opens_soon(browser, tmp_path, monkeypatch):
   from igpo_jax.viewer import collect
   from tests.sample_runs import samples

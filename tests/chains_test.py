@@ -91,6 +91,7 @@ def test_hiding_the_value_hides_every_place_before_the_answer_that_shows_it(reco
   assert shown > 0.5 * len(records)  # the last number of a trace is the answer
 
 
+@pytest.mark.slow
 @examples(max_examples=30)
 @hypothesis.given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 10**6))
 def test_the_difficulty_knob_is_the_number_of_steps(low, more, seed):

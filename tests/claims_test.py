@@ -49,6 +49,7 @@ def flat(config) -> dict:
   return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", (arms, long_traces))
 def test_an_arm_differs_from_igpo_in_what_it_says_and_nothing_else(task):
   for arm, spec in task.ARMS.items():
@@ -408,6 +409,7 @@ def test_a_run_of_the_study_goes_on_from_its_checkpoint_and_says_why_it_ended(tm
 # --- the study of cheap rollouts -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_the_rollouts_of_the_study_are_cheap_and_all_runs_are_judged_alike():
   plain = cheap.config_of("inpaint", "exact", 1)
   (task,) = plan(plain)

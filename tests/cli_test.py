@@ -197,6 +197,7 @@ def test_a_bug_in_a_thread_keeps_its_traceback():
   assert running.returncode == 0 and "ZeroDivisionError" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("number", "code", "word"),
   [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],

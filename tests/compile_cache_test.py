@@ -40,6 +40,7 @@ def run_program(*arguments, **environment):
   return folder, int(hits), done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_process_reads_the_programs_of_the_first(tmp_path):
   folder, hits, _ = run_program(XDG_CACHE_HOME=str(tmp_path))
   assert folder == str(tmp_path / "igpo_jax" / "xla" / cpu_name()) and hits == 0

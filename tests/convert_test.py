@@ -460,6 +460,7 @@ def test_illada_names_give_the_same_model(tmp_path):
   assert pre.config.mask_id == 5 and pre.config.kv_heads == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_copy", [False, True])
 def test_tied_embeddings_are_the_head(tmp_path, head_copy):
   directory = illada_directory(tmp_path / "illada", tied=True, head_copy=head_copy)

@@ -800,6 +800,7 @@ def test_an_option_that_a_source_does_not_take_is_named():
     sources.load_records("strict:x?colour=red")
 
 
+@pytest.mark.slow
 def test_the_worked_example_of_the_documentation_runs(tmp_path):
   page = (REPO / "docs" / "data.md").read_text()
   blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -80,6 +80,7 @@ def read_row(prompt, valid, canvas, targets):
   return jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0], entropy
 
 
+@pytest.mark.slow
 def test_one_shared_forward_equals_a_forward_for_each_completion(groups):
   shared = estimate_groups(groups, "mean_field")
   prompt, valid, completion = groups
@@ -130,6 +131,7 @@ def test_corruption_follows_the_key_and_the_update_only():
   assert len({row.tobytes() for row in first.reshape(-1, 40)}) == P * 4
 
 
+@pytest.mark.slow
 def test_random_ratios_are_uniform():
   keys = jax.random.split(jax.random.key(0), 400)
   shares = np.asarray(corruption("random_ratio", keys, 0, (400, 1, 200)))[0].mean(axis=-1)
@@ -161,6 +163,7 @@ def test_the_prompt_is_never_masked(groups):
 # --- statistics in chunks -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 5, 11, 100])
 def test_statistics_in_chunks_equal_those_at_once(chunk):
   """L = 11: with 3 and 5 the last chunk is padded."""
@@ -187,6 +190,7 @@ def test_statistics_in_chunks_equal_those_at_once(chunk):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient, whole)
 
 
+@pytest.mark.slow
 def test_the_entropy_has_no_gradient():
   h = jax.random.normal(jax.random.key(0), (1, 4, 6))
   fn = lambda h: jnp.sum(token_stats(lambda x: x, h, jnp.zeros((1, 1, 4), jnp.int32))[1])
@@ -229,6 +233,7 @@ def test_rows_are_masked_with_their_own_probability():
   np.testing.assert_allclose(mask_probability(np.array([0.0, 0.5, 1.0]), 0.2), [0.2, 0.6, 1.0])
 
 
+@pytest.mark.slow
 def test_the_nelbo_by_hand():
   """Two rows; the second's response of two positions has one mask, with p = 0.5."""
   logits = np.array([0.0, -30, 1.0, 2.0, -30, -30], np.float32)

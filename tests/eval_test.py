@@ -264,6 +264,7 @@ def test_the_progress_of_a_round_begins_before_it_is_made(tmp_path, monkeypatch)
   assert 0 < counts[0].worked == counts[0].room and counts[0].positions >= 13 * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["between", "in a batch", "in a row", "in the first row"])
 def test_a_killed_evaluation_continued_equals_an_uninterrupted_one(tmp_path, cut):
   expected, whole = run_evaluation(tmp_path / "whole", WARM)
@@ -284,6 +285,7 @@ def test_a_killed_evaluation_continued_equals_an_uninterrupted_one(tmp_path, cut
   assert path.read_bytes() == whole.read_bytes() and result == expected
 
 
+@pytest.mark.slow
 def test_a_result_says_on_what_it_was_made_however_often_it_was_continued(tmp_path, monkeypatch):
   with pytest.raises(Interrupted):
     run_evaluation(tmp_path, stop_after=2)
@@ -321,6 +323,7 @@ def test_a_finished_evaluation_is_not_made_again(tmp_path):
   assert result == expected and path.read_bytes() == written[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "problems", "setting"])
 def test_rows_of_another_evaluation_are_neither_continued_nor_lost(tmp_path, change):
   _, params = tiny_model(3 + len(ALPHABET))

@@ -47,6 +47,7 @@ def test_sample_answers_and_tells_the_order(model):
   assert text and sorted(set(order.tolist())) == list(range(8)), "8 steps, two tokens each"
 
 
+@pytest.mark.slow
 def test_inpaint_keeps_the_piece_where_it_was_put(model):
   plain, inpainted = example("inpaint").inpaint(model, "How many eggs?", "duck", 2, **SIZES)
   assert "duck" in inpainted and plain != inpainted

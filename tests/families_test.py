@@ -232,6 +232,7 @@ def test_a_position_sees_what_the_model_says_it_sees(name):
   assert changed.tolist() == [k >= first for k in range(tokens.shape[1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCK_CAUSAL)
 def test_two_copies_show_every_block_what_decoding_shows_it(name):
   _, lm, params = tiny(name)
@@ -249,6 +250,7 @@ def test_two_copies_show_every_block_what_decoding_shows_it(name):
     np.testing.assert_allclose(noisy_h[inside], np.asarray(h)[inside], atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCK_CAUSAL)
 def test_an_estimate_of_a_block_causal_model_reads_what_decoding_shows_it(name):
   """mean_field too: each block all masks, after the completion's own clean blocks."""
@@ -328,6 +330,7 @@ def test_what_each_layer_is_has_to_be_what_is_implemented(name, option, right, w
       read_config(written | {option: value}, "config.json")
 
 
+@pytest.mark.slow
 def test_only_a_familys_own_folder_knows_its_name():
   """Everything else reads facts from `LM` and `Family`. The table alone imports the folders."""
   folders = {family.design.__module__ for family in FAMILIES.values()}
@@ -422,6 +425,7 @@ def test_the_load_balancing_loss_by_hand():
   assert routing.experts.shape == (2, *canvas.tokens.shape, 2)
 
 
+@pytest.mark.slow
 def test_fine_tuning_logs_how_evenly_experts_work():
   told = {"router_loss", "router_busiest", "router_idle"}
   for name in ("llada_moe", "llada"):

@@ -60,6 +60,7 @@ def run(capsys, model, *options):
   return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hints_are_where_they_were_put_and_never_change(pre):
   request = make(pre, "How many eggs?", "16 - 3@2", "duck@12")
   (answer,) = session.generate(pre, [request], CFG, jax.random.key(0))
@@ -108,6 +109,7 @@ def test_the_order_names_every_committed_position_once(pre):
   assert sorted(int(p[1:-1]) for p in positions) == list(range(16)) and hint >= 1
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_answer_and_the_order(model, capsys):
   options = ["--prompt=How many eggs?", "--hint=16 - 3@0"]
   plain = run(capsys, model, *options)
@@ -255,6 +257,7 @@ def test_an_empty_file_of_prompts_is_told(tmp_path, capsys):
     assert "has no rows" in said
 
 
+@pytest.mark.slow
 def test_lines_end_where_json_lines_end_and_nowhere_else(model, tmp_path, capsys):
   file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   prompts = [f"a{mark}b" for mark in "\u2028\u2029\x85\x0b\x1c"]
@@ -485,6 +488,7 @@ def test_a_run_without_a_checkpoint_is_told(run_folder, tmp_path):
     find_model(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_librarys_example_in_the_readme_runs(model, capsys):
   text = (REPO / "README.md").read_text()
   code = text.partition("<!-- library -->\n```python\n")[2].partition("```")[0]

@@ -69,6 +69,7 @@ def test_output_has_the_rows_in_order_with_three_fields_added(tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("line", "complaint"),
   (
@@ -148,6 +149,7 @@ def test_an_output_that_cannot_be_written_is_told_before_grading(tmp_path):
   assert read(source) == list(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_grading_ends_with_the_signals_code(tmp_path, number, code):
   rows = [{"question": "q", "completion": r"\boxed{1}", "answer": "2"}]

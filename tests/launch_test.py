@@ -217,6 +217,7 @@ def test_what_is_done_is_what_the_dry_run_showed(world):
   }
 
 
+@pytest.mark.slow
 def test_the_programs_arguments_arrive_as_given(world):
   odd = ["--config=configs/math500.py:a dir", "--config.x=it's", '--config.y="$HOME" * ;', "--z="]
   call("create", world, "--wait", **ALL)
@@ -244,6 +245,7 @@ def test_a_program_that_runs_is_not_started_twice_and_saves_when_stopped(world):
   assert [len(world.starts(k)) for k in range(WORKERS)] == [1] * WORKERS
 
 
+@pytest.mark.slow
 def test_a_machine_that_goes_down_leaves_the_programs_exit_code(world):
   """A shut-down ends all processes at once; the one that watches has to be the last."""
   call("create", world, "--wait", **ALL)
@@ -256,6 +258,7 @@ def test_a_machine_that_goes_down_leaves_the_programs_exit_code(world):
   assert len(list(world.folder.glob("saved_*"))) == WORKERS
 
 
+@pytest.mark.slow
 def test_uncommitted_changes_are_told_and_stay_here(world):
   call("create", world, "--wait", **ALL)
   (world.repo / "new.txt").write_text("x")
@@ -310,6 +313,7 @@ def test_resume_gives_up_on_a_program_that_crashes(make_world):
   assert len(world.starts(0)) == 3
 
 
+@pytest.mark.slow
 def test_resume_gives_up_on_an_installation_that_fails(world):
   world.tell("no_packages")
   done = call("resume", world, "--max-crashes=2", **ALL)
@@ -317,6 +321,7 @@ def test_resume_gives_up_on_an_installation_that_fails(world):
   assert world.actions().count("ssh install") == 2 and world.starts(0) == []
 
 
+@pytest.mark.slow
 def test_resume_ends_at_once_at_a_mistake_in_the_arguments(make_world):
   world = make_world(plan=[2])
   done = call("resume", world, **ALL)

@@ -60,6 +60,7 @@ def test_numbers_of_masks_are_spread_evenly():
   assert (first != other).any() and set(likelihood.masks_of(ONES[0], 2, 0).sum(axis=1)) <= {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_log_likelihood_is_the_sum_written_out_and_does_not_depend_on_the_batch(pre, log_p):
   found = {size: likelihood.log_likelihoods(pre, ONES, 6, 3, size) for size in (1, 3, 8)}
   for number, one in enumerate(ONES):

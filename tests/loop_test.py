@@ -352,6 +352,7 @@ class Killed(BaseException):
   """Ends a run as a kill would: nothing after it is done."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0, 1, 2, 3, 4, 5])
 def test_a_stage_killed_anywhere_ends_as_if_it_had_not_been(when, tmp_path):
   peace, war = tmp_path / "peace", tmp_path / "war"

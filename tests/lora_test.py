@@ -59,6 +59,7 @@ def paths(tree):
   return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_changes_nothing(lm, params):
   _, frozen = lora.split(params)
   np.testing.assert_array_equal(logits(lm, params), logits(lm, frozen))
@@ -98,6 +99,7 @@ def test_split_and_combine_are_inverse(params):
   assert paths(everything) == paths(frozen) and nothing == {}
 
 
+@pytest.mark.slow
 def test_the_base_has_no_gradient_and_no_optimizer_state(lm, trained):
   trainable, frozen = lora.split(trained)
 
@@ -153,6 +155,7 @@ def test_logical_axes_mirror_the_parameters(lm, params):
   assert axes["head"]["lora_b"] == ("lora_rank", "lora_fan")
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_where_a_key_is_given(trained):
   lm = make_lm(dataclasses.replace(CONFIG, lora=dataclasses.replace(LORA, dropout=0.5)))
   hidden = jax.jit(lambda params, key: lm.hidden(params, TOKENS, dropout_key=key)[0])
@@ -164,6 +167,7 @@ def test_dropout_acts_only_where_a_key_is_given(trained):
   np.testing.assert_array_equal(hidden(base, None), hidden(base, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_take_adapters_too(trained):
   config = dataclasses.replace(CONFIG, remat="full", dtype="bfloat16")
   trainable, frozen = lora.split(trained)

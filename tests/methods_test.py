@@ -310,6 +310,7 @@ def test_the_nodes_of_gdpo_are_gauss_legendre():
       np.testing.assert_allclose(out.weights[p, node, g], mask * w[node] / t[node], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["elbo", "elbo response", "elbo plain"])
 def test_each_position_counts_once_on_average(name):
   """The mean over draws of the weights of a position is 1: the bound's estimate has no bias."""

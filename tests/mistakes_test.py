@@ -285,6 +285,7 @@ def test_the_page_is_up_to_date(said):
   assert PAGE.read_text() == text, "IGPO_WRITE_DOCS=1 writes it anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [
   ("main", "Q --config.rl.steps=-5"),
   ("generate", "--model=nowhere --prompt=x"),

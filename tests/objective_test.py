@@ -311,6 +311,7 @@ def test_the_value_is_that_of_the_sequence_ratio(seed):
   assert loss == pytest.approx(expected / len(logps), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @examples(max_examples=30)
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from(RATIOS), st.sampled_from(["row", "token"]))
 def test_sums_over_micro_batches_add_up_to_the_whole_batch(seed, ratio, normalize):

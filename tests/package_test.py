@@ -83,6 +83,7 @@ def installed(wheel, tmp_path_factory):
   return folder / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_its_page_and_every_config(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   package = {str(p.relative_to(REPO)) for p in (REPO / "igpo_jax").rglob("*.py")}

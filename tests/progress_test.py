@@ -183,6 +183,7 @@ def test_a_profile_begins_after_the_steps_that_compile_and_ends(tmp_path, monkey
   assert calls == ["start", "stop"]
 
 
+@pytest.mark.slow
 def test_a_trace_is_written_by_jax(tmp_path):
   profiler = Profiler(epath.Path(tmp_path / "profile"), 1)
   for _ in range(4):

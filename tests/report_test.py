@@ -155,6 +155,7 @@ def drawn(rows, tmp_path, monkeypatch):
   return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changed", "words"), KINDS)
 def test_an_evaluation_with_other_settings_is_not_joined_to_the_line(
   changed, words, tmp_path, monkeypatch
@@ -185,6 +186,7 @@ def test_evaluations_of_the_same_settings_are_one_line_of_all_stages(tmp_path, m
   assert "unlike" not in summary_table(summary_of(rows))
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_version_are_compared_by_what_they_name(tmp_path, monkeypatch):
   old = [{k: v for k, v in row.items() if k != "eval/t/settings"} for row in TRAINED]
   assert list(drawn([*old, evaluated("eval", 0, 0.9)], tmp_path, monkeypatch)) == ["t"]

@@ -448,6 +448,7 @@ def test_no_expression_crashes_the_workers(scorer, texts):
 # --- the pool ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_die_with_the_process_that_started_them():
   code = (
     "from igpo_jax.rewards.pool import Pool; import os, time\n"
@@ -498,6 +499,7 @@ for _ in range(repeats):
 """
 
 
+@pytest.mark.slow
 def test_a_queue_of_any_length_does_not_deadlock():
   """8,000 items here; 20,000 ten times is `python -c "$FLOOD" 20000 10`, which takes minutes."""
   done = subprocess.run(  # a process of its own: a deadlock ends with it

@@ -208,6 +208,7 @@ def test_files_that_are_not_the_journals_are_told(tmp_path):
 # --- memory ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_more_records_live_than_are_in_flight(tmp_path):
   """3,000 records of 50 kB each: 150 MB if they were kept."""
   live, most, n = 0, 0, 3000

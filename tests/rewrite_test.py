@@ -319,6 +319,7 @@ def test_a_wrong_key_is_one_line_and_nothing_is_lost(
   assert len(check_partition(tmp_path, 30)) == 30 and len(state.seen[0]) == 1
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_down_ends_the_run_and_costs_no_record(
   server, tokenizer, tmp_path, monkeypatch, capsys
 ):

@@ -156,6 +156,7 @@ def host(rollout):
   return jax.tree.map(np.asarray, rollout)
 
 
+@pytest.mark.slow
 def test_the_cases_have_both_kinds_of_groups(none, inpaint):
   assert 2 <= all_wrong(none).sum() <= P - 2
   assert inserted(inpaint).any()
@@ -332,6 +333,7 @@ def test_results_do_not_depend_on_the_prompts_bucket(inpaint):
     np.testing.assert_array_equal(getattr(wider, name), getattr(host(inpaint.rollout), name))
 
 
+@pytest.mark.slow
 def test_the_same_step_explores_the_same_and_another_does_not(inpaint):
   again, other = explore(), explore(step=1)
   np.testing.assert_array_equal(again.rollout.completion, inpaint.rollout.completion)
@@ -576,6 +578,7 @@ def follow(clock, **rl):
   return explorer(config)(params, batch_of(RECORDS), 0, key, clock)
 
 
+@pytest.mark.slow
 def test_a_step_tells_how_far_it_is_and_keeps_two_slices_on_the_devices(none):
   clock = Follower()
   explored = follow(clock)
@@ -740,6 +743,7 @@ def test_refilling_ends_at_its_bound_and_is_filled_up_with_the_first_others(alon
   assert "refills" not in none.metrics
 
 
+@pytest.mark.slow
 def test_refilled_batches_of_other_prompt_lengths_are_padded_alike():
   wide = [batch_of([record(P * n + k) for k in range(P)], bucket=12) for n in (1, 2, 3)]
   narrow, _ = refill(3)

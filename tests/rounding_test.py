@@ -85,6 +85,7 @@ def test_a_weights_copy_moves_exactly_when_its_master_crosses_its_threshold():
   assert np.all(np.diff(copies, axis=0) <= neighbours(steps[1:])[1][:, None] - steps[:1] * 0.99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [4, 20])
 def test_small_updates_show_in_the_mean_where_the_nearest_hides_them(updates):
   """At LLaDA's scale and the paper's rate, from weights that are published in bfloat16."""

@@ -168,6 +168,7 @@ def test_cached_rows_keep_the_promises_of_exact_ones(cache):
   np.testing.assert_array_equal(unseen.tokens[canvas.valid], out.tokens[canvas.valid])
 
 
+@pytest.mark.slow
 def test_hints_in_later_blocks_are_seen_through_the_cache():
   """With one layer a dual-cached block sees a later hint only as a cached key and value."""
   canvas = random_canvas(np.random.default_rng(2), hint_share=0.0)
@@ -237,6 +238,7 @@ def test_a_free_slot_takes_the_next_row_at_once():
   assert out.positions == 24 * 3 * canvas.tokens.shape[1]
 
 
+@pytest.mark.slow
 def test_a_call_is_made_where_it_is_needed_only():
   """XLA moves out of a loop what the loop does not change: the call would be made at every step."""
   canvas = random_canvas(np.random.default_rng(0))

@@ -381,6 +381,7 @@ def test_end_of_text_is_committed_last_when_suppressed():
   assert run(suppressed, canvas, model=model).commit_step[0, 2] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_stop", ["row", "batch", "none"])
 def test_early_stop_is_decided_by_the_row_or_by_the_batch(early_stop):
   table = np.tile(np.array([0.0, -9, -9, -9, -9, -9], np.float32), (8, 1))
@@ -414,6 +415,7 @@ def test_a_block_of_hints_that_are_end_of_text_does_not_stop_its_row():
     np.testing.assert_array_equal(out.tokens[0], [0, 0, 0, 0, 3, 3, 3, 3])
 
 
+@pytest.mark.slow
 def test_a_threshold_never_commits_less_than_the_schedule():
   canvas = random_canvas(np.random.default_rng(5))
   plain = run(options(steps=12), canvas)

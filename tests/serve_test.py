@@ -542,6 +542,7 @@ def test_hints_and_templates_are_generate_s(server, expected, tokenizer):
   assert made["choices"][0]["order"]["hints"][0][0] == 2
 
 
+@pytest.mark.slow
 def test_choices_are_generate_s_rows_and_prompts_have_no_chat_format(server, expected):
   status, made = server.call("/v1/completions", {"prompt": ["a", "eggs"], "n": 2, "seed": 3})
   assert status == 200 and [choice["index"] for choice in made["choices"]] == [0, 1, 2, 3]

@@ -235,6 +235,7 @@ def test_a_row_whose_logits_are_no_numbers_says_so_and_its_neighbours_do_not(sma
   np.testing.assert_array_equal(out.tokens[1], plain.tokens[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["ff_out", "ln_f", "blocks.1.attn_norm"])
 def test_generate_has_no_answer_where_the_logits_are_no_numbers(tmp_path, name, value, capsys):

@@ -91,6 +91,7 @@ def golden_batch(golden):
   return {k.removeprefix("batch/"): golden[k] for k in golden.files if k.startswith("batch/")}
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_entropies_are_the_official_codes(golden):
   batch, params = golden_batch(golden), golden_model("llada_tiny").params
   for k in range(2):
@@ -272,6 +273,7 @@ def test_which_hints_are_kept_may_follow_the_old_or_the_current_policy():
   assert current[1]["hints_kept"] == old[1]["hints_kept"]
 
 
+@pytest.mark.slow
 def test_without_a_weight_the_reference_is_not_needed():
   _, (metrics,) = learn(objective=ObjectiveConfig(beta=0.0))
   assert metrics["kl"] == 0
@@ -334,6 +336,7 @@ def test_an_update_without_any_advantage_is_the_whole_batchs():
   np.testing.assert_allclose(part["head"]["kernel"], (1 - 0.1 * 0.1) * kernel, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted():
   programs, optimizer, params = programs_of(BASE)
   good = make_rollout()
