@@ -3,9 +3,8 @@
 When one process fails, each of the others prints the reason and exits at once. Without this, a
 collective with a dead process hangs (TPU, GPU) or fails with words about sockets (CPU), until jax's
 heartbeats stop everything with a stack trace. A process that fails sends the reason first. When a
-process is killed, the kernel closes its connection; when a machine is lost, the connection's
-keep-alive probes go unanswered. A process that is stopped (SIGSTOP, a debugger) or hangs keeps its
-connection, and its kernel answers the probes: so every process also says at times that it is alive.
+process is killed, the kernel closes its connection. A process that is stopped (SIGSTOP, a debugger)
+or hangs, and one whose machine is lost, say nothing: so all say at times that they are alive.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ from typing import Any
 from igpo_jax.cli import leave as leave_now
 
 CONNECT_SECONDS = 10.0
-# A lost machine is noticed after IDLE + INTERVAL * COUNT seconds without an answer.
-KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 PARTING_SECONDS = 5.0
 # A process says that it is alive every PING seconds. One that says nothing for SILENT seconds is
-# taken for stopped: before jax's own heartbeats (`distributed.HEARTBEAT_SECONDS`) would notice.
+# given up, before jax's own heartbeats (`distributed.HEARTBEAT_SECONDS`) would notice.
 PING_SECONDS, SILENT_SECONDS = 5.0, 35.0
 LOST = 1  # the exit code of a process that another one's death ends
 
@@ -56,7 +53,7 @@ class Ending:
       return f"error: {who} failed, and with it this one: {self.text}"
     what = "was killed or its machine is lost"
     if self.silent:
-      what = f"has said nothing for {self.silent:g} s (stopped, or it hangs: end it)"
+      what = f"has said nothing for {self.silent:g} s (stopped, hanging, or its machine is lost)"
     return (
       f"error: {who} {what}, and with it this one ends; "
       "start all processes again to continue from the last checkpoint"
@@ -149,17 +146,13 @@ class Watch:
     )
 
   def _ping(self) -> None:
-    while True:
+    while not self._ending:
       time.sleep(PING_SECONDS)
       self._tell({"alive": True})
 
   def _follow(self, line: socket.socket, messages, index: int, host: str) -> None:
     """Reads the messages of process `index` until its connection is closed, or says nothing."""
     line.settimeout(SILENT_SECONDS)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE:
-      if hasattr(socket, name):
-        line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     self._lines[index] = line
     ending = Ending(index, host)
     try:
