@@ -206,9 +206,9 @@ class Device:
 
 
 def make_rows(got, seeds, cfg=CFG):
-  canvas = np.zeros(16, np.int32), np.zeros(16, bool)
+  arrays = (np.ones(1, np.int32), np.ones(1, bool), np.zeros(16, np.int32), np.zeros(16, bool))
   return [
-    engine.Row((1,), *canvas, cfg, seed, 0, lambda update, seed=seed: got.append((seed, update)))
+    engine.Row(*arrays, cfg, seed, 0, lambda update, seed=seed: got.append((seed, update)))
     for seed in seeds
   ]
 

@@ -163,7 +163,7 @@ def warm_up(engine: Any, session: Any, settings: Settings) -> None:
   Raises:
     UserError: it cannot be answered.
   """
-  from igpo_jax.inference.requests import Request, canvas_with_hints
+  from igpo_jax.inference.requests import Request, batch_arrays
   from igpo_jax.serve.engine import Row
 
   done, got = threading.Event(), []
@@ -173,8 +173,8 @@ def warm_up(engine: Any, session: Any, settings: Settings) -> None:
     done.set()
 
   request = Request((session.tokenizer.eos_id,))
-  canvas = canvas_with_hints(request, settings.sampler.gen_length, session.tokenizer)
-  engine.submit([Row(request.prompt, *canvas, settings.sampler, 0, 0, deliver)])
+  arrays = batch_arrays([request], settings.sampler.gen_length, session.tokenizer)
+  engine.submit([Row(*(x[0] for x in arrays), settings.sampler, 0, 0, deliver)])
   done.wait()
   if isinstance(got[0], Exception):
     raise UserError(f"serve: {got[0]}") from got[0]

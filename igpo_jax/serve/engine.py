@@ -22,7 +22,6 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion.arrivals import Arrivals, advance, empty_places
 from igpo_jax.diffusion.sampler import NOT_A_NUMBER
 from igpo_jax.errors import UserError
-from igpo_jax.inference.requests import Request, padded_length
 from igpo_jax.inference.session import Session
 from igpo_jax.parallel.sharding import num_shards
 from igpo_jax.serve.refusal import Refusal
@@ -44,8 +43,7 @@ class Row:
   """One answer to be made.
 
   Attributes:
-    prompt: token ids.
-    canvas, hinted: i32/bool[L], see `inference.requests.canvas_with_hints`.
+    prompt, prompt_valid, canvas, hinted: a row of each array of `inference.requests.batch_arrays`.
     sampler: the options; L is its `gen_length`.
     seed, number: its noise is that of row `number` of `igpo_jax.generate --seed=SEED`.
     deliver: called with an `Update`, or with the exception instead of an answer, from another
@@ -54,7 +52,8 @@ class Row:
     given_up: set by `Engine.give_up`.
   """
 
-  prompt: tuple[int, ...]
+  prompt: np.ndarray
+  prompt_valid: np.ndarray
   canvas: np.ndarray
   hinted: np.ndarray
   sampler: SamplerConfig
@@ -67,7 +66,7 @@ class Row:
   @property
   def shape(self) -> tuple[SamplerConfig, int]:
     """What rows of one program have in common: the options, and the padded length of the prompt."""
-    return self.sampler, padded_length(Request(self.prompt))
+    return self.sampler, len(self.prompt)
 
 
 class Engine:
@@ -227,7 +226,7 @@ class Engine:
       self._at_work.extend(taken)
     for place, row in zip(free, taken, strict=False):
       places[place] = row
-      _put(arrivals, place, row, shape[1], pre.tokenizer.pad_id)
+      _put(arrivals, place, row)
     return len(taken)
 
 
@@ -244,11 +243,9 @@ def _no_arrivals(pre: Any, places: int, length: int) -> Arrivals:
   )
 
 
-def _put(arrivals: Arrivals, place: int, row: Row, width: int, pad_id: int) -> None:
-  """Writes a row: the left-padded prompt, then the canvas, as `diffusion.completions` does."""
-  start = width - len(row.prompt)
-  arrivals.tokens[place, :start] = pad_id
-  arrivals.tokens[place, start:width] = row.prompt
-  arrivals.valid[place, :start] = False
-  arrivals.tokens[place, width:], arrivals.fixed[place, width:] = row.canvas, row.hinted
+def _put(arrivals: Arrivals, place: int, row: Row) -> None:
+  """Writes a row into the arrays of a free place, where all is valid and fixed."""
+  width = len(row.prompt)
+  arrivals.tokens[place] = np.concatenate([row.prompt, row.canvas])
+  arrivals.valid[place, :width], arrivals.fixed[place, width:] = row.prompt_valid, row.hinted
   arrivals.seeds[place], arrivals.numbers[place], arrivals.new[place] = row.seed, row.number, True

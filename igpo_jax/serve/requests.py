@@ -10,7 +10,7 @@ from igpo_jax.config import SamplerConfig
 from igpo_jax.data.records import Message
 from igpo_jax.data.sources import Prompting
 from igpo_jax.errors import UserError
-from igpo_jax.inference.requests import Request, canvas_with_hints, make_request
+from igpo_jax.inference.requests import Request, batch_arrays, make_request
 from igpo_jax.inference.session import Session
 from igpo_jax.inference.settings import Settings
 from igpo_jax.serve.answers import Reader
@@ -72,14 +72,13 @@ def make_job(
   for request in requests:
     try:
       session.check(request)
-      canvas, hinted = canvas_with_hints(request, sampler.gen_length, session.tokenizer)
+      arrays = [x[0] for x in batch_arrays([request], sampler.gen_length, session.tokenizer)]
     except UserError as error:
       raise Refusal(400, str(error)) from None
     for number in range(asked.n):
       index = len(rows)
       to = lambda update, index=index: deliver(index, update)
-      rows.append(Row(request.prompt, canvas, hinted, sampler, seed, number, to,
-                      watched=asked.stream or early))  # fmt: skip
+      rows.append(Row(*arrays, sampler, seed, number, to, watched=asked.stream or early))
   length = sampler.gen_length if asked.max_tokens is None else asked.max_tokens
   block = 1 if sampler.edit_threshold is None else sampler.block_length
   reader = Reader(session.tokenizer, length, asked.stop, block)
