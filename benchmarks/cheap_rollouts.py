@@ -22,9 +22,7 @@ after every seed. Table: mean and 95% interval (Student's t) over seeds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,11 +33,10 @@ from etils import epath
 from benchmarks import estimators
 from benchmarks.claims.arms import WINDOW
 from benchmarks.estimators import EXPLORATIONS, area
-from benchmarks.study import finished, in_words, markdown
+from benchmarks.study import finished, in_words, markdown, read_command, write_results
 from igpo_jax import cli
 from igpo_jax.config import Config
-from igpo_jax.errors import UserError
-from igpo_jax.io.jsonl import write_whole
+from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.train.workdir import hold
 
 ORDER = ("inpaint", "none")  # of explorations; should there be no time for both, the first
@@ -191,46 +188,23 @@ def table(rows: Sequence[dict]) -> str:
 def write(workdir: epath.Path, results: dict, names: Sequence[str], smoke: bool) -> str:
   """Writes table and numbers of the seeds that are done; returns what to print."""
   rows = measure(results, names, smoke)
-  text = table(rows)
-  minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
-  write_whole(workdir / "table.md", text + "\n")
-  report = {"rate": RATE, "cpu_minutes": minutes, "rows": rows}
-  write_whole(workdir / "results.json", json.dumps(report, indent=2) + "\n")
-  return f"\n{text}\n\n{len(results)} runs took {minutes:.1f} CPU minutes."
+  return write_results(workdir, table(rows), rows, results, {"rate": RATE})
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--rollouts", default="", help=f"of {','.join(ROLLOUTS)}")
-  parser.add_argument("--all", action="store_true")
-  parser.add_argument("--smoke", action="store_true", help="on next to nothing")
-  parser.add_argument("--workdir", type=epath.Path, required=True)
-  parser.add_argument("--seeds", type=int, default=0, help="default: 5")
-  args = parser.parse_args()
-  if bool(args.rollouts) == args.all:
-    raise UserError("give --rollouts=NAME,... or --all")
-  if args.seeds < 0:
-    raise UserError("--seeds must be positive")
-  names = args.rollouts.split(",") if args.rollouts else list(ROLLOUTS)
-  for name in names:
-    if name not in ROLLOUTS:
-      raise UserError(f"--rollouts: {name!r} is not one of {', '.join(ROLLOUTS)}")
-  seeds = range(args.seeds or (1 if args.smoke else 5))
-
-  from igpo_jax.parallel.compile_cache import use_cache
-
+  args = read_command(__doc__, "rollouts", ROLLOUTS)
   use_cache()
   results: dict[tuple[str, int], dict] = {}
   args.workdir.mkdir(parents=True, exist_ok=True)
   with hold(args.workdir):
     shared = estimators.shared_runs(args.workdir, args.smoke)
     for exploration in ORDER:
-      for seed in seeds:
-        for name in names:
+      for seed in args.seeds:
+        for name in args.names:
           task = Run(f"{exploration}.{name}", seed, args.workdir, args.smoke)
           result = finished(task) or estimators.perform(task, shared)
           results[task.name, seed] = result
-        text = write(args.workdir, results, names, args.smoke)
+        text = write(args.workdir, results, args.names, args.smoke)
   print(text)
 
 

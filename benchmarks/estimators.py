@@ -29,9 +29,7 @@ everything with tiny settings, as a test; its numbers mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -41,11 +39,18 @@ from etils import epath
 
 from benchmarks.claims.arms import make_config, sft_config
 from benchmarks.claims.runs import Task
-from benchmarks.study import finished, in_words, interval, largest_fall, markdown
+from benchmarks.study import (
+  finished,
+  in_words,
+  interval,
+  largest_fall,
+  markdown,
+  read_command,
+  write_results,
+)
 from igpo_jax import cli
 from igpo_jax.config import Config
-from igpo_jax.errors import UserError
-from igpo_jax.io.jsonl import write_whole
+from igpo_jax.parallel.compile_cache import use_cache
 from igpo_jax.rl.methods import estimator_of, forwards_of, objective_of, views_kept
 from igpo_jax.train.workdir import hold
 
@@ -302,26 +307,9 @@ def draw(rows: list[dict], seeds: Sequence[int], path: epath.Path) -> None:
 
 
 def main() -> None:
-  parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--methods", default="", help=f"of {','.join(METHODS)}")
-  parser.add_argument("--all", action="store_true")
-  parser.add_argument("--smoke", action="store_true", help="on next to nothing")
-  parser.add_argument("--workdir", type=epath.Path, required=True)
-  parser.add_argument("--seeds", type=int, default=0, help="default: 5")
-  args = parser.parse_args()
-  if bool(args.methods) == args.all:
-    raise UserError("give --methods=NAME,... or --all")
-  if args.seeds < 0:
-    raise UserError("--seeds must be positive")
-  methods = args.methods.split(",") if args.methods else list(METHODS)
-  for method in methods:
-    if method not in METHODS:
-      raise UserError(f"--methods: {method!r} is not one of {', '.join(METHODS)}")
-  seeds = range(args.seeds or (1 if args.smoke else 5))
+  args = read_command(__doc__, "methods", METHODS)
+  seeds = args.seeds
   pilots, rates = (PILOT_SEEDS[:1], RATES[:1]) if args.smoke else (PILOT_SEEDS, RATES)
-
-  from igpo_jax.parallel.compile_cache import use_cache
-
   use_cache()
   chosen: dict[tuple[str, str], float] = {}
   results: dict[tuple[str, int], dict] = {}
@@ -335,7 +323,7 @@ def main() -> None:
           task = Run(name_of(*pair, rate), seed, args.workdir, args.smoke)
           results[task.name, seed] = finished(task) or perform(task, shared)
 
-    for method in methods:
+    for method in args.names:
       pairs = [(exploration, method) for exploration in EXPLORATIONS]
       for pair in pairs:
         run(pair, rates, pilots)
@@ -367,14 +355,10 @@ def perform(task: Run, shared: Any) -> dict:
 def write(workdir: epath.Path, results: dict, chosen: dict, seeds, smoke: bool) -> str:
   """Writes table, picture and numbers of the methods that are done; returns what to print."""
   rows = measure(results, chosen, seeds, smoke)
-  text = table(rows, seeds)
-  minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
-  write_whole(workdir / "table.md", text + "\n")
+  settings = {"seeds": list(seeds), "pilot_seeds": list(PILOT_SEEDS), "rates": list(RATES)}
+  text = write_results(workdir, table(rows, seeds), rows, results, settings)
   draw(rows, seeds, workdir / "methods.png")
-  report = {"seeds": list(seeds), "pilot_seeds": list(PILOT_SEEDS), "rates": list(RATES),
-            "cpu_minutes": minutes, "rows": rows}  # fmt: skip
-  write_whole(workdir / "results.json", json.dumps(report, indent=2) + "\n")
-  return f"\n{text}\n\n{len(results)} runs took {minutes:.1f} CPU minutes."
+  return text
 
 
 if __name__ == "__main__":

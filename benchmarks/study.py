@@ -6,6 +6,7 @@ Started again, only what is not there is run, and what was cut goes on from its 
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import dataclasses
 import json
@@ -21,6 +22,7 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
+from igpo_jax import cli
 from igpo_jax.config import Config
 from igpo_jax.errors import UserError
 from igpo_jax.io.jsonl import write_whole
@@ -144,6 +146,64 @@ def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
 
   threading.Thread(target=watch, daemon=True).start()
   use_cache()
+
+
+# --- the command of a study that is made in one process -------------------------------------
+
+
+def read_command(description: str, option: str, known: Iterable[str]) -> argparse.Namespace:
+  """Reads the command line: --OPTION=NAME,... or --all, --smoke, --workdir and --seeds.
+
+  Args:
+    description: of the command.
+    option: what is chosen from, such as "methods".
+    known: the names that there are.
+
+  Returns:
+    `names` that were chosen, `smoke`, `workdir`, and `seeds`, a range.
+
+  Raises:
+    UserError: neither names nor --all, an unknown name, or a negative number of seeds.
+  """
+  known = list(known)
+  parser = cli.ArgumentParser(
+    description=description, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument(f"--{option}", default="", help=f"of {','.join(known)}")
+  parser.add_argument("--all", action="store_true")
+  parser.add_argument("--smoke", action="store_true", help="on next to nothing")
+  parser.add_argument("--workdir", type=epath.Path, required=True)
+  parser.add_argument("--seeds", type=int, default=0, help="default: 5")
+  args = parser.parse_args()
+  chosen = getattr(args, option)
+  if bool(chosen) == args.all:
+    raise UserError(f"give --{option}=NAME,... or --all")
+  if args.seeds < 0:
+    raise UserError("--seeds must be positive")
+  args.names = chosen.split(",") if chosen else known
+  for name in args.names:
+    if name not in known:
+      raise UserError(f"--{option}: {name!r} is not one of {', '.join(known)}")
+  args.seeds = range(args.seeds or (1 if args.smoke else 5))
+  return args
+
+
+def write_results(
+  workdir: epath.Path, table: str, rows: Any, results: dict, settings: dict[str, Any]
+) -> str:
+  """Writes table.md and results.json; returns what to print.
+
+  Args:
+    workdir: the directory of the study.
+    table, rows: what came out, in Markdown and as JSON values.
+    results: the results of the runs so far.
+    settings: what else results.json says, as JSON values.
+  """
+  minutes = sum(result["cpu_seconds"] for result in results.values()) / 60
+  write_whole(workdir / "table.md", table + "\n")
+  report = {**settings, "cpu_minutes": minutes, "rows": rows}
+  write_whole(workdir / "results.json", json.dumps(report, indent=2) + "\n")
+  return f"\n{table}\n\n{len(results)} runs took {minutes:.1f} CPU minutes."
 
 
 # --- tables ---------------------------------------------------------------------------------
