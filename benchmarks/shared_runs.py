@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 import statistics
 import time
@@ -22,15 +21,13 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from benchmarks.study import Task
+from benchmarks import study
 from igpo_jax.config import Config
 from igpo_jax.data.pipeline import PromptStream
 from igpo_jax.data.tokenizer import open_tokenizer
-from igpo_jax.io.jsonl import write_whole
 from igpo_jax.main import train
 from igpo_jax.parallel.mesh import configured_mesh
 from igpo_jax.rewards.score import make_scorer
-from igpo_jax.train.continued import as_json
 from igpo_jax.train.loop import Collapsed, NonFinite, Run, run_stage
 from igpo_jax.train.policy_update import PolicyPrograms, make_policy_programs
 from igpo_jax.train.preflight import rl_stream
@@ -186,13 +183,10 @@ class SharedRuns:
     }
 
 
-def perform(task: Task, shared: SharedRuns) -> dict[str, Any]:
+def perform(task: study.Task, shared: SharedRuns) -> dict[str, Any]:
   """Makes a run of a study, or continues it, and keeps its result in place of its folder."""
-  began = time.perf_counter()
   folder = task.root / task.name
-  result = shared.perform(task.config, folder)
-  result |= {"config": as_json(task.config), "seconds": time.perf_counter() - began}
-  write_whole(task.result, json.dumps(result) + "\n")
+  result = study.perform(task, lambda: shared.perform(task.config, folder))
   shutil.rmtree(folder)
   print(f"{task.name}, seed {task.seed}: {result['cpu_seconds']:.0f} CPU s, "
         f"{result['accuracy'][-1][1]:.3f} {result['failed']}", flush=True)  # fmt: skip
