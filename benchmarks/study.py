@@ -156,13 +156,16 @@ def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
 # --- the command of a study that is made in one process -------------------------------------
 
 
-def read_command(description: str, option: str, known: Iterable[str]) -> argparse.Namespace:
+def read_command(
+  description: str, option: str, known: Iterable[str], seeds: int = 5
+) -> argparse.Namespace:
   """Reads the command line: --OPTION=NAME,... or --all, --smoke, --workdir and --seeds.
 
   Args:
     description: of the command.
     option: what is chosen from, such as "methods".
     known: the names that there are.
+    seeds: how many are the default.
 
   Returns:
     `names` that were chosen, `smoke`, `workdir`, and `seeds`, a range.
@@ -178,7 +181,7 @@ def read_command(description: str, option: str, known: Iterable[str]) -> argpars
   parser.add_argument("--all", action="store_true")
   parser.add_argument("--smoke", action="store_true", help="on next to nothing")
   parser.add_argument("--workdir", type=epath.Path, required=True)
-  parser.add_argument("--seeds", type=int, default=0, help="default: 5")
+  parser.add_argument("--seeds", type=int, default=0, help=f"default: {seeds}")
   args = parser.parse_args()
   chosen = getattr(args, option)
   if bool(chosen) == args.all:
@@ -189,7 +192,7 @@ def read_command(description: str, option: str, known: Iterable[str]) -> argpars
   for name in args.names:
     if name not in known:
       raise UserError(f"--{option}: {name!r} is not one of {', '.join(known)}")
-  args.seeds = range(args.seeds or (1 if args.smoke else 5))
+  args.seeds = range(args.seeds or (1 if args.smoke else seeds))
   return args
 
 

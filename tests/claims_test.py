@@ -19,7 +19,7 @@ from benchmarks import cheap_rollouts as cheap
 from benchmarks import estimators as study
 from benchmarks import shared_runs
 from benchmarks.claims import __main__ as program
-from benchmarks.claims import arms, claims, long_traces, plots, runs
+from benchmarks.claims import arms, claims, long_traces, plots, regimes, runs
 from benchmarks.claims.theorem import _shared_size
 from benchmarks.study import finished, interval, largest_fall, run_all
 from igpo_jax import cli
@@ -78,18 +78,44 @@ def test_seeds_have_tables_problems_and_weights_of_their_own():
   assert "table=1&" in second.data.rl and "table=1&" in second.data.sft
 
 
-@pytest.mark.slow
-def test_seeds_on_long_traces_share_an_sft_run_by_fours(tmp_path):
-  root = epath.Path(tmp_path)
-  shared = long_traces.share(root, True)
-  first, third, fourth = (
-    shared.sft_of(long_traces.make_config("igpo", seed, True)) for seed in (0, 3, 4)
-  )
-  assert first == third and first[1] == root / "sft0_aligned"
-  assert fourth[1] == root / "sft1_aligned" and "table=1&" in fourth[0].data.sft
-  assert fourth[0].seed == 1 != first[0].seed and fourth[0].data.sft != first[0].data.sft
-  seeds = [long_traces.make_config("igpo", seed) for seed in (0, 3)]
-  assert seeds[0].seed != seeds[1].seed and seeds[0].data == seeds[1].data
+def test_seeds_on_long_traces_have_networks_problems_and_sft_runs_of_their_own(tmp_path):
+  first, second = (long_traces.make_config("igpo", seed, True) for seed in (0, 1))
+  assert first.seed != second.seed
+  for field in ("sft", "rl", "eval"):
+    assert getattr(first.data, field) != getattr(second.data, field)
+  assert "table=1&" in second.data.rl and "table=1&" in second.data.sft
+  runs = [long_traces.sft_run(config, epath.Path(tmp_path)) for config in (first, second)]
+  assert [path.name for _, path in runs] == ["sft0_aligned", "sft1_aligned"]
+  assert [config.seed for config, _ in runs] == [0, 1] and runs[0][0].stages == ("sft",)
+
+
+def test_a_regime_changes_all_arms_in_what_it_says_and_nothing_else():
+  for name, regime in regimes.REGIMES.items():
+    for arm in regimes.ARMS:
+      plain = flat(long_traces.make_config(arm, 100))
+      task = regimes.Task(regimes.run_of(name, arm), 100, epath.Path("x"), smoke=False)
+      config = flat(task.config)
+      changed = {option for option in plain if plain[option] != config[option]}
+      if arm == "grpo" and regime.of_hints:  # it has no hints: the run with most steps serves
+        assert changed == {"rl.steps"}
+      else:
+        assert changed == set(regime.changes) | ({"data.rl"} if regime.rl else set()), (name, arm)
+
+
+def test_a_run_of_another_length_is_read_where_those_end_that_it_is_compared_with():
+  def curve(*accuracies):
+    flat = [0.5] * (8 * (len(accuracies) - 1))
+    return {"accuracy": [[8 * k, a] for k, a in enumerate(accuracies)],
+            "curves": {"all_wrong_after": flat, "extra_correct": flat}}  # fmt: skip
+
+  results = {(f"tau_1.{arm}", 100): curve(0.1, 0.2, 0.2, 0.2, last)
+             for arm, last in (("igpo", 0.6), ("full_hints", 0.4))}  # fmt: skip
+  results["longer.grpo", 100] = curve(0.1, 0.1, 0.1, 0.1, 0.3, 0.9, 0.0)
+  table, (row,) = regimes.compare(results, ["mu_4", "tau_1"], [100])  # of mu 4 nothing is there
+  assert row["end"] == {"igpo": [0.6], "full_hints": [0.4], "grpo": [0.3]}
+  assert row["partial - full"] == pytest.approx([0.2])
+  (line,) = (line for line in table.splitlines() if "GRPO" in line)
+  assert [cell.strip() for cell in line.split("|")][3:7] == ["0.100", "0.300", "-", "0.000"]
 
 
 def test_traces_fit_their_canvas_and_most_verbose_ones_do_not_fit_the_window():

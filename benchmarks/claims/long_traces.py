@@ -34,7 +34,6 @@ from benchmarks.shared_runs import SharedRuns
 from igpo_jax.config import Config, default_config, freeze
 
 RIDES, SENTENCE = 8, 6  # rides of a problem, words of a step
-SEEDS_A_NETWORK = 4  # SFT costs more than an RL run: so many seeds start from one SFT run
 SHORT, COPIES = 3, 40  # rides of short problems, and how often the SFT data have each of them
 TASK = "synthetic:stories?lines=2&stops=16&table={table}&steps={rides}"
 POLICY = "&phrasings=2&habit=0.9&habitual=1"  # how the traces of SFT are told
@@ -117,30 +116,33 @@ CLAIMS = {
 LONG_TRACES = Study(CLAIMS, ARMS, one_process=True)
 
 
-def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
+def make_config(
+  arm: str, seed: int, smoke: bool = False, changes: dict[str, Any] | None = None
+) -> Config:
   """The config of an arm, with both stages. Arms with equal `sft` have equal SFT stages.
 
   Args:
     arm: a key of `ARMS`.
-    seed: chooses the order of the prompts and the noise. `SEEDS_A_NETWORK` seeds have a network
-      of lines, the problems and the SFT run in common.
+    seed: also chooses the network of lines and the problems. So seeds have SFT runs of their own,
+      and intervals over seeds are over networks, too.
     smoke: tiny settings, for a test.
+    changes: further options, by dotted name.
   """
   spec = ARMS[arm]
   config = default_config()
   config.seed = seed
-  rides, network = 5 if smoke else RIDES, seed // SEEDS_A_NETWORK
-  task, short = (TASK.format(rides=k, table=network) for k in (rides, SHORT))
+  rides = 5 if smoke else RIDES
+  task, short = (TASK.format(rides=k, table=seed) for k in (rides, SHORT))
   train = f"{task}&split=train&n={60 if smoke else 2000}"
   config.data.tokenizer = "words:stories"
   # Where a stop is the one of a few before it, the model finds sooner where to look.
-  sources = [f"{train}&seed={10 * network + 1}"]
+  sources = [f"{train}&seed={10 * seed + 1}"]
   sources += [f"{short}&split=train&n=70&seed={k}" for k in range(1 if smoke else COPIES)]
   config.data.sft = "mix:" + " | ".join(
     f"{uri}{POLICY}{CARELESS}{SFT[spec.sft]}" for uri in sources
   )
-  config.data.rl = f"{train}&seed={10 * network + 2}{WRITER}{spec.rl}"
-  config.data.eval = (f"test={task}&split=test&n={8 if smoke else 200}&seed={10 * network + 3}",)
+  config.data.rl = f"{train}&seed={10 * seed + 2}{WRITER}{spec.rl}"
+  config.data.eval = (f"test={task}&split=test&n={8 if smoke else 200}&seed={10 * seed + 3}",)
   config.data.prompt_buckets = (2 * SHORT + 6, 2 * rides + 6)
   config.reward.verifier = "exact"
 
@@ -182,7 +184,7 @@ def make_config(arm: str, seed: int, smoke: bool = False) -> Config:
   config.checkpoint.every = 0
   config.log.tensorboard = False
   config.log.samples_every = 0
-  config.update_from_flattened_dict(spec.changes)
+  config.update_from_flattened_dict(spec.changes | (changes or {}))
   return freeze(config)
 
 
@@ -195,12 +197,12 @@ class Task(study.Task):
     return make_config(self.name, self.seed, self.smoke)
 
 
+def sft_run(config: Config, workdir: epath.Path) -> tuple[Config, epath.Path]:
+  """(config, workdir) of the SFT run that a run starts from."""
+  name = next(n for n, options in SFT.items() if config.data.sft.endswith(CARELESS + options))
+  return only_sft(config), workdir / f"sft{config.seed}_{name}"
+
+
 def share(workdir: epath.Path, smoke: bool) -> SharedRuns:
   """What the runs of a study share."""
-
-  def sft(config: Config) -> tuple[Config, epath.Path]:
-    name = next(n for n, options in SFT.items() if config.data.sft.endswith(CARELESS + options))
-    network = config.seed // SEEDS_A_NETWORK
-    return only_sft(dataclasses.replace(config, seed=network)), workdir / f"sft{network}_{name}"
-
-  return SharedRuns(make_config("igpo", 0, smoke), sft)
+  return SharedRuns(make_config("igpo", 0, smoke), lambda config: sft_run(config, workdir))
