@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -43,6 +44,31 @@ def test_train_and_test_are_disjoint_whatever_the_seed(records):
     assert not {r.question for r in test} & {r.question for r in records}
     assert all(split_of(r.question) == "test" for r in test)
   assert all(split_of(r.question) == "train" for r in records)
+
+
+def by_hand(question: str) -> list[str]:
+  """The number after each step, by arithmetic on digits and without the package's."""
+  first, *steps = re.findall(r"[-+^_]?\d+", question)
+  number, out = np.array([*first], int), []
+  for sign, *operand in steps:
+    other = np.array(operand, int)
+    results = {"+": number + other, "-": number - other,
+               "^": np.maximum(number, other), "_": np.minimum(number, other)}  # fmt: skip
+    number = np.clip(results[sign], 0, 9)
+    out.append("".join(map(str, number)))
+  return out
+
+
+@pytest.mark.parametrize(
+  "options",
+  ["", "min_steps=9&max_steps=9", "detours=1&rare=add", "digits=5&ops=sub,max,min"],
+)
+def test_traces_and_answers_are_what_a_solver_of_its_own_finds(options):
+  for record in load_records(f"synthetic:chains?n=100&seed=4&{options}").records:
+    numbers = by_hand(record.question)
+    assert record.answer == numbers[-1]
+    if "detours" not in options:
+      assert record.trace == f"{' '.join(numbers)} =>{numbers[-1]}"
 
 
 def test_the_trace_ends_in_the_answer_and_the_span_covers_it(records):
