@@ -3,7 +3,7 @@
     python -m igpo_jax.main --config=configs/quickstart.py[:smoke] --workdir=DIR
 
 It ends with one table and one picture (`curves.png`), in which GRPO and IGPO are compared, and one
-inpainted example in words. The preset `smoke` goes the same way in well under a minute, with fewer
+inpainted example in words. The preset `smoke` goes the same way in less than a minute, with fewer
 steps and problems: it shows that everything runs, and its accuracy says nothing.
 
 The problems follow ten maps over 52 letters, a letter a step (igpo_jax/tasks/letter_maps.py). The
