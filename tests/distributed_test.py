@@ -15,7 +15,8 @@ import time
 import pytest
 
 from igpo_jax.errors import UserError
-from igpo_jax.parallel import distributed, liveness
+from igpo_jax.io.versions import versions
+from igpo_jax.parallel import distributed, door, liveness
 from igpo_jax.parallel.liveness import Watch
 from tests.paths import REPO
 
@@ -119,11 +120,30 @@ def test_the_watch_gives_up_a_silent_process_before_jax_aborts_all():
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_when_one_fails_all_others_take_over_its_code_and_its_reason(index, team):
   with pytest.raises(Left):
-    team.ends[index].fail(2, "x.jsonl: no such file")
+    team.ends[index].fail(lambda: 2, "x.jsonl: no such file")
   assert team.codes(3) == {0: 2, 1: 2, 2: 2}
   for line in team.lines(2):  # the one that failed has said it itself
     assert line.startswith(f"error: process {index} on ")
     assert line.endswith("failed, and with it this one: x.jsonl: no such file")
+
+
+def test_when_all_fail_at_once_each_says_one_thing(team):
+  def fail(index):
+    def explain():  # the others' reasons come in while this one prints its own
+      time.sleep(0.1 * index)
+      said.put(index)
+      return 2
+
+    with contextlib.suppress(Left):
+      team.ends[index].fail(explain, "no")
+
+  said = team.said
+  for index in range(3):
+    threading.Thread(target=fail, args=(index,), daemon=True).start()
+  assert team.codes(3) == {0: 2, 1: 2, 2: 2}
+  time.sleep(0.3)
+  lines = [said.get_nowait() for _ in range(said.qsize())]
+  assert len(lines) == 3, lines
 
 
 def test_leaving_in_peace_ends_nobody(team):
@@ -175,14 +195,106 @@ def test_variables_that_make_no_sense_are_told(address, count, index, complaint,
     distributed.start()
 
 
-def test_a_port_that_is_taken_is_told(alone):
+def free_port():
+  with socket.create_server(("", 0)) as probe:
+    return probe.getsockname()[1]
+
+
+def met(port, *processes, count=3):
+  """What `door.meet` says to each of these processes of a run: "" if it goes on."""
+  said = queue.Queue()
+
+  def come(place, index, count):
+    try:
+      door.meet("127.0.0.1", port, count, index, ("ADDRESS", "COUNT", "INDEX"))
+      said.put((place, ""))
+    except UserError as error:
+      said.put((place, str(error)))
+
+  for place, process in enumerate(processes):
+    index, own = process if isinstance(process, tuple) else (process, count)
+    threading.Thread(target=come, args=(place, index, own), daemon=True).start()
+  found = dict(said.get(timeout=20) for _ in processes)
+  return [found[place] for place in range(len(processes))]
+
+
+def test_processes_that_meet_go_on_together_and_leave_the_port_free():
+  port = free_port()
+
+  def scan():
+    while not done.is_set():
+      for text in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"hello": "igpo_jax"}\n'):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as line:
+          line.sendall(text)
+
+  done = threading.Event()
+  scanner = threading.Thread(target=scan)
+  scanner.start()
+  try:
+    for _ in range(2):  # the second run of the same command
+      assert met(port, 2, 0, 1) == ["", "", ""]
+  finally:
+    done.set()
+    scanner.join()
+  door.listen(port).close()
+
+
+@pytest.mark.parametrize(
+  ("processes", "line"),
+  [
+    ((0, 1, 1), "two processes have INDEX=1: give each one a number"),
+    ((0, 1, (2, 4)), "COUNT is 3 for process 0 and 4 for process 2: set one number for all"),
+  ],
+)
+def test_processes_that_do_not_belong_together_all_say_so(processes, line):
+  assert met(free_port(), *processes) == [line] * 3
+
+
+def test_one_that_came_and_died_is_waited_for():
+  port, said = free_port(), queue.Queue()
+  wait_for = lambda *indices: threading.Thread(
+    target=lambda: said.put(met(port, *indices)), daemon=True
+  ).start()
+  wait_for(0)
+  until = time.monotonic() + 10
+  while time.monotonic() < until:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as line:
+      line.sendall(b'{"hello": "igpo_jax", "count": 3, "index": 1}\n')
+      assert b"hello" in line.recv(100)
+      break
+  wait_for(2)
+  time.sleep(3 * door.RETRY_SECONDS)
+  assert said.empty()
+  assert met(port, 1) == [""] and [said.get(timeout=10) for _ in range(2)] == [[""], [""]]
+
+
+def test_a_port_that_is_taken_is_told_by_all(alone, monkeypatch):
+  monkeypatch.setattr(door, "STRANGE_SECONDS", 0.5)
+  monkeypatch.setattr(door, "ANSWER_SECONDS", 0.5)
   with socket.create_server(("", 0)) as taken:
     port = taken.getsockname()[1]
     alone.setenv(distributed.ADDRESS, f"127.0.0.1:{port}")
     alone.setenv(distributed.COUNT, "2")
-    alone.setenv(distributed.INDEX, "0")
-    with pytest.raises(UserError, match=f"process 0 cannot listen on port {port}"):
-      distributed.start()
+    for index, line in enumerate(
+      (f"process 0 cannot listen on port {port}", f"127.0.0.1:{port}: something else answers there")
+    ):
+      alone.setenv(distributed.INDEX, str(index))
+      with pytest.raises(UserError, match=line):
+        distributed.start()
+
+
+def test_processes_with_other_versions_all_say_so(monkeypatch):
+  monkeypatch.setattr(distributed, "share", lambda rows: [*rows, {**rows[0], "jax": "0.0.1"}])
+  line = f"process 1 runs jax 0.0.1, process 0 jax {versions()['jax']}: install the same"
+  with pytest.raises(UserError, match=line):
+    distributed.check_versions()
+  monkeypatch.setattr(
+    distributed, "share", lambda rows: [*rows, {**rows[0], "igpo_jax's source": "x"}]
+  )
+  with pytest.raises(UserError, match="process 1 runs igpo_jax's source x, process 0 igpo_jax's s"):
+    distributed.check_versions()
+  monkeypatch.setattr(distributed, "share", lambda rows: rows * 2)
+  distributed.check_versions()
 
 
 def test_alone_nothing_happens_but_a_word_on_forgotten_slurm_tasks(alone, capsys):
@@ -208,8 +320,7 @@ def start_in_a_process(*arguments, **environment):
 
 @pytest.mark.slow
 def test_processes_that_do_not_come_are_told_in_one_line():
-  with socket.create_server(("", 0)) as probe:
-    port = probe.getsockname()[1]
+  port = free_port()
   done, seconds = start_in_a_process(
     False, 1, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1"
   )

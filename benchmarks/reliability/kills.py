@@ -1,9 +1,10 @@
 """Kills at random moments of a whole tiny run, and what the run is in the end.
 
-A case starts the run of `tiny_run`, kills it after a time that is uniform over the length of an
+A case starts the run of `tiny_run`, kills it at a time that is uniform over the length of an
 uninterrupted run, starts it again, and so on, `KILLS` times; then it lets it finish. A run that
 finishes before its kill is compared and another is begun. Lost are differences from the
-uninterrupted run, files left over, and exit codes that are neither the signal's nor 0.
+uninterrupted run, files left over, and exit codes that are neither the signal's nor 0. Times are
+CPU seconds of the process that is killed: other programs that use the machine do not move them.
 
 The run is one process, or two of which a random one is killed, or stopped (SIGSTOP). Then the other
 one has to end by itself within a minute, with one line and exit code 1; one that was stopped has to
@@ -11,7 +12,7 @@ end, too, when it goes on.
 
 Every start is a fork of a process that has imported the package and has not used jax yet: a kill
 during an import would be a kill of nothing. Compiled programs are kept from start to start, in a
-cache that kills hit as well.
+cache that is full; where the case says "compiling", in one that begins empty and that kills hit.
 
     python -m benchmarks.reliability.kills CASE SEED FOLDER    one case, a JSON object on stdout
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -41,6 +43,7 @@ from igpo_jax.io.jsonl import Row
 # Cases of each kind: a signal, and of how many processes it is sent to one.
 COUNTS = {
   "SIGKILL": 20,
+  "SIGKILL compiling": 2,
   "SIGTERM": 6,
   "SIGKILL 1 of 2": 8,
   "SIGTERM 1 of 2": 2,
@@ -95,14 +98,29 @@ def _run(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path) -> NoRet
     os._exit(code)
 
 
-def wait(pids: list[int], seconds: float) -> list[int] | None:
-  """The exit codes of processes, negative for a signal; None if one runs on after so long."""
+def wait(
+  pids: list[int], seconds: float = PATIENCE, chosen: int = 0, cpu: float = math.inf
+) -> list[int] | None:
+  """The exit codes of processes, negative for a signal; None if they run on.
+
+  Args:
+    seconds: how long it waits.
+    chosen, cpu: it also ends once this one of the processes has used so many seconds of CPU time.
+  """
   until = time.monotonic() + seconds
   while time.monotonic() < until:
     if all(map(_ended, pids)):
       return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    if cpu_seconds(pids[chosen]) >= cpu:
+      return None
     time.sleep(0.005)
   return None
+
+
+def cpu_seconds(pid: int) -> float:
+  """The CPU time that a child has used; it may have ended, but not be waited for."""
+  fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+  return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ended(pid: int) -> bool:
@@ -125,24 +143,48 @@ def left_by(workdir: pathlib.Path) -> dict[str, object]:
     elif name.endswith(".jsonl"):
       out[name] = untimed(path)
     elif name == "config.json":
-      out[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "resolved"}
+      values = json.loads(path.read_text())
+      out[name] = {k: v for k, v in values.items() if k not in ("resolved", "compilation_cache")}
     else:
       out[name] = None if name in TIMES else path.read_bytes()
   return out
 
 
-def peace(folder: pathlib.Path, cache: pathlib.Path, processes: int) -> tuple[pathlib.Path, float]:
-  """The uninterrupted run, made once, and the seconds that it takes with compiled programs."""
-  workdir, seconds = folder / f"peace{processes}", folder / f"peace{processes}.seconds"
-  if not seconds.exists():
-    for _ in range(2):  # the first one compiles
+def peace(folder: pathlib.Path, cache: pathlib.Path, processes: int) -> pathlib.Path:
+  """The uninterrupted run, made once; its length is in a file beside it (`length_of`)."""
+  workdir = folder / f"peace{processes}"
+  for name in ("compiling", "compiled"):  # the first one fills the cache
+    file = _length_file(workdir, name)
+    if not file.exists():
       shutil.rmtree(workdir, ignore_errors=True)
-      began = time.monotonic()
-      codes = wait(start(workdir, cache, processes), PATIENCE)
+      pids = start(workdir, cache, processes)
+      while not all(map(_ended, pids)):
+        time.sleep(0.05)
+      used = cpu_seconds(pids[0])
+      codes = wait(pids)
       if codes != [0] * processes:
         raise RuntimeError(f"the uninterrupted run ended with {codes}: see {log_of(workdir, 0)}")
-    seconds.write_text(str(time.monotonic() - began))
-  return workdir, float(seconds.read_text())
+      file.write_text(str(used))
+  return workdir
+
+
+def length_of(workdir: pathlib.Path, name: str) -> float:
+  """CPU seconds of process 0 of the uninterrupted run, "compiling" or "compiled"."""
+  return float(_length_file(workdir, name).read_text())
+
+
+def _length_file(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  return workdir.with_name(f"{workdir.name}.{name}")
+
+
+def reached(workdir: pathlib.Path, said: str) -> str:
+  """Where a run was when it was killed: its last row, whether it was saving, its last line."""
+  file = workdir / "metrics.jsonl"
+  rows = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
+  row = json.loads(rows[-1]) if rows else {"stage": "start", "step": 0}
+  saving = any(workdir.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
+  last = (said.split("\n") or [""])[-2 if said.endswith("\n") else -1]
+  return f"{row['stage']} {row['step']}{', saving' if saving else ''}; {last[:40]}"
 
 
 class Victim:
@@ -151,6 +193,10 @@ class Victim:
   def __init__(self, pids: list[int], workdir: pathlib.Path, number: int, chosen: int):
     self.pids, self.workdir, self.number, self.chosen = pids, workdir, number, chosen
     self._before = [self._log(index) for index in range(len(pids))]
+
+  def said(self, index: int) -> str:
+    """What a process has written since this start."""
+    return self._log(index)[len(self._before[index]) :]
 
   def _log(self, index: int) -> str:
     path = log_of(self.workdir, index)
@@ -199,7 +245,7 @@ class Victim:
       # sees that first or jax does, which aborts with lines of its own.
       if self.number == signal.SIGSTOP and index == self.chosen and code == -signal.SIGABRT:
         continue
-      new = self._log(index)[len(self._before[index]) :]
+      new = self.said(index)
       errors = [line for line in new.splitlines() if line.startswith("error: ")]
       by_another = len(codes) > 1 and code == 1 and len(errors) == 1
       if not (code in good or by_another) or "Traceback" in new:
@@ -209,28 +255,31 @@ class Victim:
 
 def one_case(case: str, seed: int, folder: pathlib.Path) -> Row:
   kind = case.partition("/")[0].split()
-  number, processes = getattr(signal, kind[0]), int(kind[-1]) if len(kind) > 1 else 1
+  compiling = "compiling" in kind
+  number, processes = getattr(signal, kind[0]), int(kind[-1]) if "of" in kind else 1
   draw = random.Random(f"{case} {seed}")
   shared = folder.parent / f"kills-{seed}"
   shared.mkdir(exist_ok=True)
-  cache = shared / "cache"
-  before, length = peace(shared, cache, processes)
-  expected, lost, struck, runs = left_by(before), [], 0, 0
-  while struck < KILLS and not lost:
+  before = peace(shared, shared / "cache", processes)
+  cache = folder / "cache" if compiling else shared / "cache"
+  length = length_of(before, "compiling" if compiling else "compiled")
+  expected, lost, places, runs = left_by(before), [], [], 0
+  while len(places) < KILLS and not lost:
     workdir = folder / f"run{runs}"
     runs += 1
     codes: list[int] = []
     while codes != [0] * processes and not lost:
       pids = start(workdir, cache, processes)
       victim = Victim(pids, workdir, number, draw.randrange(processes))
-      if struck < KILLS:
-        found = wait(pids, draw.uniform(0, length))
+      if len(places) < KILLS:
+        found = wait(pids, PATIENCE, victim.chosen, draw.uniform(0, length))
         if found is None:
-          struck += 1
+          said = victim.said(0)
           codes, lost = victim.strike()
+          places.append(reached(workdir, said))
           continue
       else:
-        found = wait(pids, PATIENCE)
+        found = wait(pids)
       if found is None:
         codes, lost = victim.end(), [f"{workdir.name} does not end"]
       elif found != [0] * processes:
@@ -239,7 +288,9 @@ def one_case(case: str, seed: int, folder: pathlib.Path) -> Row:
         codes = found
     if not lost:
       lost = differences(expected, left_by(workdir))
-  return {"tried": struck, "runs": runs, "length": round(length, 1), "lost": lost}
+  return {
+    "tried": len(places), "runs": runs, "length": round(length, 1), "places": places, "lost": lost
+  }  # fmt: skip
 
 
 def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
@@ -253,7 +304,8 @@ def differences(expected: dict[str, object], found: dict[str, object]) -> list[s
 
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
   command = [sys.executable, "-m", "benchmarks.reliability.kills", case, str(seed), str(folder)]
-  done = subprocess.run(command, capture_output=True, text=True)
+  environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  done = subprocess.run(command, capture_output=True, text=True, env=environment)
   if done.returncode:
     return {"tried": 0, "lost": [done.stderr[-1000:]]}
   return json.loads(done.stdout)
@@ -267,6 +319,10 @@ CAMPAIGN = Campaign(
 )
 
 if __name__ == "__main__":
-  import igpo_jax.train.run  # noqa: F401  what a start would import, and no backend
+  # What a run would import, and no backend.
+  import matplotlib.backends.backend_agg
+  import matplotlib.figure  # noqa: F401
+
+  import igpo_jax.train.run  # noqa: F401
 
   print(json.dumps(one_case(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ from jax.experimental import multihost_utils
 
 from igpo_jax import cli
 from igpo_jax.errors import UserError
+from igpo_jax.io.versions import source, versions
+from igpo_jax.parallel.door import meet
 from igpo_jax.parallel.liveness import Watch
 from igpo_jax.parallel.mesh import check_devices, over_processes
 
@@ -52,16 +53,17 @@ def joined(detect: bool = False) -> Iterator[None]:
   near = os.environ.get(ADDRESS, "").rpartition(":")[0].strip("[]")
   watch = Watch(jax.process_index(), jax.process_count(), share, near)
   try:
+    check_versions()
     yield
   except SystemExit:  # all processes stop at the same step
     watch.done()
     raise
-  except BaseException as error:
-    text = str(error)
+  except BaseException as caught:
+    error, text = caught, str(caught)
     if not isinstance(error, UserError):
       time.sleep(GRACE_SECONDS)
       text = f"{type(error).__name__}: {text}"
-    watch.fail(cli.explain(error), " ".join(text.split())[:1000])
+    watch.fail(lambda: cli.explain(error), " ".join(text.split())[:1000])
   watch.done()
 
 
@@ -79,8 +81,8 @@ def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
       code 1.
 
   Raises:
-    UserError: some of the variables are missing or make no sense, the port is taken, or
-      there is nothing to detect.
+    UserError: some of the variables are missing or make no sense, or are not the same for all; the
+      port is taken; or there is nothing to detect.
   """
   if jax.distributed.is_initialized():
     return
@@ -98,6 +100,18 @@ def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
   late.daemon = True
   late.start()
   try:
+    if where:
+      host, _, port = where["coordinator_address"].rpartition(":")
+      count, index = where["num_processes"], where["process_id"]
+      meet(host.strip("[]"), int(port), count, index, (ADDRESS, COUNT, INDEX))
+    _join(where, seconds)
+  finally:
+    late.cancel()
+
+
+def _join(where: dict[str, Any], seconds: int) -> None:
+  """Calls jax.distributed.initialize; `where` is {} if jax has to find the processes."""
+  try:
     jax.distributed.initialize(
       **where,
       initialization_timeout=seconds + 60,  # past it jax aborts with a stack trace
@@ -111,8 +125,6 @@ def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
       f"--distributed: jax finds no TPU pod, Slurm step or other cluster here ({error}); "
       f"set {ADDRESS}, {COUNT} and {INDEX}, or leave --distributed out"
     ) from error
-  finally:
-    late.cancel()
 
 
 def _from_variables() -> dict[str, Any]:
@@ -130,20 +142,7 @@ def _from_variables() -> dict[str, Any]:
   host, _, port = address.rpartition(":")
   if not host or not port.isdigit():
     raise UserError(f"{ADDRESS}={address!r} should be HOST:PORT of process 0")
-  if index == 0:
-    _check_port(int(port))
   return {"coordinator_address": address, "num_processes": count, "process_id": index}
-
-
-def _check_port(port: int) -> None:
-  """Raises `UserError` if something listens there: jax would crash."""
-  try:
-    socket.create_server(("", port)).close()
-  except OSError as error:
-    raise UserError(
-      f"{ADDRESS}: process 0 cannot listen on port {port} ({error.strerror}); is another run"
-      " on this machine? choose another port for all processes"
-    ) from error
 
 
 def _too_late(where: dict[str, Any], seconds: int) -> None:
@@ -222,3 +221,20 @@ def agree(what: str, value: Any) -> None:
   for index, other in enumerate(values):
     if other != values[0]:
       raise UserError(f"{what} of process {index} is not that of process 0: {other}, {values[0]}")
+
+
+def check_versions() -> None:
+  """Checks that all processes run the same code. A collective.
+
+  Raises:
+    UserError: on every process, if one of them has another version of Python, of a package that
+      decides a run's numbers, or of this package's files.
+  """
+  first, *others = share([{**versions(), "igpo_jax's source": source()}])
+  for index, other in enumerate(others, start=1):
+    for name in first:
+      if other.get(name) != first[name]:
+        raise UserError(
+          f"process {index} runs {name} {other.get(name)}, process 0 {name} {first[name]}: install "
+          "the same on all machines"
+        )

@@ -102,11 +102,18 @@ class Watch:
     """Tells the other processes that this one has finished, so that its end alarms nobody."""
     self._tell({"done": True})
 
-  def fail(self, code: int, text: str) -> None:
-    """Tells the other processes why this one failed, and exits; all of them exit with `code`."""
-    self._end(Ending(self.index, self.host, code, text), shown=True)
+  def fail(self, explain: Callable[[], int], text: str) -> None:
+    """Tells the other processes why this one failed, and exits; all exit with the same code.
+
+    Args:
+      explain: prints the error and returns the exit code. It is not called if this process is
+        ending already because of another one, whose reason it has printed.
+      text: the error, for the other processes.
+    """
+    if self._is_first():
+      self._pass_on(Ending(self.index, self.host, explain(), text))
     time.sleep(2 * PARTING_SECONDS)  # another thread is leaving already
-    self._leave(code)
+    self._leave(LOST)
 
   # --- the connections ----------------------------------------------------------------------
 
@@ -181,18 +188,21 @@ class Watch:
         except OSError:
           self._closed.add(index)
 
-  def _end(self, ending: Ending, shown: bool = False) -> None:
-    """Passes the ending on to the other processes, prints it and exits.
-
-    Of two threads that call it, the second waits for the first. `shown`: it is printed already.
-    """
+  def _is_first(self) -> bool:
+    """True for the first thread that asks: it ends this process. Others leave that to it."""
     with self._lock:
       second, self._ending = self._ending, True
-    if second:
-      return
-    self._tell(dataclasses.asdict(ending), but=ending.index)
-    if not shown:
+    return not second
+
+  def _end(self, ending: Ending) -> None:
+    """Prints how another process ended, passes it on and exits."""
+    if self._is_first():
       _print(str(ending))
+      self._pass_on(ending)
+
+  def _pass_on(self, ending: Ending) -> None:
+    """Tells the other processes how one of them ended, and exits."""
+    self._tell(dataclasses.asdict(ending), but=ending.index)
     if self.index == 0:
       # jax's coordination service is in this process: the others should be gone before it.
       until = time.monotonic() + PARTING_SECONDS

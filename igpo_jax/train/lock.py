@@ -5,7 +5,8 @@
 A kill leaves the file behind, so a run that finds a lock checks whether its holder is alive. If
 both are on one machine and in one container, the holder's process id and start time decide.
 Otherwise the file decides: a living holder rewrites it every BEAT_SECONDS, and a holder that has
-not done so for SILENT_SECONDS, by the clock of the process that waits, is dead.
+not done so for SILENT_SECONDS, by the clock of the process that waits, is dead. The time in the
+file decides nothing, however old: clocks of two machines may be an hour apart.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ except ImportError:  # no Unix
 FILE = "lock.json"
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
-LONG_SILENT_SECONDS = 900.0  # by two machines' clocks: no need to wait and see
 SETTLE_SECONDS = 2.0  # for two that begin at the same moment, where nothing is exclusive (gs://)
 
 
@@ -182,8 +182,6 @@ class WorkdirLock:
         return False
       if started:
         return True
-    if holder.beat and abs(time.time() - holder.beat) > LONG_SILENT_SECONDS:
-      return False
     self._say(
       f"workdir {self.workdir} was in use by {holder}: waiting up to {SILENT_SECONDS:.0f} s for "
       "a sign of life"
