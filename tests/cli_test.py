@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -94,6 +95,17 @@ def test_a_place_that_was_added_to_a_mistake_is_told(suppress, capsys):
 def test_a_bug_keeps_its_traceback(error):
   with pytest.raises(type(error)):
     cli.run(raising(error))
+
+
+def test_commands_search_for_garbage_seldom():
+  before, found = gc.get_threshold(), []
+  gc.set_threshold(700, 10, 10)  # Python's own
+  try:
+    with pytest.raises(SystemExit):
+      cli.run(lambda: found.append(gc.get_threshold()))
+  finally:
+    gc.set_threshold(*before)
+  assert found == [cli.SEARCH_AFTER] and found[0][0] >= 10_000
 
 
 def test_signals_are_given_back():

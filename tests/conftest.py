@@ -20,6 +20,8 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
+from igpo_jax import cli
+
 
 def xla_flags() -> str:
   """XLA's options for programs that run a few times: quick to compile, slower to run.
@@ -42,8 +44,7 @@ def xla_flags() -> str:
 
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
 os.environ.setdefault("XLA_FLAGS", xla_flags())
-# Tracing makes many small objects, few of them garbage; each search for it also asks XLA.
-gc.set_threshold(10_000, 10, 10)
+gc.set_threshold(*cli.SEARCH_AFTER)  # as commands do, and for the same reason
 # Tests neither read nor write the user's cache of compiled programs. The first process makes the
 # run's own; workers of pytest-xdist and commands under test inherit its name.
 if "IGPO_TEST_CACHE" not in os.environ:

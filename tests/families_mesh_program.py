@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 
+from igpo_jax import cli
 from igpo_jax.config import LoRAConfig, SamplerConfig
 from igpo_jax.diffusion.nelbo import nelbo_sum
 from igpo_jax.diffusion.sampler import denoise
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

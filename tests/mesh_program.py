@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from igpo_jax import cli
 from igpo_jax.config import (
   Config,
   DataConfig,
@@ -197,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from igpo_jax import cli
 from igpo_jax.config import default_config, freeze
 from igpo_jax.diffusion.completions import prompt_keys
 from igpo_jax.models import make_lm
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -13,7 +13,8 @@ import sys
 FAKE = "--xla_force_host_platform_device_count=64"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE}"
 
-from igpo_jax.errors import UserError  # noqa: E402  after the flags
+from igpo_jax import cli  # noqa: E402  after the flags
+from igpo_jax.errors import UserError  # noqa: E402
 from igpo_jax.flags import parse  # noqa: E402
 from igpo_jax.rehearse import FLAGS, machine_for, page, rehearse  # noqa: E402
 
@@ -29,6 +30,10 @@ def run(words, lower):
   return {"page": page(facts, named), "kernels": facts["kernels"], "sizes": facts["sizes"]}
 
 
-if __name__ == "__main__":
+def main():
   cases = json.load(sys.stdin)
   print(json.dumps({name: run(words, lower) for name, words, lower in cases}))
+
+
+if __name__ == "__main__":
+  cli.run(main)
