@@ -41,7 +41,7 @@ def arrays(queries=7, keys=9, heads=4, kv_heads=2, size=8, seed=0):
   q = rng.normal(size=(ROWS, queries, heads, size)).astype(np.float32)
   k, v = rng.normal(size=(2, ROWS, keys, kv_heads, size)).astype(np.float32)
   valid = np.arange(keys) >= np.array([[0], [3]])
-  return tuple(map(jnp.asarray, (2 * q, k, v, valid)))
+  return 2 * q, k, v, valid
 
 
 def interpreted(q, k, v, valid):
@@ -53,6 +53,8 @@ IMPLEMENTATIONS = {
   "dot_product": attention.dot_product,
   "splash": interpreted,
 }
+# Each call is one program: operation by operation there would be dozens to compile.
+jitted = {name: jax.jit(attend) for name, attend in IMPLEMENTATIONS.items()}
 
 
 @pytest.mark.slow
@@ -60,21 +62,23 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_attention_is_its_definition(name, kv_heads):
   q, k, v, valid = arrays(kv_heads=kv_heads)
-  out = IMPLEMENTATIONS[name](q, k, v, valid)
-  np.testing.assert_allclose(out, plain(q, k, v, valid), atol=1e-5)
+  attend = IMPLEMENTATIONS[name]
+  both = jax.jit(lambda *qkv: (attend(*qkv, valid), attend(*qkv, None)))
+  some, all_seen = both(q, k, v)
+  np.testing.assert_allclose(some, plain(q, k, v, valid), atol=1e-5)
   everything = np.ones(valid.shape, bool)
-  out = IMPLEMENTATIONS[name](q, k, v, None)
-  np.testing.assert_allclose(out, plain(q, k, v, everything), atol=1e-5)
+  np.testing.assert_allclose(all_seen, plain(q, k, v, everything), atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dot_product", "splash"])
 def test_gradients_equal_the_plain_path(name):
   q, k, v, valid = arrays()
-  weight = jax.random.normal(jax.random.key(0), q.shape)
+  weight = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
   def gradients(f):
-    return jax.grad(lambda q, k, v: jnp.sum(f(q, k, v, valid) * weight), (0, 1, 2))(q, k, v)
+    loss = lambda q, k, v: jnp.sum(f(q, k, v, valid) * weight)
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
   expected = gradients(attention.einsum)
   jax.tree.map(
@@ -88,35 +92,35 @@ def test_gradients_equal_the_plain_path(name):
 def test_keys_that_are_not_valid_may_be_anything():
   """In any place, not only to the left; nothing they hold reaches the result or a gradient."""
   q, k, v, _ = arrays(keys=12)
-  valid = jnp.asarray(np.random.default_rng(3).random((ROWS, 12)) < 0.5)
-  hidden = lambda x, value: jnp.where(valid[:, :, None, None], x, value)
+  valid = np.random.default_rng(3).random((ROWS, 12)) < 0.5
+  hidden = lambda x, value: np.where(valid[:, :, None, None], x, np.float32(value))
 
+  @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
   def value_and_gradients(q, k, v):
     return jnp.sum(jnp.sin(attention.dot_product(q, k, v, valid)))
 
   expected = value_and_gradients(q, hidden(k, 0), hidden(v, 0))
-  found = value_and_gradients(q, hidden(k, jnp.nan), hidden(v, jnp.inf))
+  found = value_and_gradients(q, hidden(k, np.nan), hidden(v, np.inf))
   jax.tree.map(np.testing.assert_array_equal, found, expected)
-  np.testing.assert_allclose(
-    attention.dot_product(q, k, v, valid), plain(q, k, v, np.asarray(valid)), atol=1e-5
-  )
+  out = jitted["dot_product"](q, k, v, valid)
+  np.testing.assert_allclose(out, plain(q, k, v, valid), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["einsum", "dot_product"])
 def test_a_row_without_valid_keys_gets_a_mean(name):
   q, k, v, _ = arrays()
-  out = IMPLEMENTATIONS[name](q, k, v, jnp.zeros(k.shape[:2], bool))
+  out = jitted[name](q, k, v, np.zeros(k.shape[:2], bool))
   np.testing.assert_allclose(out[:, 0, 0], np.mean(v[:, :, 0], axis=1), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_scores_are_summed_in_float32_in_bfloat16():
   """Hidden keys weigh nothing, and 300 equal keys give their common value exactly."""
-  q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(keys=300))
-  same = jnp.ones_like(v) * jnp.bfloat16(1.5)
-  valid = jnp.arange(300)[None] >= jnp.array([[0], [200]])
-  out = attention.einsum(q, 0 * k, jnp.where(valid[:, :, None, None], same, 7.0), valid)
+  q, k, v, _ = arrays(keys=300)
+  valid = np.arange(300) >= np.array([[0], [200]])
+  v = np.where(valid[:, :, None, None], np.full_like(v, 1.5), 7.0)
+  out = jitted["einsum"](*(x.astype(jnp.bfloat16) for x in (q, 0 * k, v)), valid)
   assert out.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(out, np.float32), 1.5)
 
@@ -124,8 +128,8 @@ def test_scores_are_summed_in_float32_in_bfloat16():
 @pytest.mark.slow
 def test_splash_pads_lengths_to_whole_blocks():
   q, k, v, valid = arrays(queries=130, keys=260)
-  out = interpreted(q, k, v, valid)
-  np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
+  out = jitted["splash"](q, k, v, valid)
+  np.testing.assert_allclose(out, jitted["einsum"](q, k, v, valid), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -133,12 +137,12 @@ def test_splash_under_a_mesh_keeps_rows_and_heads_where_they_are():
   q, k, v, valid = arrays()
   with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
     out = jax.jit(interpreted)(q, k, v, valid)
-  np.testing.assert_allclose(out, attention.einsum(q, k, v, valid), atol=1e-5)
+  np.testing.assert_allclose(out, jitted["einsum"](q, k, v, valid), atol=1e-5)
   mesh = abstract_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 4)
   with jax.sharding.use_abstract_mesh(mesh):
     (one,) = jax.make_jaxpr(attention.splash)(q, k, v, valid).eqns
     (three,) = jax.make_jaxpr(attention.splash)(
-      *(jnp.repeat(x, 3, 0)[:3] for x in (q, k, v, valid))
+      *(np.repeat(x, 3, 0)[:3] for x in (q, k, v, valid))
     ).eqns
   local = lambda eqn: [x.aval.shape for x in eqn.params["jaxpr"].invars][-4:]
   assert local(one) == [(1, 7, 2, 8), (1, 9, 1, 8), (1, 9, 1, 8), (1, 9)]
@@ -151,13 +155,13 @@ def test_a_kernel_for_another_platform_is_refused():
   with pytest.raises(UserError, match=r"config: model.attention='flash' is not one of einsum"):
     ModelConfig(attention="flash")
   lm = make_lm(dataclasses.replace(cfg, attention="splash"))
-  params = lm.init(jax.random.key(0))  # made anywhere
+  params = jax.jit(lm.init)(jax.random.key(0))  # made anywhere
   with pytest.raises(UserError, match="a kernel for TPU, and this program is for cpu"):
-    lm.logits(params, jnp.zeros((1, 4), jnp.int32))
+    jax.jit(lm.logits)(params, np.zeros((1, 4), np.int32))
   other = make_lm(dataclasses.replace(cfg, attention="dot_product"))
-  tokens = jnp.arange(8).reshape(2, 4)
-  expected = make_lm(cfg).logits(params, tokens)
-  np.testing.assert_allclose(other.logits(params, tokens), expected, atol=1e-5)
+  tokens = np.arange(8, dtype=np.int32).reshape(2, 4)
+  expected = jax.jit(make_lm(cfg).logits)(params, tokens)
+  np.testing.assert_allclose(jax.jit(other.logits)(params, tokens), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,8 @@ def tiny(name: str, **more):
   ids = {"vocab_size": VOCAB, "mask_id": MASK, "eos_id": EOS}
   config = families.model_config(name, FAMILIES[name].tiny, **ids, **more)
   lm = make_lm(config)
-  params = jax.jit(lm.init)(jax.random.key(0))
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, x: x if path[-1].key in ("scale", "embedding") else vary(path, x), params
-  )
+  shapes = jax.eval_shape(lm.init, jax.random.key(0))
+  params = jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(drawn, shapes))
   return config, lm, params
 
 
@@ -92,11 +90,15 @@ def logits_of(name: str, tokens):
   return lm.head(params, hidden_of(name)(tokens, jnp.ones(tokens.shape, bool)))
 
 
-def vary(path, x):
-  """Larger weights, and biases and adapters that are not zero."""
-  seed = sum(ord(c) for key in path for c in key.key)
-  noise = 0.3 * jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
-  return noise if path[-1].key in ("bias", "lora_b") else 2 * x
+def drawn(path, like):
+  """A parameter with large weights; biases and adapters are not zero. No program is compiled."""
+  name = path[-1].key
+  if name == "scale":
+    return np.ones(like.shape, like.dtype)
+  sizes = {"bias": 0.3, "lora_b": 0.3, "embedding": like.shape[-1] ** -0.5}
+  size = sizes[name] if name in sizes else 2 * like.shape[-2] ** -0.5
+  rng = np.random.default_rng([ord(c) for key in path for c in key.key])
+  return rng.normal(scale=size, size=like.shape).astype(like.dtype)
 
 
 def rows_with_hints(seed=0, length=LENGTH, left=0):
@@ -360,11 +362,11 @@ def test_grouped_products_equal_every_expert_on_every_token(name, dtype):
   design = FAMILIES[name].design(config)
   experts = params["blocks"]["experts"]
   assert experts["ff_out"]["lora_a"].shape[:2] == (network.stack_sizes(config)["blocks"], 8)
-  adapters, base = lora.split(jax.tree.map(lambda x: x[0], experts))
-  shape = (ROWS, PROMPT + LENGTH)
-  noise = lambda seed, size: jax.random.normal(jax.random.key(seed), (*shape, size))
-  h, weigh = noise(1, config.d_model).astype(dtype), noise(2, config.d_model)
-  choice = moe.route(noise(3, 8), design.router, config.moe, None)
+  adapters, base = lora.split(jax.tree.map(lambda x: np.asarray(x)[0], experts))
+  rng = np.random.default_rng(1)
+  noise = lambda size: rng.normal(size=(ROWS, PROMPT + LENGTH, size)).astype(np.float32)
+  h, weigh = noise(config.d_model).astype(dtype), noise(config.d_model)
+  choice = jax.jit(lambda logits: moe.route(logits, design.router, config.moe, None))(noise(8))
 
   def with_gradients(products):
     layer = moe.Experts(dataclasses.replace(config, expert_products=products))

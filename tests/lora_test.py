@@ -191,16 +191,17 @@ def test_in_bfloat16_an_adapter_has_its_whole_effect_after_one_update():
   a = jax.random.uniform(keys[3], (width, rank), minval=-(width**-0.5), maxval=width**-0.5)
   layer = Linear(width, ("embed", "heads"), bf16, bf16, lora=LoRAConfig(rank=rank, alpha=64.0))
 
-  @jax.jit
-  def apply(kernel, x, b):
-    return layer.apply({"params": {"kernel": kernel, "lora_a": a, "lora_b": b}}, x)
+  @jax.jit  # both at once, so that x @ kernel is computed once
+  def plus_and_minus(kernel, x, a, b):
+    params = {"kernel": kernel, "lora_a": a}
+    return [layer.apply({"params": params | {"lora_b": sign * b}}, x) for sign in (1, -1)]
 
   # Adam's first step is the rate times the gradient's sign; here towards larger outputs.
   inner = x.astype(jnp.float32) @ a * (64.0 / rank)
   b = jnp.broadcast_to(rate * jnp.sign(inner.sum(0))[:, None], (rank, width))
   effect = inner @ b
   # Rounded: inside the jitted function XLA may leave out a rounding that is undone at once.
-  plus, minus = apply(kernel, x, b), apply(kernel, x, -b)
+  plus, minus = plus_and_minus(kernel, x, a, b)
   assert plus.dtype == bf16
   moved = plus.astype(jnp.float32) - minus.astype(jnp.float32)
   share = jnp.sum(moved * effect) / jnp.sum(2 * effect**2)

@@ -135,11 +135,12 @@ def test_gradients_reach_the_master_as_through_a_cast():
 
 @functools.lru_cache
 def bf16_programs(micro_batches):
-  model = dataclasses.replace(TINY_MODEL, vocab_size=VOCAB, mask_id=1, dtype="bfloat16")
+  model = dataclasses.replace(TINY_MODEL, n_layers=1, vocab_size=VOCAB, mask_id=1, dtype="bfloat16")
   sizes = RLConfig(prompts_per_step=len(KEYS), group_size=3, micro_batches=micro_batches)
   config = Config(model=model, rl=sizes, objective=ObjectiveConfig("token", beta=0.0))
   lm, optimizer = make_lm(model), optax.sgd(0.5)
-  return make_policy_programs(lm, optimizer, config), optimizer, lm.init(jax.random.key(0))
+  params = jax.jit(lm.init)(jax.random.key(0))
+  return make_policy_programs(lm, optimizer, config), optimizer, params
 
 
 @pytest.mark.slow

@@ -169,13 +169,18 @@ def test_the_loop_equals_its_python_twin(name):
     assert out.forwards == max(forwards)
 
 
+@pytest.fixture(scope="module")
+def programs_with_narrow_heads():
+  """`_denoise` with programs of its own: those of the other tests stay."""
+  function = sampler._denoise.__wrapped__
+  return jax.jit(lambda *args: function(*args), static_argnums=(0, 4, 6))
+
+
 @pytest.fixture
-def narrow_heads(monkeypatch):
+def narrow_heads(monkeypatch, programs_with_narrow_heads):
   """The head on few positions at this size, too, where it would not pay."""
   monkeypatch.setattr(network, "FEW_LOGITS", 0)
-  sampler._denoise.clear_cache()
-  yield
-  sampler._denoise.clear_cache()
+  monkeypatch.setattr(sampler, "_denoise", programs_with_narrow_heads)
 
 
 @pytest.mark.slow
@@ -245,11 +250,18 @@ def test_a_tabulated_schedule_commits_every_mask_in_steps_that_each_commit_some(
   np.testing.assert_array_equal(table.sum(axis=1), np.arange(most + 1))
   done = np.cumsum(table == 0, axis=1) > 0
   assert (table[done] == 0).all()
-  masked = np.array([0, most])
-  np.testing.assert_array_equal(
-    forwards_needed(masked, steps, name, most), (table[masked] > 0).sum(axis=1)
-  )
-  assert (commits_at(masked, steps, 0, name, most) == table[masked, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "rounded", "full_block"])
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (3, 7), (40, 9)])
+def test_what_a_tabulated_schedule_says_is_what_is_in_its_table(name, most, steps):
+  table, masked = commit_table(name, most, steps), np.arange(most + 1)
+  needed = forwards_needed(masked, steps, name, most)
+  np.testing.assert_array_equal(needed, (table > 0).sum(axis=1))
+  for i in (0, steps - 1):
+    np.testing.assert_array_equal(commits_at(masked, steps, i, name, most), table[:, i])
+  until = commits_until(masked, steps, steps - 1, name, most)
+  np.testing.assert_array_equal(until, masked)
 
 
 def test_dreams_schedule_by_hand():
@@ -381,6 +393,11 @@ def test_end_of_text_is_committed_last_when_suppressed():
   assert run(suppressed, canvas, model=model).commit_step[0, 2] == 0
 
 
+def twice_the_first(canvas):
+  """A batch of nothing but the first row, in the shape of both."""
+  return jax.tree.map(lambda x: x[[0, 0]], canvas)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("early_stop", ["row", "batch", "none"])
 def test_early_stop_is_decided_by_the_row_or_by_the_batch(early_stop):
@@ -396,7 +413,7 @@ def test_early_stop_is_decided_by_the_row_or_by_the_batch(early_stop):
   np.testing.assert_array_equal(out.tokens, [stopped, [0, 5, 0, 0, 3, 3, 3, 3]])
   if early_stop == "row":
     np.testing.assert_array_equal(out.commit_step[0], [0, 0, 1, 1, 1, 1, -1, 1])
-  alone = run(cfg, jax.tree.map(lambda x: x[:1], canvas), model=(table_lm(), jnp.asarray(table)))
+  alone = run(cfg, twice_the_first(canvas), model=(table_lm(), jnp.asarray(table)))
   ends = early_stop != "none"
   np.testing.assert_array_equal(alone.tokens[0, 4:], [0, 0, 5, 0] if ends else [3, 3, 5, 3])
   assert alone.forwards == (2 if ends else 4)
@@ -410,8 +427,8 @@ def test_a_block_of_hints_that_are_end_of_text_does_not_stop_its_row():
   tokens[0, :4] = EOS
   canvas = Canvas(tokens, tokens != MASK, np.ones((2, 8), bool))
   cfg = SamplerConfig(8, 4, 4)
-  for rows in (slice(0, 1), slice(0, 2)):
-    out = run(cfg, jax.tree.map(lambda x, r=rows: x[r], canvas), model=(table_lm(), table))
+  for rows in (canvas, twice_the_first(canvas)):
+    out = run(cfg, rows, model=(table_lm(), jnp.asarray(table)))
     np.testing.assert_array_equal(out.tokens[0], [0, 0, 0, 0, 3, 3, 3, 3])
 
 

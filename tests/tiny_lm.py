@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.convert.pretrained import load_pretrained
@@ -23,11 +24,11 @@ def golden_model(name):
 
 
 @functools.lru_cache
-def tiny_model(vocab_size=12, sharpness=4.0, seed=0):
-  """(lm, params) of one layer with random weights, whose choices are far from even."""
+def tiny_model(vocab_size=12, sharpness=4.0, seed=0, n_layers=1):
+  """(lm, params) with random weights, whose choices are far from even."""
   config = ModelConfig(
     d_model=16,
-    n_layers=1,
+    n_layers=n_layers,
     n_heads=2,
     mlp_hidden=32,
     vocab_size=vocab_size,
@@ -35,13 +36,14 @@ def tiny_model(vocab_size=12, sharpness=4.0, seed=0):
     eos_id=EOS,
   )
   lm = make_lm(config)
-  params = lm.init(jax.random.key(seed))
-  head = sharpness * params["head"]["kernel"]
+  # One program, and the rest in numpy: operation by operation there are a hundred to compile.
+  params = jax.tree.map(np.array, jax.jit(lm.init)(jax.random.key(seed)))
+  head = params["head"]["kernel"]
+  head *= sharpness
   # The mask token is near to two others, so that it is chosen where it may be.
-  head = head.at[:, MASK].set(0.9 * head[:, -1] + 0.5 * head[:, -3])
-  params["head"]["kernel"] = head
-  params["blocks"]["attn_out"]["kernel"] = 3 * params["blocks"]["attn_out"]["kernel"]
-  return lm, params
+  head[:, MASK] = 0.9 * head[:, -1] + 0.5 * head[:, -3]
+  params["blocks"]["attn_out"]["kernel"] *= 3
+  return lm, jax.tree.map(jnp.asarray, params)
 
 
 @functools.lru_cache
