@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -42,6 +43,13 @@ def make_arrays() -> tuple[dict, np.ndarray]:
   }, np.arange(P, dtype=np.uint32)
 
 
+@functools.cache
+def model():
+  """(lm, parameters on the host)."""
+  lm = make_lm(MODEL)
+  return lm, jax.tree.map(np.asarray, jax.jit(lm.init)(jax.random.key(0)))
+
+
 def run(estimator: str, shape: tuple[int, int, int]) -> dict:
   """One update: loss, gradient and the metrics."""
   config = default_config()
@@ -52,8 +60,7 @@ def run(estimator: str, shape: tuple[int, int, int]) -> dict:
   config.sampler.steps = STEPS
   config.estimator.trace_sampled.steps = "unsure"
   mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-  lm = make_lm(MODEL)
-  first = jax.tree.map(np.asarray, jax.jit(lm.init)(jax.random.key(0)))
+  lm, first = model()
   with jax.set_mesh(mesh):
     places = tree_shardings(lm.logical_axes(), mesh)
     params = jax.device_put(first, places)

@@ -490,9 +490,9 @@ def test_what_a_trace_reads_is_what_the_sampler_saw():
   """Step by step, the estimate is the log-probability that each token was chosen with."""
   lm, params = tiny_model(VOCAB)
   sampler = SamplerConfig(gen_length=LENGTH, block_length=4, steps=STEPS, temperature=1.0)
-  flat = lambda x: x.reshape(P * G, -1)
-  each = lambda x: jnp.repeat(x, G, axis=0)
-  canvas = jnp.where(GROUPS.hinted, GROUPS.completion, MASK)
+  flat = lambda x: np.asarray(x).reshape(P * G, -1)
+  each = lambda x: np.repeat(x, G, axis=0)
+  canvas = np.where(GROUPS.hinted, GROUPS.completion, MASK)
   completion, step, logp, finite = sample_rows(
     lm, params, each(GROUPS.prompt), each(GROUPS.prompt_valid), flat(canvas), flat(GROUPS.hinted),
     jax.random.split(jax.random.key(3), P * G), sampler,
@@ -500,7 +500,7 @@ def test_what_a_trace_reads_is_what_the_sampler_saw():
   grouped = lambda x: x.reshape(P, G, LENGTH)
   groups = dataclasses.replace(GROUPS, completion=grouped(completion), commit_step=grouped(step))
   estimator = Trace(shrink=1, hints="context")
-  views = views_of(estimator, groups, KEYS, 0, SIZES)
+  views = drawn(estimator, groups, KEYS, 0, SIZES)
   read = jax.jit(read_views, static_argnums=(0, 2, 5))(lm, params, estimator, groups, views, SIZES)
   filled = np.asarray(grouped(logp)) == 0  # hints, and what early stopping filled
   assert finite.all() and (filled >= np.asarray(GROUPS.hinted)).all() and (~filled).sum() > 50
