@@ -455,6 +455,14 @@ def assert_same_rollout(left, right):
   jax.tree.map(np.testing.assert_array_equal, bare(left), bare(right))
 
 
+def assert_same_rows(left, right):
+  """As `assert_same_rollout`, of the rows of samples.jsonl, where they have four decimals."""
+  logps = lambda rows: np.array([row["commit_logp"] for row in rows])
+  np.testing.assert_allclose(logps(left), logps(right), atol=1.1e-4)
+  bare = lambda rows: [row | {"commit_logp": None} for row in rows]
+  assert bare(left) == bare(right)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("exploration", "slices"), [("inpaint", 2), ("inpaint", 3), ("inpaint", 6), ("resample", 3)]
@@ -464,7 +472,8 @@ def test_slices_of_like_length_explore_what_the_whole_batch_does(
 ):
   plain = unsorted[exploration]
   sliced = ragged(BUCKETS, sample_slices=slices, exploration=exploration)
-  assert sliced.rows == plain.rows and sliced.metrics == plain.metrics
+  assert_same_rows(sliced.rows, plain.rows)
+  assert sliced.metrics == plain.metrics
   assert_same_rollout(sliced.rollout, plain.rollout)
   expected = queues([12, 9, 8, 5, 4, 3], slices)
   assert shapes[: len(expected)] == expected
