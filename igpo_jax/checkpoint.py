@@ -38,7 +38,10 @@ STEP_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, with what we add to it
 ARRAYS = "default"  # Orbax's folder of a step's arrays
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's end of the name of what it is still writing
 DISK = (*disk.FAILURES, errno.ENOENT)  # of a folder that vanished, too
-_FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+_FULL = {
+  os.strerror(errno.ENOSPC): "no space left on the device",
+  os.strerror(errno.EDQUOT): "the disk quota is used up",
+}
 # Words of errors that say nothing about the files: another look may succeed.
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "CANCELLED", "ABORTED")
 
@@ -172,7 +175,7 @@ class Checkpoints:
     last = self.latest()
     what = f"the checkpoint of step {step} ({in_bytes(size)})"
     if why in _FULL:
-      line = f"no space left on the device: {what} does not fit in {self.directory}; free some"
+      line = f"{_FULL[why]}: {what} does not fit in {self.directory}; free some"
     else:
       line = f"{what} cannot be written to {self.directory} ({why}); see to the disk"
     return f"{line} and start the same command again, which continues from " + (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import pytest
 
 from igpo_jax import cli
 from igpo_jax.errors import UserError
+from igpo_jax.io import disk
 from igpo_jax.train import lock as module
 from igpo_jax.train import workdir as workdir_module
 from igpo_jax.train.lock import FILE, WorkdirLock
@@ -218,7 +218,7 @@ def test_however_a_run_ends_its_workdir_is_free(how, tmp_path, monkeypatch):
   assert not (tmp_path / FILE).exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", disk.FAILURES)
 def test_a_disk_that_fails_in_a_run_is_one_line_and_a_bug_is_not(number, tmp_path):
   advice = rf"workdir {tmp_path}: .*start the same command again"
   with pytest.raises(UserError, match=advice), workdir_module.disk_told(tmp_path):

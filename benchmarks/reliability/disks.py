@@ -1,12 +1,15 @@
-"""Broken disks: damaged checkpoints, and disks that are full, read-only, gone or do not rename.
+"""Broken disks: damaged checkpoints; disks that are full, read-only, gone, slow or do not rename.
 
 A case is a run of the loop of training (`stage`) that something happens to, and what the same
 command makes of it afterwards. Lost are a result that is not the uninterrupted run's, bit for bit,
 an error that is no line for a user, and files left over.
 
 Damage is done to the newest checkpoint of a run that was killed; the run must go on from the one
-before, or from this one if the damage does no harm. Disks of limited size are tmpfs mounts, for
-which a process needs the right to mount; without it those cases are skipped, and said to be.
+before, or from this one if the damage does no harm. Disks of limited size, or with room for a
+limited number of files, are tmpfs mounts, for which a process needs the right to mount; without it
+those cases are skipped, and said to be. A slow disk, one that refuses a rename, and one whose quota
+is used up are stand-ins: Python's own calls sleep or fail for paths of the run (not the writes of
+arrays, which tensorstore makes).
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import os
 import pathlib
 import random
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -32,7 +37,8 @@ from igpo_jax.io.jsonl import Row
 
 COUNTS = {
   "flip": 120, "cut": 30, "zeros": 30, "missing": 30, "folder missing": 5, "leftover": 15,
-  "tail": 20, "full": 30, "read-only": 15, "gone": 15, "rename": 30,
+  "tail": 20, "full": 30, "read-only": 15, "gone": 15, "rename": 30, "files": 20, "quota": 20,
+  "slow": 10,
 }  # fmt: skip
 NEWEST = "4"  # of the run that is damaged
 MAY_STAY = {"metrics.jsonl", "samples.jsonl", "checkpoints", "last.npy"}
@@ -142,6 +148,8 @@ def on_disk(kind: str, draw: random.Random, folder: epath.Path) -> Row:
   if not may_mount():
     return {"tried": 0, "lost": [], "skipped": "no right to mount a tmpfs"}
   size = f"{draw.randrange(40, 320)}k" if kind == "full" else "64m"
+  if kind == "files":
+    size += f",nr_inodes={draw.randrange(8, 120)}"
   step = draw.randrange(stage.STEPS)
   workdir = folder / "disk" / "run"
   workdir.parent.mkdir()
@@ -154,8 +162,8 @@ def on_disk(kind: str, draw: random.Random, folder: epath.Path) -> Row:
         shutil.rmtree(workdir)
 
     first, lost = attempted(workdir, harm)
-    remount("rw,size=64m")
-    if kind != "full" and not first:
+    remount("rw,size=64m,nr_inodes=100k")
+    if kind not in ("full", "files") and not first:
       lost.append("nothing was noticed")
     said = stage.run(workdir)
     return {"what": f"{size}, step {step}", "first": first, "lost": lost + checked(workdir, said)}
@@ -173,32 +181,60 @@ def attempted(workdir: epath.Path, harm: Callable[[int], None]) -> tuple[str, li
   return "", []
 
 
-def rename(kind: str, draw: random.Random, folder: epath.Path) -> Row:
-  """One of the renames fails, as on a network disk that was away for a moment."""
-  workdir, left = folder / "run", [draw.randrange(1, 21)]
+CALLS = ("os.rename", "os.replace", "os.mkdir", "io.open", "builtins.open")
 
-  def failing(real):
-    def call(*args, **kwargs):
-      left[0] -= 1
-      if left[0] == 0:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
-      return real(*args, **kwargs)
+
+@contextlib.contextmanager
+def standing_in(workdir: epath.Path, before: Callable[[str, str], None]) -> Iterator[None]:
+  """Calls `before(name of the call, path)` when a path of the run is renamed, made or written."""
+
+  def wrapped(name, real):
+    def call(path, *args, **kwargs):
+      mode = str(args[0] if args else kwargs.get("mode", "r")) if name.endswith("open") else "w"
+      if str(path).startswith(str(workdir)) and set(mode) & set("wax+"):
+        before(name, str(path))
+      return real(path, *args, **kwargs)
 
     return call
 
-  number = left[0]
-  with (
-    mock.patch("os.rename", failing(os.rename)),
-    mock.patch("os.replace", failing(os.replace)),
-  ):
+  with contextlib.ExitStack() as stack:
+    for name in CALLS:
+      module, _, function = name.partition(".")
+      real = getattr(importlib.import_module(module), function)
+      stack.enter_context(mock.patch(name, wrapped(name, real)))
+    yield
+
+
+def stand_in(kind: str, draw: random.Random, folder: epath.Path) -> Row:
+  """One of the renames fails, as on a network disk that was away for a moment; or a quota is used
+  up at some call, for good; or each call takes up to a twentieth of a second."""
+  workdir, number, count = folder / "run", draw.randrange(1, 21), 0
+  told = draw.random() < 0.5  # whether the error names the file
+
+  def before(name: str, path: str) -> None:
+    nonlocal count
+    if kind == "slow":
+      time.sleep(draw.uniform(0, 0.05))
+    elif kind == "quota" or name in ("os.rename", "os.replace"):
+      count += 1
+      if count == number or (kind == "quota" and count > number):
+        code = errno.EDQUOT if kind == "quota" else errno.EIO
+        raise OSError(code, os.strerror(code), *([path] if told or kind == "rename" else []))
+
+  with standing_in(workdir, before):
     first, lost = attempted(workdir, lambda n: None)
+  if (kind == "slow" and first) or (kind == "quota" and not first):
+    lost.append(first or "nothing was noticed")
   said = stage.run(workdir)
-  return {"what": f"rename {number}", "first": first, "lost": lost + checked(workdir, said)}
+  return {"what": f"{kind} {number}", "first": first, "lost": lost + checked(workdir, said)}
 
 
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
   kind, draw = case.partition("/")[0], random.Random(f"{case} {seed}")
-  how = {"full": on_disk, "read-only": on_disk, "gone": on_disk, "rename": rename}.get(kind, damage)
+  how = {
+    **dict.fromkeys(("full", "files", "read-only", "gone"), on_disk),
+    **dict.fromkeys(("rename", "quota", "slow"), stand_in),
+  }.get(kind, damage)
   try:
     return how(kind, draw, folder)
   except (Exception, SystemExit) as error:
@@ -207,7 +243,7 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
 
 CAMPAIGN = Campaign(
   "disks",
-  "damaged checkpoints; disks that are full, read-only, gone or do not rename",
+  "damaged checkpoints; disks that are full, read-only, gone, slow or do not rename",
   functools.partial(mixed, COUNTS),
   attempt,
 )

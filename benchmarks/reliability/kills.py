@@ -20,7 +20,6 @@ cache that is full; where the case says "compiling", in one that begins empty an
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -32,6 +31,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from etils import epath
@@ -57,11 +57,20 @@ PATIENCE = 900.0  # seconds for a start to finish, on a busy machine
 TIMES = ("compile_seconds.json", "report.html", "curves.png", "table.md", "summary.json")
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path, processes: int = 1) -> list[int]:
-  """Begins or continues the run in processes of their own; returns the process ids."""
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+def start(
+  workdir: pathlib.Path,
+  cache: pathlib.Path,
+  processes: int = 1,
+  before: Callable[[int], Sequence[str]] = lambda index: (),
+  port: int = 0,
+) -> list[int]:
+  """Begins or continues the run in processes of their own; returns the process ids.
+
+  Args:
+    before: called in process `index` before the run; returns further words of its command line.
+    port: the coordinator's; 0 for a free one.
+  """
+  port = port or free_port()
   pids = []
   for index in range(processes):
     pid = os.fork()
@@ -69,9 +78,15 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, processes: int = 1) -> lis
       if processes > 1:
         os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
         os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PROCESS_ID"] = f"{processes}", f"{index}"
-      _run(workdir, cache, log_of(workdir, index))
+      _run(workdir, cache, log_of(workdir, index), lambda index=index: before(index))
     pids.append(pid)
   return pids
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
 
 
 def log_of(workdir: pathlib.Path, index: int) -> pathlib.Path:
@@ -79,7 +94,9 @@ def log_of(workdir: pathlib.Path, index: int) -> pathlib.Path:
   return workdir.with_name(f"{workdir.name}.{index}.log")
 
 
-def _run(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path) -> NoReturn:
+def _run(
+  workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path, before: Callable[[], Sequence[str]]
+) -> NoReturn:
   """The run, in a process that was just forked."""
   code = 1
   try:
@@ -91,7 +108,7 @@ def _run(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path) -> NoRet
     from igpo_jax import main as training
 
     words = [f"--config={CONFIG}", f"--workdir={workdir}", f"--config.compilation_cache={cache}"]
-    cli.run(lambda: training.main(words))
+    cli.run(lambda: training.main([*words, *before()]))
   except SystemExit as error:
     code = error.code if isinstance(error.code, int) else 1
   finally:
@@ -109,7 +126,7 @@ def wait(
   """
   until = time.monotonic() + seconds
   while time.monotonic() < until:
-    if all(map(_ended, pids)):
+    if all(map(has_ended, pids)):
       return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     if cpu_seconds(pids[chosen]) >= cpu:
       return None
@@ -123,7 +140,7 @@ def cpu_seconds(pid: int) -> float:
   return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
   """Whether a child has ended; its exit code stays for `waitpid`."""
   found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
   return found is not None
@@ -158,7 +175,7 @@ def peace(folder: pathlib.Path, cache: pathlib.Path, processes: int) -> pathlib.
     if not file.exists():
       shutil.rmtree(workdir, ignore_errors=True)
       pids = start(workdir, cache, processes)
-      while not all(map(_ended, pids)):
+      while not all(map(has_ended, pids)):
         time.sleep(0.05)
       used = cpu_seconds(pids[0])
       codes = wait(pids)
@@ -302,8 +319,9 @@ def differences(expected: dict[str, object], found: dict[str, object]) -> list[s
   return lost + [f"another {name}" for name in sorted(both) if expected[name] != found[name]]
 
 
-def attempt(case: str, seed: int, folder: epath.Path) -> Row:
-  command = [sys.executable, "-m", "benchmarks.reliability.kills", case, str(seed), str(folder)]
+def attempt(case: str, seed: int, folder: epath.Path, module: str = __name__) -> Row:
+  """Tries a case of a module in a process that has not used jax."""
+  command = [sys.executable, "-m", module, case, str(seed), str(folder)]
   environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
   if done.returncode:
@@ -311,18 +329,22 @@ def attempt(case: str, seed: int, folder: epath.Path) -> Row:
   return json.loads(done.stdout)
 
 
-CAMPAIGN = Campaign(
-  "kills",
-  "a whole tiny run, killed and started again",
-  functools.partial(mixed, COUNTS),
-  attempt,
-)
-
-if __name__ == "__main__":
+def try_one(one_case: Callable[[str, int, pathlib.Path], Row]) -> None:
+  """The other side of `attempt`: the case of the command line, and its row on stdout."""
   # What a run would import, and no backend.
-  import matplotlib.backends.backend_agg
-  import matplotlib.figure  # noqa: F401
 
   import igpo_jax.train.run  # noqa: F401
 
   print(json.dumps(one_case(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]))))
+
+
+CAMPAIGN = Campaign(
+  "kills",
+  "a whole tiny run, killed and started again",
+  # One process first: they cost less.
+  lambda seed: sorted(mixed(COUNTS, seed), key=lambda case: " of " in case),
+  attempt,
+)
+
+if __name__ == "__main__":
+  try_one(one_case)

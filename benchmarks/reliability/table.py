@@ -14,6 +14,8 @@ from etils import epath
 
 from igpo_jax.io.jsonl import Row, row_file
 
+SPOILT = "IGPO_RELIABILITY_REWARD"  # a variable of the environment, see `tiny_run`
+
 
 def untimed(path: pathlib.Path | epath.Path) -> list[Row]:
   """The rows of a JSON-lines file without what no two runs have the same: times."""

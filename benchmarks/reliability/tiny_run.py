@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 
+from benchmarks.reliability.table import SPOILT
 from igpo_jax.config import default_config
 from igpo_jax.rewards.score import Verdict, register_reward, register_verifier
 
-SPOILT = "IGPO_RELIABILITY_REWARD"
 _calls = itertools.count()
 
 
