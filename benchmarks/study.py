@@ -157,15 +157,15 @@ def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
 
 
 def read_command(
-  description: str, option: str, known: Iterable[str], seeds: int = 5
+  description: str, option: str, known: Iterable[str], seeds: int = 5, first: int = 0
 ) -> argparse.Namespace:
-  """Reads the command line: --OPTION=NAME,... or --all, --smoke, --workdir and --seeds.
+  """Reads the command line: --OPTION=NAME,... or --all, --smoke, --workdir, --seeds and --first.
 
   Args:
     description: of the command.
     option: what is chosen from, such as "methods".
     known: the names that there are.
-    seeds: how many are the default.
+    seeds, first: how many seeds there are by default, and the first of them.
 
   Returns:
     `names` that were chosen, `smoke`, `workdir`, and `seeds`, a range.
@@ -182,17 +182,18 @@ def read_command(
   parser.add_argument("--smoke", action="store_true", help="on next to nothing")
   parser.add_argument("--workdir", type=epath.Path, required=True)
   parser.add_argument("--seeds", type=int, default=0, help=f"default: {seeds}")
+  parser.add_argument("--first", type=int, default=first, help=f"first seed; default: {first}")
   args = parser.parse_args()
   chosen = getattr(args, option)
   if bool(chosen) == args.all:
     raise UserError(f"give --{option}=NAME,... or --all")
-  if args.seeds < 0:
-    raise UserError("--seeds must be positive")
+  if args.seeds < 0 or args.first < 0:
+    raise UserError("--seeds must be positive, and --first not negative")
   args.names = chosen.split(",") if chosen else known
   for name in args.names:
     if name not in known:
       raise UserError(f"--{option}: {name!r} is not one of {', '.join(known)}")
-  args.seeds = range(args.seeds or (1 if args.smoke else seeds))
+  args.seeds = range(args.first, args.first + (args.seeds or (1 if args.smoke else seeds)))
   return args
 
 

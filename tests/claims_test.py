@@ -91,7 +91,7 @@ def test_seeds_on_long_traces_have_networks_problems_and_sft_runs_of_their_own(t
 
 def test_a_regime_changes_all_arms_in_what_it_says_and_nothing_else():
   for name, regime in regimes.REGIMES.items():
-    for arm in regimes.ARMS:
+    for arm in regime.arms:
       plain = flat(long_traces.make_config(arm, 100))
       task = regimes.Task(regimes.run_of(name, arm), 100, epath.Path("x"), smoke=False)
       config = flat(task.config)
@@ -108,12 +108,14 @@ def test_a_run_of_another_length_is_read_where_those_end_that_it_is_compared_wit
     return {"accuracy": [[8 * k, a] for k, a in enumerate(accuracies)],
             "curves": {"all_wrong_after": flat, "extra_correct": flat}}  # fmt: skip
 
-  results = {(f"tau_1.{arm}", 100): curve(0.1, 0.2, 0.2, 0.2, last)
+  results = {(f"tau_1-{arm}", 100): curve(0.1, 0.2, 0.2, 0.2, last)
              for arm, last in (("igpo", 0.6), ("full_hints", 0.4))}  # fmt: skip
-  results["longer.grpo", 100] = curve(0.1, 0.1, 0.1, 0.1, 0.3, 0.9, 0.0)
-  table, (row,) = regimes.compare(results, ["mu_4", "tau_1"], [100])  # of mu 4 nothing is there
-  assert row["end"] == {"igpo": [0.6], "full_hints": [0.4], "grpo": [0.3]}
-  assert row["partial - full"] == pytest.approx([0.2])
+  results["longer-grpo", 100] = curve(0.1, 0.1, 0.1, 0.1, 0.3, 0.9, 0.0)
+  table, rows = regimes.compare(results, ["mu_4", "tau_1"], [100])  # of mu 4 nothing is there
+  assert {row["arm"]: row["end"] for row in rows} == {
+    "igpo": [0.6], "full_hints": [0.4], "grpo": [0.3]
+  }  # fmt: skip
+  assert [row["IGPO ahead"] for row in rows] == [[0.0], pytest.approx([0.2]), pytest.approx([0.3])]
   (line,) = (line for line in table.splitlines() if "GRPO" in line)
   assert [cell.strip() for cell in line.split("|")][3:7] == ["0.100", "0.300", "-", "0.000"]
 

@@ -1,13 +1,14 @@
 """Claim 4 on long traces, in other regimes: where are partial hints better than full ones?
 
     python -m benchmarks.claims.regimes --all --workdir=runs/regimes [--seeds=1]
-    python -m benchmarks.claims.regimes --regimes=noise_0.5,mu_8 --workdir=runs/regimes
+    python -m benchmarks.claims.regimes --regimes=exact --first=0 --seeds=5 --workdir=runs/exact
     python -m benchmarks.claims.regimes --all --smoke --workdir=DIR
 
 A regime changes something in all three arms of claim 4 (benchmarks/claims/long_traces.py): partial
-hints, full hints and none. Its seeds, 100 and further, are not those of the study. One seed is for
-finding a regime. It does not answer anything, and what it suggests has to be seen again with
-more seeds.
+hints, full hints and none. By default there is one seed, 100, which the study does not use, and
+that is for finding a regime. It answers nothing: what it suggests has to be seen again, on other
+seeds (`--first`, `--seeds`). With exact rollouts, where hints teach most, some arms of the other
+claims are compared, too.
 
 A finished run is kept in seedS/RUN.json and is not made again; table.md and results.json are
 written after every regime.
@@ -45,13 +46,20 @@ class Regime:
     label: its name in the table.
     changes: options, by dotted name.
     rl: options of the RL stage's source, which are appended to its URI.
-    of_hints: whether it changes only how hints are used. Then GRPO is the study's.
+    of_hints: whether it changes only how hints are used. Then GRPO is that of the longer study.
+    further: arms of the other claims that are compared in it.
   """
 
   label: str
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   rl: str = ""
   of_hints: bool = False
+  further: Sequence[str] = ()
+
+  @property
+  def arms(self) -> tuple[str, ...]:
+    """All arms that are compared in it."""
+    return (*ARMS, *self.further)
 
 
 LONGER = "longer"
@@ -62,7 +70,8 @@ REGIMES = {
   "tau_0.5": Regime("tau 0.5", {"objective.entropy_keep": 0.5}, of_hints=True),
   "tau_1": Regime("tau 1, no filter", {"objective.entropy_keep": 1.0}, of_hints=True),
   "exact": Regime("exact rollouts, a token a step",
-                  {"sampler.cache": "none", "sampler.steps": RIDES * SENTENCE}),
+                  {"sampler.cache": "none", "sampler.steps": RIDES * SENTENCE},
+                  further=("most_hints", "leak", "noise_0.3", "tau_1")),
   "mu_4": Regime("mu 4", {"rl.inner_updates": 4}),
   "mu_8": Regime("mu 8", {"rl.inner_updates": 8}),
   "fast": Regime("learning rate 3e-3", {"rl_optimizer.learning_rate": HIGH_RATE}),
@@ -72,16 +81,16 @@ REGIMES = {
 
 def run_of(regime: str, arm: str) -> str:
   """The name of the run of an arm in a regime."""
-  return f"{LONGER if arm == NONE and REGIMES[regime].of_hints else regime}.{arm}"
+  return f"{LONGER if arm == NONE and REGIMES[regime].of_hints else regime}-{arm}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(study.Task):
-  """One run, named "REGIME.ARM"."""
+  """One run, named "REGIME-ARM"."""
 
   @property
   def config(self) -> Config:
-    name, _, arm = self.name.rpartition(".")
+    name, _, arm = self.name.partition("-")
     regime = REGIMES[name]
     changes = dict(regime.changes)
     if self.smoke:
@@ -100,48 +109,52 @@ def until(result: dict, end: int) -> dict:
 
 
 def compare(results: Results, regimes: Sequence[str], seeds: Sequence[int]) -> tuple[str, list]:
-  """(Markdown table, its rows as JSON values) of the regimes whose runs are all there."""
+  """(Markdown table, its rows as JSON values) of the runs that are there for all seeds."""
   lines, rows = [], []
   for regime in regimes:
-    runs = {arm: [results.get((run_of(regime, arm), seed)) for seed in seeds] for arm in ARMS}
-    if not all(result for of in runs.values() for result in of):
+    runs = {
+      arm: [results[run_of(regime, arm), seed] for seed in seeds]
+      for arm in REGIMES[regime].arms
+      if all((run_of(regime, arm), seed) in results for seed in seeds)
+    }
+    if PARTIAL not in runs:
       continue
     end = runs[PARTIAL][0]["accuracy"][-1][0]  # GRPO's run may be of a longer regime
-    runs = {arm: [until(result, end) for result in of] for arm, of in runs.items()}
-    early = {arm: [AFTER.of(until(result, STEPS)) for result in of] for arm, of in runs.items()}
-    late = {arm: [AFTER.of(result) for result in of] for arm, of in runs.items()}
-    ahead = [a - b for a, b in zip(late[PARTIAL], late[FULL], strict=True)]
-    rows.append({"regime": regime, "partial - full": ahead, f"step {STEPS}": early, "end": late})
+    last = {arm: [AFTER.of(until(r, end)) for r in of] for arm, of in runs.items()}
     for arm, of in runs.items():
+      of = [until(result, end) for result in of]
+      early = [AFTER.of(until(result, STEPS)) for result in of]
+      ahead = [a - b for a, b in zip(last[PARTIAL], last[arm], strict=True)]
       measures = [in_words([m.of(r) for r in of]) for m in (FALL, LEFT, EXTRA)]
       lines.append([
         REGIMES[regime].label, long_traces.ARMS[arm].label, in_words([BEFORE.of(r) for r in of]),
-        in_words(early[arm]), in_words(late[arm]) if end > STEPS else "-",
+        in_words(early), in_words(last[arm]) if end > STEPS else "-",
         *(measures if arm != NONE else [*measures[:2], "-"]),
-        in_words(ahead, signed=True) if arm == PARTIAL else "",
+        "-" if arm == PARTIAL else in_words(ahead, signed=True),
       ])  # fmt: skip
+      rows.append({"regime": regime, "arm": arm, f"step {STEPS}": early, "end": last[arm],
+                   "IGPO ahead": ahead})  # fmt: skip
   head = ["regime", "arm", BEFORE.label, f"after {STEPS} steps", "at the end",
-          *(m.label for m in (FALL, LEFT, EXTRA)), "partial - full"]  # fmt: skip
+          *(m.label for m in (FALL, LEFT, EXTRA)), "IGPO - this arm"]  # fmt: skip
   return markdown(head, lines), rows
 
 
 def main() -> None:
-  args = read_command(__doc__, "regimes", REGIMES, seeds=1)
+  args = read_command(__doc__, "regimes", REGIMES, seeds=1, first=FIRST_SEED)
   use_cache()
   workdir: epath.Path = args.workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  seeds = [FIRST_SEED + k for k in args.seeds]
   results: Results = {}
   printed = ""
   with hold(workdir):
     shared = long_traces.share(workdir, args.smoke)
     for regime in args.names:
-      for seed in seeds:
-        for arm in ARMS:
+      for seed in args.seeds:
+        for arm in REGIMES[regime].arms:
           task = Task(run_of(regime, arm), seed, workdir, args.smoke)
           results[task.name, seed] = finished(task) or perform(task, shared)
-      printed = write_results(workdir, *compare(results, args.names, seeds), results,
-                              {"seeds": seeds})  # fmt: skip
+      printed = write_results(workdir, *compare(results, args.names, args.seeds), results,
+                              {"seeds": list(args.seeds)})  # fmt: skip
   print(printed)
 
 
