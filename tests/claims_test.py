@@ -91,7 +91,7 @@ def test_seeds_on_long_traces_have_networks_problems_and_sft_runs_of_their_own(t
 
 def test_a_regime_changes_all_arms_in_what_it_says_and_nothing_else():
   for name, regime in regimes.REGIMES.items():
-    for arm in regime.arms:
+    for arm in regimes.ARMS:
       plain = flat(long_traces.make_config(arm, 100))
       task = regimes.Task(regimes.run_of(name, arm), 100, epath.Path("x"), smoke=False)
       config = flat(task.config)

@@ -7,8 +7,7 @@
 A regime changes something in all three arms of claim 4 (benchmarks/claims/long_traces.py): partial
 hints, full hints and none. By default there is one seed, 100, which the study does not use, and
 that is for finding a regime. It answers nothing: what it suggests has to be seen again, on other
-seeds (`--first`, `--seeds`). With exact rollouts, where hints teach most, some arms of the other
-claims are compared, too.
+seeds (`--first`, `--seeds`).
 
 A finished run is kept in seedS/RUN.json and is not made again; table.md and results.json are
 written after every regime.
@@ -47,21 +46,15 @@ class Regime:
     changes: options, by dotted name.
     rl: options of the RL stage's source, which are appended to its URI.
     of_hints: whether it changes only how hints are used. Then GRPO is that of the longer study.
-    further: arms of the other claims that are compared in it.
   """
 
   label: str
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   rl: str = ""
   of_hints: bool = False
-  further: Sequence[str] = ()
-
-  @property
-  def arms(self) -> tuple[str, ...]:
-    """All arms that are compared in it."""
-    return (*ARMS, *self.further)
 
 
+EXACT = {"sampler.cache": "none", "sampler.steps": RIDES * SENTENCE}
 LONGER = "longer"
 REGIMES = {
   LONGER: Regime("as in the study, 80 steps", {"rl.steps": 80}),
@@ -69,9 +62,8 @@ REGIMES = {
   "noise_0.5": Regime("half of the stops wrong", rl="&noise=0.5", of_hints=True),
   "tau_0.5": Regime("tau 0.5", {"objective.entropy_keep": 0.5}, of_hints=True),
   "tau_1": Regime("tau 1, no filter", {"objective.entropy_keep": 1.0}, of_hints=True),
-  "exact": Regime("exact rollouts, a token a step",
-                  {"sampler.cache": "none", "sampler.steps": RIDES * SENTENCE},
-                  further=("most_hints", "leak", "noise_0.3", "tau_1")),
+  "exact": Regime("exact rollouts, a token a step", EXACT),
+  "exact_longer": Regime("exact rollouts, 64 steps", EXACT | {"rl.steps": 64}),
   "mu_4": Regime("mu 4", {"rl.inner_updates": 4}),
   "mu_8": Regime("mu 8", {"rl.inner_updates": 8}),
   "fast": Regime("learning rate 3e-3", {"rl_optimizer.learning_rate": HIGH_RATE}),
@@ -114,7 +106,7 @@ def compare(results: Results, regimes: Sequence[str], seeds: Sequence[int]) -> t
   for regime in regimes:
     runs = {
       arm: [results[run_of(regime, arm), seed] for seed in seeds]
-      for arm in REGIMES[regime].arms
+      for arm in ARMS
       if all((run_of(regime, arm), seed) in results for seed in seeds)
     }
     if PARTIAL not in runs:
@@ -150,7 +142,7 @@ def main() -> None:
     shared = long_traces.share(workdir, args.smoke)
     for regime in args.names:
       for seed in args.seeds:
-        for arm in REGIMES[regime].arms:
+        for arm in ARMS:
           task = Task(run_of(regime, arm), seed, workdir, args.smoke)
           results[task.name, seed] = finished(task) or perform(task, shared)
       printed = write_results(workdir, *compare(results, args.names, args.seeds), results,
