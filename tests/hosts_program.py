@@ -25,7 +25,7 @@ from igpo_jax.parallel.mesh import make_mesh
 from igpo_jax.parallel.sharding import tree_shardings
 from igpo_jax.train.loop import Run, Stage, run_stage
 from igpo_jax.train.runlog import RunLog
-from igpo_jax.train.setup import make_optimizer, make_state
+from igpo_jax.train.setup import make_optimizer, new_state, state_shardings
 from igpo_jax.train.workdir import open_workdir
 
 MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=4, mlp_hidden=64, vocab_size=24, mask_id=1)
@@ -33,14 +33,21 @@ STEPS = 6
 
 
 def fresh(mesh, seed=0):
-  """A TrainState of the tiny model with AdamW's moments, laid out over a mesh."""
-  lm = make_lm(MODEL)
-  shardings = tree_shardings(lm.logical_axes(), mesh)
-  params = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(seed))
-  state = make_state(make_optimizer(OptimizerConfig(), 9), params, shardings, mesh)
-  # Every array gets numbers of its own: fresh moments are all zero.
-  filled = jax.jit(lambda s: jax.tree.map(lambda x: (x + seed + x.size % 7).astype(x.dtype), s))
-  return filled(state)
+  """A TrainState of the tiny model with AdamW's moments, laid out over a mesh.
+
+  Every array gets numbers of its own: fresh moments are all zero. The step is 1 + seed. numpy makes
+  them, as a program that does takes long to compile on each mesh.
+  """
+  lm, optimizer = make_lm(MODEL), make_optimizer(OptimizerConfig(), 9)
+  params = jax.eval_shape(lm.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda params: new_state(optimizer, params), params)
+  places = state_shardings(optimizer, params, tree_shardings(lm.logical_axes(), mesh), mesh)
+
+  def fill(x, place):
+    whole = np.arange(x.size).reshape(x.shape) + seed + x.size % 7
+    return jax.make_array_from_callback(x.shape, place, whole.astype(x.dtype).__getitem__)
+
+  return jax.tree.map(fill, shapes, places)
 
 
 def numbers(tree):
