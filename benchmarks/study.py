@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -141,6 +142,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> dict[tuple[str, int], dict[str,
 def begin_worker(numbers, cores: list[int], jobs: int, parent: int) -> None:
   """Starts a worker process: gives it its own cores, and ends it when its parent ends."""
   number = numbers.get()
+  gc.set_threshold(*cli.SEARCH_AFTER)  # as every command
   if cores and jobs > 1:
     os.sched_setaffinity(0, cores[number % len(cores) :: jobs])
 

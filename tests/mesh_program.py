@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -65,6 +66,24 @@ def sgd_with_gradient(rate: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(zeros, step)
 
 
+def adamw_beside(sgd: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`sgd`, whose gradients AdamW follows with a copy of the parameters: one program for both.
+
+  The state is (state of `sgd`, state of AdamW, its copy).
+  """
+  adamw = optax.adamw(1e-3)
+
+  def init(params):
+    return sgd.init(params), adamw.init(params), jax.tree.map(lambda x: x, params)
+
+  def update(grads, state, params):
+    updates, first = sgd.update(grads, state[0], params)
+    moves, second = adamw.update(grads, state[1], state[2])
+    return updates, (first, second, optax.apply_updates(state[2], moves))
+
+  return optax.GradientTransformation(init, update)
+
+
 class Silent:
   """A tokenizer that reads nothing and a grader that calls everything wrong."""
 
@@ -91,12 +110,18 @@ def flat(tree) -> list[float]:
   return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)]).tolist()
 
 
+@functools.lru_cache
+def fresh(config: ModelConfig):
+  """Parameters of a model, the same for all meshes, as numpy arrays."""
+  return jax.tree.map(np.asarray, jax.jit(make_lm(config).init)(jax.random.key(0)))
+
+
 def run(name: str, config: ModelConfig, shape, data) -> dict:
   """SFT updates, sampled rollouts and policy updates on one mesh."""
   tokens, valid, response, advantages = data
   mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
   lm = make_lm(config)
-  first = jax.tree.map(np.asarray, jax.jit(lm.init)(jax.random.key(0)))
+  first = fresh(config)
   with jax.set_mesh(mesh):
     shardings = tree_shardings(lm.logical_axes(), mesh)
     params = jax.device_put(first, shardings)
@@ -106,16 +131,19 @@ def run(name: str, config: ModelConfig, shape, data) -> dict:
     rows = shard_rows(mesh, (tokens, valid, response))
     out = {}
 
-    # SFT: three steps of SGD and of AdamW
-    sft = SFTConfig(batch_size=16, micro_batches=2)
-    optimizers = {"sgd": sgd_with_gradient(0.1), "adamw": optax.adamw(1e-3)}
-    for rule, optimizer in optimizers.items() if config is MODEL else [*optimizers.items()][:1]:
-      state, update = state_of(optimizer), make_sft_update(lm, optimizer, sft)
-      for i in range(3):
-        state, metrics = update(state, frozen, *rows, jax.random.key(i))
-        if rule == "sgd" and i == 0:
-          out["sft_gradient"], out["sft_loss"] = flat(state.opt_state), float(metrics["loss"])
-      out[f"sft_{rule}"] = flat(state.params)
+    # SFT: three steps of SGD, and of AdamW where it is looked at
+    sgd = sgd_with_gradient(0.1)
+    optimizer = adamw_beside(sgd) if config is MODEL else sgd
+    update = make_sft_update(lm, optimizer, SFTConfig(batch_size=16, micro_batches=2))
+    state = state_of(optimizer)
+    for i in range(3):
+      state, metrics = update(state, frozen, *rows, jax.random.key(i))
+      if i == 0:
+        gradient = state.opt_state[0] if config is MODEL else state.opt_state
+        out["sft_gradient"], out["sft_loss"] = flat(gradient), float(metrics["loss"])
+    out["sft_sgd"] = flat(state.params)
+    if config is MODEL:
+      out["sft_adamw"] = flat(state.opt_state[2])
 
     # rollouts: 8 prompts x 4, all at once; on some meshes also in slices of like length
     prompts = PromptBatch(
