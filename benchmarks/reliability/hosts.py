@@ -32,6 +32,7 @@ from etils import epath
 
 from benchmarks.reliability import kills
 from benchmarks.reliability.kills import LEAVE, PATIENCE, Victim, differences, left_by, wait
+from benchmarks.reliability.nonfinite import skipped
 from benchmarks.reliability.table import SPOILT, Campaign
 from igpo_jax.io.jsonl import Row
 
@@ -192,12 +193,7 @@ def _whole(
     return {"lost": [f"ended with {codes}: {said}"]}
   if kind != "reward":
     return {"stops": stops, "lost": differences(left_by(peace), left_by(workdir))}
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  last = [row for row in rows if row["stage"] == "rl"][-1]
-  lost = [] if last["rl/skipped"] else ["no update was skipped"]
-  if last["rl/skipped_in_a_row"] or last["rl/grad_norm"] is None:
-    lost.append("the last update has no finite gradient")
-  return {"skipped": last["rl/skipped"], "lost": lost}
+  return skipped(workdir)
 
 
 def cases(seed: int) -> list[str]:

@@ -185,12 +185,24 @@ def reward(draw: random.Random, folder: epath.Path) -> Row:
   done = subprocess.run(command, env=os.environ | {SPOILT: spoilt}, capture_output=True, text=True)
   if done.returncode:
     return {"what": spoilt, "lost": [f"exit code {done.returncode}: {done.stderr[-600:]}"]}
+  return {"what": spoilt, **skipped(workdir)}
+
+
+def skipped(workdir: pathlib.Path) -> Row:
+  """What is wrong with a finished run in which one reward was no number.
+
+  An update is skipped for it, unless the completion was not learnt from: a hinted one that did not
+  take another's place, or one whose place was taken.
+  """
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  last = [row for row in rows if row["stage"] == "rl"][-1]
-  lost = [] if last["rl/skipped"] else ["no update was skipped"]
+  steps = [row for row in rows if row["stage"] == "rl"]
+  learnt_from = any(row["rl/reward_after"] is None for row in steps)
+  last, lost = steps[-1], []
+  if bool(last["rl/skipped"]) != learnt_from:
+    lost.append(f"{last['rl/skipped']} updates skipped, learnt from: {learnt_from}")
   if last["rl/skipped_in_a_row"] or last["rl/grad_norm"] is None:
     lost.append("the last update has no finite gradient")
-  return {"what": spoilt, "skipped": last["rl/skipped"], "lost": lost}
+  return {"skipped": last["rl/skipped"], "lost": lost}
 
 
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
