@@ -202,19 +202,22 @@ def free_port():
 
 def met(port, *processes, count=3):
   """What `door.meet` says to each of these processes of a run: "" if it goes on."""
-  said = queue.Queue()
+  said, all_met = queue.Queue(), []
 
   def come(place, index, count):
+    names = ("ADDRESS", "COUNT", "INDEX")
     try:
-      door.meet("127.0.0.1", port, count, index, ("ADDRESS", "COUNT", "INDEX"))
+      all_met.append(door.meet("127.0.0.1", port, count, index, names, leave=said.put))
       said.put((place, ""))
-    except UserError as error:
+    except (UserError, SystemExit) as error:
       said.put((place, str(error)))
 
   for place, process in enumerate(processes):
     index, own = process if isinstance(process, tuple) else (process, count)
     threading.Thread(target=come, args=(place, index, own), daemon=True).start()
   found = dict(said.get(timeout=20) for _ in processes)
+  for each in all_met:
+    each.close()
   return [found[place] for place in range(len(processes))]
 
 
@@ -250,22 +253,54 @@ def test_processes_that_do_not_belong_together_all_say_so(processes, line):
   assert met(free_port(), *processes) == [line] * 3
 
 
-def test_one_that_came_and_died_is_waited_for():
-  port, said = free_port(), queue.Queue()
-  wait_for = lambda *indices: threading.Thread(
-    target=lambda: said.put(met(port, *indices)), daemon=True
-  ).start()
-  wait_for(0)
+def knock(port, hello):
+  """A connection to a door, once it is answered."""
   until = time.monotonic() + 10
   while time.monotonic() < until:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as line:
-      line.sendall(b'{"hello": "igpo_jax", "count": 3, "index": 1}\n')
+    with contextlib.suppress(OSError):
+      line = socket.create_connection(("127.0.0.1", port), 5)
+      line.sendall(hello)
       assert b"hello" in line.recv(100)
-      break
-  wait_for(2)
-  time.sleep(3 * door.RETRY_SECONDS)
-  assert said.empty()
-  assert met(port, 1) == [""] and [said.get(timeout=10) for _ in range(2)] == [[""], [""]]
+      return line
+  raise AssertionError("nobody listens")
+
+
+def test_when_process_0_goes_before_all_are_there_the_others_end(capfd):
+  said = queue.Queue()
+  with socket.create_server(("", 0)) as server:
+    port = server.getsockname()[1]
+    threading.Thread(target=lambda: said.put(met(port, 2)), daemon=True).start()
+    line, _ = server.accept()
+    line.sendall(b'{"hello": "igpo_jax"}\n')
+  line.close()
+  assert said.get(timeout=10) == ["1"]
+  assert "error: process 0 was killed or its machine is lost before" in capfd.readouterr().err
+
+
+def test_when_another_one_goes_before_all_are_there_process_0_tells_the_others(capfd):
+  port, said = free_port(), queue.Queue()
+  threading.Thread(target=lambda: said.put(met(port, 0, count=4)), daemon=True).start()
+  hello = b'{"hello": "igpo_jax", "count": 4, "index": %d}\n'
+  other = knock(port, hello % 2)
+  knock(port, hello % 1).close()
+  assert said.get(timeout=10) == ["1"]
+  assert json.loads(other.makefile().readline()) == {"lost": 1}
+  other.close()
+  assert "error: process 1 was killed or its machine is lost before" in capfd.readouterr().err
+
+
+def test_when_one_goes_before_they_watch_each_other_the_others_end(capfd):
+  port, left, all_met = free_port(), queue.Queue(), []
+  names = ("ADDRESS", "COUNT", "INDEX")
+  first = lambda: all_met.append(door.meet("", port, 2, 0, names, leave=left.put))
+  thread = threading.Thread(target=first)
+  thread.start()
+  line = knock(port, b'{"hello": "igpo_jax", "count": 2, "index": 1}\n')
+  thread.join(10)
+  assert b"go" in line.recv(100) and left.empty()
+  line.close()
+  assert left.get(timeout=10) == 1
+  assert "error: process 1 was killed or its machine is lost" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_is_told_by_all(alone, monkeypatch):

@@ -225,6 +225,7 @@ def stand_in(kind: str, draw: random.Random, folder: epath.Path) -> Row:
     first, lost = attempted(workdir, lambda n: None)
   if (kind == "slow" and first) or (kind == "quota" and not first):
     lost.append(first or "nothing was noticed")
+  time.sleep(0.5 if first else 0)  # writes that had begun: in life their process has gone
   said = stage.run(workdir)
   return {"what": f"{kind} {number}", "first": first, "lost": lost + checked(workdir, said)}
 

@@ -8,7 +8,8 @@ CPU seconds of the process that is killed: other programs that use the machine d
 
 The run is one process, or two of which a random one is killed, or stopped (SIGSTOP). Then the other
 one has to end by itself within a minute, with one line and exit code 1; one that was stopped has to
-end, too, when it goes on.
+end, too, when it goes on. One that is killed before it has met the others is waited for, as they
+cannot know whether it was ever started: such a start is ended, and begun again.
 
 Every start is a fork of a process that has imported the package and has not used jax yet: a kill
 during an import would be a kill of nothing. Compiled programs are kept from start to start, in a
@@ -31,6 +32,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -51,8 +53,9 @@ COUNTS = {
 }
 KILLS = 5
 LEAVE = 60.0  # seconds for the other process to notice, and to end
+WATCHED = "[Gloo]"  # what the first collective prints, in which the processes begin to watch
 CONFIG = pathlib.Path(__file__).with_name("tiny_run.py")
-PATIENCE = 900.0  # seconds for a start to finish, on a busy machine
+PATIENCE = 400.0  # seconds for a start to finish, on a busy machine
 # Times of steps and compilations, of which no two runs have the same.
 TIMES = ("compile_seconds.json", "report.html", "curves.png", "table.md", "summary.json")
 
@@ -111,6 +114,8 @@ def _run(
     cli.run(lambda: training.main([*words, *before()]))
   except SystemExit as error:
     code = error.code if isinstance(error.code, int) else 1
+  except BaseException:
+    traceback.print_exc()  # as Python does when it ends
   finally:
     os._exit(code)
 
@@ -236,7 +241,10 @@ class Victim:
       codes = first
       codes.insert(self.chosen, last)
     else:
-      codes = wait(self.pids, LEAVE if others else PATIENCE)
+      # After SIGTERM the step under way is finished, and may have to be compiled first.
+      codes = wait(self.pids, LEAVE if others and self.number == signal.SIGKILL else PATIENCE)
+      if codes is None and not any(WATCHED in self.said(index) for index in range(len(self.pids))):
+        return self.end(), []  # it was killed before the others could know it, and is waited for
       if codes is None:
         return self.end(), [f"{self.workdir.name} does not end"]
     return codes, self._complaints(codes)

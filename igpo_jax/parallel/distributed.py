@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from igpo_jax import cli
 from igpo_jax.errors import UserError
 from igpo_jax.io.versions import source, versions
-from igpo_jax.parallel.door import meet
+from igpo_jax.parallel.door import Met, meet
 from igpo_jax.parallel.liveness import Watch
 from igpo_jax.parallel.mesh import check_devices, over_processes
 
@@ -45,13 +45,20 @@ def joined(detect: bool = False) -> Iterator[None]:
   Args:
     detect: see `start`.
   """
-  start(detect)
-  check_devices()
-  if jax.process_count() == 1:
+  met = start(detect)
+  try:
+    check_devices()
+    near = os.environ.get(ADDRESS, "").rpartition(":")[0].strip("[]")
+    count = jax.process_count()
+    watch = Watch(jax.process_index(), count, share, near) if count > 1 else None
+  except RuntimeError:
+    time.sleep(GRACE_SECONDS)  # a collective fails when a process dies: `met` knows which
+    raise
+  if met is not None:
+    met.close()
+  if watch is None:
     yield
     return
-  near = os.environ.get(ADDRESS, "").rpartition(":")[0].strip("[]")
-  watch = Watch(jax.process_index(), jax.process_count(), share, near)
   try:
     check_versions()
     yield
@@ -67,7 +74,7 @@ def joined(detect: bool = False) -> Iterator[None]:
   watch.done()
 
 
-def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
+def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> Met | None:
   """Joins the processes of one run. Call it before anything asks jax for its devices.
 
   If the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
@@ -80,12 +87,15 @@ def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
     seconds: processes that have not come together after this time end with one line and exit
       code 1.
 
+  Returns:
+    The connections between the processes, to be closed once these have others; None for none.
+
   Raises:
     UserError: some of the variables are missing or make no sense, or are not the same for all; the
       port is taken; or there is nothing to detect.
   """
   if jax.distributed.is_initialized():
-    return
+    return None
   where: dict[str, Any] = {}
   if ADDRESS in os.environ:
     where = _from_variables()
@@ -93,20 +103,22 @@ def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
       line = "this is one of several Slurm tasks; without --distributed each is a run of its own"
       print(f"warning: {line}", file=sys.stderr, flush=True)
-    return
+    return None
   # SIGTERM is ours (train/loop.py): jax's own service would swallow it between the stages.
   jax.config.update("jax_enable_preemption_service", False)
   late = threading.Timer(seconds, _too_late, (where, seconds))
   late.daemon = True
   late.start()
+  met = None
   try:
     if where:
       host, _, port = where["coordinator_address"].rpartition(":")
       count, index = where["num_processes"], where["process_id"]
-      meet(host.strip("[]"), int(port), count, index, (ADDRESS, COUNT, INDEX))
+      met = meet(host.strip("[]"), int(port), count, index, (ADDRESS, COUNT, INDEX))
     _join(where, seconds)
   finally:
     late.cancel()
+  return met
 
 
 def _join(where: dict[str, Any], seconds: int) -> None:

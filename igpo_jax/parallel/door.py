@@ -3,7 +3,8 @@
 Process 0 opens a door: it listens on the port, tells each of the others that it is the one that
 they look for, and lets all go on at once when they are complete. So a port at which something else
 answers, a number that two processes have, and another count are found before jax is told where to
-connect. jax would wait for minutes, or join the other run that listens there and end it.
+connect: jax would wait for minutes. The connections stay until the processes watch each other
+(`liveness`), so that no death goes unnoticed in between.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
+from igpo_jax import cli
 from igpo_jax.errors import UserError
 
 GREETING = "igpo_jax"
@@ -23,24 +27,72 @@ ANSWER_SECONDS = 5.0  # in which process 0 answers
 # Something else may listen there for so long: the run before this one, which is just ending.
 STRANGE_SECONDS = 20.0
 RETRY_SECONDS = 0.3
+LOST = 1  # the exit code of a process that another one's death ends
 
 
-def meet(host: str, port: int, count: int, index: int, names: tuple[str, str, str]) -> None:
+class Met:
+  """The connections over which the processes of a run met: while they are open, deaths are noticed.
+
+  Args:
+    lines: index of a process -> the connection to it. Process 0 has one to each of the others.
+    leave: called with an exit code to end this process.
+  """
+
+  def __init__(self, lines: dict[int, socket.socket], leave: Callable[[int], Any] = cli.leave):
+    self._lines, self._leave, self._closed = lines, leave, False
+    for index, line in lines.items():
+      line.settimeout(None)
+      threading.Thread(target=self._follow, args=(index, line), daemon=True).start()
+
+  def close(self) -> None:
+    """Ends the watch. The others have to do the same before this process may end unnoticed."""
+    self._closed = True
+    for line in self._lines.values():
+      with contextlib.suppress(OSError):
+        _tell(line, {"done": True})
+
+  def _follow(self, index: int, line: socket.socket) -> None:
+    try:
+      said = line.recv(1)
+    except OSError:
+      said = b""
+    if not said and not self._closed:
+      _say_lost(index)
+      self._leave(LOST)
+
+
+def meet(
+  host: str,
+  port: int,
+  count: int,
+  index: int,
+  names: tuple[str, str, str],
+  leave: Callable[[int], Any] = cli.leave,
+) -> Met:
   """Returns when all processes of the run are here. It waits without an end of its own.
 
   Args:
     host, port: of process 0. The port is free again when this returns.
     count, index: the number of processes, and of this one.
     names: what a user calls the address, the count and the index.
+    leave: see `Met`.
 
   Raises:
     UserError: on process 0, the port is taken; on others, something else answers there; on all,
       two processes have one index, or they were started with different counts.
+    SystemExit: a process that was here has gone; a line says so.
   """
   if index == 0:
-    _wait_for_all(port, count, names)
-  else:
-    _go_to(host, port, count, index, names)
+    return Met(_wait_for_all(port, count, names), leave)
+  return Met({0: _go_to(host, port, count, index, names)}, leave)
+
+
+def _say_lost(index: int) -> None:
+  line = (
+    f"error: process {index} was killed or its machine is lost before all processes had joined, and"
+    " with it this one ends; start all processes again"
+  )
+  os.write(2, f"{line}\n".encode())
 
 
 def listen(port: int) -> socket.socket:
@@ -82,18 +134,21 @@ class _Guests:
           f"{called_count} is {self.count} for process 0 and {count} for process {index}: set one "
           "number for all"
         )
-      elif index in self.lines and not _is_closed(self.lines[index]):
+      elif index in self.lines:
         self.refusal = f"two processes have {called_index}={index}: give each one a number"
       self.lines[-1 - len(self.lines) if self.refusal else index] = line
       self.changed.notify()
 
+  def gone(self) -> list[int]:
+    """Who was here and has gone."""
+    return [index for index, line in self.lines.items() if _is_closed(line)]
+
   def are_complete(self) -> bool:
-    """Whether all are there, or one is not of this run."""
-    here = {index for index, line in self.lines.items() if not _is_closed(line)}
-    return bool(self.refusal) or here == set(range(1, self.count))
+    """Whether all are here, or one is not of this run, or one has gone."""
+    return bool(self.refusal) or len(self.lines) == self.count - 1 or bool(self.gone())
 
 
-def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> None:
+def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> dict[int, socket.socket]:
   try:
     door = listen(port)
   except OSError as error:
@@ -118,14 +173,25 @@ def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> None:
     with contextlib.suppress(OSError):
       door.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
     door.close()
+  gone = guests.gone()
+  if guests.refusal:
+    message: dict[str, Any] = {"refused": guests.refusal}
+  else:
+    message = {"lost": gone[0]} if gone else {"go": True}
   for line in guests.lines.values():
-    with contextlib.suppress(OSError), line:
-      _tell(line, {"refused": guests.refusal} if guests.refusal else {"go": True})
+    with contextlib.suppress(OSError):
+      _tell(line, message)
   if guests.refusal:
     raise UserError(guests.refusal)
+  if gone:
+    _say_lost(gone[0])
+    raise SystemExit(LOST)
+  return guests.lines
 
 
-def _go_to(host: str, port: int, count: int, index: int, names: tuple[str, str, str]) -> None:
+def _go_to(
+  host: str, port: int, count: int, index: int, names: tuple[str, str, str]
+) -> socket.socket:
   strange_since = None
   while True:
     try:
@@ -134,21 +200,21 @@ def _go_to(host: str, port: int, count: int, index: int, names: tuple[str, str, 
       strange_since = None  # process 0 is not there yet
       time.sleep(RETRY_SECONDS)
       continue
-    with line:
-      answer = _answer(line, count, index)
+    answer = _answer(line, count, index)
     if "go" in answer:
-      return
+      return line
+    line.close()
     if "refused" in answer:
       raise UserError(answer["refused"])
-    if "hello" in answer:
-      strange_since = None  # process 0 has gone before all were there; it may come again
-    else:
-      strange_since = strange_since or time.monotonic()
-      if time.monotonic() - strange_since > STRANGE_SECONDS:
-        raise UserError(
-          f"{names[0]}={host}:{port}: something else answers there, not process 0 of this run; is "
-          "another run on that machine? choose another port for all processes"
-        )
+    if answer:
+      _say_lost(answer.get("lost", 0))
+      raise SystemExit(LOST)
+    strange_since = strange_since or time.monotonic()
+    if time.monotonic() - strange_since > STRANGE_SECONDS:
+      raise UserError(
+        f"{names[0]}={host}:{port}: something else answers there, not process 0 of this run; is "
+        "another run on that machine? choose another port for all processes"
+      )
     time.sleep(RETRY_SECONDS)
 
 
