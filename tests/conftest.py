@@ -45,6 +45,11 @@ def xla_flags() -> str:
 # Before any test imports jax; a user's own XLA_FLAGS win. Commands under test inherit it.
 os.environ.setdefault("XLA_FLAGS", xla_flags())
 gc.set_threshold(*cli.SEARCH_AFTER)  # as commands do, and for the same reason
+# By default glibc gives freed memory back at once, to take it anew: a tenth of a short run. Workers
+# of pytest-xdist and commands under test read this when they begin.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
 # Tests neither read nor write the user's cache of compiled programs. The first process makes the
 # run's own; workers of pytest-xdist and commands under test inherit its name.
 if "IGPO_TEST_CACHE" not in os.environ:
