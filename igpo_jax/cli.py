@@ -182,8 +182,7 @@ def underscored(args: Sequence[str]) -> list[str]:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Runs a command's `main()` and exits with one of the exit codes listed above."""
-  gc.set_threshold(*SEARCH_AFTER)
-  with _threads() as failures, _signals():
+  with few_searches(), _threads() as failures, _signals():
     try:
       code = main() or 0
       sys.stdout.flush()  # a full disk or a closed pipe shows here, not when Python ends
@@ -200,6 +199,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if failures and not code:
       code = explain(failures[0])
   raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def few_searches() -> Iterator[None]:
+  """Makes Python search for garbage after `SEARCH_AFTER` while the body of the `with` runs."""
+  before = gc.get_threshold()
+  gc.set_threshold(*SEARCH_AFTER)
+  try:
+    yield
+  finally:
+    gc.set_threshold(*before)
 
 
 def _drop_output() -> None:

@@ -50,6 +50,7 @@ def parse_flags(argv: list[str]) -> tuple[Config, epath.Path]:
   return config, epath.Path(FLAGS.workdir or f"runs/{name}")
 
 
+@cli.few_searches()
 def train(config: Config, workdir: epath.Path, command: str = "") -> dict[str, Any]:
   """Runs every stage of a config (`train.run.train`); returns the contents of summary.json."""
   from igpo_jax.train import run

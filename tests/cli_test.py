@@ -97,15 +97,16 @@ def test_a_bug_keeps_its_traceback(error):
     cli.run(raising(error))
 
 
-def test_commands_search_for_garbage_seldom():
+def test_commands_search_for_garbage_seldom_and_leave_it_as_it_was():
   before, found = gc.get_threshold(), []
   gc.set_threshold(700, 10, 10)  # Python's own
   try:
     with pytest.raises(SystemExit):
       cli.run(lambda: found.append(gc.get_threshold()))
+    assert found == [cli.SEARCH_AFTER] and found[0][0] >= 10_000
+    assert gc.get_threshold() == (700, 10, 10)
   finally:
     gc.set_threshold(*before)
-  assert found == [cli.SEARCH_AFTER] and found[0][0] >= 10_000
 
 
 def test_signals_are_given_back():

@@ -70,25 +70,28 @@ install_import_hook(
 MANY_MAPS, TOO_MANY_MAPS = 20_000, 45_000
 _ended = itertools.count()  # tests that were not the last of their file
 
-# Files that take half a minute or more, the longest first: begun early, none of them is what one
-# worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
+# Files that take 20 seconds of CPU time or more, about the longest first: begun early, none is
+# what one worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
 LONG_FILES = (
   "hosts_test",
   "claims_test",
-  "sharding_test",
-  "families_test",
-  "notebook_test",
-  "rehearse_test",
-  "real_path_test",
   "own_data_test",
-  "update_test",
-  "cuda_programs_test",
-  "sampler_cache_test",
   "main_test",
+  "families_test",
+  "sharding_test",
+  "rehearse_test",
+  "notebook_test",
+  "real_path_test",
+  "update_test",
+  "sampler_cache_test",
+  "cuda_programs_test",
   "sft_test",
   "eval_test",
   "rollout_test",
+  "eval_program_test",
+  "launch_test",
   "benchmarks_test",
+  "package_test",
   "generate_test",
   "models_test",
 )

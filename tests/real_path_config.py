@@ -22,7 +22,7 @@ def get_config(directory):
   source = f"jsonl:{directory}/MetaMathQA.json?format=metamath&template={template}"
   config.data.sft = config.data.rl = source
   config.data.eval = (f"gsm8k=jsonl:{directory}/gsm8k.jsonl?format=gsm8k",)
-  config.data.prompt_buckets = (64, 96, 128)
+  config.data.prompt_buckets = (96, 128)
   config.reward.verifier = "lenient"
   config.reward.weights = (("correct", 1.0), ("tripwire", 1.0))
   config.eval.protocol = "igpo"
