@@ -1,7 +1,8 @@
 """SFT and IGPO of a small model of every family, on the quickstart's generated task.
 
     python -m benchmarks.families --workdir=runs/families [--families=dream,llada_moe] [--smoke]
-        [--short] [--seed=0] [--grpo] [--sft_steps=800] [--rl_steps=16]
+        [--short] [--seed=0] [--grpo] [--sft_steps=800] [--rl_steps=16] [--prompts=16]
+        [--group_size=8]
 
 The quickstart's IGPO with another network, 64 wide, 2 layers, and fewer steps: what shows that a
 family learns. With experts there are 4, of which 2 work on a token. Block-causal models have the
@@ -48,6 +49,8 @@ def config_of(name: str, args: argparse.Namespace) -> Config:
     config.sft.steps = args.sft_steps
   if args.rl_steps is not None:
     config.rl.steps = args.rl_steps
+  config.rl.prompts_per_step = args.prompts or config.rl.prompts_per_step
+  config.rl.group_size = args.group_size or config.rl.group_size
   config.rl.eval_every, config.eval.initial = 0, False
   model, family = config.model, FAMILIES[name]
   model.family = name
@@ -126,6 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--grpo", action="store_true", help="GRPO from the same SFT checkpoint, too")
   parser.add_argument("--sft_steps", type=int, default=800)
   parser.add_argument("--rl_steps", type=int, help="16, or 20 if --short")
+  parser.add_argument("--prompts", type=int, help="of a step of RL; fewer compile fewer programs")
+  parser.add_argument("--group_size", type=int, help="completions of a prompt")
   return parser
 
 

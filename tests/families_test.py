@@ -664,7 +664,11 @@ def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
   # These programs run hundreds of times: a little optimized, and not on more threads than one.
   flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
   flags += " --xla_cpu_multi_thread_eigen=false"
-  command = "-m benchmarks.families --short --families=dream,a2d_qwen3".split()
+  # Four prompts a step: their hinted groups need three programs to be sampled, those of 16 five.
+  command = (
+    "-m benchmarks.families --short --families=dream,a2d_qwen3 --sft_steps=700 --rl_steps=14 "
+    "--prompts=4 --group_size=16"
+  ).split()
   done = subprocess.run(
     [sys.executable, *command, f"--workdir={tmp_path}"], cwd=REPO, capture_output=True, text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, check=False,
@@ -675,7 +679,7 @@ def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
     errors = math.hypot(*(row[stage]["standard_error"] for stage in ("sft", "rl")))
     rise = row["rl"]["accuracy"] - row["sft"]["accuracy"]
     assert rise > 2 * errors > 0 and row["rose"], (name, row)
-    # How far it gets is not asked: 0.85 and 0.96 here, but seeds (and so processors that round
+    # How far it gets is not asked: 0.64 and 0.85 here, but seeds (and so processors that round
     # otherwise) differ much (docs/results.md).
     assert row["all_wrong_after"] < row["all_wrong_before"], (name, row)
 

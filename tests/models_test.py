@@ -60,24 +60,34 @@ def write_shards(source, target):
   (target / "config.json").write_text((source / "config.json").read_text())
 
 
+def logits_of(lm, params, *inputs):
+  """Logits by one program, traced anew: a test may have replaced a part of the network."""
+  return np.asarray(jax.jit(lambda *arguments: lm.logits(*arguments))(params, *inputs))
+
+
 def error(lm, params, golden):
-  return np.abs(np.asarray(lm.logits(params, golden["input_ids"])) - golden["logits"]).max()
+  return np.abs(logits_of(lm, params, golden["input_ids"]) - golden["logits"]).max()
 
 
 def residual_after(pre, num_blocks, tokens):
   """The residual stream after the first blocks: what ln_f of a shorter model is given."""
-  seen = []
-
-  def record(next_method, args, kwargs, context):
-    if context.module.name == "ln_f":
-      seen.append(args[0])
-    return next_method(*args, **kwargs)
-
-  shorter = jax.tree.map(lambda x: x[:num_blocks], pre.params["blocks"])
+  shorter = jax.tree.map(lambda x: np.asarray(x)[:num_blocks], pre.params["blocks"])
   model = network.Transformer(dataclasses.replace(pre.config, n_layers=num_blocks))
-  with nn.intercept_methods(record):
-    model.apply({"params": {**pre.params, "blocks": shorter}}, tokens, None)
-  return seen[0]
+
+  @jax.jit
+  def residual(params):
+    seen = []
+
+    def record(next_method, args, kwargs, context):
+      if context.module.name == "ln_f":
+        seen.append(args[0])
+      return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+      model.apply({"params": params}, tokens, None)
+    return seen[0]
+
+  return residual({**pre.params, "blocks": shorter})
 
 
 def test_logits_equal_the_released_code(pre, golden):
@@ -98,15 +108,15 @@ def test_hidden_states_equal_the_released_code(pre, golden):
   for n in range(pre.config.n_layers):
     expected = golden[f"hidden_after_block{n}"]
     np.testing.assert_allclose(residual_after(pre, n + 1, tokens), expected, atol=ATOL, rtol=0)
-  hidden, _ = pre.lm.hidden(pre.params, tokens)
+  hidden, _ = jax.jit(pre.lm.hidden)(pre.params, tokens)
   np.testing.assert_allclose(hidden, golden["hidden_after_ln_f"], atol=ATOL, rtol=0)
 
 
 def test_padding_is_invisible_to_the_rest(pre, golden):
   valid = golden["padded_attention_mask"] == 1
-  logits = np.asarray(pre.lm.logits(pre.params, golden["padded_input_ids"], jnp.asarray(valid)))
+  logits = logits_of(pre.lm, pre.params, golden["padded_input_ids"], valid)
   np.testing.assert_allclose(logits[valid], golden["padded_logits"][valid], atol=ATOL, rtol=0)
-  seen = np.asarray(pre.lm.logits(pre.params, golden["padded_input_ids"]))
+  seen = logits_of(pre.lm, pre.params, golden["padded_input_ids"])
   assert np.abs(seen - golden["padded_logits"])[valid].max() > 100 * ATOL
 
 
@@ -161,7 +171,7 @@ def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden, form):
     params = pre.lm.unstack(params, tokens.shape[1])
   assert isinstance(params["blocks"], tuple) == (form == "unstacked")
   valid = jnp.asarray(golden["padded_attention_mask"] == 1)
-  everything, _ = pre.lm.hidden(pre.params, tokens, valid)
+  everything, _ = jax.device_get(jax.jit(pre.lm.hidden)(pre.params, tokens, valid))
   read = jax.jit(
     lambda begin, cache: pre.lm.hidden(params, tokens, valid, read=(begin, 5), cache=cache)
   )
@@ -187,13 +197,17 @@ def test_what_is_read_alone_equals_what_is_read_from_all(pre, golden, form):
 @pytest.mark.slow
 def test_what_is_not_asked_again_stays_in_the_cache(pre, golden):
   """Other tokens at 20..31 change nothing at the positions outside, stale as those become."""
-  tokens = jnp.asarray(golden["input_ids"])
-  _, cache = pre.lm.hidden(pre.params, tokens, cache=pre.lm.init_cache(pre.params, *tokens.shape))
+  tokens = golden["input_ids"]
+  hidden = jax.jit(pre.lm.hidden)
+  _, cache = hidden(pre.params, tokens, cache=pre.lm.init_cache(pre.params, *tokens.shape))
   other = (tokens[:, 20:32] + 1) % 500
-  h, after = pre.lm.hidden(pre.params, other, start=20, cache=cache)
+  h, after = hidden(pre.params, other, start=20, cache=cache)
+  cache, after = jax.device_get((cache, after))
   inside = np.isin(np.arange(tokens.shape[1]), np.arange(20, 32))
   for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
     np.testing.assert_array_equal(new[..., ~inside, :], old[..., ~inside, :])
     assert (np.abs(new - old)[0][..., inside, :].max(axis=(1, 3)) > 1e-3).all()
-  whole, _ = pre.lm.hidden(pre.params, tokens.at[:, 20:32].set(other))
+  changed = tokens.copy()
+  changed[:, 20:32] = other
+  whole, _ = hidden(pre.params, changed)
   assert np.abs(h - whole[:, 20:32]).max() > 1e-2  # an approximation, as it should be

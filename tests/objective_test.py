@@ -36,13 +36,19 @@ examples = functools.partial(hypothesis.settings, deadline=None, derandomize=Tru
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def loss_and_gradient(logps, entropy, old, ref, advantages, loss_mask, hinted, cfg):
+def on_device(logps, entropy, old, ref, advantages, loss_mask, hinted, cfg):
   fn = lambda x: policy_loss(x, entropy, old, ref, advantages, loss_mask, hinted, cfg)
   (loss, metrics), gradient = jax.value_and_grad(fn, has_aux=True)(logps)
   return loss, metrics, gradient
 
 
+def loss_and_gradient(*arguments):
+  """(loss, metrics, gradient) in numpy: each comparison in jax would be another program."""
+  return jax.device_get(on_device(*arguments))
+
+
 loss_sums = jax.jit(policy_loss_sums, static_argnames="cfg")
+filtered = jax.jit(entropy_filter, static_argnums=3)
 
 
 # --- the official code ----------------------------------------------------------------
@@ -93,7 +99,7 @@ def test_losses_and_gradients_are_the_official_codes(path):
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_filter_and_advantages_are_the_official_codes(path):
   case = np.load(path)
-  kept = entropy_filter(case["entropy"], case["masked_positions"], case["hint_positions"], 0.2)
+  kept = filtered(case["entropy"], case["masked_positions"], case["hint_positions"], 0.2)
   np.testing.assert_array_equal(kept, case["token_mask_entropy_filtered"])
   assert (case["masked_positions"] & ~np.asarray(kept)).any()
   for size in (4, 8):
@@ -299,7 +305,7 @@ def test_the_value_is_that_of_the_sequence_ratio(seed):
   logps, entropy, old, _, advantages, region, hinted = random_batch(seed)
   cfg = ObjectiveConfig(beta=0.0, entropy_keep=0.3)
   loss, _, _ = loss_and_gradient(logps, entropy, old, None, advantages, region, hinted, cfg)
-  kept = np.asarray(entropy_filter(entropy, region, hinted, 0.3))
+  kept = np.asarray(filtered(entropy, region, hinted, 0.3))
   expected = 0.0
   for row in range(len(logps)):
     n = region[row].sum()
@@ -355,7 +361,7 @@ def test_a_share_in_decimals_counts_as_written(keep, n, kept):
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_the_filter_keeps_the_hints_of_highest_entropy(seed, keep):
   _, entropy, _, _, _, region, hinted = random_batch(seed)
-  kept = np.asarray(entropy_filter(entropy, region, hinted, keep))
+  kept = np.asarray(filtered(entropy, region, hinted, keep))
   np.testing.assert_array_equal(kept & ~hinted, region & ~hinted)
   assert not (kept & ~region).any()
   for row in range(len(entropy)):
