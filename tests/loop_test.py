@@ -235,6 +235,15 @@ def run_log(tmp_path):
   return RunLog(epath.Path(tmp_path), LogConfig(tensorboard=False))
 
 
+def test_rows_of_a_long_run_share_the_names_of_their_metrics(tmp_path):
+  """All rows are kept for the report; half of their memory would be names."""
+  log = run_log(tmp_path)
+  for step in (1, 2):
+    log.metrics("rl", step, {"/".join(("rl", name)): 0.5 for name in ("loss", "reward")})
+  one, other = ([id(name) for name in row] for row in log.rows)
+  assert one == other
+
+
 def fill(log):
   for stage, step in (("init", 0), ("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2), ("rl", 3)):
     log.metrics(stage, step, {"x": step})

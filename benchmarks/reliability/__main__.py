@@ -15,7 +15,7 @@ import time
 
 from etils import epath
 
-from benchmarks.reliability import disks, graders, hosts, inputs, kills, long_run, nonfinite
+from benchmarks.reliability import disks, dtypes, graders, hosts, inputs, kills, long_run, nonfinite
 from benchmarks.reliability.table import Campaign, carry_out, table
 from igpo_jax import cli
 from igpo_jax.errors import UserError
@@ -23,7 +23,7 @@ from igpo_jax.io.jsonl import write_whole
 
 CAMPAIGNS: dict[str, Campaign] = {
   module.CAMPAIGN.name: module.CAMPAIGN
-  for module in (graders, disks, inputs, nonfinite, kills, hosts, long_run)
+  for module in (graders, disks, inputs, nonfinite, kills, hosts, long_run, dtypes)
 }
 
 

@@ -28,6 +28,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from etils import epath
 
 from benchmarks.reliability import kills
@@ -151,8 +152,9 @@ def _weight(value: str, folder: pathlib.Path, cache: pathlib.Path) -> Row:
         import jax
 
         leaves, tree = jax.tree.flatten(model.params)
-        own = [x.addressable_shards[0].data for x in leaves]
-        own[0] = own[0].at[(0,) * own[0].ndim].set(float(value))
+        own = [np.array(x.addressable_shards[0].data) for x in leaves]
+        own[0].flat[0] = float(value)
+        own = [jax.device_put(x, jax.local_devices()[0]) for x in own]
         of_all = jax.make_array_from_single_device_arrays
         leaves = [of_all(x.shape, x.sharding, [y]) for x, y in zip(leaves, own, strict=True)]
         model = dataclasses.replace(model, params=jax.tree.unflatten(tree, leaves))

@@ -194,8 +194,8 @@ def _wandb_id(workdir: epath.Path) -> str:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-  """Metrics as JSON values; numbers that are not finite become None."""
-  return {name: _plain(value) for name, value in values.items()}
+  """Metrics as JSON values; numbers that are not finite become None. Equal names are one object."""
+  return {sys.intern(name): _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
