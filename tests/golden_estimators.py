@@ -452,7 +452,7 @@ def compare(case: Case, method: Method, model) -> dict[str, tuple[float, float]]
     region=jnp.ones_like(through) if method.whole_canvas else through,
     length=jnp.sum(through, axis=-1),
   )
-  views = method.views(groups)
+  views = jax.jit(method.views)(groups)
   batch = Batch(
     completion=completion, hinted=groups.hinted, commit_step=groups.commit_step,
     advantages=cut(case.rows("advantages")), region=groups.region, length=groups.length,
