@@ -28,14 +28,9 @@ CONFIG = "tests/tiny_config.py"
 ARMS, ARM = "('GRPO: rl.exploration=none',)", "arms/GRPO"
 
 
-def command(*options, cache=None, tripwire=""):
+def command(*options, tripwire=""):
+  """Runs the program in a process of its own, which finds in the cache what another compiled."""
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "IGPO_TEST_TRIPWIRE": tripwire}
-  if cache is not None:  # only the first run compiles
-    environment |= {
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
   return subprocess.run(
     [sys.executable, "-m", "igpo_jax.main", *options],
     text=True, capture_output=True, cwd=REPO, env=environment, check=False,
@@ -53,9 +48,9 @@ def runs(tmp_path_factory):
   It is asked for the arm only after its SFT stage: an arm may be added to a run.
   """
   root = tmp_path_factory.mktemp("runs")
-  peace, war, cache = root / "peace", root / "war", root / "cache"
+  peace, war = root / "peace", root / "war"
   options = lambda workdir: (f"--config={CONFIG}", f"--workdir={workdir}", f"--config.arms={ARMS}")
-  steps = {"peace": command(*options(peace), cache=cache)}
+  steps = {"peace": command(*options(peace))}
   for name, folder, stage, step, number in (
     ("killed in sft", war, "sft", 3, signal.SIGKILL),
     ("killed in rl", war, "rl", 3, signal.SIGKILL),
@@ -64,19 +59,19 @@ def runs(tmp_path_factory):
   ):
     wire = f"{folder}/metrics.jsonl {stage} {step} {int(number)}"
     asked = options(war)[:2] if name.startswith("killed in sft") else options(war)
-    done = command(*asked, cache=cache, tripwire=wire)
+    done = command(*asked, tripwire=wire)
     files = {n: folder / f"{n}.jsonl" for n in ("metrics", "samples")}
     steps[name] = done, {n: untimed(file) if file.exists() else [] for n, file in files.items()}
     if number == signal.SIGKILL:
       with files["metrics"].open("a") as file:
         file.write('{"stage": "rl", "st')  # a line that the kill cut
-  steps["continued"] = command(*options(war), cache=cache)
-  return steps, peace, war, cache
+  steps["continued"] = command(*options(war))
+  return steps, peace, war
 
 
 @pytest.mark.slow
 def test_a_run_in_peace_writes_what_it_says(runs):
-  steps, peace, _, _ = runs
+  steps, peace, _ = runs
   assert steps["peace"].returncode == 0, steps["peace"].stderr
   for name in ("config.json", "summary.json", "table.md", "curves.png", "checkpoints"):
     assert (peace / name).exists(), name
@@ -142,7 +137,7 @@ def test_the_metrics_of_every_objective_are_described():
 @pytest.mark.slow
 def test_a_run_leaves_its_page_and_can_be_made_again(runs, capsys):
   """Step 2 from SFT's checkpoint; step 5 from RL's of step 4, on two devices."""
-  _, peace, _, _ = runs
+  _, peace, _ = runs
   page = (peace / "report.html").read_text()
   assert '"command":"python -m igpo_jax.main --config=tests/tiny_config.py' in page
   before = {path: path.stat().st_mtime_ns for path in peace.rglob("*")}
@@ -185,7 +180,7 @@ def test_a_replay_says_what_differs(runs, tmp_path):
 
 @pytest.mark.slow
 def test_the_kills_hit_where_they_were_meant_to(runs):
-  steps, _, _, _ = runs
+  steps, _, _ = runs
   for name, code, last in (
     ("killed in sft", -signal.SIGKILL, ("sft", 3)),
     ("killed in rl", -signal.SIGKILL, ("rl", 3)),
@@ -208,7 +203,7 @@ def test_the_kills_hit_where_they_were_meant_to(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics", "samples", f"{ARM}/metrics", f"{ARM}/samples"])
 def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
-  steps, peace, war, _ = runs
+  steps, peace, war = runs
   assert steps["continued"].returncode == 0, steps["continued"].stderr
   assert untimed(war / f"{name}.jsonl") == untimed(peace / f"{name}.jsonl")
   assert json.loads((war / "summary.json").read_text()) == json.loads(
@@ -219,9 +214,9 @@ def test_a_run_killed_and_continued_writes_the_rows_of_one_in_peace(runs, name):
 @pytest.mark.slow
 def test_an_arm_is_what_a_run_of_its_own_with_its_options_is(runs, tmp_path):
   """Same start, same prompts, same noise: no row of it knows of the run that it is an arm of."""
-  _, peace, _, cache = runs
+  _, peace, _ = runs
   options = (f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.rl.exploration=none")
-  alone = command(*options, cache=cache)
+  alone = command(*options)
   assert alone.returncode == 0, alone.stderr
   for name in ("metrics", "samples"):
     assert untimed(peace / ARM / f"{name}.jsonl") == untimed(tmp_path / f"{name}.jsonl")
@@ -237,12 +232,12 @@ def test_an_arm_is_what_a_run_of_its_own_with_its_options_is(runs, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_started_again_changes_nothing(runs):
-  _, peace, _, cache = runs
+  _, peace, _ = runs
   names = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.json", f"{ARM}/metrics.jsonl",
            f"{ARM}/config.json")  # fmt: skip
   contents = lambda: {name: (peace / name).read_bytes() for name in names}
   before, checkpoints = contents(), sorted(p.name for p in (peace / "checkpoints").rglob("*"))
-  again = command(f"--config={CONFIG}", f"--workdir={peace}", f"--config.arms={ARMS}", cache=cache)
+  again = command(f"--config={CONFIG}", f"--workdir={peace}", f"--config.arms={ARMS}")
   assert again.returncode == 0, again.stderr
   assert "arm GRPO: finished before" in again.stderr
   assert contents() == before
