@@ -114,6 +114,8 @@ CLAIMS = {
   ),
 }  # fmt: skip
 LONG_TRACES = Study(CLAIMS, ARMS, one_process=True)
+# Networks of lines are drawn, and the one of this seed has fewer problems than a run takes.
+SHORT_OF_PROBLEMS, IN_ITS_PLACE = 6, 60
 
 
 def make_config(
@@ -132,7 +134,8 @@ def make_config(
   config = default_config()
   config.seed = seed
   rides = 5 if smoke else RIDES
-  task, short = (TASK.format(rides=k, table=seed) for k in (rides, SHORT))
+  network = IN_ITS_PLACE if seed == SHORT_OF_PROBLEMS else seed
+  task, short = (TASK.format(rides=k, table=network) for k in (rides, SHORT))
   train = f"{task}&split=train&n={60 if smoke else 2000}"
   config.data.tokenizer = "words:stories"
   # Where a stop is the one of a few before it, the model finds sooner where to look.
