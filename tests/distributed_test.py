@@ -16,7 +16,7 @@ import pytest
 
 from igpo_jax.errors import UserError
 from igpo_jax.io.versions import versions
-from igpo_jax.parallel import distributed, door, liveness
+from igpo_jax.parallel import distributed, liveness, rendezvous
 from igpo_jax.parallel.liveness import Watch
 from tests.paths import REPO
 
@@ -201,13 +201,13 @@ def free_port():
 
 
 def met(port, *processes, count=3):
-  """What `door.meet` says to each of these processes of a run: "" if it goes on."""
+  """What `rendezvous.meet` says to each of these processes of a run: "" if it goes on."""
   said, all_met = queue.Queue(), []
 
   def come(place, index, count):
     names = ("ADDRESS", "COUNT", "INDEX")
     try:
-      all_met.append(door.meet("127.0.0.1", port, count, index, names, leave=said.put))
+      all_met.append(rendezvous.meet("127.0.0.1", port, count, index, names, leave=said.put))
       said.put((place, ""))
     except (UserError, SystemExit) as error:
       said.put((place, str(error)))
@@ -239,7 +239,7 @@ def test_processes_that_meet_go_on_together_and_leave_the_port_free():
   finally:
     done.set()
     scanner.join()
-  door.listen(port).close()
+  rendezvous.listen(port).close()
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_processes_that_do_not_belong_together_all_say_so(processes, line):
   assert met(free_port(), *processes) == [line] * 3
 
 
-def knock(port, hello):
-  """A connection to a door, once it is answered."""
+def hello_of(port, hello):
+  """A connection to process 0 that has said `hello`, once it is answered."""
   until = time.monotonic() + 10
   while time.monotonic() < until:
     with contextlib.suppress(OSError):
@@ -281,8 +281,8 @@ def test_when_another_one_goes_before_all_are_there_process_0_tells_the_others(c
   port, said = free_port(), queue.Queue()
   threading.Thread(target=lambda: said.put(met(port, 0, count=4)), daemon=True).start()
   hello = b'{"hello": "igpo_jax", "count": 4, "index": %d}\n'
-  other = knock(port, hello % 2)
-  knock(port, hello % 1).close()
+  other = hello_of(port, hello % 2)
+  hello_of(port, hello % 1).close()
   assert said.get(timeout=10) == ["1"]
   assert json.loads(other.makefile().readline()) == {"lost": 1}
   other.close()
@@ -292,10 +292,10 @@ def test_when_another_one_goes_before_all_are_there_process_0_tells_the_others(c
 def test_when_one_goes_before_they_watch_each_other_the_others_end(capfd):
   port, left, all_met = free_port(), queue.Queue(), []
   names = ("ADDRESS", "COUNT", "INDEX")
-  first = lambda: all_met.append(door.meet("", port, 2, 0, names, leave=left.put))
+  first = lambda: all_met.append(rendezvous.meet("", port, 2, 0, names, leave=left.put))
   thread = threading.Thread(target=first)
   thread.start()
-  line = knock(port, b'{"hello": "igpo_jax", "count": 2, "index": 1}\n')
+  line = hello_of(port, b'{"hello": "igpo_jax", "count": 2, "index": 1}\n')
   thread.join(10)
   assert b"go" in line.recv(100) and left.empty()
   line.close()
@@ -304,8 +304,8 @@ def test_when_one_goes_before_they_watch_each_other_the_others_end(capfd):
 
 
 def test_a_port_that_is_taken_is_told_by_all(alone, monkeypatch):
-  monkeypatch.setattr(door, "STRANGE_SECONDS", 0.5)
-  monkeypatch.setattr(door, "ANSWER_SECONDS", 0.5)
+  monkeypatch.setattr(rendezvous, "STRANGE_SECONDS", 0.5)
+  monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0.5)
   with socket.create_server(("", 0)) as taken:
     port = taken.getsockname()[1]
     alone.setenv(distributed.ADDRESS, f"127.0.0.1:{port}")

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from igpo_jax import cli
 from igpo_jax.errors import UserError
 from igpo_jax.io.versions import source, versions
-from igpo_jax.parallel.door import Met, meet
 from igpo_jax.parallel.liveness import Watch
 from igpo_jax.parallel.mesh import check_devices, over_processes
+from igpo_jax.parallel.rendezvous import Connections, meet
 
 # jax's own name for the first; the others go with it.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -74,7 +74,7 @@ def joined(detect: bool = False) -> Iterator[None]:
   watch.done()
 
 
-def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> Met | None:
+def start(detect: bool = False, seconds: int = JOIN_SECONDS) -> Connections | None:
   """Joins the processes of one run. Call it before anything asks jax for its devices.
 
   If the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES

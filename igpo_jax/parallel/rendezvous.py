@@ -1,9 +1,9 @@
 """The processes of a run meet at the coordinator's port before jax's service listens there.
 
-Process 0 opens a door: it listens on the port, tells each of the others that it is the one that
-they look for, and lets all go on at once when they are complete. So a port at which something else
-answers, a number that two processes have, and another count are found before jax is told where to
-connect: jax would wait for minutes. The connections stay until the processes watch each other
+This is their rendezvous: process 0 listens on the port, tells each of the others that it is the one
+that they look for, and lets all go on at once when they are complete. So a port at which something
+else answers, a number that two processes have, and another count are found before jax is told where
+to connect: jax would wait for minutes. The connections stay until the processes watch each other
 (`liveness`), so that no death goes unnoticed in between.
 """
 
@@ -30,7 +30,7 @@ RETRY_SECONDS = 0.3
 LOST = 1  # the exit code of a process that another one's death ends
 
 
-class Met:
+class Connections:
   """The connections over which the processes of a run met: while they are open, deaths are noticed.
 
   Args:
@@ -68,14 +68,14 @@ def meet(
   index: int,
   names: tuple[str, str, str],
   leave: Callable[[int], Any] = cli.leave,
-) -> Met:
+) -> Connections:
   """Returns when all processes of the run are here. It waits without an end of its own.
 
   Args:
     host, port: of process 0. The port is free again when this returns.
     count, index: the number of processes, and of this one.
     names: what a user calls the address, the count and the index.
-    leave: see `Met`.
+    leave: see `Connections`.
 
   Raises:
     UserError: on process 0, the port is taken; on others, something else answers there; on all,
@@ -83,8 +83,8 @@ def meet(
     SystemExit: a process that was here has gone; a line says so.
   """
   if index == 0:
-    return Met(_wait_for_all(port, count, names), leave)
-  return Met({0: _go_to(host, port, count, index, names)}, leave)
+    return Connections(_wait_for_all(port, count, names), leave)
+  return Connections({0: _go_to(host, port, count, index, names)}, leave)
 
 
 def _say_lost(index: int) -> None:
@@ -106,8 +106,8 @@ def listen(port: int) -> socket.socket:
   return socket.create_server(("", port))
 
 
-class _Guests:
-  """Who has come to process 0's door; used by a thread for each of them."""
+class _Arrivals:
+  """Who has connected to process 0; used by a thread for each of them."""
 
   def __init__(self, count: int, names: tuple[str, str, str]):
     self.count, self.names = count, names
@@ -115,8 +115,8 @@ class _Guests:
     self.refusal = ""
     self.changed = threading.Condition()
 
-  def greet(self, line: socket.socket) -> None:
-    """Answers one that has knocked, and lets it in if it is of this run."""
+  def admit(self, line: socket.socket) -> None:
+    """Answers one that has connected, and takes it in if it is of this run."""
     line.settimeout(ANSWER_SECONDS)
     try:
       hello = json.loads(line.makefile("r", encoding="utf-8").readline(4096))
@@ -125,7 +125,7 @@ class _Guests:
       count, index = int(hello["count"]), int(hello["index"])
       _tell(line, {"hello": GREETING})
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-      line.close()  # a stranger: some scan the ports of their network
+      line.close()  # another program: some scan the ports of their network
       return
     _, called_count, called_index = self.names
     with self.changed:
@@ -150,43 +150,43 @@ class _Guests:
 
 def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> dict[int, socket.socket]:
   try:
-    door = listen(port)
+    server = listen(port)
   except OSError as error:
     raise UserError(
       f"{names[0]}: process 0 cannot listen on port {port} ({error.strerror}); is another run"
       " on this machine? choose another port for all processes"
     ) from error
-  guests = _Guests(count, names)
+  arrivals = _Arrivals(count, names)
 
-  def open_door() -> None:
+  def accept_all() -> None:
     with contextlib.suppress(OSError):  # it is closed
       while True:
-        line, _ = door.accept()
-        threading.Thread(target=guests.greet, args=(line,), daemon=True).start()
+        line, _ = server.accept()
+        threading.Thread(target=arrivals.admit, args=(line,), daemon=True).start()
 
-  threading.Thread(target=open_door, daemon=True).start()
+  threading.Thread(target=accept_all, daemon=True).start()
   try:
-    with guests.changed:
-      while not guests.are_complete():
-        guests.changed.wait(RETRY_SECONDS)  # a signal is answered in between
+    with arrivals.changed:
+      while not arrivals.are_complete():
+        arrivals.changed.wait(RETRY_SECONDS)  # a signal is answered in between
   finally:
     with contextlib.suppress(OSError):
-      door.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-    door.close()
-  gone = guests.gone()
-  if guests.refusal:
-    message: dict[str, Any] = {"refused": guests.refusal}
+      server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+    server.close()
+  gone = arrivals.gone()
+  if arrivals.refusal:
+    message: dict[str, Any] = {"refused": arrivals.refusal}
   else:
     message = {"lost": gone[0]} if gone else {"go": True}
-  for line in guests.lines.values():
+  for line in arrivals.lines.values():
     with contextlib.suppress(OSError):
       _tell(line, message)
-  if guests.refusal:
-    raise UserError(guests.refusal)
+  if arrivals.refusal:
+    raise UserError(arrivals.refusal)
   if gone:
     _say_lost(gone[0])
     raise SystemExit(LOST)
-  return guests.lines
+  return arrivals.lines
 
 
 def _go_to(
