@@ -27,6 +27,8 @@ ANSWER_SECONDS = 5.0  # in which process 0 answers
 # Something else may listen there for so long: the run before this one, which is just ending.
 STRANGE_SECONDS = 20.0
 RETRY_SECONDS = 0.3
+# So long process 0 waits for the others when it has refused one of them, to tell them, too.
+REFUSED_SECONDS = 5.0
 LOST = 1  # the exit code of a process that another one's death ends
 
 
@@ -112,7 +114,7 @@ class _Arrivals:
   def __init__(self, count: int, names: tuple[str, str, str]):
     self.count, self.names = count, names
     self.lines: dict[int, socket.socket] = {}
-    self.refusal = ""
+    self.refusal, self.refused = "", 0.0  # why, and when
     self.changed = threading.Condition()
 
   def admit(self, line: socket.socket) -> None:
@@ -136,6 +138,8 @@ class _Arrivals:
         )
       elif index in self.lines:
         self.refusal = f"two processes have {called_index}={index}: give each one a number"
+      if self.refusal:
+        self.refused = self.refused or time.monotonic()
       self.lines[-1 - len(self.lines) if self.refusal else index] = line
       self.changed.notify()
 
@@ -145,7 +149,11 @@ class _Arrivals:
 
   def are_complete(self) -> bool:
     """Whether all are here, or one is not of this run, or one has gone."""
-    return bool(self.refusal) or len(self.lines) == self.count - 1 or bool(self.gone())
+    if len(self.lines) >= self.count - 1:
+      return True
+    if self.refusal:
+      return time.monotonic() > self.refused + REFUSED_SECONDS
+    return bool(self.gone())
 
 
 def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> dict[int, socket.socket]:
