@@ -21,6 +21,7 @@ from typing import Any
 
 from igpo_jax import cli
 from igpo_jax.errors import UserError
+from igpo_jax.parallel.liveness import LOST
 
 GREETING = "igpo_jax"
 ANSWER_SECONDS = 5.0  # in which process 0 answers
@@ -29,7 +30,6 @@ STRANGE_SECONDS = 20.0
 RETRY_SECONDS = 0.3
 # So long process 0 waits for the others when it has refused one of them, to tell them, too.
 REFUSED_SECONDS = 5.0
-LOST = 1  # the exit code of a process that another one's death ends
 
 
 class Connections:
@@ -114,7 +114,8 @@ class _Arrivals:
   def __init__(self, count: int, names: tuple[str, str, str]):
     self.count, self.names = count, names
     self.lines: dict[int, socket.socket] = {}
-    self.refusal, self.refused = "", 0.0  # why, and when
+    self.refused: list[socket.socket] = []
+    self.refusal, self.refused_at = "", 0.0
     self.changed = threading.Condition()
 
   def admit(self, line: socket.socket) -> None:
@@ -131,16 +132,19 @@ class _Arrivals:
       return
     _, called_count, called_index = self.names
     with self.changed:
+      refusal = ""
       if count != self.count:
-        self.refusal = (
+        refusal = (
           f"{called_count} is {self.count} for process 0 and {count} for process {index}: set one "
           "number for all"
         )
       elif index in self.lines:
-        self.refusal = f"two processes have {called_index}={index}: give each one a number"
-      if self.refusal:
-        self.refused = self.refused or time.monotonic()
-      self.lines[-1 - len(self.lines) if self.refusal else index] = line
+        refusal = f"two processes have {called_index}={index}: give each one a number"
+      if refusal:
+        self.refused.append(line)
+        self.refusal, self.refused_at = refusal, self.refused_at or time.monotonic()
+      else:
+        self.lines[index] = line
       self.changed.notify()
 
   def gone(self) -> list[int]:
@@ -148,11 +152,12 @@ class _Arrivals:
     return [index for index, line in self.lines.items() if _is_closed(line)]
 
   def are_complete(self) -> bool:
-    """Whether all are here, or one is not of this run, or one has gone."""
-    if len(self.lines) >= self.count - 1:
+    """Whether nobody is waited for any more: all are here, or one has gone. After a refusal the
+    others have some seconds to come and hear it."""
+    if len(self.lines) + len(self.refused) >= self.count - 1:
       return True
     if self.refusal:
-      return time.monotonic() > self.refused + REFUSED_SECONDS
+      return time.monotonic() > self.refused_at + REFUSED_SECONDS
     return bool(self.gone())
 
 
@@ -186,7 +191,7 @@ def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> dict[in
     message: dict[str, Any] = {"refused": arrivals.refusal}
   else:
     message = {"lost": gone[0]} if gone else {"go": True}
-  for line in arrivals.lines.values():
+  for line in (*arrivals.lines.values(), *arrivals.refused):
     with contextlib.suppress(OSError):
       _tell(line, message)
   if arrivals.refusal:
