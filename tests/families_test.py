@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -48,7 +47,7 @@ from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Canvas, Rollout, Routing, TrainState
 from tests import families_mesh_program, golden_families
 from tests.convert_helpers import assert_same_bits, convert, load
-from tests.paths import REPO, run_on_devices, shared_path
+from tests.paths import REPO, for_long_runs, run_on_devices, shared_path
 
 VOCAB, EOS, MASK = 24, 0, 1
 ROWS, PROMPT, LENGTH, BLOCK = 4, 6, 8, 4
@@ -661,9 +660,6 @@ def test_the_presets_are_the_published_models(name, published):
 @pytest.mark.slow
 def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
   """IGPO raises what fine-tuning reached, of two families (docs/results.md has the others)."""
-  # These programs run hundreds of times: a little optimized, and not on more threads than one.
-  flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
-  flags += " --xla_cpu_multi_thread_eigen=false"
   # Four prompts a step: their hinted groups need three programs to be sampled, those of 16 five.
   command = (
     "-m benchmarks.families --short --families=dream,a2d_qwen3 --sft_steps=700 --rl_steps=14 "
@@ -671,7 +667,7 @@ def test_a_model_learns_from_its_own_samples_and_hints(tmp_path):
   ).split()
   done = subprocess.run(
     [sys.executable, *command, f"--workdir={tmp_path}"], cwd=REPO, capture_output=True, text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, check=False,
+    env=for_long_runs(), check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
   results = json.loads(done.stdout[done.stdout.index("\n{") :])

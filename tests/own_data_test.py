@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.paths import REPO
+from tests.paths import REPO, for_long_runs
 from tests.tiny_tokenizer import make_directory
 
 pytestmark = pytest.mark.slow
@@ -33,7 +32,7 @@ def follow(name, folder, *more):
   done = subprocess.run(
     [sys.executable, *arguments, *more], cwd=folder, text=True, check=False,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)},
+    env=for_long_runs() | {"PYTHONPATH": str(REPO)},
   )  # fmt: skip
   assert done.returncode == 0, done.stdout
   return done.stdout

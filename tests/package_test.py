@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 import zipfile
@@ -56,8 +55,7 @@ def wheel(tmp_path_factory):
     else:
       shutil.copy(REPO / part, source)
   name = run([sys.executable, "-c", BUILD.format("sdist", "..")], source).stdout.split()[-1]
-  with tarfile.open(folder / name) as archive:
-    archive.extractall(folder, filter="data")
+  shutil.unpack_archive(folder / name, folder)
   unpacked = folder / name.removesuffix(".tar.gz")
   return (
     folder / run([sys.executable, "-c", BUILD.format("wheel", "..")], unpacked).stdout.split()[-1]

@@ -31,6 +31,16 @@ def with_devices(count: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
+def for_long_runs() -> dict[str, str]:
+  """The environment of a process whose programs run hundreds of times: a little optimized.
+
+  And on one thread each, as another test has the other core.
+  """
+  flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
+  flags += " --xla_cpu_multi_thread_eigen=false"
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
 def run_on_devices(count: int, *arguments: str) -> subprocess.CompletedProcess:
   """Runs `python ARGUMENTS` on so many CPU devices; a failure shows the end of what it printed."""
   done = subprocess.run(
