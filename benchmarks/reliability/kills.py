@@ -9,7 +9,8 @@ CPU seconds of the process that is killed: other programs that use the machine d
 The run is one process, or two of which a random one is killed, or stopped (SIGSTOP). Then the other
 one has to end by itself within a minute, with one line and exit code 1; one that was stopped has to
 end, too, when it goes on. One that is killed before it has met the others is waited for, as they
-cannot know whether it was ever started: such a start is ended, and begun again.
+cannot know whether it was ever started: such a start is ended, and begun again; one that was stopped
+then goes on, and the run with it.
 
 Every start is a fork of a process that has imported the package and has not used jax yet: a kill
 during an import would be a kill of nothing. Compiled programs are kept from start to start, in a
@@ -232,7 +233,13 @@ class Victim:
       os.kill(pid, self.number)
     if self.number == signal.SIGSTOP:
       first = wait(others, LEAVE)
+      met = self._met()
       os.kill(pid, signal.SIGCONT)
+      if first is None and not met:
+        codes = wait(self.pids)
+        if codes is None:
+          return self.end(), ["a run whose process was stopped at its start does not go on"]
+        return codes, self._complaints(codes)
       if first is None:
         return self.end(), ["the other process did not notice that one was stopped"]
       (last,) = wait([pid], LEAVE) or [None]
@@ -243,11 +250,15 @@ class Victim:
     else:
       # After SIGTERM the step under way is finished, and may have to be compiled first.
       codes = wait(self.pids, LEAVE if others and self.number == signal.SIGKILL else PATIENCE)
-      if codes is None and not any(WATCHED in self.said(index) for index in range(len(self.pids))):
+      if codes is None and not self._met():
         return self.end(), []  # it was killed before the others could know it, and is waited for
       if codes is None:
         return self.end(), [f"{self.workdir.name} does not end"]
     return codes, self._complaints(codes)
+
+  def _met(self) -> bool:
+    """Whether the processes have begun to watch one another."""
+    return any(WATCHED in self.said(index) for index in range(len(self.pids)))
 
   def end(self) -> list[int]:
     """Ends what still runs."""
