@@ -226,12 +226,12 @@ def largest_fall(result: dict[str, Any]) -> float:
   return float(np.max(np.maximum.accumulate(values) - values))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-  """(mean, half the width of its 95% interval by Student's t); nan as width for one value."""
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+  """(mean, half the width of its interval by Student's t); nan as width for one value."""
   n = len(values)
   if n < 2:
     return float(np.mean(values)), math.nan
-  width = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+  width = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
   return float(np.mean(values)), float(width)
 
 

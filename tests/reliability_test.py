@@ -8,7 +8,7 @@ import time
 import pytest
 from etils import epath
 
-from benchmarks.reliability import disks, graders, inputs, nonfinite
+from benchmarks.reliability import disks, dtypes, graders, inputs, nonfinite
 from benchmarks.reliability.table import Campaign, carry_out, table
 from igpo_jax.io.jsonl import row_file
 
@@ -55,3 +55,16 @@ def test_a_campaign_goes_on_where_it_was_and_counts_what_was_lost(tmp_path):
   assert "| some | b | 2 | 4 | 1 |" in text and "3 of 3 cases" in text
   carry_out(campaign, 1, out, ever)
   assert len(tried) == 6
+
+
+def test_dtypes_disagree_where_one_is_worse_with_every_seed():
+  pairs = lambda *worse: [
+    {"float32": {"loss": 0.5, "sft": 0.03, "rl": 0.8},
+     "bfloat16": {"loss": 0.6, "sft": 0.03, "rl": 0.8 - fall}} for fall in worse
+  ]  # fmt: skip
+  noise = dtypes.compared(pairs(0.1, -0.05, 0.02, -0.1, 0.06))
+  assert noise["lost"] == [] and noise["rl"]["mean"] == pytest.approx(-0.006)
+  # by hand: the standard deviation is 0.0811, t(0.995, 4) = 4.604, so 4.604 * 0.0811 / sqrt(5)
+  assert noise["rl"]["width"] == pytest.approx(0.1670, abs=2e-4)
+  (lost,) = dtypes.compared(pairs(0.1, 0.11, 0.09, 0.1, 0.12))["lost"]
+  assert lost.startswith("rl: bfloat16 - float32 is -0.1040")

@@ -1,74 +1,92 @@
 """Runs of the same seed in float32 and in bfloat16: accuracies must agree within noise.
 
-A case is a seed: a small model learns one step of a chain (SFT, then RL), once in each dtype.
-Held-out accuracies after SFT and after RL are those of 512 problems. Lost is a difference of more
-than `ERRORS` standard errors of the difference of two such shares. Over several seeds the mean of
-the differences says more than each of them (docs/reliability.md).
+A case "seed/K" is the quickstart's IGPO run (configs/quickstart.py) with seed SEED + K, once in
+each dtype. The case "agreement/0" comes last and compares: over the seeds, the interval of the
+paired differences of accuracies, bfloat16 less float32, has to hold 0. SFT's loss is told beside
+them: both dtypes draw the same initial parameters, batches and masks, so only rounding makes it
+differ. In RL one token that is sampled otherwise makes another run, and runs differ by as much as
+seeds do: hence several seeds (docs/reliability.md).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import pathlib
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from etils import epath
 
-from benchmarks.reliability.kills import CONFIG
 from benchmarks.reliability.table import Campaign
-from igpo_jax.io.jsonl import Row
+from benchmarks.study import interval
+from igpo_jax.io.jsonl import Row, write_whole
 
 DTYPES = ("float32", "bfloat16")
-SEEDS, PROBLEMS, ERRORS = 5, 512, 4.0
-TASK = "synthetic:chains?min_steps=1&max_steps=1"
-OPTIONS = (
-  f"data.sft={TASK}&split=train&n=2048&seed=1", f"data.rl={TASK}&split=train&n=512&seed=2",
-  f"data.eval=('test={TASK}&split=test&n={PROBLEMS}&seed=3',)", "reward.verifier=task",
-  "model.d_model=48", "model.n_layers=2", "model.mlp_hidden=128", "eval.batch_size=128",
-  "sft.steps=800", "sft.batch_size=32", "sft_optimizer.learning_rate=3e-3",
-  "rl.steps=40", "rl.prompts_per_step=8", "rl.group_size=4", "rl.eval_every=0",
-  "rl_optimizer.learning_rate=1e-3", "checkpoint.every=1000", "log.samples_every=0",
-  "log.report_every=0",
-)  # fmt: skip
+SEEDS, LEVEL = 5, 0.99
+JUDGED = ("sft", "rl")  # the stages whose accuracies must agree
+LAST = 100  # SFT steps whose mean loss is compared
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+OPTIONS = ("arms=()", "rl.eval_every=0", "checkpoint.every=10000", "log.samples_every=0",
+           "log.report_every=0")  # fmt: skip
+ACCURACY = "eval/test/accuracy"
 
 
-def accuracies(seed: int, dtype: str, folder: pathlib.Path) -> dict[str, float]:
-  """Held-out accuracy of a whole run, after each stage."""
+def figures(seed: int, dtype: str, folder: pathlib.Path) -> dict[str, float]:
+  """Runs it; SFT's loss, and held-out accuracy after each stage ("sft", "rl")."""
   workdir = folder / dtype
   options = (*OPTIONS, f"seed={seed}", f"model.dtype={dtype}")
   command = [sys.executable, "-m", "igpo_jax.main", f"--config={CONFIG}", f"--workdir={workdir}"]
   command += [f"--config.{option}" for option in options]
   command.append(f"--config.compilation_cache={folder.parent / 'cache'}")
-  environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
     raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-600:]}")
-  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  name = "eval/test/accuracy"
-  return {row["stage"]: row[name] for row in rows if row.get(name) is not None}
+  rows = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+  losses = [row["sft/loss"] for row in rows if row.get("sft/loss") is not None]
+  found = {row["stage"]: row[ACCURACY] for row in rows if row.get(ACCURACY) is not None}
+  return {"loss": statistics.fmean(losses[-LAST:])} | {stage: found[stage] for stage in JUDGED}
+
+
+def pair(number: int, shared: pathlib.Path) -> dict[str, dict[str, float]]:
+  """The figures of one seed in each dtype; they are kept in `shared`, and made once."""
+  file = shared / f"{number}.json"
+  if not file.exists():
+    folder = shared / f"{number}"
+    found = {dtype: figures(number, dtype, folder) for dtype in DTYPES}
+    write_whole(epath.Path(file), json.dumps(found))
+  return json.loads(file.read_text())
+
+
+def compared(pairs: Sequence[dict[str, dict[str, float]]]) -> Row:
+  """Of each figure all differences, their mean and half of its interval; and what is lost."""
+  one, other = DTYPES
+  found: Row = {"lost": []}
+  for name in ("loss", *JUDGED):
+    differences = [found_by[other][name] - found_by[one][name] for found_by in pairs]
+    mean, width = interval(differences, LEVEL)
+    found[name] = {"differences": differences, "mean": mean, "width": width}
+    if name in JUDGED and abs(mean) > width:
+      found["lost"].append(f"{name}: {other} - {one} is {mean:.4f} ± {width:.4f}")
+  return found
 
 
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
-  number = seed + int(case.partition("/")[2])
+  kind, _, k = case.partition("/")
+  shared = pathlib.Path(folder).parent / f"dtypes-{seed}"
+  shared.mkdir(exist_ok=True)
   try:
-    found = {dtype: accuracies(number, dtype, pathlib.Path(folder)) for dtype in DTYPES}
+    if kind == "agreement":
+      return compared([pair(seed + number, shared) for number in range(SEEDS)])
+    return {"tried": len(DTYPES), **pair(seed + int(k), shared), "lost": []}
   except RuntimeError as error:
     return {"lost": [str(error)]}
-  lost = []
-  for stage in ("sft", "rl"):
-    one, other = (found[dtype][stage] for dtype in DTYPES)
-    mean = (one + other) / 2
-    if abs(one - other) > ERRORS * math.sqrt(2 * mean * (1 - mean) / PROBLEMS):
-      lost.append(f"after {stage}: {one:.3f} and {other:.3f}")
-  return {"tried": len(DTYPES), **found, "lost": lost}
 
 
 CAMPAIGN = Campaign(
   "dtypes",
   "the same seeds in float32 and in bfloat16",
-  lambda seed: [f"seed/{k}" for k in range(SEEDS)],
+  lambda seed: [*(f"seed/{k}" for k in range(SEEDS)), "agreement/0"],
   attempt,
 )
