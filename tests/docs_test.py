@@ -130,7 +130,7 @@ def test_the_files_of_the_repository_can_be_read():
 
 # Why a command of a page is not looked at here: where it is run, or what it would need.
 NOT_HERE = {
-  r"python3 -m venv |(\S*uv )?\S*pip install |pre-commit ": "installs; .ci/run installs so, afresh",
+  r"python3 -m venv |\S*pip install |pre-commit ": "installs; .ci/run installs so, afresh",
   r"\S*ruff |\S*python -m pytest": "CI runs them",
   r"(gcloud|hf download|curl|mv) ": "needs the network or an account",
   r"export ": "sets what the next lines read; launch_test and hosts_test set it so",
