@@ -9,8 +9,8 @@ CPU seconds of the process that is killed: other programs that use the machine d
 The run is one process, or two of which a random one is killed, or stopped (SIGSTOP). Then the other
 one has to end by itself within a minute, with one line and exit code 1; one that was stopped has to
 end, too, when it goes on. One that is killed before it has met the others is waited for, as they
-cannot know whether it was ever started: such a start is ended, and begun again; one that was stopped
-then goes on, and the run with it.
+cannot know whether it was ever started: such a start is ended, and begun again. One that was
+stopped then goes on, and the run with it.
 
 Every start is a fork of a process that has imported the package and has not used jax yet: a kill
 during an import would be a kill of nothing. Compiled programs are kept from start to start, in a
