@@ -234,3 +234,13 @@ def test_the_rest_of_a_workdir_can_be_an_object_store(tmp_path, monkeypatch, cap
   }
   assert made == files
   assert (tmp_path / "bucket/run/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_is_removed_between_two_rows_is_told_and_not_begun_anew(tmp_path):
+  rows = row_file(tmp_path / "run" / "metrics.jsonl")
+  rows.path.parent.mkdir()
+  rows.add([{"step": 1}])
+  rows.path.unlink()  # its folder is there, as a checkpoint may have made it again
+  with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+    rows.add([{"step": 2}])
+  assert not rows.path.exists()

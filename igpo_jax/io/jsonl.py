@@ -12,6 +12,7 @@ The file is read backwards, and no further than needed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -86,6 +87,7 @@ class DiskRows:
 
   def __init__(self, path: epath.Path):
     self.path = path
+    self._begun = False
 
   def read(self) -> list[Row]:
     """All rows. A last line that a kill cut in half is left out.
@@ -96,9 +98,17 @@ class DiskRows:
     return [row for _, row in _parse(self.path, _text(self.path)) if row is not None]
 
   def add(self, rows: Sequence[Row]) -> None:
-    """Appends rows."""
+    """Appends rows.
+
+    Raises:
+      FileNotFoundError: the file was removed since the last call. A checkpoint may have made its
+        folder again, and a new file would lack the rows before.
+    """
+    if self._begun and not self.path.exists():
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
     with self.path.open("a") as file:
       file.write(_lines(rows))
+    self._begun = True
 
   def cut(self, keep: Callable[[Row], bool] = lambda row: True) -> None:
     """Drops the rows after the last one for which `keep` is True, and a half-written last line.
