@@ -50,6 +50,9 @@ class ObjectStore(backend._OsPathBackend):
   def exists(self, path):
     return self.local(path).exists()
 
+  def stat(self, path):
+    return super().stat(self.local(path))
+
   def isdir(self, path):
     return self.local(path).is_dir()
 

@@ -380,6 +380,60 @@ def test_a_stage_killed_anywhere_ends_as_if_it_had_not_been(when, tmp_path):
   assert written(war) == written(peace)
 
 
+@pytest.mark.parametrize("when", range(6))
+def test_a_workdir_that_is_removed_is_not_made_again(when, tmp_path):
+  """A checkpoint in a new folder, without the rows before it, would be gone on from."""
+  peace, war = tmp_path / "peace", tmp_path / "war"
+  run_stage(make_run(peace), counting_stage(eval_every=4), fresh())
+  remove = lambda n: shutil.rmtree(war) if n == when else None
+  with pytest.raises((UserError, FileNotFoundError)):
+    run_stage(make_run(war, log_every=4), counting_stage(at_step=remove, eval_every=4), fresh())
+  assert not war.exists()
+  run_stage(make_run(war), counting_stage(eval_every=4), fresh())
+  assert written(war) == written(peace)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_workdir_that_is_removed_during_a_save_is_not_left_with_half_a_run(
+  fails, tmp_path, monkeypatch
+):
+  real, war = Checkpoints.save, tmp_path / "war"
+
+  def save(checkpoints, step, *args):
+    if step == 4:
+      shutil.rmtree(war)
+    real(checkpoints, step, *args)
+    if step == 4 and fails:
+      (war / "checkpoints" / "rl" / "4.orbax-checkpoint-tmp").mkdir()
+      raise ValueError("NOT_FOUND: manifest.ocdbt")
+
+  monkeypatch.setattr(Checkpoints, "save", save)
+  with pytest.raises(UserError, match=r"war, .* was removed before step 4 .* start the same"):
+    run_stage(make_run(war), counting_stage(), fresh())
+  assert not war.exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_rows_that_are_missing_where_a_run_goes_on_are_told(name, tmp_path, capsys):
+  def stop(n):
+    if n == 4:
+      raise Killed
+
+  with pytest.raises(Killed):
+    run_stage(make_run(tmp_path), counting_stage(at_step=stop), fresh())
+  whole = (tmp_path / name).read_bytes()
+  for kept, told in ((whole, False), (whole[: len(whole) // 2], True), (b"", True)):
+    (tmp_path / name).write_bytes(kept)
+    with pytest.raises(Killed):
+      run_stage(make_run(tmp_path), counting_stage(at_step=stop), fresh())
+    assert (f"{name}: rows are missing" in capsys.readouterr().err) == told
+  (tmp_path / name).unlink()
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  assert f"{name}: rows are missing: 0 bytes of the " in capsys.readouterr().err
+  run_stage(make_run(tmp_path), counting_stage(), fresh())
+  assert "missing" not in capsys.readouterr().err
+
+
 def test_a_finished_stage_makes_no_step_and_keeps_the_rows_after_it(tmp_path):
   run_stage(make_run(tmp_path), counting_stage(), fresh())
   run = make_run(tmp_path)

@@ -16,7 +16,7 @@ SEED = random.SystemRandom().randrange(10**6)
 PARTS = {
   graders.CAMPAIGN: ("near/0", "soup/1", "corpus/2"),
   disks.CAMPAIGN: ("flip/0", "flip/1", "flip/2", "flip/3", "cut/0", "zeros/0", "missing/0",
-                   "leftover/0", "tail/0", "rename/0", "full/0"),
+                   "leftover/0", "tail/0", "rename/0", "full/0", "gone/0"),
   inputs.CAMPAIGN: ("model/0", "adapter/0", "training/0", "data/0", "options/0"),
   nonfinite.CAMPAIGN: ("gradient/0",),
 }  # fmt: skip

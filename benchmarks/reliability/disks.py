@@ -24,6 +24,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -158,15 +159,40 @@ def on_disk(kind: str, draw: random.Random, folder: epath.Path) -> Row:
     def harm(n: int) -> None:
       if n == step and kind == "read-only":
         remount("ro")
-      elif n == step and kind == "gone":
-        shutil.rmtree(workdir)
 
     first, lost = attempted(workdir, harm)
     remount("rw,size=64m,nr_inodes=100k")
-    if kind not in ("full", "files") and not first:
+    if kind == "read-only" and not first:
       lost.append("nothing was noticed")
     said = stage.run(workdir)
     return {"what": f"{size}, step {step}", "first": first, "lost": lost + checked(workdir, said)}
+
+
+def gone(kind: str, draw: random.Random, folder: epath.Path) -> Row:
+  """The workdir is removed: as a step begins, or up to 0.2 s later, so in the middle of a save."""
+  workdir, step = folder / "run", draw.randrange(stage.STEPS)
+  seconds = draw.choice((0.0, draw.uniform(0, 0.2)))
+  remover = threading.Timer(seconds, functools.partial(remove, workdir))
+
+  def harm(n: int) -> None:
+    if n == step:
+      remover.start()
+      if not seconds:
+        remover.join()
+
+  first, lost = attempted(workdir, harm)
+  remover.join()
+  if not seconds and not first:
+    lost.append("nothing was noticed")
+  said = stage.run(workdir)
+  what = f"{seconds:.3f} s after step {step} began"
+  return {"what": what, "first": first, "lost": lost + checked(workdir, said)}
+
+
+def remove(workdir: epath.Path) -> None:
+  """As `rm -rf`, and again where the run has put something there meanwhile."""
+  while workdir.exists():
+    shutil.rmtree(workdir, ignore_errors=True)
 
 
 def attempted(workdir: epath.Path, harm: Callable[[int], None]) -> tuple[str, list[str]]:
@@ -233,7 +259,8 @@ def stand_in(kind: str, draw: random.Random, folder: epath.Path) -> Row:
 def attempt(case: str, seed: int, folder: epath.Path) -> Row:
   kind, draw = case.partition("/")[0], random.Random(f"{case} {seed}")
   how = {
-    **dict.fromkeys(("full", "files", "read-only", "gone"), on_disk),
+    **dict.fromkeys(("full", "files", "read-only"), on_disk),
+    "gone": gone,
     **dict.fromkeys(("rename", "quota", "slow"), stand_in),
   }.get(kind, damage)
   try:

@@ -78,6 +78,11 @@ def row_parts(path: epath.PathLike) -> Iterator[epath.Path]:
     yield from itertools.takewhile(lambda part: part.exists(), numbered)
 
 
+def bytes_of_rows(path: epath.PathLike) -> int:
+  """The bytes of the rows of X.jsonl that are in files, not of those that wait for `flush`."""
+  return sum(part.stat().length for part in row_parts(path))
+
+
 def _numbered(path: epath.Path, number: int) -> epath.Path:
   return path.parent / f"{path.stem}-{number:05d}{path.suffix}"
 
@@ -87,7 +92,11 @@ class DiskRows:
 
   def __init__(self, path: epath.Path):
     self.path = path
-    self._begun = False
+    self._begun = path.exists()
+
+  def is_removed(self) -> bool:
+    """True if there was a file, and is none now: somebody removed it, perhaps with its folder."""
+    return self._begun and not self.path.exists()
 
   def read(self) -> list[Row]:
     """All rows. A last line that a kill cut in half is left out.
@@ -101,10 +110,9 @@ class DiskRows:
     """Appends rows.
 
     Raises:
-      FileNotFoundError: the file was removed since the last call. A checkpoint may have made its
-        folder again, and a new file would lack the rows before.
+      FileNotFoundError: the file was removed. A new one would lack the rows before.
     """
-    if self._begun and not self.path.exists():
+    if self.is_removed():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
     with self.path.open("a") as file:
       file.write(_lines(rows))
@@ -151,6 +159,9 @@ class PartRows:
     self.path = path
     self._forget_merged()
     self._start_part()
+
+  def is_removed(self) -> bool:
+    return False  # objects are replaced as a whole
 
   def read(self) -> list[Row]:
     self.flush()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -176,7 +177,9 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   def save(note: dict[str, Any]) -> None:
     nonlocal saved, saved_at
     run.log.flush()
-    checkpoints.save(done, state, note)
+    # Repeated SFT steps: its rows are followed by some of RL, which may be dropped.
+    sizes = {"bytes": run.log.sizes()} if log is not None else {}
+    save_with_rows(run, checkpoints, done, state, {**note, **sizes})
     saved, saved_at = done, time.monotonic()
     run.stop.next_start = f"the same command continues from step {saved}"
 
@@ -267,6 +270,37 @@ def run_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
   return state
 
 
+def save_with_rows(
+  run: Run, checkpoints: Checkpoints, step: int, state: TrainState, note: dict[str, Any]
+) -> None:
+  """Saves a checkpoint, but not into a workdir that was removed. A collective.
+
+  Orbax makes folders that are missing, so the next start would find a checkpoint without its run.
+
+  Raises:
+    UserError: the workdir was removed, before or meanwhile; nothing of the checkpoint is left. Or
+      the disk is full, or fails.
+  """
+  failed, removed = None, run.log.is_removed()
+  if not removed:
+    try:
+      checkpoints.save(step, state, note)
+    except Exception as error:
+      failed = error
+    removed = run.log.is_removed()
+  if removed:
+    checkpoints.discard(step)
+    with contextlib.suppress(OSError):  # there is more in it
+      for folder in (checkpoints.directory, checkpoints.directory.parent, run.workdir):
+        os.rmdir(folder)
+    raise UserError(
+      f"{run.workdir}, or its metrics.jsonl or samples.jsonl, was removed before step {step} was "
+      "saved; start the same command again"
+    ) from failed
+  if failed:
+    raise failed
+
+
 def is_late(checkpoint: CheckpointConfig, saved_at: float) -> bool:
   """Whether the last checkpoint is `checkpoint.minutes` old, by the clock of process 0.
 
@@ -332,19 +366,30 @@ def resume(
       f"{stage.name}: its rows reach the last step, {stage.steps}, but {checkpoints.directory} "
       "holds no checkpoint: put them back, or choose another --workdir"
     )
-  waiting = None
+  waiting, note = None, {}
   if start:
     print_once(f"{stage.name}: continues from its checkpoint of step {start}")
+    note = from_first(lambda: checkpoints.note(start))
+    warn_of_missing_rows(run, note.get("bytes", {}))
   if is_behind(run, stage.name):
     if start < stage.steps:
       print_once(
         f"{stage.name}: makes step {start + 1} to {stage.steps} again, for RL; rows are kept"
       )
     return start, state, waiting
-  if start:
-    waiting = from_first(lambda: checkpoints.note(start)).get("row")
-  if waiting and run.log.has(stage.name, start):
-    waiting = None
+  if not run.log.has(stage.name, start):
+    waiting = note.get("row")
   if waiting or start < stage.steps:
     run.log.rewind(stage.name, start)
   return start, state, waiting
+
+
+def warn_of_missing_rows(run: Run, saved: dict[str, int]) -> None:
+  """Tells which files have fewer bytes of rows than when the checkpoint was saved. A collective."""
+  now = run.log.sizes()
+  for name, size in saved.items():
+    if now[name] < size:
+      print_once(
+        f"{run.workdir / name}: rows are missing: {now[name]} bytes of the {size} that it had when "
+        "the checkpoint was saved; the run goes on without them"
+      )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from igpo_jax.config import LogConfig
 from igpo_jax.errors import UserError
-from igpo_jax.io.jsonl import Row, can_append, row_file, write_whole
+from igpo_jax.io.jsonl import Row, bytes_of_rows, can_append, row_file, write_whole
 from igpo_jax.parallel.distributed import from_first, share
 from igpo_jax.viewer.summary import STAGE_ORDER, offsets
 
@@ -171,6 +171,18 @@ class RunLog:
     if self._writes:
       self._metrics.flush()
       self._samples.flush()
+
+  def is_removed(self) -> bool:
+    """True if the workdir, or a file of rows, was removed. False on all but process 0."""
+    if not self._writes or not can_append(self.workdir):
+      return False
+    files = self._metrics, self._samples
+    return not self.workdir.exists() or any(file.is_removed() for file in files)
+
+  def sizes(self) -> dict[str, int]:
+    """Name of each file -> the bytes of its rows. A collective."""
+    files = (self.metrics_path, self.workdir / "samples.jsonl")
+    return from_first(lambda: {file.name: bytes_of_rows(file) for file in files})
 
   def close(self) -> None:
     """Finishes the files and closes TensorBoard and wandb."""
