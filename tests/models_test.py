@@ -211,3 +211,12 @@ def test_what_is_not_asked_again_stays_in_the_cache(pre, golden):
   changed[:, 20:32] = other
   whole, _ = hidden(pre.params, changed)
   assert np.abs(h - whole[:, 20:32]).max() > 1e-2  # an approximation, as it should be
+
+
+def test_a_parameter_of_another_shape_is_told_with_its_name(pre):
+  params = dict(pre.params)
+  kernel = params["blocks"]["q_proj"]["kernel"]
+  params["blocks"] = params["blocks"] | {"q_proj": {"kernel": kernel[:, :, :-2]}}
+  told = r"blocks/q_proj/kernel has shape \(64, 62\), not \(64, 64\)"
+  with pytest.raises(ValueError, match=told):
+    pre.lm.hidden(params, jnp.zeros((1, 4), jnp.int32))

@@ -16,6 +16,36 @@ from igpo_jax.parallel.sharding import constrain
 from igpo_jax.types import Array
 
 
+def parameter(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  axes: tuple[str | None, ...],
+  shape: tuple[int, ...],
+  dtype: jnp.dtype,
+) -> Array:
+  """The parameter `name` of a module; `init` makes it if there is none yet.
+
+  As `nn.Module.param`, which traces `init` again wherever the parameter is read, to compare shapes.
+
+  Args:
+    module: the module, in its compact method.
+    name: of the parameter.
+    init: (key, shape, dtype) -> array.
+    axes: its logical axes.
+    shape, dtype: its shape, and the dtype that it is made in.
+
+  Raises:
+    ValueError: the parameter has another shape.
+  """
+  if not module.has_variable("params", name):
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+  value = nn.meta.unbox(module.get_variable("params", name))
+  if value.shape != shape:
+    raise ValueError(f"{'/'.join((*module.path, name))} has shape {value.shape}, not {shape}")
+  return value
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) * scale over the last axis; statistics in float32."""
 
@@ -25,8 +55,8 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+    size = (x.shape[-1],)
+    scale = parameter(self, "scale", nn.initializers.ones, ("norm",), size, self.param_dtype)
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
     # Back to the compute dtype before the weight: what the released code does in bf16.
@@ -90,12 +120,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
-    kernel = self.param(
-      "kernel",
-      nn.with_logical_partitioning(init, self.axes),
-      (x.shape[-1], self.features),
-      self.param_dtype,
-    )
+    shape = (x.shape[-1], self.features)
+    kernel = parameter(self, "kernel", init, self.axes, shape, self.param_dtype)
     # As one matrix: XLA's CPU backend is 2.4 times slower at the gradients of a product
     # that sums over two axes (docs/LOG.md).
     rows = x.shape[:-1]
@@ -108,8 +134,8 @@ class Linear(nn.Module):
       return jnp.dot(x, kernel).reshape(*rows, self.features)
     y = dot_f32(x, kernel)
     if self.use_bias:
-      zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-      bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+      zeros = nn.initializers.zeros
+      bias = parameter(self, "bias", zeros, self.axes[1:], shape[1:], self.param_dtype)
       y = y + bias.astype(self.dtype).astype(jnp.float32)
     if adapted:
       if self.lora.dropout and self.has_rng("dropout"):

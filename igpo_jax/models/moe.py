@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from igpo_jax.config import ModelConfig, MoEConfig
 from igpo_jax.models import family
-from igpo_jax.models.layers import dot_f32, low_rank
+from igpo_jax.models.layers import dot_f32, low_rank, parameter
 from igpo_jax.parallel.sharding import constrain, num_shards, partition_spec
 from igpo_jax.types import Array, Params
 
@@ -93,16 +93,11 @@ class RouterScores(nn.Module):
     c = self.config
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
     # It is not called "kernel", so that adapters leave it alone: they are not for choices.
-    weights = self.param(
-      "scores",
-      nn.with_logical_partitioning(init, ("embed", None)),
-      (h.shape[-1], c.moe.experts),
-      jnp.dtype(c.param_dtype),
-    )
+    shape, made_in = (h.shape[-1], c.moe.experts), jnp.dtype(c.param_dtype)
+    weights = parameter(self, "scores", init, ("embed", None), shape, made_in)
     bias = None
     if self.router.bias:
-      zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-      bias = self.param("bias", zeros, (c.moe.experts,), jnp.dtype(c.param_dtype))
+      bias = parameter(self, "bias", nn.initializers.zeros, (None,), shape[1:], made_in)
       bias = bias.astype(jnp.float32)
     dtype = jnp.dtype(c.dtype)
     rows = h.reshape(-1, h.shape[-1]).astype(dtype)
@@ -126,9 +121,7 @@ class ExpertKernel(nn.Module):
       self.init_scale, "fan_in", "truncated_normal", batch_axis=(0,)
     )
     shape = (c.moe.experts, self.fan_in, self.fan_out)
-    kernel = self.param(
-      "kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.dtype(c.param_dtype)
-    )
+    kernel = parameter(self, "kernel", init, self.axes, shape, jnp.dtype(c.param_dtype))
     out = {"kernel": constrain(kernel.astype(jnp.dtype(c.dtype)), *self.axes)}
     for name in ("lora_a", "lora_b"):
       if self.has_variable("params", name):

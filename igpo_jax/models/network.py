@@ -206,6 +206,8 @@ class Transformer(nn.Module):
         in_axes=(nn.broadcast,) * 4,
         length=size,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        # It traces a block twice; but without it a layer's random keys are others.
+        check_constancy_invariants=self.is_initializing() or self.has_rng("dropout"),
       )
       x, _ = blocks(c, self.design, first, name=name)(x, None, valid, 0, places)
     x = RMSNorm(c.rms_norm_eps, name="ln_f", **kw)(x)

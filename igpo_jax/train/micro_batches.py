@@ -100,10 +100,10 @@ def accumulate(
     (more, other), other_grads = value_and_grad(params, part)
     return (numerator + more, sums.merge(other), jax.tree.map(jnp.add, grads, other_grads)), None
 
-  (numerator, sums), grads = jax.eval_shape(value_and_grad, params, first)
+  numerator, sums = jax.eval_shape(loss_sums, params, first)
   full = lambda tree, value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)
   start = Sums(full(sums.added, 0), full(sums.most, -jnp.inf))
-  total, _ = jax.lax.scan(step, (full(numerator, 0), start, full(grads, 0)), slices)
+  total, _ = jax.lax.scan(step, (full(numerator, 0), start, full(params, 0)), slices)
   return total
 
 
