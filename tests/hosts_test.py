@@ -21,18 +21,12 @@ from tests.paths import REPO, with_devices
 from tests.tiny_config import FIRST_SLICE, TRIPWIRE
 
 
-def start(module, *options, processes=1, cache=None, extra=()):
+def start(module, *options, processes=1, extra=()):
   """Starts the processes of one program over 8 devices; `extra`: variables of the last."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   environment = with_devices(8 // processes)
-  if cache is not None:
-    environment |= {
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
   out = []
   for index in range(processes):
     own = {} if processes == 1 else {
@@ -160,9 +154,9 @@ def runs(tmp_path_factory):
              "--config.data.prompt_buckets=(8, 12)", "--config.rl.sample_slices=4",
              # groups without advantage make place for those of one further batch
              "--config.rl.refill=1")  # fmt: skip
-  launch = lambda name, **more: finish(start(
-    "igpo_jax.main", *options, f"--workdir={root / name}", cache=root / "cache", **more
-  ))  # fmt: skip
+  launch = lambda name, **more: finish(
+    start("igpo_jax.main", *options, f"--workdir={root / name}", **more)
+  )
   one = launch("one")
   ended, rows = {}, {}
   for wire, step, number in ((FIRST_SLICE, 1, signal.SIGTERM), (TRIPWIRE, 3, signal.SIGKILL)):
