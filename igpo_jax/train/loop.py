@@ -281,24 +281,22 @@ def save_with_rows(
     UserError: the workdir was removed, before or meanwhile; nothing of the checkpoint is left. Or
       the disk is full, or fails.
   """
-  failed, removed = None, run.log.is_removed()
-  if not removed:
+  if not run.log.is_removed():
     try:
       checkpoints.save(step, state, note)
-    except Exception as error:
-      failed = error
-    removed = run.log.is_removed()
-  if removed:
-    checkpoints.discard(step)
-    with contextlib.suppress(OSError):  # there is more in it
-      for folder in (checkpoints.directory, checkpoints.directory.parent, run.workdir):
-        os.rmdir(folder)
-    raise UserError(
-      f"{run.workdir}, or its metrics.jsonl or samples.jsonl, was removed before step {step} was "
-      "saved; start the same command again"
-    ) from failed
-  if failed:
-    raise failed
+    except Exception:
+      if not run.log.is_removed():
+        raise
+    if not run.log.is_removed():
+      return
+  checkpoints.discard(step)
+  with contextlib.suppress(OSError):  # there is more in it
+    for folder in (checkpoints.directory, checkpoints.directory.parent, run.workdir):
+      os.rmdir(folder)
+  raise UserError(
+    f"{run.workdir}, or its metrics.jsonl or samples.jsonl, was removed before step {step} was "
+    "saved; start the same command again"
+  )
 
 
 def is_late(checkpoint: CheckpointConfig, saved_at: float) -> bool:
