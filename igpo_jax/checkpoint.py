@@ -239,8 +239,8 @@ class Checkpoints:
 
   def discard(self, step: int) -> None:
     """Removes what there is of the checkpoint of `step`, finished or not."""
-    for path in (self.directory / str(step), *self.directory.glob(f"{step}{UNFINISHED}")):
-      path.rmtree(missing_ok=True)
+    (self.directory / str(step)).rmtree(missing_ok=True)
+    self.remove_unfinished()
 
   def set_aside(self, step: int) -> epath.Path:
     """Renames a damaged checkpoint to damaged-STEP; returns its new path.

@@ -281,19 +281,25 @@ def save_with_rows(
     UserError: the workdir was removed, before or meanwhile; nothing of the checkpoint is left. Or
       the disk is full, or fails.
   """
-  if not run.log.is_removed():
-    try:
-      checkpoints.save(step, state, note)
-    except Exception:
-      if not run.log.is_removed():
-        raise
-    if not run.log.is_removed():
-      return
+  if run.log.is_removed():
+    raise removed(run, checkpoints, step)
+  try:
+    checkpoints.save(step, state, note)
+  except Exception as error:
+    if run.log.is_removed():
+      raise removed(run, checkpoints, step) from error
+    raise
+  if run.log.is_removed():
+    raise removed(run, checkpoints, step)
+
+
+def removed(run: Run, checkpoints: Checkpoints, step: int) -> UserError:
+  """The error of a workdir that was removed. What a save made of it again is removed first."""
   checkpoints.discard(step)
   with contextlib.suppress(OSError):  # there is more in it
     for folder in (checkpoints.directory, checkpoints.directory.parent, run.workdir):
       os.rmdir(folder)
-  raise UserError(
+  return UserError(
     f"{run.workdir}, or its metrics.jsonl or samples.jsonl, was removed before step {step} was "
     "saved; start the same command again"
   )

@@ -181,8 +181,8 @@ class RunLog:
 
   def sizes(self) -> dict[str, int]:
     """Name of each file -> the bytes of its rows. A collective."""
-    files = (self.metrics_path, self.workdir / "samples.jsonl")
-    return from_first(lambda: {file.name: bytes_of_rows(file) for file in files})
+    paths = lambda: (file.path for file in (self._metrics, self._samples))
+    return from_first(lambda: {path.name: bytes_of_rows(path) for path in paths()})
 
   def close(self) -> None:
     """Finishes the files and closes TensorBoard and wandb."""
