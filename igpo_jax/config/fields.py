@@ -80,6 +80,13 @@ KINDS = {
 
 
 @functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+  """Option -> its declared type without a `Range`, of a dataclass of options."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
 def declarations(cls: type) -> dict[str, Any]:
   """Option -> its declared type, with its `Range` if it has one, of a dataclass of options."""
   hints = typing.get_type_hints(cls, include_extras=True)

@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from igpo_jax.config import registry
 from igpo_jax.config.arms import arms_of
-from igpo_jax.config.fields import check_fields, meant, require
+from igpo_jax.config.fields import check_fields, field_types, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
 from igpo_jax.config.renamed import new_name, removed, upgraded
 from igpo_jax.config.run import METHOD_SECTIONS, STAGES, Config, method_section
@@ -38,7 +38,7 @@ def default_config() -> config_dict.ConfigDict:
 
 def _to_config_dict(section: Any) -> config_dict.ConfigDict:
   out = config_dict.ConfigDict()
-  hints = typing.get_type_hints(type(section))
+  hints = field_types(type(section))
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     if dataclasses.is_dataclass(value):
@@ -144,8 +144,7 @@ def check(config: Config) -> None:
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:
   """A dataclass with the values of a ConfigDict; `path` is its name, "" for the whole."""
-  every = typing.get_type_hints(cls)
-  hints = {field.name: every[field.name] for field in dataclasses.fields(cls)}
+  hints = field_types(cls)
   inside = lambda name: f"{path}.{name}" if path else name
   for name in config:
     if name not in hints:

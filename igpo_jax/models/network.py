@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from igpo_jax.config import ModelConfig
 from igpo_jax.models import lora, moe
@@ -375,16 +376,23 @@ def one_later(h: Array, first: Array | int = 0) -> Array:
   return jnp.where(jnp.reshape(first > 0, (-1, 1, 1)), h, moved)
 
 
+@functools.lru_cache(maxsize=64)
+def _boxed_init(config: ModelConfig, design: Design) -> Any:
+  """`key -> parameters` with their axes' names: one function a model, so that jax traces it once.
+
+  A start asks for the shapes of parameters several times, and tracing takes a while.
+  """
+  model = Transformer(config, design)
+  dummy = np.zeros((1, 2), np.int32)
+  return jax.jit(lambda key: dict(model.init(key, dummy, None)["params"]), inline=True)
+
+
 def make_network(config: ModelConfig, design: Design) -> LM:
   """The model's pure functions. Call `models.make_lm` instead, which checks the config."""
   model = Transformer(config, design)
   # Parameters do not depend on how attention is computed, nor on where they are made.
-  plain = Transformer(dataclasses.replace(config, attention="einsum"), design)
-  dummy = jnp.zeros((1, 2), jnp.int32)
+  init_boxed = _boxed_init(dataclasses.replace(config, attention="einsum"), design)
   own_places = lambda h: one_later(h) if design.shift else h
-
-  def init_boxed(key) -> Any:
-    return dict(plain.init(key, dummy, None)["params"])
 
   def init(key) -> Params:
     return lora.add(nn.meta.unbox(init_boxed(key)), key, config.lora)
