@@ -9,13 +9,13 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib.util
-import itertools
 import mmap
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
+import time
 
 import pytest
 from jaxtyping import install_import_hook
@@ -68,7 +68,8 @@ install_import_hook(
 )
 
 MANY_MAPS, TOO_MANY_MAPS = 20_000, 45_000
-_ended = itertools.count()  # tests that were not the last of their file
+LOOK_EVERY = 10  # seconds; twenty programs a second are compiled at most, of some 60 maps each
+_looked = [0.0]  # when maps were counted
 
 # Files that take 20 seconds of CPU time or more, about the longest first: begun early, none is
 # what one worker is still busy with when the other has nothing left (pytest -n 2 --dist loadfile).
@@ -112,15 +113,14 @@ def pytest_runtest_teardown(item, nextitem):
 
   Each is mapped into memory in several pieces, and Linux allows a process 65,530 of them: a worker
   that keeps every program of the suite gets there, and XLA can then compile no more. One file alone
-  (families_test on jax 0.12) makes about 30,000. Counting takes a while, so that few tests do.
+  (families_test on jax 0.12) makes about 30,000. Counting takes a while, so it is not done often.
   """
-  if "jax" not in sys.modules:
+  now = time.monotonic()
+  if "jax" not in sys.modules or now - _looked[0] < LOOK_EVERY:
     return
-  ends = nextitem is None or nextitem.path != item.path
-  if not ends and next(_ended) % 10:
-    return
+  _looked[0] = now
+  limit = MANY_MAPS if nextitem is None or nextitem.path != item.path else TOO_MANY_MAPS
   maps = pathlib.Path("/proc/self/maps")
-  limit = MANY_MAPS if ends else TOO_MANY_MAPS
   if maps.exists() and maps.read_bytes().count(b"\n") > limit:
     sys.modules["jax"].clear_caches()
     gc.collect()
