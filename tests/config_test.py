@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import typing
@@ -25,6 +26,7 @@ from igpo_jax.config import (
   renamed,
 )
 from igpo_jax.config.fields import Range, descriptions
+from igpo_jax.config.tree import from_json
 from igpo_jax.errors import UserError
 from tests.paths import REPO
 
@@ -235,6 +237,12 @@ MISTAKES = [
   ("data.prompt_buckets", (16, 32.5), "data.prompt_buckets: 32.5 should be a whole number"),
   ("reward.weights", (("correct",),), r"reward.weights: \('correct',\) should be a tuple of 2"),
   ("model.lora", 3, "model.lora=3 should be a section of options"),
+  # larger than any program counts
+  ("rl.steps", 2**31, "rl.steps=2147483648 must be at most 2147483647"),
+  ("data.prompt_buckets", (16, 2**31), "data.prompt_buckets: 2147483648 must be at most"),
+  pytest.param(
+    "reward.weights", (("correct", 10**400),), "reward.weights: 10+ should be a number", id="weight"
+  ),
 ]
 
 
@@ -246,6 +254,21 @@ def test_a_value_that_cannot_be_is_told_with_its_name(path, value, complaint):
     (config[section] if section else config)[name] = value
   with pytest.raises(UserError, match=complaint):
     freeze(config)
+
+
+def test_a_number_written_without_a_point_is_a_float_where_one_is_declared():
+  """jax takes no whole number past int64, and none past int32 by default."""
+  config = sourced()
+  with config.ignore_type():
+    config.model.rope_theta = 10**12
+  assert type(freeze(config).model.rope_theta) is float
+
+
+def test_a_number_past_every_float_in_a_runs_config_is_told():
+  options = json.loads(json.dumps(dataclasses.asdict(freeze(sourced()))))
+  options["rl_optimizer"]["learning_rate"] = 10**400
+  with pytest.raises(UserError, match=r"^config\.json: .*rl_optimizer\.learning_rate=10+ "):
+    from_json(options, "config.json")
 
 
 def test_what_replaces_nothing_matters_only_where_something_is_replaced():

@@ -480,6 +480,13 @@ def test_values_of_wrong_kinds_in_config_json_are_told_by_name(hf, option, value
   assert "config.json" in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["rope_theta", "rms_norm_eps"])
+def test_a_whole_number_of_any_size_is_read_as_a_float(hf, option):
+  edit_config(hf, **{option: 10**12})
+  config = load_pretrained(hf).config
+  assert getattr(config, option) == 1e12 and type(getattr(config, option)) is float
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"llada"', "", "{'a': 1}"])
 def test_a_config_json_that_is_no_object_is_told(hf, text):
   (hf / "config.json").write_text(text)

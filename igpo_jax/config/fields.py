@@ -16,6 +16,7 @@ import inspect
 import math
 import numbers
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -46,7 +47,7 @@ class Range:
   def __contains__(self, value: float) -> bool:
     if value == self.also:
       return True
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # whole numbers have no end
       return False
     return (value > self.low if self.above else value >= self.low) and (
       value < self.high if self.below else value <= self.high
@@ -62,6 +63,8 @@ class Range:
     text += "" if self.also is None else f", or {self.also}"
     return text + (f": {self.why}" if self.why else "")
 
+
+LARGEST_WHOLE = 2**31 - 1  # jax counts in int32
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
@@ -112,6 +115,17 @@ def check_fields(cls: type, values: Mapping[str, Any], section: str) -> None:
         raise UserError(f"config: {wrong}")
 
 
+def outside(kind: type, value: float, allowed: Range) -> str:
+  """What a number outside its range should be, such as "at least 1"; "" for one inside.
+
+  A whole number without a limit of its own may have 31 bits.
+  """
+  if value not in allowed:
+    return str(allowed)
+  endless = kind is int and allowed.high == math.inf
+  return f"at most {LARGEST_WHOLE}" if endless and value > LARGEST_WHOLE else ""
+
+
 def _wrong(hint: Any, value: Any, shown: str, path: str) -> str:
   """What is wrong with a value, as "`shown` should be ..."; "" if nothing is."""
   if typing.get_origin(hint) is Annotated:
@@ -120,7 +134,8 @@ def _wrong(hint: Any, value: Any, shown: str, path: str) -> str:
     if kind or value is None:
       return kind
     ranges = (extra for extra in extras if isinstance(extra, Range))
-    return next((f"{shown} must be {extra}" for extra in ranges if value not in extra), "")
+    wrong = (outside(hint, value, allowed) for allowed in ranges)
+    return next((f"{shown} must be {what}" for what in wrong if what), "")
   origin, parts = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
     if value in parts:
@@ -136,6 +151,8 @@ def _wrong(hint: Any, value: Any, shown: str, path: str) -> str:
     return "" if isinstance(value, hint) else f"{shown} should be a section of options"
   what, kind = KINDS[hint]
   good = isinstance(value, kind) and (hint is bool) == isinstance(value, bool)
+  if hint is float and type(value) is int:
+    good = abs(value) <= sys.float_info.max
   return "" if good else f"{shown} should be {what}"
 
 
@@ -174,8 +191,8 @@ def number(kind: Any) -> Callable[[str], Any]:
       value = base(text)
     except ValueError:
       raise UserError(f"{text} should be {what}") from None
-    if value not in allowed:
-      raise UserError(f"{text} must be {allowed}")
+    if wrong := outside(base, value, allowed):
+      raise UserError(f"{text} must be {wrong}")
     return value
 
   parse.allowed = allowed

@@ -165,7 +165,7 @@ class Architecture:
   """
 
   family: str = "llada"
-  d_model: Count = 96
+  d_model: Annotated[int, Range(1, 10**8)] = 96  # XLA ends the process past 2**63 elements
   n_layers: Count = 3
   n_heads: Count = 4
   n_kv_heads: Natural = 0

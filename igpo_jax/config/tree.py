@@ -166,4 +166,7 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
       value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     kwargs[name] = value
   check_fields(cls, kwargs, path)
-  return cls(**kwargs)
+  # A number is a float, also where it was written as 1: jax takes no whole one past 64 bits.
+  whole = {name for name, value in kwargs.items() if type(value) is int}
+  numbers = {n: float(kwargs[n]) for n in whole if hints[n] in (float, float | None)}
+  return cls(**kwargs | numbers)

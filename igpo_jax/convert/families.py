@@ -217,6 +217,8 @@ def _values(
       problems.append(f"{names[ours]} is missing")
     elif not fits(value):
       problems.append(f"{names[ours]}={value!r} should be {what}")
+    elif _KINDS[ours] in (_NUMBER, _SHARE):
+      values[ours] = float(value)  # jax takes no whole number of more than 64 bits
   return values
 
 
