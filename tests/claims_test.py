@@ -89,6 +89,7 @@ def test_seeds_on_long_traces_have_networks_problems_and_sft_runs_of_their_own(t
   assert [config.seed for config, _ in runs] == [0, 1] and runs[0][0].stages == ("sft",)
 
 
+@pytest.mark.slow
 def test_each_seed_of_the_claims_on_long_traces_has_problems_enough():
   for seed in range(max(claim.seeds for claim in long_traces.CLAIMS.values())):
     config = long_traces.make_config("igpo", seed)

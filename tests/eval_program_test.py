@@ -163,7 +163,8 @@ def test_two_processes_give_each_problem_once_and_the_rows_of_one(tmp_path, trai
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   step = trained / "checkpoints" / "sft" / "2"
   join = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-  processes = [command(tmp_path, step, JAX_PROCESS_ID=str(i), **join) for i in range(2)]
+  start = ("-m", "tests.kept_programs", "igpo_jax.main")
+  processes = [command(tmp_path, step, *start, JAX_PROCESS_ID=str(i), **join) for i in range(2)]
   try:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
   finally:

@@ -37,8 +37,8 @@ def start(module, *options, processes=1, extra=()):
     if index == processes - 1:
       own |= dict(extra)
     out.append(subprocess.Popen(
-      [sys.executable, "-m", module, *options], cwd=REPO, env=environment | own, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      [sys.executable, "-m", "tests.kept_programs", module, *options], cwd=REPO,
+      env=environment | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ))  # fmt: skip
   return out
 

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 
 from igpo_jax.config import SamplerConfig
 from igpo_jax.diffusion import network, sampler
@@ -41,7 +39,13 @@ def test_all_golden_cases_are_here():
   assert len(CASES) == 19
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def others_slow(values, every):
+  """Parameters, of which one in `every` is quick enough in number for `-m "not slow"`."""
+  slow = pytest.mark.slow
+  return [pytest.param(v, marks=() if k % every == 0 else slow) for k, v in enumerate(values)]
+
+
+@pytest.mark.parametrize("path", others_slow(CASES, 3), ids=lambda p: p.stem)
 def test_every_token_is_the_official_codes(path):
   case = np.load(path)
   model = golden_model(str(case["model"]))
@@ -146,7 +150,7 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", others_slow(TWINS, 2))
 def test_the_loop_equals_its_python_twin(name):
   cfg = TWINS[name]
   lm, params = tiny_model(VOCAB)
@@ -344,6 +348,9 @@ LOGITS = np.array([2.0, 5.0, 1.0, 0.0, -1.0, -2.0], np.float32)  # token 1 is th
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_sampling_matches_the_softmax_distribution(temperature):
+  import scipy.special  # here, as every process that collects tests would wait a second for it
+  import scipy.stats
+
   rows, length = 512, 8
   canvas = Canvas(
     np.full((rows, length), MASK, np.int32), np.zeros((rows, length), bool),

@@ -33,7 +33,7 @@ RNG = np.random.default_rng(0)
 LM_ = make_lm(
   ModelConfig(d_model=8, n_layers=1, n_heads=2, mlp_hidden=8, vocab_size=12, mask_id=11)
 )
-PARAMS = LM_.init(jax.random.key(0))
+PARAMS = object()  # stands for the model's: made in the tests, as every process collects them all
 CANVAS = Canvas(jnp.full((2, 6), 11), jnp.arange(6) < jnp.full((2, 1), 2), jnp.ones((2, 6), bool))
 
 # (function, good arguments, {name: an argument that is wrong in shape or dtype})
@@ -70,15 +70,20 @@ CASES = [
 WRONG = [(f, good, name, bad) for f, good, wrongs in CASES for name, bad in wrongs.items()]
 
 
+def filled(arguments):
+  params = {n: LM_.init(jax.random.key(0)) for n, value in arguments.items() if value is PARAMS}
+  return arguments | params
+
+
 @pytest.mark.parametrize(("function", "arguments"), [case[:2] for case in CASES])
 def test_what_is_declared_is_taken(function, arguments):
-  function(**arguments)
+  function(**filled(arguments))
 
 
 @pytest.mark.parametrize(("function", "arguments", "name", "wrong"), WRONG)
 def test_another_shape_or_dtype_is_refused(function, arguments, name, wrong):
   with pytest.raises(TypeCheckError):
-    function(**arguments | {name: wrong})
+    function(**filled(arguments) | {name: wrong})
 
 
 def test_shapes_are_checked_while_a_program_is_traced():

@@ -237,7 +237,10 @@ def test_micro_batches_take_every_mth_row():
   np.testing.assert_array_equal(parts, [[0, 2, 4], [1, 3, 5]])
 
 
-@pytest.mark.parametrize("estimator", ["mean_field", "random_ratio", "coupled"])
+@pytest.mark.parametrize(
+  "estimator",
+  ["random_ratio", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mean_field", "coupled"))],
+)
 def test_the_update_minimises_the_policy_loss_of_its_estimate(estimator):
   """The loss of the first update, from `estimate` and `policy_loss` as they stand."""
   objective = ObjectiveConfig(beta=0.1, entropy_keep=0.5)
