@@ -293,6 +293,26 @@ def test_when_another_one_goes_before_all_are_there_process_0_tells_the_others(c
   assert "error: process 1 was killed or its machine is lost before" in capfd.readouterr().err
 
 
+def test_who_was_answered_is_told_what_happens_at_once(monkeypatch, capfd):
+  """Also if the thread that answered gets no time before another one goes."""
+  port, said, slow, tell = free_port(), queue.Queue(), [0.5], rendezvous._tell
+
+  def late(line, message):
+    tell(line, message)
+    time.sleep(slow.pop() if slow else 0)
+
+  monkeypatch.setattr(rendezvous, "_tell", late)
+  threading.Thread(target=lambda: said.put(met(port, 0, count=4)), daemon=True).start()
+  hello = b'{"hello": "igpo_jax", "count": 4, "index": %d}\n'
+  other = hello_of(port, hello % 2)
+  hello_of(port, hello % 1).close()
+  assert said.get(timeout=10) == ["1"]
+  other.settimeout(5)
+  assert json.loads(other.makefile().readline()) == {"lost": 1}
+  other.close()
+  capfd.readouterr()
+
+
 def test_when_one_goes_before_they_watch_each_other_the_others_end(capfd):
   port, left, all_met = free_port(), queue.Queue(), []
   names = ("ADDRESS", "COUNT", "INDEX")

@@ -117,6 +117,7 @@ class _Arrivals:
     self.refused: list[socket.socket] = []
     self.refusal, self.refused_at = "", 0.0
     self.changed = threading.Condition()
+    self.decided = False  # whether they have been told how it goes on, or are about to be
 
   def admit(self, line: socket.socket) -> None:
     """Answers one that has connected, and takes it in if it is of this run."""
@@ -126,12 +127,19 @@ class _Arrivals:
       if hello["hello"] != GREETING:
         raise ValueError
       count, index = int(hello["count"]), int(hello["index"])
-      _tell(line, {"hello": GREETING})
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
       line.close()  # another program: some scan the ports of their network
       return
     _, called_count, called_index = self.names
-    with self.changed:
+    with self.changed:  # who has been answered is among those who will be told how it goes on
+      if self.decided:
+        line.close()  # as if it had come when nobody listened any more
+        return
+      try:
+        _tell(line, {"hello": GREETING})
+      except OSError:
+        line.close()
+        return
       refusal = ""
       if count != self.count:
         refusal = (
@@ -182,6 +190,7 @@ def _wait_for_all(port: int, count: int, names: tuple[str, str, str]) -> dict[in
     with arrivals.changed:
       while not arrivals.are_complete():
         arrivals.changed.wait(RETRY_SECONDS)  # a signal is answered in between
+      arrivals.decided = True
   finally:
     with contextlib.suppress(OSError):
       server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
