@@ -40,7 +40,7 @@ def test_all_golden_cases_are_here():
 
 
 def others_slow(values, every):
-  """Parameters, of which one in `every` is quick enough in number for `-m "not slow"`."""
+  """Parameters of a test: one in `every` is tried by `-m "not slow"`, too."""
   slow = pytest.mark.slow
   return [pytest.param(v, marks=() if k % every == 0 else slow) for k, v in enumerate(values)]
 
