@@ -22,11 +22,11 @@ from igpo_jax.config import (
   SamplerConfig,
   default_config,
   freeze,
+  from_json,
   load_config_file,
   renamed,
 )
 from igpo_jax.config.fields import Range, descriptions
-from igpo_jax.config.tree import from_json
 from igpo_jax.errors import UserError
 from tests.paths import REPO
 
@@ -257,7 +257,7 @@ def test_a_value_that_cannot_be_is_told_with_its_name(path, value, complaint):
 
 
 def test_a_number_written_without_a_point_is_a_float_where_one_is_declared():
-  """jax takes no whole number past int64, and none past int32 by default."""
+  """jax takes no whole number past int32."""
   config = sourced()
   with config.ignore_type():
     config.model.rope_theta = 10**12

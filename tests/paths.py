@@ -1,4 +1,4 @@
-"""Where the repository and the shared data are, and how a test runs Python on fake devices."""
+"""Where the repository and the shared data are, what is slow, Python on fake devices."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def shared_path(*parts: str) -> pathlib.Path:
   if not path.exists():
     pytest.skip(f"real data not here: shared/{'/'.join(parts)}")
   return path
+
+
+def others_slow(values, every: int) -> list:
+  """Parameters of a test: one in `every` is tried by `-m "not slow"`, too."""
+  slow = pytest.mark.slow
+  return [pytest.param(v, marks=() if k % every == 0 else slow) for k, v in enumerate(values)]
 
 
 def with_devices(count: int) -> dict[str, str]:

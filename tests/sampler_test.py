@@ -19,6 +19,7 @@ from igpo_jax.diffusion.schedule import commit_table, commits_at, commits_until,
 from igpo_jax.errors import UserError
 from igpo_jax.types import Canvas
 from tests.denoise_twin import twin_row
+from tests.paths import others_slow
 from tests.tiny_lm import EOS, GOLDENS, MASK, golden_model, table_lm, tiny_model
 
 CASES = sorted((GOLDENS / "generate").glob("*.npz"))
@@ -37,12 +38,6 @@ def exact_matmuls():
 
 def test_all_golden_cases_are_here():
   assert len(CASES) == 19
-
-
-def others_slow(values, every):
-  """Parameters of a test: one in `every` is tried by `-m "not slow"`, too."""
-  slow = pytest.mark.slow
-  return [pytest.param(v, marks=() if k % every == 0 else slow) for k, v in enumerate(values)]
 
 
 @pytest.mark.parametrize("path", others_slow(CASES, 3), ids=lambda p: p.stem)

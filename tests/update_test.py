@@ -22,6 +22,7 @@ from igpo_jax.train.policy_update import make_policy_programs
 from igpo_jax.train.setup import learning_rate, make_optimizer
 from igpo_jax.train.sft_update import make_sft_update
 from igpo_jax.types import Rollout, TrainState
+from tests.paths import others_slow
 from tests.tiny_lm import EOS, GOLDENS, golden_model, tiny_model
 
 STRIDE = 5  # of every array of more than 4096 elements, the goldens keep each fifth
@@ -237,10 +238,7 @@ def test_micro_batches_take_every_mth_row():
   np.testing.assert_array_equal(parts, [[0, 2, 4], [1, 3, 5]])
 
 
-@pytest.mark.parametrize(
-  "estimator",
-  ["random_ratio", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mean_field", "coupled"))],
-)
+@pytest.mark.parametrize("estimator", others_slow(["random_ratio", "mean_field", "coupled"], 3))
 def test_the_update_minimises_the_policy_loss_of_its_estimate(estimator):
   """The loss of the first update, from `estimate` and `policy_loss` as they stand."""
   objective = ObjectiveConfig(beta=0.1, entropy_keep=0.5)

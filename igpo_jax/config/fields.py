@@ -83,16 +83,14 @@ KINDS = {
 
 
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-  """Option -> its declared type without a `Range`, of a dataclass of options."""
-  hints = typing.get_type_hints(cls)
-  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+def declarations(cls: type, ranges: bool = True) -> dict[str, Any]:
+  """Option -> its declared type, with its `Range` if it has one, of a dataclass of options.
 
-
-@functools.cache
-def declarations(cls: type) -> dict[str, Any]:
-  """Option -> its declared type, with its `Range` if it has one, of a dataclass of options."""
-  hints = typing.get_type_hints(cls, include_extras=True)
+  Args:
+    cls: the dataclass.
+    ranges: False leaves out every `Range`.
+  """
+  hints = typing.get_type_hints(cls, include_extras=ranges)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 

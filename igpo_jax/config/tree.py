@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from igpo_jax.config import registry
 from igpo_jax.config.arms import arms_of
-from igpo_jax.config.fields import check_fields, field_types, meant, require
+from igpo_jax.config.fields import check_fields, declarations, meant, require
 from igpo_jax.config.method import Dtype, check_trainable, full_dtype
 from igpo_jax.config.renamed import new_name, removed, upgraded
 from igpo_jax.config.run import METHOD_SECTIONS, STAGES, Config, method_section
@@ -38,7 +38,7 @@ def default_config() -> config_dict.ConfigDict:
 
 def _to_config_dict(section: Any) -> config_dict.ConfigDict:
   out = config_dict.ConfigDict()
-  hints = field_types(type(section))
+  hints = declarations(type(section), ranges=False)
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     if dataclasses.is_dataclass(value):
@@ -144,7 +144,7 @@ def check(config: Config) -> None:
 
 def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -> Any:
   """A dataclass with the values of a ConfigDict; `path` is its name, "" for the whole."""
-  hints = field_types(cls)
+  hints = declarations(cls, ranges=False)
   inside = lambda name: f"{path}.{name}" if path else name
   for name in config:
     if name not in hints:
@@ -166,7 +166,8 @@ def _from_config_dict(cls: type, config: ml_collections.ConfigDict, path: str) -
       value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     kwargs[name] = value
   check_fields(cls, kwargs, path)
-  # A number is a float, also where it was written as 1: jax takes no whole one past 64 bits.
-  whole = {name for name, value in kwargs.items() if type(value) is int}
-  numbers = {n: float(kwargs[n]) for n in whole if hints[n] in (float, float | None)}
-  return cls(**kwargs | numbers)
+  for name, value in kwargs.items():
+    # Also where it was written without a point: jax takes no whole number past int32.
+    if type(value) is int and hints[name] in (float, float | None):
+      kwargs[name] = float(value)
+  return cls(**kwargs)

@@ -218,7 +218,7 @@ def _values(
     elif not fits(value):
       problems.append(f"{names[ours]}={value!r} should be {what}")
     elif _KINDS[ours] in (_NUMBER, _SHARE):
-      values[ours] = float(value)  # jax takes no whole number of more than 64 bits
+      values[ours] = float(value)  # jax takes no whole number past int32
   return values
 
 

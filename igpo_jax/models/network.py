@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -376,22 +376,15 @@ def one_later(h: Array, first: Array | int = 0) -> Array:
   return jnp.where(jnp.reshape(first > 0, (-1, 1, 1)), h, moved)
 
 
-@functools.lru_cache(maxsize=64)
-def _boxed_init(config: ModelConfig, design: Design) -> Any:
-  """`key -> parameters` with their axes' names: one function a model, so that jax traces it once.
-
-  A start asks for the shapes of parameters several times, and tracing takes a while.
-  """
-  model = Transformer(config, design)
-  dummy = np.zeros((1, 2), np.int32)
-  return jax.jit(lambda key: dict(model.init(key, dummy, None)["params"]), inline=True)
-
-
 def make_network(config: ModelConfig, design: Design) -> LM:
   """The model's pure functions. Call `models.make_lm` instead, which checks the config."""
   model = Transformer(config, design)
   # Parameters do not depend on how attention is computed, nor on where they are made.
-  init_boxed = _boxed_init(dataclasses.replace(config, attention="einsum"), design)
+  plain = Transformer(dataclasses.replace(config, attention="einsum"), design)
+  dummy = np.zeros((1, 2), np.int32)
+  # A start asks for the shapes of parameters several times: jit traces this once, and `make_lm`
+  # gives the same functions for the same config.
+  init_boxed = jax.jit(lambda key: dict(plain.init(key, dummy, None)["params"]), inline=True)
   own_places = lambda h: one_later(h) if design.shift else h
 
   def init(key) -> Params:
